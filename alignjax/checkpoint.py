@@ -1,0 +1,80 @@
+"""Orbax checkpoints: one item for each role, and one for the rest of the training state.
+
+`<workdir>/checkpoints/<step>/<item>`; a save becomes visible only when it is whole. Items restore one at a time, which
+is how one role is taken from another run's checkpoint, onto any mesh.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from alignjax.config import UserError
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file that it writes
+
+
+class Checkpoints:
+    def __init__(self, directory: Path, keep: int):
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, items: dict) -> None:
+        """Begin to save pytrees by name, in the background; the arrays may be donated as soon as this returns."""
+        save = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        self.manager.save(step, args=ocp.args.Composite(**save), force=True)
+
+    def restore(self, shapes: dict, say) -> tuple[int, dict] | None:
+        """(step, items) of the newest checkpoint that can be read, or None where there is none.
+
+        One that cannot be read is moved aside, saying so; if none of several can, that is a UserError.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return step, self.read(step, shapes)
+            except Exception as error:  # whatever a damaged file makes the readers raise
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+                say(f"checkpoint {self.directory / str(step)} is damaged ({reason}); falling back to the one before")
+                if jax.process_index() == 0:
+                    aside = self.directory.parent / "damaged" / str(step)
+                    aside.parent.mkdir(exist_ok=True)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self.directory / str(step)).rename(aside)
+                self.manager.reload()
+        if steps:
+            raise UserError(f"{self.directory}: none of the checkpoints {steps} can be read")
+        return None
+
+    def read(self, step: int, shapes: dict) -> dict:
+        """Some of a checkpoint's items, as arrays with the shapes, types and shardings of `shapes`."""
+        restore = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        return dict(self.manager.restore(step, args=ocp.args.Composite(**restore)).items())
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def close(self) -> None:
+        """Wait until what was begun is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def abstract(tree, shardings):
+    """Shapes and types of `tree`, with shardings, as `restore` takes them."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def restore_role(workdir: Path, item: str, shapes):
+    """One role's parameters from the newest checkpoint of a finished run."""
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=None)
+    try:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{workdir}: no checkpoint there")
+        return checkpoints.read(step, {item: shapes})[item]
+    finally:
+        checkpoints.close()

@@ -1,0 +1,275 @@
+"""What a run is: the dataclasses with every default once, loading `NAME.py[:variant]`, overrides, and `check`."""
+
+import ast
+import dataclasses
+import difflib
+import json
+import runpy
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake of the user's: printed as one line, exit code 2, no traceback."""
+
+
+@dataclass(unsafe_hash=True)
+class Model:
+    """A decoder. `family` names the Hugging Face layout that its weights are read from and written to."""
+
+    family: str = "qwen2"  # qwen, qwen2, qwen3, llama
+    vocab_size: int = 1024
+    d_model: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    head_size: int = 32
+    d_ff: int = 352
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    tied: bool = False
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: str = ""  # "", linear, llama3, yarn
+    rope_factor: float = 1.0
+    rope_low_factor: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
+    rope_high_factor: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast
+    rope_original_length: int = 8192
+    max_length: int = 2048
+    dtype: str = "float32"  # of the computation; parameters, softmax, log-probabilities and losses are float32
+    remat: str = "nothing"  # what the backward pass recomputes: nothing, everything, or all but dots
+    attention: str = "auto"  # auto, xla, cudnn
+
+
+@dataclass
+class Optimiser:
+    """AdamW with global-norm clipping; the schedule is a linear warm-up, then constant or cosine to a tenth."""
+
+    learning_rate: float = 1e-3
+    schedule: str = "constant"  # constant, cosine
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclass
+class Data:
+    """Where examples come from: "toy/NAME" is the embedded world, anything else a path to JSON lines."""
+
+    train: str = "toy/text"
+    heldout: str = "toy/text"
+    batch: int = 64  # examples (pairs, prompts) in one optimiser step (in one rollout, for PPO)
+    max_length: int = 64  # tokens of an example; longer ones are dropped and counted, never cut
+    examples: int = 0  # how many of the training examples to use; 0 is all of them
+
+
+@dataclass
+class Ranking:
+    margin: bool = False  # subtract the comparison's margin from the score difference
+    centring: float = 0.0  # coefficient of (score_chosen + score_rejected)^2
+    shift: bool = False  # after training, move the head's bias so that demonstrations score 0 on average
+
+
+@dataclass
+class PPO:
+    """Clipped PPO, section 3.2.2 of the report. What it doesn't state is marked (i): InstructGPT's value."""
+
+    samples_per_prompt: int = 2
+    response_length: int = 24
+    temperature: float = 1.0  # (i)
+    top_p: float = 0.9
+    kl_coef: float = 0.04
+    clip: float = 0.2  # (i)
+    value_clip: float = 0.15
+    gamma: float = 1.0  # (i)
+    lam: float = 0.95  # (i)
+    epochs: int = 1  # (i)
+    minibatches: int = 1
+    value_warmup_steps: int = 50  # the first updates, which touch only the value model
+    normalise_scores: str = "mean"  # by running statistics: none, mean, mean_std
+    whiten_advantages: bool = True
+    truncated_score: float = -1.0  # takes the place of the score of a response that did not end
+    pretrain_data: str = "toy/text"
+    pretrain_coef: float = 0.0
+    pretrain_ratio: float = 0.0  # pretraining sequences for each response
+
+
+@dataclass
+class Mesh:
+    data: int = 1
+    fsdp: int = -1  # -1 takes the devices that are left
+    tensor: int = 1
+
+
+@dataclass
+class Config:
+    stage: str = "lm"  # lm, ranking, ppo
+    name: str = "lm"
+    seed: int = 0
+    steps: int = 100  # of the loop: optimiser steps; for PPO, rollouts
+    parents: dict[str, str] = field(default_factory=dict)  # role -> config (NAME.py), run, or Hugging Face directory
+    microbatches: int = 1  # an optimiser step's batch is cut into as many, one after the other, to save memory
+    model: Model = field(default_factory=Model)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    value_optimiser: Optimiser = field(default_factory=Optimiser)
+    data: Data = field(default_factory=Data)
+    ranking: Ranking = field(default_factory=Ranking)
+    ppo: PPO = field(default_factory=PPO)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    sample_every: int = 10  # steps between entries of samples.jsonl
+
+
+ROLES = {"lm": {"model"}, "ranking": {"model"}, "ppo": {"policy", "reference", "value", "reward"}}
+CHOICES = {
+    "stage": tuple(ROLES),
+    "model.family": ("qwen", "qwen2", "qwen3", "llama"),
+    "model.rope_scaling": ("", "linear", "llama3", "yarn"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("nothing", "everything", "dots"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "optimiser.schedule": ("constant", "cosine"),
+    "value_optimiser.schedule": ("constant", "cosine"),
+    "ppo.normalise_scores": ("none", "mean", "mean_std"),
+}
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def load(spec: str, overrides: dict[str, str] | None = None) -> Config:
+    """The config that `NAME.py[:variant]` names, with overrides such as {"ppo.kl_coef": "0.1"} applied, checked.
+
+    A path is tried first, then `configs/`. The file defines `config(variant)`, which returns a Config.
+    """
+    name, _, variant = spec.partition(":")
+    path = next((p for p in (Path(name), CONFIGS / name) if p.is_file()), None)
+    if path is None:
+        known = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.py"))
+        raise UserError(f"--config {spec}: no file {name} here or in {CONFIGS}{nearest(name, known)}")
+    module = runpy.run_path(str(path))
+    variants = module.get("VARIANTS", ("",))
+    if variant not in variants:
+        raise UserError(f"--config {spec}: {name} has no variant {variant!r}{nearest(variant, variants)}")
+    config = module["config"](variant)
+    for key, value in (overrides or {}).items():
+        override(config, key, value)
+    check(config)
+    return config
+
+
+def override(config: Config, key: str, text: str) -> None:
+    """Set one field, given by its dotted name, from text of the field's type."""
+    *path, last = key.split(".")
+    target = config
+    for i, part in enumerate((*path, last)):
+        if isinstance(target, dict):
+            break
+        known = [f.name for f in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
+        if part not in known:
+            everything = [k for k, _ in flatten(config)]
+            raise UserError(f"--config.{key}: there is no such field{nearest(key, everything)}")
+        if i < len(path):
+            target = getattr(target, part)
+    if isinstance(target, dict):
+        target[last] = text
+        return
+    kind = typing.get_type_hints(type(target))[last]
+    if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
+        raise UserError(f"--config.{key}: this is a group; set one of its fields")
+    setattr(target, last, parse(text, kind, f"--config.{key}"))
+
+
+def parse(text: str, kind: type, where: str):
+    """`text` as a value of type `kind`; integers are taken where floats are wanted."""
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where}={text}: {kind.__name__} wanted, {type(value).__name__} given")
+    return value
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first rule that the config breaks, naming the fields and both values."""
+    values = dict(flatten(config))
+
+    def rule(holds: bool, message: str) -> None:
+        if not holds:
+            raise UserError(message)
+
+    for key, choices in CHOICES.items():
+        rule(values[key] in choices, f"{key}={values[key]!r} must be one of {', '.join(map(repr, choices))}")
+    for key in ("steps", "microbatches", "checkpoint_every", "keep_checkpoints", "sample_every", "data.batch",
+                "data.max_length", "ppo.samples_per_prompt", "ppo.response_length", "ppo.epochs", "ppo.minibatches"):  # fmt: skip
+        rule(values[key] >= 1, f"{key}={values[key]} must be at least 1")
+    m, p = config.model, config.ppo
+    rule(m.heads % m.kv_heads == 0, f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}")
+    rule(m.head_size % 2 == 0, f"model.head_size={m.head_size} must be even")
+    rule(config.data.max_length <= m.max_length,
+         f"data.max_length={config.data.max_length} is over model.max_length={m.max_length}")  # fmt: skip
+    roles = ROLES[config.stage]
+    rule(set(config.parents) <= roles, f"parents={sorted(config.parents)} must be among {sorted(roles)} for {config.stage}")
+    minibatch = config.data.batch
+    if config.stage == "ppo":
+        rule(set(config.parents) == roles, f"parents={sorted(config.parents)} must be {sorted(roles)} for ppo")
+        responses = config.data.batch * p.samples_per_prompt
+        rule(responses % p.minibatches == 0, f"ppo.minibatches={p.minibatches} must divide data.batch x "
+             f"ppo.samples_per_prompt={responses}")  # fmt: skip
+        minibatch = responses // p.minibatches
+        pretrain = p.pretrain_ratio * minibatch
+        rule(pretrain == int(pretrain), f"ppo.pretrain_ratio={p.pretrain_ratio} times the minibatch={minibatch} must be whole")
+        rule(int(pretrain) % config.microbatches == 0,
+             f"microbatches={config.microbatches} must divide ppo.pretrain_ratio x minibatch={int(pretrain)}")  # fmt: skip
+        rule((p.pretrain_coef > 0) == (p.pretrain_ratio > 0),
+             f"ppo.pretrain_coef={p.pretrain_coef} and ppo.pretrain_ratio={p.pretrain_ratio}: both or neither must be 0")  # fmt: skip
+        rule(0 < p.top_p <= 1, f"ppo.top_p={p.top_p} must lie in (0, 1]")
+        rule(p.temperature > 0, f"ppo.temperature={p.temperature} must be above 0")
+        rule(config.data.max_length + p.response_length <= m.max_length, f"data.max_length={config.data.max_length} + "
+             f"ppo.response_length={p.response_length} is over model.max_length={m.max_length}")  # fmt: skip
+    rule(minibatch % config.microbatches == 0, f"microbatches={config.microbatches} must divide the minibatch={minibatch}")
+
+
+def flatten(config, prefix: str = ""):
+    """(dotted name, value) of every field; dictionaries are values."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+def difference(asked: Config, stored: dict, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Lines `field: stored -> asked` for each field in which a stored config (as `to_json` wrote it) differs."""
+    new = dict(flatten(asked))
+    return [f"{k}: {stored.get(k, 'absent')!r} -> {new.get(k, 'absent')!r}" for k in sorted({*new, *stored})
+            if not k.startswith(ignore or ("\0",)) and stored.get(k) != new.get(k)]  # fmt: skip
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dict(flatten(config)), indent=1)
+
+
+def nearest(name: str, known) -> str:
+    """"; did you mean ...?" for the closest of `known`, or a list of them."""
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(map(repr, known))}"
+
+
+def as_namespace(stored: dict) -> types.SimpleNamespace:
+    """A stored config's flat fields, for reading."""
+    return types.SimpleNamespace(**{k.replace(".", "_"): v for k, v in stored.items()})
+
+
+def model_from_json(stored: dict) -> Model:
+    return Model(**{k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")})

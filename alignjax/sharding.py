@@ -1,0 +1,82 @@
+"""The mesh, one table of path -> PartitionSpec for parameters and optimiser state, and host batches onto devices."""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alignjax import config as configs
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# The first row whose pattern is found in a path decides. Layer-stacked arrays lead with [l], which is never cut.
+TABLE = (
+    (r"embed/embedding$", P("tensor", "fsdp")),  # [v d]
+    (r"attention/[qkv]/kernel$", P(None, "fsdp", "tensor", None)),  # [l d n h]
+    (r"attention/[qkv]/bias$", P(None, "tensor", None)),  # [l n h]
+    (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),  # [l n h d]
+    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [l d f]
+    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [l f d]
+    (r"(norm|norm1|norm2|q_norm|k_norm)/scale$", P()),
+    (r"^head/kernel$", P("fsdp", "tensor")),  # [d v], or [d 1] of a scalar head
+    (r"^head/bias$", P()),
+)
+
+
+def make_mesh(mesh: configs.Mesh) -> jax.sharding.Mesh:
+    """A mesh over all devices; an axis of -1 takes what the others leave."""
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    devices = jax.device_count()
+    fixed = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes or devices % fixed or (-1 not in sizes and fixed != devices):
+        raise configs.UserError(
+            f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} must make {devices} devices"
+        )
+    sizes = [devices // fixed if s == -1 else s for s in sizes]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def path_name(path) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def param_shardings(params, mesh):
+    """The sharding of each parameter (of arrays or shapes); a path without a row in TABLE is an error.
+
+    An axis that does not divide its dimension is dropped for that array (three key-value heads over two devices).
+    """
+
+    def of(path, x):
+        name = path_name(path)
+        row = next((spec for pattern, spec in TABLE if re.search(pattern, name)), None)
+        if row is None:
+            raise ValueError(f"no row of alignjax.sharding.TABLE matches parameter {name} {x.shape}")
+        spec = [a if a is None or x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(row)]
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def replicated(mesh):
+    return NamedSharding(mesh, P())
+
+
+def shard_batch(batch, mesh):
+    """Host arrays (this process's share of the rows) -> global arrays, rows over data and fsdp.
+
+    Rows that the axes don't divide are replicated: right, and no slower for the small batches where this happens.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    processes = jax.process_count()
+
+    def put(x):
+        x = np.asarray(x)
+        even = x.ndim > 0 and (x.shape[0] * processes) % shards == 0
+        if not even and processes > 1:
+            raise configs.UserError(f"{x.shape[0] * processes} rows of a batch over {shards} devices: must divide")
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH if even else P()), x)
+
+    return jax.tree.map(put, batch)
