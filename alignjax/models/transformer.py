@@ -1,0 +1,250 @@
+"""The decoder of all four roles: one Flax NNX module, split once into a plain dict of arrays, run by pure functions.
+
+Pre-norm RMSNorm, RoPE, SwiGLU, grouped queries; biases on q, k, v and norms on q, k as the config says. `head` is "lm"
+(logits over the vocabulary) or "scalar" (a number at each position: the value; at the end token: the reward).
+Letters: b batch, t tokens, s keys, d model, n heads, k key-value heads, h head size, f feed-forward, l layers, v words.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from alignjax.config import Model
+from alignjax.models.attention import attention
+
+REMAT = {
+    "everything": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Linear(nnx.Module):
+    """x[... inputs] -> [... outputs] over `axes` contracted dimensions; kernel normal with variance 1 / fan-in."""
+
+    def __init__(self, inputs, outputs, bias, rngs):
+        fan_in = math.prod(inputs)
+        self.inputs = len(inputs)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (*inputs, *outputs)) * fan_in**-0.5)
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x):
+        axes = (tuple(range(x.ndim - self.inputs, x.ndim)), tuple(range(self.inputs)))
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm in float32 over the last axis."""
+
+    def __init__(self, size, eps):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size))
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, m: Model, rngs):
+        self.q = Linear((m.d_model,), (m.heads, m.head_size), m.qkv_bias, rngs)
+        self.k = Linear((m.d_model,), (m.kv_heads, m.head_size), m.qkv_bias, rngs)
+        self.v = Linear((m.d_model,), (m.kv_heads, m.head_size), m.qkv_bias, rngs)
+        self.out = Linear((m.heads, m.head_size), (m.d_model,), False, rngs)
+        self.q_norm = Norm(m.head_size, m.norm_eps) if m.qk_norm else None
+        self.k_norm = Norm(m.head_size, m.norm_eps) if m.qk_norm else None
+        self.implementation = m.attention
+
+    def __call__(self, x, rotation, mask, cache):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache["filled"], axis=1)
+            k = write(cache["k"], k.astype(cache["k"].dtype))
+            v = write(cache["v"], v.astype(cache["v"].dtype))
+        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.implementation)
+        return self.out(y), (None if cache is None else {"k": k, "v": v})
+
+
+class MLP(nnx.Module):
+    def __init__(self, m: Model, rngs):
+        self.gate = Linear((m.d_model,), (m.d_ff,), False, rngs)
+        self.up = Linear((m.d_model,), (m.d_ff,), False, rngs)
+        self.down = Linear((m.d_ff,), (m.d_model,), False, rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, m: Model, rngs):
+        self.norm1, self.norm2 = Norm(m.d_model, m.norm_eps), Norm(m.d_model, m.norm_eps)
+        self.attention, self.mlp = Attention(m, rngs), MLP(m, rngs)
+
+    def __call__(self, x, rotation, mask, cache):
+        y, cache = self.attention(self.norm1(x), rotation, mask, cache)
+        x = constrain(x + y)
+        return constrain(x + self.mlp(self.norm2(x))), cache
+
+
+class Head(nnx.Module):
+    """Untied "lm": kernel [d v]. "scalar": kernel [d 1] of deviation 1 / (d + 1) and bias [1], which holds the shift."""
+
+    def __init__(self, m: Model, head, rngs):
+        scalar = head == "scalar"
+        deviation = 1 / (m.d_model + 1) if scalar else m.d_model**-0.5
+        size = 1 if scalar else m.vocab_size
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (m.d_model, size)) * deviation)
+        self.bias = nnx.Param(jnp.zeros(1)) if scalar else None
+
+
+class Embed(nnx.Module):
+    def __init__(self, m: Model, rngs):
+        # A tied embedding is also the output kernel, and wants its fan-in.
+        deviation = m.d_model**-0.5 if m.tied else 1.0
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (m.vocab_size, m.d_model)) * deviation)
+
+
+class Transformer(nnx.Module):
+    """Layers are stacked, [l ...]: each gets its own key, so the values don't depend on devices or layout."""
+
+    def __init__(self, m: Model, head, rngs):
+        self.embed = Embed(m, rngs)
+        keys = jax.random.split(rngs.params(), m.layers)
+        self.layers = nnx.vmap(lambda key: Layer(m, nnx.Rngs(params=key)))(keys)
+        self.norm = Norm(m.d_model, m.norm_eps)
+        self.head = None if head == "lm" and m.tied else Head(m, head, rngs)
+
+
+def init(model: Model, key, head: str) -> dict:
+    """Fresh float32 parameters as nested dicts; `head` is "lm" or "scalar". The same for a key on any devices."""
+    return nnx.to_pure_dict(nnx.state(Transformer(model, head, nnx.Rngs(params=key)), nnx.Param))
+
+
+@functools.lru_cache
+def layer_graph(values: tuple):
+    """The static half of a layer, for a config's values (a Model can change, so it is no key itself)."""
+    layer = nnx.eval_shape(lambda: Layer(Model(*values), nnx.Rngs(params=0)))
+    return nnx.split(layer)
+
+
+def run_layer(model: Model, params, x, rotation, mask, cache):
+    graph, state = layer_graph(dataclasses.astuple(model))
+    state = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)(x, rotation, mask, cache)
+
+
+def apply(model: Model, params, tokens, positions, segments, cache=None):
+    """hidden[b t d] after the last norm, and the cache with these tokens in it.
+
+    A token sees the slots up to its own that hold its segment; segment 0 is padding. Positions only feed RoPE. With a
+    cache, the tokens go to its next t slots, the same ones in every row.
+    """
+    x = constrain(params["embed"]["embedding"][tokens].astype(model.dtype))
+    rotation = rope(model, positions)
+    t = tokens.shape[1]
+    if cache is None:
+        keys, first = segments, 0
+    else:
+        first = cache["filled"]
+        keys = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments.astype(jnp.int32), first, axis=1)
+    causal = jnp.arange(keys.shape[1]) <= first + jnp.arange(t)[:, None]
+    mask = causal & (segments[:, :, None] == keys[:, None, :]) & (segments[:, :, None] > 0)
+
+    def step(x, layer):
+        layer_params, layer_cache = layer
+        if layer_cache is not None:
+            layer_cache = {**layer_cache, "filled": first}
+        return run_layer(model, layer_params, x, rotation, mask, layer_cache)
+
+    if model.remat != "nothing":
+        step = jax.checkpoint(step, policy=REMAT[model.remat])
+    layer_caches = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+    x, layer_caches = jax.lax.scan(step, x, (params["layers"], layer_caches))
+    x = rms_norm(x, params["norm"]["scale"], model.norm_eps)
+    return x, None if cache is None else {**layer_caches, "segments": keys, "filled": first + t}
+
+
+def rms_norm(x, scale, eps):
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
+
+
+def init_cache(model: Model, b: int, s: int) -> dict:
+    """An empty cache of s slots: k and v [l b s k h], segments [b s], filled (slots in use)."""
+    shape = (model.layers, b, s, model.kv_heads, model.head_size)
+    return {"k": jnp.zeros(shape, model.dtype), "v": jnp.zeros(shape, model.dtype),
+            "segments": jnp.zeros((b, s), jnp.int32), "filled": jnp.zeros((), jnp.int32)}  # fmt: skip
+
+
+def output_kernel(model: Model, params):
+    """[d v]: the head's kernel, or the embedding's transpose where they are tied."""
+    return params["embed"]["embedding"].T if model.tied else params["head"]["kernel"]
+
+
+def logits(model: Model, params, hidden):
+    """[... v] float32 from hidden[... d]."""
+    kernel = output_kernel(model, params).astype(hidden.dtype)
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def scalar(params, hidden):
+    """[...] float32 from hidden[... d]: the scalar head."""
+    head = params["head"]
+    return (hidden.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"][0]
+
+
+def rope(model: Model, positions):
+    """(cos, sin), each [b t 1 h/2] float32; frequencies, scaled as the config says, in float32."""
+    h = model.head_size
+    exponent = jnp.arange(0, h, 2, dtype=jnp.float32) / h
+    frequencies = 1.0 / model.rope_theta**exponent
+    attention_factor = 1.0
+    if model.rope_scaling == "linear":
+        frequencies = frequencies / model.rope_factor
+    elif model.rope_scaling == "llama3":
+        # Long waves are stretched by the factor, short ones kept, those between blended (Llama 3.1).
+        turns = model.rope_original_length * frequencies / (2 * math.pi)
+        blend = (turns - model.rope_low_factor) / (model.rope_high_factor - model.rope_low_factor)
+        blend = jnp.clip(blend, 0.0, 1.0)
+        frequencies = blend * frequencies + (1 - blend) * frequencies / model.rope_factor
+    elif model.rope_scaling == "yarn":
+        frequencies, attention_factor = yarn(model, frequencies)
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angle) * attention_factor, jnp.sin(angle) * attention_factor
+
+
+def yarn(model: Model, frequencies):
+    """Peng et al. 2023: a ramp over dimensions between kept and stretched frequencies, and a factor on the logits."""
+    h, base, length = model.head_size, model.rope_theta, model.rope_original_length
+    dimension = lambda turns: h * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))  # noqa: E731
+    low = max(math.floor(dimension(model.rope_high_factor)), 0)
+    high = min(math.ceil(dimension(model.rope_low_factor)), h - 1)
+    ramp = jnp.clip((jnp.arange(h // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    scaled = frequencies * (1 - ramp) + frequencies / model.rope_factor * ramp
+    return scaled, 0.1 * math.log(model.rope_factor) + 1.0 if model.rope_factor > 1 else 1.0
+
+
+def rotate(x, rotation):
+    """RoPE on x[b t n h]: the halves of a head are the pairs' two parts."""
+    cos, sin = rotation
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def constrain(x):
+    """Rows of x[b t d] over data and fsdp, where a mesh with these axes is set (GSPMD would else replicate them)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "fsdp" not in mesh.axis_names:
+        return x
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"))) if x.shape[0] % shards == 0 else x
