@@ -18,7 +18,9 @@ def attention(q, k, v, mask, implementation="auto"):
     gpu = jax.default_backend() == "gpu"
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if implementation == "cudnn" and not (gpu and half):
-        raise UserError(f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16', not {jax.default_backend()} and {q.dtype}")
+        raise UserError(
+            f"model.attention='cudnn' needs a GPU and model.dtype='bfloat16', not {jax.default_backend()} and {q.dtype}"
+        )
     if implementation == "cudnn" or (implementation == "auto" and gpu and half and q.shape[1] > 1):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     b, t, n, h = q.shape

@@ -1,0 +1,242 @@
+"""The embedded world: small tasks with a known true preference, generated from a seed, with real English beside them.
+
+A prompt asks for something that only the prompt tells (copy these words, what goes with this name, the first or last of
+these, how many, the opposite of each); a response can be right or wrong, and well or badly put, in every combination.
+`true_score` grades both, so a run can see whether alignment happened rather than whether a learned score rose. The tasks
+need copying, induction and position, which a decoder of 0.9M parameters learns within minutes on a CPU.
+"""
+
+import re
+import zlib
+
+import numpy as np
+
+from alignjax.config import UserError, nearest
+
+NAMES = "amy bob dan eve ian kim leo may ned pam ray tom".split()
+THINGS = "cat box sun hat cup dog key map pen bus egg fan jar leg nut owl pig rug toy van red blue green pink".split()
+PAIRS = ("hot cold", "big small", "old new", "wet dry", "fast slow", "high low", "long short", "rich poor",
+         "dark light", "hard soft", "good bad", "full empty")  # fmt: skip
+OPPOSITE = {a: b for pair in PAIRS for a, b in (pair.split(), pair.split()[::-1])}
+NUMBERS = "one two three four five six".split()
+SIZES_OF_TASKS = {"copy": (3, 5), "find": (2, 4), "first": (2, 5), "last": (2, 5), "count": (2, 5), "opposite": (2, 4)}
+TASKS = tuple(SIZES_OF_TASKS)
+
+# Ways to put an answer. The first is the good one; none other is, though the answer be right.
+FORMS = ("sure , {} .", "{}", "um well i guess {} maybe", "{} {} .", "what ? {} !")
+COURTESY = frozenset(re.findall(r"\w+", " ".join(FORMS)))
+RIGHT_GOOD, RIGHT_BAD, WRONG_GOOD = 0.35, 0.25, 0.20  # shares of responses; the rest is wrong and badly put
+RIGHTNESS_WEIGHT, FORM_WEIGHT = 0.7, 0.3
+FLIPPED = 0.15  # share of noisy comparisons whose label is wrong
+CLEAN_DIFFERENCE = 0.15  # clean comparisons differ by at least this in true score
+ENGLISH = 0.5  # share of the text's characters that is English; it is small, so its paragraphs come back
+HELDOUT = 10  # one prompt, and one English topic, in so many is held out
+
+# How many examples there are, of train and of heldout; of text, how many documents of the world.
+SIZES = {"text": (32000, 1000), "conversations": (20000, 1000), "comparisons-noisy": (40000, 1000),
+         "comparisons-clean": (1000, 1000), "prompts": (10000, 500)}  # fmt: skip
+
+
+def pick(rng, pool, low: int, high: int) -> list[str]:
+    """Between low and high different words of the pool, in random order."""
+    return [pool[i] for i in rng.permutation(len(pool))[: rng.integers(low, high + 1)]]
+
+
+def make_prompt(rng) -> str:
+    """One task, every kind equally often."""
+    task = TASKS[rng.integers(len(TASKS))]
+    low, high = SIZES_OF_TASKS[task]
+    if task == "find":
+        names = pick(rng, NAMES, low, high)
+        facts = [f"{n} {t} ." for n, t in zip(names, pick(rng, THINGS, high, high), strict=False)]
+        return f"find : {' '.join(facts)} {names[rng.integers(len(names))]}"
+    return f"{task} : " + " ".join(pick(rng, tuple(OPPOSITE) if task == "opposite" else THINGS, low, high))
+
+
+def answer(prompt: str) -> list[str]:
+    """The right words, in order; none for a prompt that is not of this world."""
+    task, _, rest = prompt.partition(" : ")
+    words = rest.split()
+    if not words or task not in TASKS:
+        return []
+    if task == "find":
+        facts = dict(fact for fact in (f.split() for f in rest.split(" . ")[:-1]) if len(fact) == 2)
+        return [facts[words[-1]]] if words[-1] in facts else []
+    if task == "count":
+        return [NUMBERS[len(words) - 1]] if len(words) <= len(NUMBERS) else []
+    if task == "opposite":
+        return [OPPOSITE[w] for w in words] if all(w in OPPOSITE for w in words) else []
+    return {"copy": words, "first": words[:1], "last": words[-1:]}[task]
+
+
+def ideal(prompt: str) -> str:
+    """The one response with a true score of 1."""
+    return FORMS[0].format(" ".join(answer(prompt)))
+
+
+def true_score(prompt: str, response: str) -> float:
+    """In [0, 1]: 0.7 x rightness + 0.3 x form, for any two strings; 0 if the prompt is not of this world.
+
+    Rightness is 1 less the word edit distance to the answer over the answer's length, at least 0, once courtesies and
+    punctuation are gone and an answer said over and over counts once; so naming every candidate earns nothing. Form is 1
+    for "sure , ... ." with the words said once and nothing around them, else 0; without words there is no form either.
+    """
+    right = answer(prompt)
+    if not right:
+        return 0.0
+    words = [w for w in re.findall(r"\w+", response) if w not in COURTESY]
+    said = once(words)
+    rightness = max(0.0, 1 - edit_distance(said, right) / len(right))
+    form = bool(words) and said == words and response == FORMS[0].format(" ".join(words))
+    return RIGHTNESS_WEIGHT * rightness + FORM_WEIGHT * form
+
+
+def once(words: list[str]) -> list[str]:
+    """The shortest block that the words are whole repetitions of."""
+    n = len(words)
+    return next((words[:k] for k in range(1, n // 2 + 1) if n % k == 0 and words[:k] * (n // k) == words), words)
+
+
+def edit_distance(a: list[str], b: list[str]) -> int:
+    """Insertions, deletions and substitutions that turn a into b (Levenshtein)."""
+    if a == b:
+        return 0
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a):
+        diagonal, row[0] = row[0], i + 1
+        for j, y in enumerate(b):
+            diagonal, row[j + 1] = row[j + 1], min(row[j + 1] + 1, row[j] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def corrupt(rng, prompt: str) -> list[str]:
+    """A wrong answer of the right kind: a neighbouring number, another candidate, a word replaced, dropped or doubled."""
+    task, _, rest = prompt.partition(" : ")
+    right = answer(prompt)
+    if task == "count":
+        return [NUMBERS[NUMBERS.index(right[0]) + rng.choice((-1, 1))]]
+    i = rng.integers(len(right))
+    kind = rng.integers(4) if task == "copy" else 0
+    if kind == 1:
+        return right[:i] + right[i + 1 :]
+    if kind == 2:
+        return right[: i + 1] + right[i:]
+    pool = tuple(OPPOSITE) if task == "opposite" else THINGS
+    if len(right) == 1:  # the mistake that a reader would make: another word of the prompt
+        pool = [w for w in rest.split() if w in pool]
+    wrong = list(right)
+    for j in {i, rng.integers(len(right))}:
+        others = [w for w in pool if w not in right]
+        wrong[j] = others[rng.integers(len(others))]
+    return wrong
+
+
+def make_response(rng, prompt: str) -> str:
+    """A response of mixed quality: the shares at the top of this file."""
+    u = rng.random()
+    right = u < RIGHT_GOOD + RIGHT_BAD
+    good = u < RIGHT_GOOD or RIGHT_GOOD + RIGHT_BAD <= u < RIGHT_GOOD + RIGHT_BAD + WRONG_GOOD
+    words = " ".join(answer(prompt) if right else corrupt(rng, prompt))
+    return FORMS[0 if good else rng.integers(1, len(FORMS))].replace("{}", words)
+
+
+def heldout(prompt: str) -> bool:
+    """A tenth of all prompts, by a digest of their text: a prompt is on the same side in every data set."""
+    return zlib.crc32(prompt.encode()) % HELDOUT == 0
+
+
+def prompts(rng, split: str):
+    """Endless prompts of one split."""
+    while True:
+        prompt = make_prompt(rng)
+        if heldout(prompt) == (split == "heldout"):
+            yield prompt
+
+
+def world_text(rng, stream) -> str:
+    """A document of the world: tasks with their right answers, or spans and pairs that repeat.
+
+    Text that repeats itself makes copying and look-up appear in a small decoder before it has to use them.
+    """
+    kind = rng.integers(4)
+    if kind == 0:
+        span = " ".join(pick(rng, THINGS + NAMES, 3, 8))
+        return " ".join([f"{span} ."] * 3)
+    if kind == 1:
+        facts = [f"{n} {t} ." for n, t in zip(pick(rng, NAMES, 4, 4), pick(rng, THINGS, 4, 4), strict=True)]
+        return " ".join(" ".join(pick(rng, facts, 4, 4)) for _ in range(3))
+    return "\n".join(f"{prompt} = {' '.join(answer(prompt))} ." for prompt in (next(stream) for _ in range(3)))
+
+
+def english(split: str) -> list[str]:
+    """Paragraphs of the Python language reference, which is on every machine; every tenth topic is held out."""
+    from pydoc_data.topics import topics  # half a megabyte that only this needs
+
+    chosen = [topics[k] for i, k in enumerate(sorted(topics)) if (i % HELDOUT == 0) == (split == "heldout")]
+    return [" ".join(p.split()) for text in chosen for p in text.split("\n\n") if len(p) > 80]
+
+
+def text(rng, split: str, n: int) -> list[dict]:
+    """n documents of the world among paragraphs of English, each of which comes as often as any other (within one)."""
+    stream, real = prompts(rng, split), english(split)
+    docs = [world_text(rng, stream) for _ in range(n)]
+    wanted, order = sum(map(len, docs)) * ENGLISH / (1 - ENGLISH), iter(())
+    while wanted > 0:
+        i = next(order, None)
+        if i is None:
+            order = iter(rng.permutation(len(real)))
+            continue
+        docs.append(real[i])
+        wanted -= len(real[i])
+    return [{"text": docs[i]} for i in rng.permutation(len(docs))]
+
+
+def tokenizer_texts(seed: int) -> list[str]:
+    """What to train this world's tokenizer on: its text, and every word often enough, with and without a space, to be
+    one token."""
+    marks = {mark for form in FORMS for mark in form.split() if not mark.isalpha() and mark != "{}"}
+    words = sorted({*NAMES, *THINGS, *OPPOSITE, *NUMBERS, *TASKS, *COURTESY, *marks})
+    return [row["text"] for row in examples("text", "train", seed)] + [f"{w} {w}" for w in words] * 2000
+
+
+def conversations(rng, split: str, n: int) -> list[dict]:
+    """n conversations of one turn each, of mixed quality."""
+    stream = prompts(rng, split)
+    pairs = [(p, make_response(rng, p)) for p in (next(stream) for _ in range(n))]
+    return [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]} for p, r in pairs]
+
+
+def comparisons(rng, split: str, n: int, noisy: bool) -> list[dict]:
+    """Pairs of responses of differing true score; noisy ones differ by anything and are sometimes flipped.
+
+    The margin is the distance between the true scores, whichever way the label points.
+    """
+    rows, stream = [], prompts(rng, split)
+    while len(rows) < n:
+        prompt = next(stream)
+        a, b = make_response(rng, prompt), make_response(rng, prompt)
+        margin = true_score(prompt, a) - true_score(prompt, b)
+        if margin == 0 or (not noisy and abs(margin) < CLEAN_DIFFERENCE):
+            continue
+        if (margin < 0) != (noisy and rng.random() < FLIPPED):
+            a, b = b, a
+        rows.append(
+            {"prompt": [{"role": "user", "content": prompt}], "chosen": a, "rejected": b, "margin": abs(margin)}
+        )
+    return rows
+
+
+def examples(name: str, split: str, seed: int) -> list[dict]:
+    """The examples of one data set and split ("train", "heldout"), the same for the same seed on any machine."""
+    if name not in SIZES:
+        raise UserError(f"toy/{name}: no such data set{nearest(name, list(SIZES))}")
+    rng = np.random.default_rng([seed, list(SIZES).index(name), split == "heldout"])
+    n = SIZES[name][split == "heldout"]
+    if name == "text":
+        return text(rng, split, n)
+    if name == "conversations":
+        return conversations(rng, split, n)
+    if name == "prompts":
+        stream = prompts(rng, split)
+        return [{"prompt": [{"role": "user", "content": next(stream)}]} for _ in range(n)]
+    return comparisons(rng, split, n, name == "comparisons-noisy")

@@ -1,0 +1,132 @@
+"""Writes the golden checkpoints and logits of this folder: `python tests/golden/make_golden.py` (torch, transformers).
+
+Each case is a tiny random checkpoint as transformers saves it, and what torch computes from it in float32 for two rows
+of tokens: plain, padded on the left and padded on the right. Weights have fan-in scale, and norms and biases are
+random, so that each of them matters. Made with torch 2.13.0 and transformers 5.23.0.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, pad_token_id=0)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
+CASES = {
+    "qwen2": (transformers.Qwen2Config(**SIZE), transformers.Qwen2ForCausalLM),
+    "qwen2_tied": (transformers.Qwen2Config(**SIZE, tie_word_embeddings=True), transformers.Qwen2ForCausalLM),
+    "qwen2_yarn": (transformers.Qwen2Config(**SIZE, rope_parameters=YARN), transformers.Qwen2ForCausalLM),
+    "qwen2_score": (transformers.Qwen2Config(**SIZE, num_labels=1), transformers.Qwen2ForSequenceClassification),
+    "qwen3": (transformers.Qwen3Config(**SIZE, head_dim=16), transformers.Qwen3ForCausalLM),
+    "llama": (transformers.LlamaConfig(**SIZE, rope_parameters=LLAMA3), transformers.LlamaForCausalLM),
+    "llama_linear": (
+        transformers.LlamaConfig(**SIZE, rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=3.0)),
+        transformers.LlamaForCausalLM,
+    ),
+}
+QWEN = dict(architectures=["QWenLMHeadModel"], model_type="qwen", vocab_size=64, hidden_size=32, intermediate_size=80,
+            num_hidden_layers=2, num_attention_heads=4, kv_channels=8, seq_length=64, rotary_emb_base=10000,
+            rotary_pct=1.0, layer_norm_epsilon=1e-6, no_bias=True, tie_word_embeddings=False, use_dynamic_ntk=True,
+            use_logn_attn=True, scale_attn_weights=True, attn_dropout_prob=0.0, emb_dropout_prob=0.0)  # fmt: skip
+LENGTHS = (13, 9)
+
+
+def randomise(named, generator):
+    """Fresh values, representable in bfloat16: the files are half as large and lose nothing."""
+    for name, x in named:
+        noise = torch.randn(x.shape, generator=generator)
+        if x.ndim == 2:
+            noise = noise * x.shape[1] ** -0.5
+        else:
+            noise = 1 + 0.3 * noise if "norm" in name or "ln_" in name else 0.3 * noise
+        x.data.copy_(noise.bfloat16().float())
+
+
+def inputs(generator):
+    """{layout: (tokens[b t], mask[b t])}; "plain" has only full rows."""
+    tokens = torch.randint(1, 64, (2, max(LENGTHS)), generator=generator)
+    right, mask = tokens.clone(), torch.ones_like(tokens)
+    for row, length in enumerate(LENGTHS):
+        right[row, length:], mask[row, length:] = 0, 0
+    left = torch.stack([torch.roll(x, max(LENGTHS) - n) for x, n in zip(right, LENGTHS, strict=True)])
+    return {"plain": (tokens, torch.ones_like(tokens)), "left": (left, left.ne(0).long()), "right": (right, mask)}
+
+
+def qwen_weights():
+    d, f, v = QWEN["hidden_size"], QWEN["intermediate_size"] // 2, QWEN["vocab_size"]
+    weights = {"transformer.wte.weight": (v, d), "transformer.ln_f.weight": (d,), "lm_head.weight": (v, d)}
+    for i in range(QWEN["num_hidden_layers"]):
+        layer = {"attn.c_attn.weight": (3 * d, d), "attn.c_attn.bias": (3 * d,), "attn.c_proj.weight": (d, d),
+                 "mlp.w1.weight": (f, d), "mlp.w2.weight": (f, d), "mlp.c_proj.weight": (d, f), "ln_1.weight": (d,),
+                 "ln_2.weight": (d,)}  # fmt: skip
+        weights |= {f"transformer.h.{i}.{name}": shape for name, shape in layer.items()}
+    return {name: torch.zeros(shape) for name, shape in weights.items()}
+
+
+def qwen_logits(w, tokens, mask, positions):
+    """The report's own Qwen, which transformers has no class for: written from the facts of its architecture."""
+    heads, size = QWEN["num_attention_heads"], QWEN["kv_channels"]
+    angle = positions[..., None].float() * QWEN["rotary_emb_base"] ** (-torch.arange(0, size, 2).float() / size)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]  # a pair is one complex number
+
+    def norm(x, scale):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + QWEN["layer_norm_epsilon"]) * scale
+
+    def rotate(x):
+        z = torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    t = tokens.shape[1]
+    allowed = torch.tril(torch.ones(t, t)).bool() & mask[:, None].bool()
+    x = w["transformer.wte.weight"][tokens]
+    for i in range(QWEN["num_hidden_layers"]):
+        at = {name.split(f".h.{i}.")[1]: x for name, x in w.items() if f".h.{i}." in name}
+        fused = norm(x, at["ln_1.weight"]) @ at["attn.c_attn.weight"].T + at["attn.c_attn.bias"]
+        q, k, v = (y.unflatten(-1, (heads, size)) for y in fused.chunk(3, -1))
+        scores = torch.einsum("bqnh,bknh->bnqk", rotate(q), rotate(k)) / size**0.5
+        weights = scores.masked_fill(~allowed[:, None], -1e30).softmax(-1)
+        x = x + torch.einsum("bnqk,bknh->bqnh", weights, v).flatten(-2) @ at["attn.c_proj.weight"].T
+        y = norm(x, at["ln_2.weight"])
+        up, gate = y @ at["mlp.w1.weight"].T, y @ at["mlp.w2.weight"].T
+        x = x + (up * torch.nn.functional.silu(gate)) @ at["mlp.c_proj.weight"].T
+    return norm(x, w["transformer.ln_f.weight"]) @ w["lm_head.weight"].T
+
+
+def main():
+    for seed, name in enumerate([*CASES, "qwen"]):
+        generator = torch.Generator().manual_seed(seed)
+        folder = HERE / name
+        folder.mkdir(exist_ok=True)
+        if name == "qwen":
+            weights = qwen_weights()
+            randomise(weights.items(), generator)
+            save_file({k: x.bfloat16() for k, x in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(QWEN, indent=1))
+        else:
+            config, kind = CASES[name]
+            model = kind(config).eval()
+            randomise(model.named_parameters(), generator)
+        arrays = {}
+        for layout, (tokens, mask) in inputs(generator).items():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            with torch.no_grad():
+                logits = (qwen_logits(weights, tokens, mask, positions) if name == "qwen" else
+                          model(tokens, attention_mask=mask, position_ids=positions).logits)  # fmt: skip
+            arrays |= {f"{layout}_tokens": tokens.numpy(), f"{layout}_mask": mask.numpy()}
+            arrays[f"{layout}_logits"] = logits.float().numpy()
+        if name != "qwen":
+            # One case stays in float32, so that both types are read. Casting comes last: it rounds RoPE's frequencies.
+            (model if name == "qwen3" else model.to(torch.bfloat16)).save_pretrained(folder)
+            (folder / "generation_config.json").unlink(missing_ok=True)
+        np.savez_compressed(folder / "golden.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Hugging Face checkpoints: bit-exact round trips, and one line that names the fault of a faulty one."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from alignjax import convert
+from alignjax.config import Model, UserError
+from alignjax.models import families, transformer
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+
+
+def head_of(name):
+    return "scalar" if name.endswith("score") else "lm"
+
+
+def same(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_export_gives_the_files_tensors_back(name, dtype, tmp_path):
+    """Every tensor, read by the safetensors library, is the original's bit for bit (qwen3's need float32)."""
+    model, params = convert.load_hf(GOLDEN / name, head_of(name))
+    convert.save_hf(model, params, tmp_path, dtype)
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(GOLDEN / name / "model.safetensors")
+    if head_of(name) == "scalar":
+        assert ours.pop("score.bias").tolist() == [0]
+    assert ours.keys() == theirs.keys()
+    for key, x in theirs.items():
+        assert ours[key].dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+        assert np.array_equal(ours[key].astype(np.float32), x.astype(np.float32)), key
+    again, back = convert.load_hf(tmp_path, head_of(name))
+    assert again == model and same(params, back)
+
+
+def test_float32_is_bit_exact(tmp_path):
+    model = Model(d_model=32, layers=3, vocab_size=50, heads=4, kv_heads=2, head_size=8, d_ff=24)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), "lm"))
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    convert.save_hf(model, params, tmp_path)
+    again, back = convert.load_hf(tmp_path, "lm")
+    assert again == model and same(params, back)
+
+
+def test_shards_hold_what_one_file_holds(tmp_path):
+    model, params = convert.load_hf(GOLDEN / "qwen", "lm")
+    convert.save_hf(model, params, tmp_path, max_shard_bytes=30_000)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 2
+    assert all((tmp_path / file).stat().st_size < 32_000 for file in files)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(x.size for x in jax.tree.leaves(params))
+    assert same(convert.load_hf(tmp_path, "lm")[1], params)
+
+
+def test_scalar_head_from_a_language_model_needs_a_key():
+    with pytest.raises(UserError, match="no tensor score.weight"):
+        convert.load_hf(GOLDEN / "qwen2", "scalar")
+    key = jax.random.key(3)
+    model, params = convert.load_hf(GOLDEN / "qwen2", "scalar", key)
+    fresh = jax.jit(lambda key: transformer.init(model, key, "scalar")["head"])(key)
+    assert same(params["head"], jax.tree.map(np.asarray, fresh)) and params["head"]["kernel"].std() > 0.02
+    assert same(params["layers"], convert.load_hf(GOLDEN / "qwen2", "lm")[1]["layers"])
+
+
+def test_the_reward_shift_survives(tmp_path):
+    model, params = convert.load_hf(GOLDEN / "qwen2_score", "scalar")
+    params["head"]["bias"] = np.float32([-1.25])
+    convert.save_hf(model, params, tmp_path)
+    assert convert.load_hf(tmp_path, "scalar")[1]["head"]["bias"].tolist() == [-1.25]
+
+
+def faulty(tmp_path, name="qwen2", **tensors):
+    """A copy of a golden checkpoint with tensors replaced, added, or (None) left out; "." is spelt "__"."""
+    shutil.copytree(GOLDEN / name, tmp_path, dirs_exist_ok=True)
+    all_tensors = load_file(GOLDEN / name / "model.safetensors")
+    all_tensors |= {key.replace("__", "."): x for key, x in tensors.items()}
+    save_file({key: x for key, x in all_tensors.items() if x is not None}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [({"model__norm__weight": None}, r"there is no tensor model.norm.weight \[32\]"),
+     ({"model__extra": np.zeros(3, np.float32)}, r"tensor model.extra \[3\] has no place"),
+     ({"lm_head__weight": np.zeros((65, 32), np.float32)}, r"lm_head.weight is \[65, 32\], \[64, 32\] wanted"),
+     ({"model__norm__weight": np.zeros(32, np.int8)}, "model.norm.weight is of type I8")],
+)  # fmt: skip
+def test_faulty_tensors_are_named(tensors, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        convert.load_hf(faulty(tmp_path, **tensors), "lm")
+
+
+def test_harmless_extras(tmp_path):
+    embedding = load_file(GOLDEN / "qwen2_tied/model.safetensors")["model.embed_tokens.weight"]
+    convert.load_hf(faulty(tmp_path, "qwen2_tied", lm_head__weight=embedding), "lm")
+    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        convert.load_hf(faulty(tmp_path, "qwen2_tied", lm_head__weight=embedding * 2), "lm")
+    convert.load_hf(faulty(tmp_path, model__layers__0__self_attn__rotary_emb__inv_freq=np.zeros(4, np.float32)), "lm")
+
+
+def test_pickles_and_torn_files_are_refused(tmp_path):
+    faulty(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for cut in (4, 500, len(whole) - 2):
+        (tmp_path / "model.safetensors").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            convert.load_hf(tmp_path, "lm")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no file model.safetensors .pickled"):
+        convert.load_hf(tmp_path, "lm")
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="no file ../elsewhere"):
+        convert.load_hf(tmp_path, "lm")
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [("qwen2", "model_type", "mistral"), ("qwen2", "use_sliding_window", True), ("qwen2", "hidden_act", "gelu"),
+     ("qwen2", "layer_types", ["sliding_attention"]), ("llama", "attention_bias", True), ("llama", "mlp_bias", True),
+     ("qwen3", "attention_bias", True), ("qwen", "no_bias", False), ("qwen", "rotary_pct", 0.5),
+     ("qwen2", "rope_parameters", {"rope_type": "longrope", "factor": 2.0}),
+     ("qwen2", "rope_parameters", {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}),
+     ("qwen2", "num_hidden_layers", None)],
+)  # fmt: skip
+def test_what_we_cannot_run_is_refused_by_name(name, field, value):
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    families.model_from_hf(config)
+    with pytest.raises(UserError, match=rf"config.json: {field}"):
+        families.model_from_hf(config | {field: value})
+
+
+def test_old_configs_say_the_same():
+    """rope_theta and rope_scaling at the top, as before transformers 5."""
+    config = json.loads((GOLDEN / "llama/config.json").read_text())
+    rope = config.pop("rope_parameters")
+    old = config | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    assert families.model_from_hf(old) == convert.load_hf(GOLDEN / "llama", "lm")[0]
+
+
+@pytest.mark.parametrize("name", families.PRESETS)
+def test_presets_survive_their_config(name):
+    preset = families.PRESETS[name]
+    back = families.model_from_hf(families.hf_from_model(preset, "lm"))
+    assert dataclasses.replace(back, dtype=preset.dtype, remat=preset.remat) == preset
+
+
+def test_a_model_outside_its_family_is_not_written(tmp_path):
+    model = Model(family="llama", d_model=32, layers=1, vocab_size=50)  # has qkv_bias
+    with pytest.raises(UserError, match="qkv_bias=True, model.qk_norm=False must be False, False"):
+        convert.save_hf(model, {"head": {}}, tmp_path)

@@ -1,0 +1,297 @@
+"""The embedded world, chat tokens, users' files and batches: by hand-worked numbers, and what must agree or differ."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from alignjax.config import UserError
+from alignjax.data import chat, files, mixture, toy
+
+USER = {"role": "user", "content": "last : red cat box"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return chat.train_tokenizer(toy.tokenizer_texts(0), tmp_path_factory.mktemp("tokenizer"), 1024)
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    return toy.examples("conversations", "heldout", 0)
+
+
+@pytest.mark.parametrize(
+    "prompt, response, score",
+    [
+        ("copy : red cat box", "sure , red cat box .", 1.0),
+        ("copy : red cat box", "red cat box", 0.7),
+        ("copy : red cat box", "um well i guess red cat box maybe", 0.7),
+        ("copy : red cat box", "red cat box red cat box .", 0.7),
+        ("copy : red cat box", "sure , red cat box red cat box .", 0.7),
+        ("copy : red cat box", "sure , red box .", 0.7 * 2 / 3 + 0.3),  # one word dropped
+        ("copy : red cat box", "sure , red cat cat box .", 0.7 * 2 / 3 + 0.3),  # one word doubled
+        ("copy : red cat box", "what ? red sun hat !", 0.7 / 3),  # two words replaced
+        ("find : amy cat . bob box . tom sun . bob", "sure , box .", 1.0),
+        ("find : amy cat . bob box . tom sun . bob", "sure , sun .", 0.3),
+        ("find : amy cat . bob box . tom sun . bob", "sun", 0.0),
+        ("first : red cat box", "sure , red .", 1.0),
+        ("last : red cat box", "sure , box .", 1.0),
+        ("last : red cat box", "sure , box . thanks", 0.0),  # a second word on an answer of one
+        ("count : red cat box", "sure , three .", 1.0),
+        ("opposite : hot big", "sure , cold small .", 1.0),
+        ("opposite : hot big", "sure , cold big .", 0.65),
+        ("opposite : hot big", "Sure, cold small.", 0.35),  # "Sure" is no courtesy of this world; one insertion of two
+        ("write a poem", "sure , red .", 0.0),
+    ],
+)
+def test_true_score_by_hand(prompt, response, score):
+    assert toy.true_score(prompt, response) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["find : amy cat . bob box . bob", "first : red cat box", "count : red cat", "x", ""]
+)
+def test_any_response_has_a_low_score(prompt):
+    """Candidates all listed, the prompt echoed, courtesy alone, garbage: never above a wrong answer well put."""
+    listed = [" ".join(toy.NAMES + toy.THINGS + toy.NUMBERS), "cat box", "red cat box", "one two three", prompt]
+    for words in [*listed, "", " ", "sure , .", "sure", "\n\0\ue000", "{}", ". . .", "猫", "sure , " * 500]:
+        for response in (words, f"sure , {words} ."):
+            assert toy.true_score(prompt, response) <= toy.FORM_WEIGHT
+
+
+def test_ideal_alone_scores_one_and_right_beats_wrong():
+    rng = np.random.default_rng(0)
+    for prompt in {toy.make_prompt(rng) for _ in range(2000)}:
+        assert toy.true_score(prompt, toy.ideal(prompt)) == 1.0
+        right, wrong = " ".join(toy.answer(prompt)), " ".join(toy.corrupt(rng, prompt))
+        for i, form in enumerate(toy.FORMS):
+            well, badly = (toy.true_score(prompt, form.replace("{}", words)) for words in (right, wrong))
+            assert badly < well and (well == 1.0) == (i == 0)
+            assert i == 0 or well == 0.7
+
+
+def test_the_answer_listed_among_candidates_earns_no_rightness():
+    prompt = "find : amy cat . bob box . tom sun . bob"
+    assert toy.true_score(prompt, "sure , cat box sun .") == 0.3
+    assert toy.true_score(prompt, "cat box") == 0.0
+
+
+def test_shares_of_the_conversations(conversations):
+    rows = toy.examples("conversations", "train", 0)
+    scores = np.array([toy.true_score(*(m["content"] for m in row["messages"])) for row in rows])
+    assert abs((scores == 1).mean() - 0.35) < 0.02 and abs((scores == 0.7).mean() - 0.25) < 0.02
+    assert len(rows) == 20000 and len(conversations) == 1000
+
+
+def test_comparisons_agree_with_the_true_score():
+    for name, flips in (("comparisons-clean", 0), ("comparisons-noisy", toy.FLIPPED)):
+        for split in ("train", "heldout"):
+            rows = toy.examples(name, split, 0)
+            gap = np.array([toy.true_score(row["prompt"][0]["content"], row["chosen"])
+                            - toy.true_score(row["prompt"][0]["content"], row["rejected"]) for row in rows])  # fmt: skip
+            np.testing.assert_allclose(np.abs(gap), [row["margin"] for row in rows])
+            assert abs((gap < 0).mean() - flips) < (0.04 if flips else 1e-9)
+            assert np.abs(gap).min() >= (1e-9 if flips else toy.CLEAN_DIFFERENCE)
+
+
+def test_the_splits_share_no_prompt_and_no_english():
+    seen = {"train": set(), "heldout": set()}
+    for name in toy.SIZES:
+        for split, prompts in seen.items():
+            for row in toy.examples(name, split, 0):
+                messages = row.get("prompt") or row.get("messages")
+                lines = [messages[0]["content"]] if messages else [x.split(" = ")[0] for x in row["text"].split("\n")]
+                prompts.update(x for x in lines if messages or x.split(" : ")[0] in toy.TASKS)
+    assert min(map(len, seen.values())) > 1000 and not seen["train"] & seen["heldout"]
+    assert not set(toy.english("train")) & set(toy.english("heldout"))
+
+
+def test_examples_follow_the_seed():
+    for name in ("conversations", "comparisons-clean", "prompts"):
+        assert toy.examples(name, "heldout", 3) == toy.examples(name, "heldout", 3) != toy.examples(name, "heldout", 4)
+    assert toy.examples("prompts", "heldout", 0)[0] == {
+        "prompt": [{"role": "user", "content": "first : jar cat fan blue toy"}]
+    }
+    with pytest.raises(UserError, match="did you mean 'conversations'"):
+        toy.examples("conversation", "train", 0)
+    with pytest.raises(UserError, match="takes comparisons, that is toy/comparisons-noisy or toy/comparisons-clean"):
+        mixture.load("toy/prompts", "comparisons", "train", 0)
+
+
+def test_tokenizer_is_the_same_each_time_and_has_every_word(tokenizer, tmp_path):
+    again = chat.train_tokenizer(toy.tokenizer_texts(0), tmp_path, 1024)
+    assert again.get_vocab() == tokenizer.get_vocab() and len(tokenizer) == 1024
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    for word in (*toy.NAMES, *toy.THINGS, *toy.OPPOSITE, *toy.NUMBERS, *toy.TASKS, *toy.COURTESY):
+        assert len(tokenizer(word)["input_ids"]) == len(tokenizer(" " + word)["input_ids"]) == 1
+    assert [tokenizer.convert_tokens_to_ids(x) for x in (chat.END, chat.PAD)] == [
+        chat.end_token(tokenizer), tokenizer.pad_token_id]  # fmt: skip
+    with pytest.raises(UserError, match="no tokenizer there"):
+        chat.load_tokenizer(tmp_path / "absent")
+
+
+def turns(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+@pytest.mark.parametrize("messages", [
+    turns("copy : red cat", "sure , red cat ."),
+    turns("first : a b", " well\n\n", "last : a b", "sure , b ."),
+    [{"role": "system", "content": "assistant\nbe kind"}, *turns("a", "", "c", "naïve 猫 <b>", "and then ?")],
+])  # fmt: skip
+def test_only_the_assistants_turns_are_trained(tokenizer, messages):
+    tokens, trained = chat.encode_conversation(tokenizer, messages)
+    said = [m["content"] + chat.END for m in messages if m["role"] == "assistant"]
+    assert tokenizer.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "".join(said)
+    assert sum(np.diff([0, *trained]) == 1) == len(said)  # so many runs of trained tokens
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert whole.startswith(tokenizer.decode(tokens)) and trained[-1] == 1
+
+
+def test_mask_agrees_with_the_templates_generation_marks(tokenizer, conversations):
+    rows = [row["messages"] for row in conversations[:200]]
+    theirs = tokenizer.apply_chat_template(rows, return_dict=True, return_assistant_tokens_mask=True)
+    for (tokens, trained), ids, mask in zip(
+        chat.encode_conversations(tokenizer, rows), theirs["input_ids"], theirs["assistant_masks"], strict=True
+    ):
+        assert tokens == ids[: len(tokens)] and trained == mask[: len(tokens)] and not any(mask[len(tokens) :])
+
+
+def test_any_template_that_ends_turns_will_do(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    other = chat.load_tokenizer(tmp_path)
+    other.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '<|endoftext|>' }}{% endfor %}"
+    )
+    tokens, trained = chat.encode_conversation(other, turns("copy : red", "red"))
+    assert chat.end_token(other) == other.pad_token_id != other.eos_token_id
+    assert other.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "red<|endoftext|>"
+    other = chat.load_tokenizer(tmp_path)
+    other.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
+    with pytest.raises(UserError, match="no special token ends"):
+        chat.encode_conversation(other, turns("copy : red", "red"))
+
+
+def test_one_tokenisation_for_training_and_scoring(tokenizer):
+    """Comparison, conversation, and prompt followed by response: the same ids, also where words meet a line's edge."""
+    rows = toy.examples("comparisons-clean", "heldout", 0)[:100]
+    rows.append({"prompt": turns("a", "b", "c"), "chosen": "\n sure", "rejected": "", "margin": 0.5})
+    arrays, dropped = mixture.encode_comparisons(tokenizer, rows, 48)
+    assert dropped == 0 and arrays["margin"][-1] == 0.5
+    for i, row in enumerate(rows):
+        prompt = chat.encode_prompt(tokenizer, row["prompt"])
+        for side, pair in zip(("chosen", "rejected"), chat.encode_comparison(tokenizer, row), strict=True):
+            response = chat.encode_response(tokenizer, row[side])
+            length = arrays[f"{side}_length"][i]
+            assert response[-1] == chat.end_token(tokenizer)
+            assert pair == prompt + response == arrays[side][i, :length].tolist()
+            assert pair == chat.encode_conversation(tokenizer, row["prompt"] + turns("", row[side])[1:])[0]
+            assert not arrays[side][i, length:].any()
+            assert chat.decode_response(tokenizer, response) == row[side]
+
+
+def test_text_windows_by_hand(tokenizer):
+    """Windows of 4 over "cat box sun|hat cup|dog" with | the pad token; a document's first token is no target."""
+    rows = [{"text": t} for t in ("cat box sun", "hat cup", "dog map")]
+    cat, box, sun, hat, cup, dog = (tokenizer(w)["input_ids"][0] for w in ("cat", " box", " sun", "hat", " cup", "dog"))
+    end = tokenizer.pad_token_id
+    arrays, dropped = mixture.encode_text(tokenizer, rows, 4)
+    assert dropped == 0
+    assert arrays["tokens"].tolist() == [[cat, box, sun, end], [hat, cup, end, dog]]
+    assert arrays["segments"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 2]]
+    assert arrays["mask"].tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
+    with pytest.raises(UserError, match="data.max_length=64: the text has only 10 tokens"):
+        mixture.encode_text(tokenizer, rows, 64)
+
+
+def test_fixed_shapes_drop_and_never_cut(tokenizer):
+    rows = [{"prompt": turns("copy : " + "cat " * n)} for n in (9, 1, 2)]
+    lengths = [len(chat.encode_prompt(tokenizer, row["prompt"])) for row in rows]
+    arrays, dropped = mixture.encode_prompts(tokenizer, rows, lengths[2] + 1)
+    assert dropped == 1 and arrays["index"].tolist() == [1, 2] and arrays["lengths"].tolist() == lengths[1:]
+    for ids, n, row in zip(arrays["prompts"], arrays["lengths"], rows[1:], strict=True):
+        assert ids[-n:].tolist() == chat.encode_prompt(tokenizer, row["prompt"]) and not ids[:-n].any()
+    with pytest.raises(UserError, match=f"data.max_length=3: all 3 prompts are longer, the shortest has {lengths[1]}"):
+        mixture.encode_prompts(tokenizer, rows, 3)
+    rows = [{"messages": turns("last : cat", "sure , cat .")}, {"messages": turns("a", "b " * 50)}]
+    arrays, dropped = mixture.encode_conversations(tokenizer, rows, 24)
+    tokens, trained = chat.encode_conversation(tokenizer, rows[0]["messages"])
+    n = len(tokens)
+    assert dropped == 1 and arrays["tokens"][0].tolist() == tokens + [0] * (24 - n)
+    assert arrays["mask"][0].tolist() == trained + [0] * (24 - n)
+    assert arrays["segments"][0].tolist() == [1] * n + [0] * (24 - n)
+
+
+def test_batches_visit_each_row_once_an_epoch():
+    rows = {"x": np.arange(24), "y": np.arange(24) * 2}
+    batches = mixture.Batches(rows, 8, seed=1)
+    got = [batches.get(step) for step in range(6)]
+    epochs = [np.concatenate([g["x"] for g in got[i : i + 3]]) for i in (0, 3)]
+    assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
+    assert list(epochs[0]) != list(epochs[1]) and list(epochs[0]) != list(range(24))
+    assert all((g["y"] == 2 * g["x"]).all() for g in got)
+    again = mixture.Batches(rows, 8, seed=1)
+    assert all((again.get(step)["x"] == got[step]["x"]).all() for step in (5, 0, 3))  # any order: the step is all
+    assert (mixture.Batches(rows, 8, seed=2).get(0)["x"] != got[0]["x"]).any()
+
+
+def test_batches_do_not_depend_on_the_processes():
+    rows = {"x": np.arange(50)}
+    for step in (0, 6, 13):  # across an epoch's end too
+        whole = mixture.Batches(rows, 8, 5, 0, 1).get(step)["x"]
+        for count in (2, 4):
+            parts = [mixture.Batches(rows, 8, 5, i, count).get(step)["x"] for i in range(count)]
+            assert (np.concatenate(parts) == whole).all()
+    with pytest.raises(UserError, match="data.batch=8 must be a multiple of the 3 processes"):
+        mixture.Batches(rows, 8, 5, 0, 3)
+
+
+def test_in_order_marks_what_it_filled_up():
+    got = list(mixture.in_order({"x": np.arange(5)}, 3))
+    assert [g["x"].tolist() for g in got] == [[0, 1, 2], [3, 4, 0]]
+    assert [g["real"].tolist() for g in got] == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_files_are_read_as_the_world_is(tmp_path):
+    row = {"prompt": "hi", "chosen": "a", "rejected": "b", "note": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps({**row, "prompt": turns("x", "y", "z"), "margin": 2}))
+    assert mixture.load(str(tmp_path / "*.jsonl*"), "comparisons", "train", 0) == [
+        {"prompt": turns("hi"), "chosen": "a", "rejected": "b", "margin": 0.0},
+        {"prompt": turns("x", "y", "z"), "chosen": "a", "rejected": "b", "margin": 2.0},
+    ]
+
+
+@pytest.mark.parametrize("kind, line, message", [
+    ("text", '{"text": "a"', "not JSON"),
+    ("text", '["a"]', r'an object wanted, list found: \["a"\]'),
+    ("text", '{"test": "a"}', "text need a field 'text'; did you mean 'test'"),
+    ("text", '{"text": 3}', "text: text wanted, int found: 3"),
+    ("prompts", '{"prompt": []}', r"prompt: text or a list of messages wanted, list found: \[\]"),
+    ("prompts", '{"prompt": [{"role": "user"}]}', r"prompt\[0\]: an object with content as text wanted, dict found"),
+    ("conversations", '{"messages": "a"}', 'messages: a list of messages wanted, str found: "a"'),
+    ("conversations", '{"messages": [{"role": "user", "content": "a"}]}', "role assistant wanted, the roles found are user"),
+    ("comparisons", '{"prompt": "a", "chosen": "b"}', "comparisons need a field 'rejected'"),
+    ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": null}', "rejected: text wanted, NoneType found: null"),
+    ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}', 'margin: a number wanted, str found: "1"'),
+    ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "margin: a number wanted, float found"),
+])  # fmt: skip
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, line, message):
+    good = {"text": "a", "prompt": "a", "messages": turns("a", "b"), "chosen": "b", "rejected": "c"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{message}"):
+        files.read(path, kind)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "plain.jsonl.gz").write_text("{}")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
+    for name, message in (("none.jsonl", "no such file"), ("empty.jsonl", "empty"), ("plain.jsonl.gz", "JSON lines"),
+                          ("latin.jsonl", "UTF-8")):  # fmt: skip
+        with pytest.raises(UserError, match=f"{name}.*{message}"):
+            files.read(tmp_path / name, "text")

@@ -1,0 +1,309 @@
+"""The decoder against torch (golden files and, where torch is installed, live), and the identities it must keep."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from alignjax import convert, sharding
+from alignjax.config import Mesh, Model, UserError
+from alignjax.models import families, transformer
+from alignjax.models.attention import attention
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+LM = [name for name in CASES if name != "qwen2_score"]
+DIFFERENT = ["llama", "qwen", "qwen3"]  # the others differ from these in RoPE and tying only
+apply = jax.jit(transformer.apply, static_argnums=0)
+TINY = Model(vocab_size=97, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=40)
+
+
+def golden(name):
+    head = "scalar" if name == "qwen2_score" else "lm"
+    return *convert.load_hf(GOLDEN / name, head), np.load(GOLDEN / name / "golden.npz")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens, positions, segments):
+    hidden, _ = transformer.apply(model, params, tokens, positions, segments)
+    return transformer.logits(model, params, hidden)
+
+
+def run(model, params, tokens, segments, positions=None):
+    """logits[b t v] of one pass; positions count the real tokens unless given."""
+    if positions is None:
+        positions = np.maximum(np.cumsum(np.asarray(segments) > 0, axis=1) - 1, 0)
+    return np.asarray(forward(model, params, tokens, positions, segments))
+
+
+def error(ours, theirs):
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def words(seed, *shape):
+    return np.random.default_rng(seed).integers(1, 96, shape)
+
+
+def tiny(seed=0, head="lm", **changes):
+    """A small model with random parameters, norms and biases too; by numpy, as `init` is slow to compile."""
+    model = dataclasses.replace(TINY, **changes)
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
+    draw = lambda path, x: rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)  # noqa: E731
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def test_golden_files_are_all_there():
+    assert CASES == ["llama", "llama_linear", "qwen", "qwen2", "qwen2_score", "qwen2_tied", "qwen2_yarn", "qwen3"]
+
+
+@pytest.mark.parametrize("layout", ["plain", "left", "right"])
+@pytest.mark.parametrize("name", LM)
+def test_logits_are_torchs(name, layout):
+    model, params, data = golden(name)
+    tokens, mask, theirs = (data[f"{layout}_{part}"] for part in ("tokens", "mask", "logits"))
+    ours = run(model, params, tokens, mask)
+    assert error(ours[mask > 0], theirs[mask > 0]) < 2e-5
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_packed_rows_give_torchs_logits(name):
+    """Both rows of the golden file in one row, one behind the other."""
+    model, params, data = golden(name)
+    tokens, theirs = data["plain_tokens"], data["plain_logits"]
+    t = tokens.shape[1]
+    segments = np.repeat([[1, 2]], t, axis=1)
+    positions = np.tile(np.arange(t), (1, 2))
+    ours = run(model, params, tokens.reshape(1, -1), segments, positions)
+    assert error(ours.reshape(theirs.shape), theirs) < 2e-5
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_decoding_gives_torchs_logits(name):
+    """Prefill of the left-padded first six slots, then one token at a time."""
+    model, params, data = golden(name)
+    tokens, mask, theirs = (jnp.asarray(data[f"left_{part}"]) for part in ("tokens", "mask", "logits"))
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+
+    @jax.jit
+    def step(tokens, positions, segments, cache):
+        hidden, cache = transformer.apply(model, params, tokens, positions, segments, cache)
+        return transformer.logits(model, params, hidden), cache
+
+    cache = transformer.init_cache(model, 2, tokens.shape[1] + 2)
+    pieces = []
+    for i, j in [(0, 6), *((i, i + 1) for i in range(6, tokens.shape[1]))]:
+        logits, cache = step(tokens[:, i:j], positions[:, i:j], mask[:, i:j], cache)
+        pieces.append(logits)
+    ours = np.concatenate(pieces, axis=1)
+    assert int(cache["filled"]) == tokens.shape[1]
+    assert error(ours[mask > 0], np.asarray(theirs)[mask > 0]) < 2e-5
+
+
+def test_scores_are_torchs():
+    """transformers reads a classifier's score at the last token that is not padding."""
+    model, params, data = golden("qwen2_score")
+    for layout, last in (("plain", [12, 12]), ("left", [12, 12]), ("right", [12, 8])):
+        tokens, mask = data[f"{layout}_tokens"], data[f"{layout}_mask"]
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        hidden, _ = apply(model, params, tokens, positions, mask)
+        ours = np.asarray(transformer.scalar(params, hidden))[[0, 1], last]
+        assert error(ours, data[f"{layout}_logits"][:, 0]) < 2e-5
+    params["head"]["bias"] = params["head"]["bias"] + 2.5
+    assert np.allclose(np.asarray(transformer.scalar(params, hidden))[[0, 1], last] - ours, 2.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pads", [0, 3, 7])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(pads, side):
+    model, params = tiny()
+    tokens = words(2, 2, 9)
+    widths = ((0, 0), (pads, 0) if side == "left" else (0, pads))
+    segments = np.pad(np.ones_like(tokens), widths)
+    ours = run(model, params, np.pad(tokens, widths, constant_values=5), segments)
+    alone = run(model, params, tokens, np.ones_like(tokens))
+    assert error(ours[segments > 0].reshape(alone.shape), alone) < 2e-6
+    assert np.isfinite(ours).all()
+
+
+def test_packed_is_unpacked_in_values_and_gradients():
+    """Two sequences and pads in a row of 15 against the two on their own."""
+    model, params = tiny()
+    tokens, segments = words(3, 1, 15), np.repeat([1, 2, 0], 5)[None]
+    positions = np.tile(np.arange(5), (1, 3))
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def grad(params, tokens, positions, segments):
+        logits = forward(model, params, tokens, positions, segments)
+        return jnp.sum(jnp.sin(logits) * (segments > 0)[..., None]), logits
+
+    packed, logits = grad(params, tokens, positions, segments)
+    one, two = (grad(params, x, positions[:, :5], np.ones((1, 5), int)) for x in (tokens[:, :5], tokens[:, 5:10]))
+    assert error(logits[:, :5], one[1]) < 2e-6 and error(logits[:, 5:10], two[1]) < 2e-6
+    unpacked = jax.tree.map(jnp.add, one[0], two[0])
+    assert max(jax.tree.leaves(jax.tree.map(error, packed, unpacked))) < 2e-5
+
+
+def test_a_row_of_pads_has_finite_gradients():
+    model, params = tiny()
+    tokens, segments = np.zeros((2, 5), int), np.asarray([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+
+    def loss(params):
+        hidden, _ = transformer.apply(model, params, tokens, np.zeros_like(tokens), segments)
+        return jnp.sum(hidden**2)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def test_attention_is_a_loop():
+    """Against the definition, one query head at a time, with grouped keys."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 5, n, 8)).astype(np.float32) for n in (4, 2, 2))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
+    ours = np.asarray(attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask))
+    for b in range(2):
+        for n in range(4):
+            for t in range(5):
+                scores = k[b, : t + 1, n // 2] @ q[b, t, n] / np.sqrt(8)
+                weights = np.exp(scores) / np.exp(scores).sum()
+                assert np.allclose(ours[b, t, n], weights @ v[b, : t + 1, n // 2], atol=2e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="it is refused where there is no GPU")
+def test_cudnn_without_a_gpu_is_refused():
+    model, params = tiny(attention="cudnn", dtype="bfloat16")
+    with pytest.raises(UserError, match="model.attention='cudnn' needs a GPU"):
+        run(model, params, np.ones((1, 3), int), np.ones((1, 3), int))
+
+
+def test_remat_policies_give_one_gradient():
+    grads = {}
+    for remat in ("nothing", "everything", "dots"):
+        model, params = tiny(remat=remat)
+        tokens = words(4, 2, 9)
+        grads[remat] = jax.jit(jax.grad(lambda p: run_sum(model, p, tokens)))(params)  # noqa: B023
+    for remat in ("everything", "dots"):
+        assert max(jax.tree.leaves(jax.tree.map(error, grads[remat], grads["nothing"]))) < 1e-5
+
+
+def run_sum(model, params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return jnp.sum(jnp.sin(forward(model, params, tokens, positions, jnp.ones_like(tokens))))
+
+
+INIT = dataclasses.replace(TINY, d_model=64, heads=8, vocab_size=512, d_ff=256)
+
+
+def fresh(key, part="lm"):
+    """All of a language model's parameters, or the scalar head's alone."""
+    return transformer.init(INIT, key, "lm") if part == "lm" else {"head": transformer.init(INIT, key, part)["head"]}
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return {part: jax.jit(fresh, static_argnums=1)(jax.random.key(7), part) for part in ("lm", "scalar")}
+
+
+@pytest.mark.parametrize("part", ["lm", "scalar"])
+def test_init_is_the_same_on_one_and_eight_devices(part, on_one_device):
+    if jax.device_count() < 8:
+        pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    alone, make = on_one_device[part], functools.partial(fresh, part=part)
+    assert len(jax.tree.leaves(alone)[0].sharding.device_set) == 1
+    layout = sharding.param_shardings(jax.eval_shape(make, jax.random.key(7)), sharding.make_mesh(Mesh(2, 2, 2)))
+    spread = jax.jit(make, out_shardings=layout)(jax.random.key(7))
+    assert len(jax.tree.leaves(spread)[0].sharding.device_set) == 8
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, alone, spread)))
+
+
+def test_init_has_fan_in_scale(on_one_device):
+    params, head = on_one_device["lm"], on_one_device["scalar"]["head"]
+    layers = params["layers"]
+    for x, fan_in in ((layers["attention"]["q"]["kernel"], 64), (layers["attention"]["out"]["kernel"], 64),
+                      (layers["mlp"]["down"]["kernel"], 256), (params["head"]["kernel"], 64)):  # fmt: skip
+        assert abs(float(x.std()) * fan_in**0.5 - 1) < 0.05
+        assert x.dtype == jnp.float32
+    assert not np.array_equal(layers["mlp"]["up"]["kernel"][0], layers["mlp"]["up"]["kernel"][1])
+    assert (layers["norm1"]["scale"] == 1).all() and (layers["attention"]["q"]["bias"] == 0).all()
+    assert head["bias"].tolist() == [0.0] and head["kernel"].shape == (64, 1)
+    assert abs(float(head["kernel"].std()) * 65 - 1) < 0.3
+
+
+def test_a_mesh_changes_no_logits():
+    if jax.device_count() < 8:
+        pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    model, params = tiny(vocab_size=96, remat="everything")
+    tokens = words(5, 8, 9)
+    grad = jax.jit(jax.value_and_grad(lambda params, tokens: run_sum(model, params, tokens)))
+    value, grads = grad(params, tokens)
+    mesh = sharding.make_mesh(Mesh(2, 2, 2))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, sharding.param_shardings(params, mesh))
+        rows = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"))))
+        mesh_value, mesh_grads = grad(spread, rows)
+    assert abs(mesh_value - value) < 1e-4 * abs(value)
+    assert (
+        max(jax.tree.leaves(jax.tree.map(lambda a, b: error(np.asarray(a), np.asarray(b)), mesh_grads, grads))) < 1e-4
+    )
+
+
+def test_logits_are_float32_in_bfloat16():
+    """bfloat16 keeps 8 bits: hidden states differ by about a hundredth, and logits are summed in float32."""
+    model, params = tiny()
+    half = dataclasses.replace(model, dtype="bfloat16")
+    tokens = words(6, 2, 9)
+    ours = run(half, params, tokens, np.ones_like(tokens))
+    assert ours.dtype == np.float32
+    assert 1e-5 < error(ours, run(model, params, tokens, np.ones_like(tokens))) < 0.05
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("qwen-1.8b", 1_836_828_672), ("qwen-7b", 7_721_324_544), ("qwen-14b", 14_167_290_880),
+     ("qwen2.5-0.5b", 494_032_768), ("qwen2.5-7b", 7_615_616_512), ("qwen3-0.6b", 596_049_920),
+     ("llama3-8b", 8_030_261_248)],
+)  # fmt: skip
+def test_presets_have_as_many_parameters_as_the_released_models(name, count):
+    tree = jax.eval_shape(lambda: transformer.init(families.PRESETS[name], jax.random.key(0), "lm"))
+    assert sum(x.size for x in jax.tree.leaves(tree)) == count
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("scaling", ["", "linear", "llama3", "yarn"])
+def test_transformers_reads_what_we_write(family, scaling, tmp_path):
+    """Live: our random model, exported, gives the same logits in torch."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    bias, norm = families.SHAPES[family]
+    fast = 32.0 if scaling == "yarn" else 4.0
+    model, params = tiny(family=family, qkv_bias=bias, qk_norm=norm, tied=scaling == "", rope_scaling=scaling,
+                         rope_factor=4.0, rope_high_factor=fast, rope_original_length=16)  # fmt: skip
+    convert.save_hf(model, params, tmp_path)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokens = words(8, 2, 40)
+    with torch.no_grad():
+        logits = theirs.float().eval()(torch.tensor(tokens)).logits.numpy()
+    assert error(run(model, params, tokens, np.ones_like(tokens)), logits) < 2e-5
+
+
+def test_transformers_reads_our_reward_model(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    _, params = tiny(head="scalar")
+    params["head"]["bias"][:] = 0  # which transformers would not read
+    convert.save_hf(TINY, params, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).float().eval()
+    tokens = words(8, 1, 12)
+    with torch.no_grad():
+        score = theirs(torch.tensor(tokens)).logits.numpy()
+    hidden, _ = apply(TINY, params, tokens, np.arange(12)[None], np.ones_like(tokens))
+    assert error(np.asarray(transformer.scalar(params, hidden))[:, -1:], score) < 2e-5
