@@ -63,11 +63,6 @@ class Checkpoints:
         self.manager.close()
 
 
-def abstract(tree, shardings):
-    """Shapes and types of `tree`, with shardings, as `restore` takes them."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
 def restore_role(workdir: Path, item: str, shapes):
     """One role's parameters from the newest checkpoint of a finished run."""
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=None)

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import json
 import runpy
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,18 +60,19 @@ class Optimiser:
 class Data:
     """Where examples come from: "toy/NAME" is the embedded world, anything else a path to JSON lines."""
 
+    kind: str = "text"  # lm: text, conversations; ranking: comparisons; ppo: prompts
     train: str = "toy/text"
-    heldout: str = "toy/text"
+    heldout: str = "toy/text"  # for ranking, several may be named, with commas between
     batch: int = 64  # examples (pairs, prompts) in one optimiser step (in one rollout, for PPO)
     max_length: int = 64  # tokens of an example; longer ones are dropped and counted, never cut
-    examples: int = 0  # how many of the training examples to use; 0 is all of them
+    examples: int = 0  # how many examples of each data set to use; 0 is all of them
 
 
 @dataclass
 class Ranking:
     margin: bool = False  # subtract the comparison's margin from the score difference
     centring: float = 0.0  # coefficient of (score_chosen + score_rejected)^2
-    shift: bool = False  # after training, move the head's bias so that demonstrations score 0 on average
+    demonstrations: str = ""  # conversations whose mean score a shift of the head's bias brings to 0 after training
 
 
 @dataclass
@@ -93,8 +93,9 @@ class PPO:
     value_warmup_steps: int = 50  # the first updates, which touch only the value model
     normalise_scores: str = "mean"  # by running statistics: none, mean, mean_std
     whiten_advantages: bool = True
-    truncated_score: float = -1.0  # takes the place of the score of a response that did not end
-    pretrain_data: str = "toy/text"
+    truncated_score: float = -1.0  # takes the place of the (raw) score of a response that did not end
+    pretrain_data: str = "toy/text"  # cut in windows of data.max_length + response_length tokens
+    pretrain_heldout: str = "toy/text"  # where the alignment tax is read, before and after; "" is nowhere
     pretrain_coef: float = 0.0
     pretrain_ratio: float = 0.0  # pretraining sequences for each response
 
@@ -127,6 +128,7 @@ class Config:
 
 
 ROLES = {"lm": {"model"}, "ranking": {"model"}, "ppo": {"policy", "reference", "value", "reward"}}
+KINDS = {"lm": ("text", "conversations"), "ranking": ("comparisons",), "ppo": ("prompts",)}
 CHOICES = {
     "stage": tuple(ROLES),
     "model.family": ("qwen", "qwen2", "qwen3", "llama"),
@@ -219,6 +221,8 @@ def check(config: Config) -> None:
          f"data.max_length={config.data.max_length} is over model.max_length={m.max_length}")  # fmt: skip
     roles = ROLES[config.stage]
     rule(set(config.parents) <= roles, f"parents={sorted(config.parents)} must be among {sorted(roles)} for {config.stage}")
+    kinds = KINDS[config.stage]
+    rule(config.data.kind in kinds, f"data.kind={config.data.kind!r} must be one of {kinds} for stage={config.stage!r}")
     minibatch = config.data.batch
     if config.stage == "ppo":
         rule(set(config.parents) == roles, f"parents={sorted(config.parents)} must be {sorted(roles)} for ppo")
@@ -264,11 +268,6 @@ def nearest(name: str, known) -> str:
     """"; did you mean ...?" for the closest of `known`, or a list of them."""
     close = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(map(repr, known))}"
-
-
-def as_namespace(stored: dict) -> types.SimpleNamespace:
-    """A stored config's flat fields, for reading."""
-    return types.SimpleNamespace(**{k.replace(".", "_"): v for k, v in stored.items()})
 
 
 def model_from_json(stored: dict) -> Model:

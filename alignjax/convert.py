@@ -13,6 +13,7 @@ import numpy as np
 
 from alignjax.config import Model, UserError
 from alignjax.models import families, transformer
+from alignjax.sharding import path_name
 
 # safetensors' names of the types that weights come in. Its own numpy reader and writer hold whole files in memory.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -210,10 +211,6 @@ def write_tensors(path: Path, header: dict, tensors) -> int:
         for tensor, (kind, _) in zip(tensors, header.values(), strict=True):
             file.write(np.ascontiguousarray(tensor, DTYPES[kind]).view(np.uint8).data)
     return offset
-
-
-def path_name(path) -> str:
-    return "/".join(str(part.key) for part in path)
 
 
 def nest(flat: dict) -> dict:

@@ -6,6 +6,7 @@ Letters: b batch, t tokens, r response tokens, p prompt tokens, d model, v vocab
 import jax
 import jax.numpy as jnp
 
+from alignjax.config import UserError
 from alignjax.models import transformer
 
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
@@ -68,3 +69,24 @@ def score(model, params, tokens, segments):
     hidden, _ = transformer.apply(model, params, tokens, positions(segments), segments)
     last = tokens.shape[1] - 1 - jnp.argmax(jnp.flip(segments > 0, axis=1), axis=1)
     return transformer.scalar(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+
+
+def pads_in_front(tokens, segments):
+    """Each row of tokens[b t], segments[b t] turned until what is behind its last real token stands in front."""
+    t = tokens.shape[1]
+    behind = jnp.argmax(jnp.flip(segments > 0, axis=1), axis=1)
+    turned = (jnp.arange(t) - behind[:, None]) % t
+    return jnp.take_along_axis(tokens, turned, axis=1), jnp.take_along_axis(segments, turned, axis=1)
+
+
+def check_padding(score_fn, tokens, segments, dtype: str) -> None:
+    """Stop a run whose scores (score_fn(tokens, segments) -> [b]) change with the place of the pads."""
+    moved = score_fn(*pads_in_front(tokens, segments))
+    check("the largest change of a score as pads move", jnp.abs(moved - score_fn(tokens, segments)).max(), dtype)
+
+
+def check(what: str, figure, dtype: str) -> None:
+    """Stop a run in which a figure that must be 0 is not, to the rounding of `dtype`."""
+    figure, limit = float(figure), {"float32": 1e-4, "bfloat16": 0.1}[dtype]
+    if not figure <= limit:
+        raise UserError(f"self-check at step 0: {what} is {figure:.3g}, not 0 (to {limit:g} in {dtype}); stopped")

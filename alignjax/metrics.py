@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ class Log:
 
     def __init__(self, workdir: Path, name: str, start: int, steps: int, shown: tuple[str, ...]):
         """Lines of steps from `start` on, written by a run that was cut off after its last checkpoint, are dropped."""
-        self.name, self.shown, self.pending, self.last_time = name, shown, None, None
+        self.name, self.shown, self.pending, self.last_time = name, shown, None, time.perf_counter()
         self.main = jax.process_index() == 0
         if not self.main:
             return
@@ -35,29 +34,34 @@ class Log:
         self.bar = tqdm(total=steps, initial=start, desc=f"{name:>4}", unit="step", dynamic_ncols=True,
                         file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
 
-    def write(self, step: int, metrics: dict, samples=None) -> None:
-        """Take step `step`'s metrics (device scalars) and samples (a function that gives rows); write the step before's."""
+    def write(self, step: int, metrics: dict, late) -> None:
+        """Take a step's metrics (device scalars) and late() -> (more metrics, rows of samples); write the step before's."""
         self.flush()
-        self.pending = (step, metrics, samples)
+        self.pending = (step, metrics, late)
 
     def flush(self) -> None:
         """Write what is pending. Raises UserError at a figure that is not finite."""
         if self.pending is None:
             return
-        (step, metrics, samples), self.pending = self.pending, None
+        (step, metrics, late), self.pending = self.pending, None
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         bad = [k for k, v in metrics.items() if not math.isfinite(v)]
         if bad:
             raise UserError(f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; stopped, the last checkpoint is whole")
+        more, samples = late()
         if not self.main:
             return
+        metrics |= more
         now = time.perf_counter()
-        seconds, self.last_time = (now - self.last_time if self.last_time else 0.0), now
+        timing = {"seconds": round(now - self.last_time, 4)}
+        if "episode" in metrics:
+            timing["eps"] = round(metrics["episode"] / (step + 1) / timing["seconds"], 2)
+        self.last_time = now
         self.line("metrics", {"step": step, **metrics})
-        self.line("timing", {"step": step, "seconds": round(seconds, 4)})
-        for row in samples() if samples else ():
+        self.line("timing", {"step": step, **timing})
+        for row in samples:
             self.line("samples", {"step": step, **row})
-        for key, value in {**metrics, "time/step": seconds}.items():
+        for key, value in {**metrics, **timing}.items():
             self.board.add_scalar(key, value, step)
         self.bar.update(1)
         self.bar.set_postfix({k.split("/")[-1]: f"{metrics[k]:.3g}" for k in self.shown if k in metrics}, refresh=False)
@@ -95,8 +99,3 @@ def table(title: str, rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     rule = "-" * max(len(title), width + 2 + max(len(value) for _, value in rows))
     return "\n".join([title, rule, *(f"{name:<{width}}  {value}" for name, value in rows), rule])
-
-
-def mean_of(rows: list[dict]) -> dict[str, float]:
-    """The mean of each figure over rows of equal weight."""
-    return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}

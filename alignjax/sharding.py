@@ -4,6 +4,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,8 +22,8 @@ TABLE = (
     (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [l d f]
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [l f d]
     (r"(norm|norm1|norm2|q_norm|k_norm)/scale$", P()),
-    (r"^head/kernel$", P("fsdp", "tensor")),  # [d v], or [d 1] of a scalar head
-    (r"^head/bias$", P()),
+    (r"(^|/)head/kernel$", P("fsdp", "tensor")),  # [d v], or [d 1] of a scalar head
+    (r"(^|/)head/bias$", P()),
 )
 
 
@@ -43,14 +44,39 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def constrain(tree):
+    """Inside jit: the rows of each array over data and fsdp, where a mesh is set and they divide.
+
+    GSPMD would else replicate what comes out of an embedding or a gather.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "fsdp" not in mesh.axis_names:
+        return tree
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, BATCH) if x.shape[0] % shards == 0 else x, tree)
+
+
+def on_host(x) -> np.ndarray:
+    """The whole of a global array, in every process."""
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x)
+
+
+def abstract(tree, mesh):
+    """Shapes and types of parameters or optimiser state, with their shardings: what a restore takes."""
+    shardings = param_shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
 def param_shardings(params, mesh):
-    """The sharding of each parameter (of arrays or shapes); a path without a row in TABLE is an error.
+    """The sharding of each parameter or optimiser state (arrays or shapes); a path without a row in TABLE is an error.
 
     An axis that does not divide its dimension is dropped for that array (three key-value heads over two devices).
     """
 
     def of(path, x):
         name = path_name(path)
+        if x.ndim == 0:
+            return replicated(mesh)
         row = next((spec for pattern, spec in TABLE if re.search(pattern, name)), None)
         if row is None:
             raise ValueError(f"no row of alignjax.sharding.TABLE matches parameter {name} {x.shape}")

@@ -37,7 +37,7 @@ def read(pattern: str, kind: str) -> list[dict]:
 
 
 def row(line: str, where: str, kind: str) -> dict:
-    """One checked row: the kind's fields, and a margin for comparisons (0 unless given)."""
+    """One checked row: the kind's fields, a margin for comparisons (0 unless given), and where it stands."""
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -62,7 +62,7 @@ def row(line: str, where: str, kind: str) -> dict:
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
             raise UserError(f"{where}: margin: a number wanted, {found(margin)}")
         out["margin"] = float(margin)
-    return out
+    return out | {"where": where}
 
 
 def messages(value, where: str, text: bool) -> list[dict]:

@@ -4,18 +4,18 @@ import grain.python as grain
 import jax
 import numpy as np
 
-from alignjax.config import UserError
+from alignjax.config import Config, UserError
 from alignjax.data import chat, files, toy
 
 
-def load(source: str, kind: str, split: str, seed: int) -> list[dict]:
-    """Examples of a kind (text, conversations, comparisons, prompts): of the embedded world, or from JSON lines.
+def load(source: str, kind: str, split: str, seed: int, limit: int = 0) -> list[dict]:
+    """All examples (or at most `limit`) of a kind (text, conversations, comparisons, prompts): of the embedded world, or from JSON lines.
 
     The world's comparisons are toy/comparisons-noisy and toy/comparisons-clean. A file has no splits: name two files.
     """
     if not source.startswith("toy/"):
-        return files.read(source, kind)
-    rows = toy.examples(source.removeprefix("toy/"), split, seed)
+        return files.read(source, kind)[: limit or None]
+    rows = toy.examples(source.removeprefix("toy/"), split, seed, limit)
     if not source.startswith(f"toy/{kind}"):
         names = " or ".join(f"toy/{name}" for name in toy.SIZES if name.startswith(kind))
         raise UserError(f"data {source}: this stage takes {kind}, that is {names} or a path")
@@ -38,20 +38,28 @@ class Batches:
         n = len(next(iter(rows.values())))
         self.index = grain.MapDataset.source(range(n)).seed(seed).shuffle().repeat()
 
+    def order(self, step: int) -> np.ndarray:
+        """The numbers of the rows in a step's global batch."""
+        return np.array([self.index[i] for i in range(step * self.batch, (step + 1) * self.batch)])
+
     def get(self, step: int) -> dict:
-        start = step * self.batch + self.first
-        chosen = np.array([self.index[i] for i in range(start, start + self.share)])
+        chosen = self.order(step)[self.first : self.first + self.share]
         return {k: v[chosen] for k, v in self.rows.items()}
 
 
 def in_order(rows: dict, batch: int):
-    """Every row once, in order, in whole batches with real[batch]: the last is filled up with the first row, real 0."""
+    """Every row once, in order: (this process's share of a batch, with `real`; real[batch] of the whole batch).
+
+    The last batch is filled up with the first row, and real is 0 there.
+    """
     n = len(next(iter(rows.values())))
+    share = batch // jax.process_count()
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     for start in range(0, n, batch):
         chosen = np.arange(start, start + batch)
-        yield {k: v[np.where(chosen < n, chosen, 0)] for k, v in rows.items()} | {
-            "real": (chosen < n).astype(np.float32)
-        }
+        real = (chosen < n).astype(np.float32)
+        local = np.where(chosen < n, chosen, 0)[mine]
+        yield {k: v[local] for k, v in rows.items()} | {"real": real[mine]}, real
 
 
 def pad(sequences, length: int, left: bool = False) -> np.ndarray:
@@ -116,12 +124,28 @@ def encode_comparisons(tokenizer, rows: list[dict], length: int) -> tuple[dict, 
 
 
 def encode_prompts(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """prompts[n length], left-padded, lengths[n] and index[n] (the row's number); and the number dropped as too long."""
-    encoded = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])
-    kept, dropped = fitting([len(ids) for ids in encoded], length, "prompts")
-    ids = [encoded[i] for i in kept]
-    return {"prompts": pad(ids, length, left=True), "lengths": lengths_of(ids), "index": kept.astype(np.int32)}, dropped
+    """prompts[n length], left-padded, lengths[n] and index[n] (the row's number). One that is too long is a UserError."""
+    ids = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    lengths = lengths_of(ids)
+    for i in np.flatnonzero(lengths > length)[:1]:
+        raise UserError(f"{rows[i].get('where', f'prompt {i}')}: {lengths[i]} tokens, data.max_length={length}")
+    index = np.arange(len(ids), dtype=np.int32)
+    return {"prompts": pad(ids, length, left=True), "lengths": lengths, "index": index}, 0
 
 
 ENCODERS = {"text": encode_text, "conversations": encode_conversations, "comparisons": encode_comparisons,
             "prompts": encode_prompts}  # fmt: skip
+
+
+def encode(rows: list[dict], kind: str, length: int, tokenizer, say) -> dict:
+    """Rows as arrays of one width; says how many were dropped as longer than that, if any."""
+    arrays, dropped = ENCODERS[kind](tokenizer, rows, length)
+    if dropped:
+        say(f"{dropped} of {len(rows)} {kind} dropped: over {length} tokens")
+    return arrays
+
+
+def dataset(config: Config, source: str, kind: str, split: str, tokenizer, say) -> dict:
+    """The arrays of a data set: `load`, then `encode`."""
+    rows = load(source, kind, split, config.seed, config.data.examples)
+    return encode(rows, kind, config.data.max_length, tokenizer, say)

@@ -33,8 +33,8 @@ ENGLISH = 0.5  # share of the text's characters that is English; it is small, so
 HELDOUT = 10  # one prompt, and one English topic, in so many is held out
 
 # How many examples there are, of train and of heldout; of text, how many documents of the world.
-SIZES = {"text": (32000, 1000), "conversations": (20000, 1000), "comparisons-noisy": (40000, 1000),
-         "comparisons-clean": (1000, 1000), "prompts": (10000, 500)}  # fmt: skip
+SIZES = {"text": (32000, 1000), "conversations": (20000, 1000), "comparisons-noisy": (24000, 1000),
+         "comparisons-clean": (1000, 1000), "prompts": (10000, 400)}  # fmt: skip
 
 
 def pick(rng, pool, low: int, high: int) -> list[str]:
@@ -196,7 +196,7 @@ def tokenizer_texts(seed: int) -> list[str]:
     one token."""
     marks = {mark for form in FORMS for mark in form.split() if not mark.isalpha() and mark != "{}"}
     words = sorted({*NAMES, *THINGS, *OPPOSITE, *NUMBERS, *TASKS, *COURTESY, *marks})
-    return [row["text"] for row in examples("text", "train", seed)] + [f"{w} {w}" for w in words] * 2000
+    return [row["text"] for row in examples("text", "train", seed, 4000)] + [f"{w} {w}" for w in words] * 250
 
 
 def conversations(rng, split: str, n: int) -> list[dict]:
@@ -226,12 +226,16 @@ def comparisons(rng, split: str, n: int, noisy: bool) -> list[dict]:
     return rows
 
 
-def examples(name: str, split: str, seed: int) -> list[dict]:
-    """The examples of one data set and split ("train", "heldout"), the same for the same seed on any machine."""
+def examples(name: str, split: str, seed: int, limit: int = 0) -> list[dict]:
+    """The examples of one data set and split ("train", "heldout"), the same for the same seed on any machine.
+
+    `limit` is how many at most, of text how many documents of the world; 0 is all.
+    """
     if name not in SIZES:
         raise UserError(f"toy/{name}: no such data set{nearest(name, list(SIZES))}")
     rng = np.random.default_rng([seed, list(SIZES).index(name), split == "heldout"])
     n = SIZES[name][split == "heldout"]
+    n = min(limit or n, n)
     if name == "text":
         return text(rng, split, n)
     if name == "conversations":

@@ -12,10 +12,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from alignjax.config import Model
 from alignjax.models.attention import attention
+from alignjax.sharding import constrain
 
 REMAT = {
     "everything": jax.checkpoint_policies.nothing_saveable,
@@ -241,12 +241,3 @@ def rotate(x, rotation):
     cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def constrain(x):
-    """Rows of x[b t d] over data and fsdp, where a mesh with these axes is set (GSPMD would else replicate them)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or "fsdp" not in mesh.axis_names:
-        return x
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"))) if x.shape[0] % shards == 0 else x

@@ -1,0 +1,265 @@
+"""Run a config, its parents first: python -m alignjax.train --config ppo.py [--config.ppo.kl_coef=0.1] [--workdir DIR].
+
+Top to bottom: arguments -> config -> parents -> mesh, tokenizer, stage -> loop -> save -> summary. The same command again
+resumes, to the bit, or says that the run is complete.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from alignjax import checkpoint, metrics, roles, sharding, update
+from alignjax import config as configs
+from alignjax.config import Config, UserError
+from alignjax.data import chat, mixture, toy
+from alignjax.stages import lm, ppo, ranking
+
+STAGES = {"lm": lm.build, "ranking": ranking.build, "ppo": ppo.build}
+
+
+def main(argv=None) -> int:
+    """The exit code: 0, 2 after a mistake of the user's, 128 + the signal after one that stopped the run."""
+    signals = Signals()
+    try:
+        arguments, overrides = parse(argv)
+        start_distributed(arguments.distributed)
+        config = configs.load(arguments.config, overrides)
+        run(config, Path(arguments.workdir or Path("runs") / config.name), overrides, signals)
+    except UserError as error:
+        print(f"alignjax: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"alignjax: {stopped}", file=sys.stderr)
+        return 128 + signals.received
+    return 0
+
+
+def parse(argv):
+    """(arguments, {dotted field: text}) of a command line."""
+    parser = argparse.ArgumentParser(prog="python -m alignjax.train", allow_abbrev=False, description=__doc__,
+                                     epilog="any field of the config: --config.FIELD=VALUE")  # fmt: skip
+    parser.add_argument("--config", required=True, help="NAME.py[:variant], a path or a file of configs/")
+    parser.add_argument("--workdir", help="default: runs/NAME; parents that have to be run go beside it")
+    parser.add_argument("--distributed", nargs="?", const="auto", metavar="HOST:PORT,PROCESSES,INDEX",
+                        help="one process of several; without a value, what the cluster says of itself")  # fmt: skip
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = {}
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            raise UserError(f"{name}: no such argument; a field of the config is set by --config.FIELD=VALUE")
+        if not equals:
+            if not rest:
+                raise UserError(f"{name}: a value is missing")
+            value = rest.pop(0)
+        overrides[name.removeprefix("--config.")] = value
+    return arguments, overrides
+
+
+def start_distributed(value: str | None) -> None:
+    if value == "auto":
+        jax.distributed.initialize()
+    elif value:
+        try:
+            address, count, index = value.split(",")
+            jax.distributed.initialize(address, int(count), int(index))
+        except ValueError:
+            raise UserError(f"--distributed={value}: HOST:PORT,PROCESSES,INDEX wanted") from None
+
+
+class Stopped(Exception):
+    """A signal ended the run after a save."""
+
+
+class Signals:
+    """Remembers SIGTERM or the first SIGINT, so that the loop can save before it stops; a second SIGINT interrupts."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def anywhere(self) -> bool:
+        """Whether any process has got one: all must save together."""
+        if jax.process_count() == 1:
+            return self.received > 0
+        self.received = int(multihost_utils.process_allgather(self.received).max())
+        return self.received > 0
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def run(config: Config, workdir: Path, overrides: dict, signals: Signals) -> None:
+    """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there."""
+    parents = resolve(config, workdir, overrides, signals)
+    claim(config, workdir)
+    summary = workdir / "summary.json"
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        if not summary.exists():
+            shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+            say(f"{config.name}: {config.steps} steps on {mesh.size} {jax.default_backend()} device(s) ({shape}), in {workdir}")
+            tokenizer = tokenizer_of(config, workdir, parents)
+            stage = STAGES[config.stage](config, mesh, parents, tokenizer, say)
+            state = train(config, workdir, stage, signals)
+            say(f"{config.name}: evaluating")
+            figures = stage.evaluate(state)
+            lines = stage.table(figures)
+            rows = map(json.loads, (workdir / "timing.jsonl").read_text().splitlines()) if jax.process_index() == 0 else ()
+            facts = {"name": config.name, "stage": config.stage, "steps": config.steps, "seed": config.seed,
+                     "training_seconds": round(sum(row["seconds"] for row in rows), 1)}  # fmt: skip
+            write(summary, json.dumps(facts | figures | {"table": lines}, indent=1))
+        else:
+            say(f"{config.name}: complete, in {workdir}")
+        found = json.loads(summary.read_text())
+    say(metrics.table(f"{config.name}: {config.steps} steps in {found['training_seconds']:.0f} s", found["table"]))
+
+
+def resolve(config: Config, workdir: Path, overrides: dict, signals: Signals) -> dict[str, Path]:
+    """role -> directory of each parent; a parent that is a config is run, resumed or reused beside `workdir`.
+
+    Such a parent takes its child's seed, mesh and model. A Hugging Face checkpoint gives its child the architecture.
+    """
+    found, asked = {}, {}
+    for role, spec in config.parents.items():
+        if not spec.partition(":")[0].endswith(".py"):
+            found[role] = Path(spec)
+            if not roles.is_run(found[role]):
+                adopt(config, found[role], overrides)
+            elif not (found[role] / "summary.json").exists():
+                raise UserError(f"parents.{role}={spec}: this run is not complete")
+    for role, spec in config.parents.items():
+        if role in found:
+            continue
+        if spec not in asked:
+            parent = configs.load(spec)
+            asked[spec] = workdir.parent / parent.name
+            if asked[spec] == workdir:
+                raise UserError(f"--workdir {workdir}: that is where the parent {spec} goes")
+            parent.seed, parent.mesh, parent.model = config.seed, config.mesh, dataclasses.replace(config.model)
+            if (asked[spec] / "config.json").exists():
+                parent.seed = roles.stored(asked[spec]).get("seed", config.seed)
+            configs.check(parent)
+            say(f"{config.name}: {role} comes from {spec}")
+            run(parent, asked[spec], {}, signals)
+        found[role] = asked[spec]
+    return found
+
+
+def adopt(config: Config, directory: Path, overrides: dict) -> None:
+    """Give the config the architecture of a Hugging Face checkpoint, unless the user asks for another one."""
+    theirs = dataclasses.asdict(roles.architecture(directory))
+    for name, value in theirs.items():
+        if name in roles.RUNTIME:
+            continue
+        mine = getattr(config.model, name)
+        if f"model.{name}" in overrides and mine != value:
+            raise UserError(f"model.{name}={mine!r}, but the parent {directory} has {value!r}")
+        setattr(config.model, name, value)
+    configs.check(config)
+
+
+def claim(config: Config, workdir: Path) -> None:
+    """Write config.json, or see that it is the one asked for: nothing is overwritten. Another mesh may resume a run."""
+    path = workdir / "config.json"
+    if path.exists():
+        differs = configs.difference(config, roles.stored(workdir), ("mesh.", "keep_checkpoints"))
+        if differs:
+            raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write(path, configs.to_json(config))
+    together("claim")
+
+
+def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
+    """The run's own copy of its parents' tokenizer, or one trained on the run's text and kept."""
+    kept = workdir / "tokenizer"
+    sources = {role: path / "tokenizer" if roles.is_run(path) else path for role, path in parents.items()}
+    if jax.process_index() == 0 and not kept.exists():
+        partial = workdir / "tokenizer.partial"
+        if sources:
+            vocabularies = {role: chat.load_tokenizer(path).get_vocab() for role, path in sources.items()}
+            first, *others = vocabularies
+            for role in others:
+                if vocabularies[role] != vocabularies[first]:
+                    raise UserError(f"the tokenizers of parents {sources[first]} ({first}) and {sources[role]} ({role}) differ")
+            chat.load_tokenizer(sources[first]).save_pretrained(partial)
+        else:
+            texts = toy.tokenizer_texts(config.seed)
+            if not config.data.train.startswith("toy/"):
+                rows = mixture.load(config.data.train, config.data.kind, "train", config.seed)
+                if config.data.kind != "text":
+                    raise UserError(f"data.kind={config.data.kind!r}: a tokenizer is trained on text, so name a parent with one")
+                texts = [row["text"] for row in rows]
+            chat.train_tokenizer(texts, partial, config.model.vocab_size)
+        partial.rename(kept)
+    together("tokenizer")
+    tokenizer = chat.load_tokenizer(kept)
+    if len(tokenizer) > config.model.vocab_size:
+        raise UserError(f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {len(tokenizer)} tokens")
+    return tokenizer
+
+
+def train(config: Config, workdir: Path, stage, signals: Signals):
+    """The loop: the state after the last step, which is the last checkpoint."""
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    log = None
+    try:
+        found = checkpoints.restore(update.to_items(stage.shapes), say)
+        first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
+        if found:
+            say(f"{config.name}: goes on from step {first}")
+        log = metrics.Log(workdir, config.name, first, config.steps, stage.shown)
+        for i in range(first, config.steps):
+            state, figures, late = stage.step(state, i)
+            log.write(i, figures, late)
+            last, stop = i + 1 == config.steps, signals.anywhere()
+            if last or stop or (i + 1) % config.checkpoint_every == 0:
+                log.flush()  # stops here at a figure that is not finite, so that no checkpoint holds one
+                state = stage.finish(state) if last else state
+                checkpoints.save(i + 1, update.to_items(state))
+            if stop:
+                checkpoints.close()
+                name = signal.Signals(signals.received).name
+                raise Stopped(f"{name}: {config.name} saved at step {i + 1} of {config.steps}; the same command goes on")
+        return state
+    finally:
+        if log:
+            log.close()
+        checkpoints.close()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file at once or not at all."""
+    if jax.process_index() == 0:
+        partial = path.with_suffix(".partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    together(path.name)
+
+
+def together(name: str) -> None:
+    """Wait for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""Pretraining on the embedded world's text and real English.
+
+python -m alignjax.train --config lm.py
+"""
+
+from alignjax.config import Config, Data, Model, Optimiser
+
+VARIANTS = ("", "tiny")
+
+
+def config(variant: str) -> Config:
+    c = Config(stage="lm", name="lm", steps=900, seed=0)
+    c.model = Model(vocab_size=512, d_model=128, layers=4, heads=4, kv_heads=4, head_size=32, d_ff=256, max_length=96)
+    c.optimiser = Optimiser(learning_rate=2e-3, schedule="cosine", warmup_steps=50)
+    c.data = Data(kind="text", train="toy/text", heldout="toy/text", batch=48, max_length=48)
+    if variant == "tiny":
+        c.name, c.steps, c.checkpoint_every, c.data.batch = "lm-tiny", 4, 2, 8
+        c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=96)
+    return c
+
+

@@ -1,0 +1,16 @@
+"""SFT on the embedded world's conversations of mixed quality; only the assistant's tokens are trained.
+
+python -m alignjax.train --config sft.py
+"""
+
+from alignjax.config import Config, Data, Model, Optimiser
+
+VARIANTS = ("", "tiny")
+
+
+def config(variant: str) -> Config:
+    c = Config(stage="lm", name="sft", steps=300, seed=0, parents={"model": "lm.py"})
+    c.model = Model(vocab_size=512, d_model=128, layers=4, heads=4, kv_heads=4, head_size=32, d_ff=256, max_length=96)
+    c.optimiser = Optimiser(learning_rate=5e-4, schedule="cosine", warmup_steps=20)
+    c.data = Data(kind="conversations", train="toy/conversations", heldout="toy/conversations", batch=48, max_length=44)
+    return c
