@@ -14,8 +14,9 @@ def config(variant: str) -> Config:
     c.optimiser = Optimiser(learning_rate=2e-3, schedule="cosine", warmup_steps=50)
     c.data = Data(kind="text", train="toy/text", heldout="toy/text", batch=48, max_length=48)
     if variant == "tiny":
-        c.name, c.steps, c.checkpoint_every, c.data.batch = "lm-tiny", 4, 2, 8
+        c.name, c.steps, c.checkpoint_every, c.sample_every = "lm-tiny", 4, 2, 2
         c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=96)
+        c.data.batch, c.data.examples = 8, 64
     return c
 
 

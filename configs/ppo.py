@@ -16,4 +16,9 @@ def config(variant: str) -> Config:
     c.value_optimiser = Optimiser(learning_rate=3e-4)
     c.data = Data(kind="prompts", train="toy/prompts", heldout="toy/prompts", batch=32, max_length=28)
     c.ppo = PPO(response_length=16, minibatches=2, pretrain_coef=0.1, pretrain_ratio=0.25)
+    if variant == "tiny":
+        c.name, c.steps, c.checkpoint_every, c.sample_every, c.parents = "ppo-tiny", 4, 2, 2, {role: spec + ":tiny" for role, spec in c.parents.items()}
+        c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=96)
+        c.data.batch, c.data.examples = 8, 64
+        c.ppo.value_warmup_steps = 3
     return c

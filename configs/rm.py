@@ -17,4 +17,8 @@ def config(variant: str) -> Config:
     c.ranking = Ranking(demonstrations="toy/conversations")
     if variant == "no_pmp":
         c.name, c.parents = "rm-no-pmp", {"model": "lm.py"}
+    if variant == "tiny":
+        c.name, c.steps, c.checkpoint_every, c.sample_every, c.parents = "rm-tiny", 4, 2, 2, {"model": "pmp.py:tiny"}
+        c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=96)
+        c.data.batch, c.data.examples = 8, 64
     return c

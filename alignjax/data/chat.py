@@ -6,7 +6,10 @@ token straddles a turn's edge: the ids of a prompt, followed by those of a respo
 
 import functools
 import itertools
+import os
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch, unused here
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -169,7 +169,7 @@ def compiled(config: Config, optimisers: dict, end: int) -> Programs:
         jax.jit(sample),
         jax.jit(functools.partial(make_experience, config)),
         jax.jit(functools.partial(policy_gradients, config)),
-        jax.jit(functools.partial(update.apply_gradients, optimisers["policy"]), donate_argnums=(0, 1)),
+        jax.jit(functools.partial(update.apply_gradients, optimisers["policy"]), donate_argnums=0),
         jax.jit(functools.partial(value_step, config, optimisers["value"]), donate_argnums=0),
         jax.jit(functools.partial(lm.summed_loss, config.model)),
     )
