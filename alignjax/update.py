@@ -99,4 +99,4 @@ def apply_gradients(optimiser, state: TrainState, grads) -> TrainState:
 def update(loss_fn, optimiser, state: TrainState, batch, microbatches: int):
     """One optimiser step on a minibatch -> state, metrics (loss_fn's, and grad_norm before the clip)."""
     grads, metrics = gradients(loss_fn, state.params, batch, microbatches)
-    return apply_gradients(optimiser, state, grads), {**metrics, "grad_norm": optax.global_norm(grads)}
+    return apply_gradients(optimiser, state, grads), {**metrics, "grad_norm": optax.tree.norm(grads)}

@@ -54,7 +54,8 @@ def read(config: Config, params: dict, tokens, segments) -> Reading:
         values = logprobs.response_values(model, params["value"], tokens, segments, p.response_length)
         return Reading(logprob, entropy, reference, values, logprobs.score(model, params["reward"], tokens, segments))
 
-    # The same rows a pass as in an update, so that the policy's log-probabilities are the same numbers there.
+    # The rows of a pass are those of a microbatch of the first epoch, in their order: a matrix product rounds a row
+    # according to its neighbours, and the first ratio is to be 1.
     cut = update.microbatched((tokens, segments), p.minibatches * config.microbatches)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(one, cut))
 
@@ -115,13 +116,13 @@ def policy_gradients(config: Config, params, experience: Experience, rows, text)
     """Gradient of the clipped objective on a minibatch, with the pretraining gradient added if there is text."""
     loss = functools.partial(policy_loss_fn, config)
     grads, metrics = update.gradients(loss, params, minibatch_of(experience, rows), config.microbatches)
-    metrics |= {"policy/grad_norm": optax.global_norm(grads)}
+    metrics |= {"policy/grad_norm": optax.tree.norm(grads)}
     if text is None:
         return grads, metrics
     loss = functools.partial(lm.loss_fn, config.model)
     pretrain, more = update.gradients(loss, params, lm.weighted(text), config.microbatches)
     pretrain = jax.tree.map(lambda x: config.ppo.pretrain_coef * x, pretrain)
-    norm = optax.global_norm(pretrain)
+    norm = optax.tree.norm(pretrain)
     metrics |= {"loss/pretrain_avg": more["loss"], "pretrain/grad_norm": norm,
                 "pretrain/grad_norm_ratio": norm / metrics["policy/grad_norm"]}  # fmt: skip
     return jax.tree.map(jnp.add, grads, pretrain), metrics
@@ -135,14 +136,18 @@ def value_step(config: Config, optimiser, state, experience: Experience, rows):
 
 
 def minibatches(config: Config, step: int):
-    """(number of the update in the run, rows of its minibatch) of a step: a new order of the rows each epoch."""
+    """(number of the update in the run, rows of its minibatch) of a step.
+
+    The first epoch takes every so-many-th row (the prompts come shuffled), each later one a new order of all rows.
+    """
     p = config.ppo
-    rows = config.data.batch * p.samples_per_prompt
+    order = np.arange(config.data.batch * p.samples_per_prompt, dtype=np.int32)
     number = step * p.epochs * p.minibatches
     for epoch in range(p.epochs):
-        order = np.random.default_rng([config.seed, step, epoch]).permutation(rows).astype(np.int32)
-        for part in np.split(order, p.minibatches):
-            yield number, part
+        if epoch:
+            order = np.random.default_rng([config.seed, step, epoch]).permutation(order)
+        for k in range(p.minibatches):
+            yield number, order[k :: p.minibatches]
             number += 1
 
 

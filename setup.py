@@ -1,0 +1,32 @@
+"""pip install -c constraints.txt -e '.[test]'"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="alignjax",
+    version="0.1.0",
+    description="The alignment stage of the Qwen Technical Report in JAX: PMP, reward model, clipped PPO",
+    license="Apache-2.0",
+    packages=find_packages(include=["alignjax", "alignjax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "transformers>=5",
+        "tokenizers",
+        "Jinja2",  # apply_chat_template needs it, and transformers doesn't ask for it
+        "tensorboardX",
+        "tqdm",
+        "numpy",
+        "ml_dtypes",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "test": ["pytest", "pytest-xdist", "ruff", "tensorboardX", "matplotlib"],
+        "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch
+    },
+)

@@ -1,0 +1,284 @@
+"""Whole runs of the tiny chain: what they leave behind, that they resume to the bit, and how they answer mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from alignjax import checkpoint, metrics, train
+from alignjax.stages import lm, ppo, ranking
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = {"lm-tiny": lm, "rm-tiny": ranking, "ppo-tiny": ppo}
+PARENTS = {"lm-tiny": [], "rm-tiny": ["pmp-tiny"], "ppo-tiny": ["sft-tiny", "rm-tiny"]}
+STEPS = 4
+
+
+def command(name, runs, *more):
+    return ["--config", f"{name.removesuffix('-tiny')}.py:tiny", "--workdir", str(runs / name), *more]
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """All five stages, run by one command without interruption; what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    printed, write = [], train.say
+    train.say = printed.append
+    try:
+        assert train.main(command("ppo-tiny", runs)) == 0
+    finally:
+        train.say = write
+    return runs, printed
+
+
+def files_of(run: Path) -> dict:
+    """What must repeat to the bit: metrics, samples, summary (less its seconds), every array of the last checkpoint."""
+    out = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "config.json")}
+    out["summary"] = {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if "seconds" not in k}
+    checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)
+    assert checkpoints.latest() == STEPS
+    items = [p.name for p in (run / "checkpoints" / str(STEPS)).iterdir() if p.is_dir() and p.name != "metrics"]
+    restored = checkpoints.manager.restore(STEPS, args=checkpoint.ocp.args.Composite(
+        **{item: checkpoint.ocp.args.StandardRestore() for item in items}))  # fmt: skip
+    checkpoints.close()
+    for item in items:
+        for path, x in jax.tree_util.tree_leaves_with_path(restored[item]):
+            out[item + jax.tree_util.keystr(path)] = np.asarray(x).tobytes()
+    return out
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def with_parents(name, chain_runs: Path, runs: Path) -> Path:
+    for parent in PARENTS[name]:
+        shutil.copytree(chain_runs / parent, runs / parent)
+    return runs
+
+
+def test_one_command_runs_the_chain_in_order(chain):
+    runs, printed = chain
+    started = [line.split(":")[0] for line in printed if " steps on " in line]
+    assert started == ["lm-tiny", "sft-tiny", "pmp-tiny", "rm-tiny", "ppo-tiny"]
+    assert any("policy comes from sft.py:tiny" in line for line in printed)
+    for run in runs.iterdir():
+        kept = {p.name for p in run.iterdir()}
+        assert kept == {"config.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json", "tensorboard",
+                        "checkpoints", "tokenizer"}  # fmt: skip
+        assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(STEPS))
+        assert list((run / "tensorboard").iterdir())
+        assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [2, 4]
+
+
+def test_metrics_have_the_names_that_dashboards_know(chain):
+    first, *_, last = rows(chain[0] / "ppo-tiny" / "metrics.jsonl")
+    always = {f"objective/{x}" for x in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores", "true_score")}
+    always |= {"loss/value_avg", "val/clipfrac_avg", "val/num_eos_tokens", "episode", "policy/entropy_avg"}
+    assert always <= set(first) and first["episode"] == 16 and last["episode"] == 16 * STEPS
+    updated = {"policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "val/ratio", "val/ratio_var", "lr",
+               "loss/pretrain_avg", "pretrain/grad_norm_ratio"}  # fmt: skip
+    assert updated <= set(last) and not updated & set(first)  # the first update is the value model's alone
+    assert first["objective/kl"] == 0.0
+    (sample, *_) = rows(chain[0] / "ppo-tiny" / "samples.jsonl")
+    assert len(sample["responses"]) == len(sample["score"]) == len(sample["kl"]) == len(sample["true_score"]) == 2
+    assert {"loss", "accuracy", "ties", "margin"} <= set(rows(chain[0] / "rm-tiny" / "metrics.jsonl")[0])
+
+
+def test_demonstrations_score_0_after_rm_and_the_shift_is_kept(chain):
+    summary = json.loads((chain[0] / "rm-tiny" / "summary.json").read_text())
+    assert abs(summary["demonstrations/score"]) < 1e-6 and summary["shift"] != 0
+    read = checkpoint.Checkpoints(chain[0] / "rm-tiny" / "checkpoints", None)
+    bias = read.manager.restore(STEPS)["model"]["head"]["bias"]
+    read.close()
+    assert float(bias[0]) == summary["shift"]
+
+
+def test_the_same_command_again_says_complete(chain, capsys):
+    runs, _ = chain
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
+    assert train.main(command("rm-tiny", runs)) == 0
+    printed = capsys.readouterr().out
+    assert "rm-tiny: complete" in printed and "pmp-tiny: complete" in printed and "held-out accuracy" in printed
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == before
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_in(step, act):
+    """A Log.write that acts when it is handed a step."""
+    write = metrics.Log.write
+
+    def wrapped(self, at, *rest):
+        write(self, at, *rest)
+        if at == step:
+            act()
+
+    return wrapped
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the first step, an exception in the last one, then to the end: all is as if nothing had been."""
+    runs = with_parents(name, chain[0], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Log, "write", crash_in(0, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        assert train.main(command(name, runs)) == 128 + signal.SIGTERM
+    assert f"SIGTERM: {name} saved at step 1 of 4" in capsys.readouterr().err
+
+    def crash():
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Log, "write", crash_in(3, crash))
+        with pytest.raises(Crash):
+            train.main(command(name, runs))
+    assert len(rows(runs / name / "metrics.jsonl")) == 3  # one past the checkpoint: to be dropped and written again
+    assert train.main(command(name, runs)) == 0
+    assert f"{name}: goes on from step 2" in capsys.readouterr().out
+    assert files_of(runs / name) == files_of(chain[0] / name)
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = ["tests", "."]
+import conftest
+from test_train import crash_in
+from alignjax import metrics, train
+metrics.Log.write = crash_in(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+train.main(sys.argv[1:])
+"""
+
+
+def test_resume_is_exact_after_a_sigkill(chain, tmp_path):
+    runs = with_parents("ppo-tiny", chain[0], tmp_path)
+    asked = command("ppo-tiny", runs)
+    killed = subprocess.run([sys.executable, "-c", KILLED, *asked], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (runs / "ppo-tiny" / "summary.json").exists()
+    assert train.main(asked) == 0
+    assert files_of(runs / "ppo-tiny") == files_of(chain[0] / "ppo-tiny")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(chain, tmp_path, capsys):
+    shutil.copytree(chain[0] / "lm-tiny", tmp_path / "lm-tiny")
+    (tmp_path / "lm-tiny" / "summary.json").unlink()
+    for file in (tmp_path / "lm-tiny" / "checkpoints" / "4" / "model").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert train.main(command("lm-tiny", tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "is damaged" in printed and "goes on from step 2" in printed
+    assert files_of(tmp_path / "lm-tiny") == files_of(chain[0] / "lm-tiny")
+
+
+def test_two_processes_give_the_result_of_one(chain, tmp_path):
+    """Of lm and PPO: each process feeds its half of the batch; the mesh spans both."""
+    runs = with_parents("ppo-tiny", chain[0], tmp_path)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    for name in ("lm-tiny", "ppo-tiny"):
+        asked = [sys.executable, "-m", "alignjax.train", *command(name, runs, "--config.mesh.data=2")]
+        port = 20000 + os.getpid() % 20000
+        both = [subprocess.Popen([*asked, f"--distributed=127.0.0.1:{port},2,{i}"], cwd=ROOT, env=environment,
+                                 stderr=subprocess.PIPE, text=True) for i in range(2)]  # fmt: skip
+        for process in both:
+            errors = process.communicate()[1]
+            assert process.returncode == 0, errors
+        for mine, alone in zip(rows(runs / name / "metrics.jsonl"), rows(chain[0] / name / "metrics.jsonl"), strict=True):
+            for key, value in alone.items():
+                assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+        assert (runs / name / "samples.jsonl").exists()
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line on standard error of a command that a mistake stops."""
+    assert train.main(list(arguments)) == 2
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.splitlines() if "step/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith("alignjax: "), printed
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--config", "pro.py"], "did you mean 'ppo.py'"),
+    (["--config", "ppo.py:tiney"], "no variant 'tiney'; did you mean 'tiny'"),
+    (["--config", "ppo.py", "--config.ppo.kl_coeff=0.1"], "ppo.kl_coeff: there is no such field; did you mean 'ppo.kl_coef'"),
+    (["--config", "ppo.py", "--config.ppo.clip=much"], "--config.ppo.clip=much: float wanted, str given"),
+    (["--config", "ppo.py", "--config.ppo.minibatches=7"], "ppo.minibatches=7 must divide"),
+    (["--config", "lm.py", "--config.mesh.tensor=3"], "must make"),
+    (["--config", "lm.py", "--config.steps"], "a value is missing"),
+    (["--config", "lm.py", "--workdirs=x"], "no such argument"),
+    (["--config", "rm.py", "--config.parents.model=nowhere"], "parent nowhere: no config.json there"),
+])  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize("name, lines, message", [
+    ("sft-tiny", ['{"messages": 3}'], r"data.jsonl:1: messages: a list of messages wanted, int found: 3"),
+    ("sft-tiny", [], "data.jsonl: empty"),
+    ("rm-tiny", ['{"prompt": "a", "chosen": "b", "rejected": "c"}', '{"prompt": "a"'], "data.jsonl:2: not JSON"),
+    ("ppo-tiny", ['{"prompt": "a"}', json.dumps({"prompt": "word " * 99})], "data.jsonl:2: "),
+])  # fmt: skip
+def test_a_mistake_in_the_data_names_file_and_line(name, lines, message, chain, tmp_path, capsys):
+    for run in chain[0].iterdir():
+        (tmp_path / run.name).symlink_to(run)
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    more = (f"--config.data.train={tmp_path / 'data.jsonl'}", "--workdir", str(tmp_path / "mine"))
+    assert message in fails(capsys, *command(name, tmp_path), *more)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
+    asked = command("lm-tiny", tmp_path, "--config.optimiser.learning_rate=1e38", "--config.optimiser.warmup_steps=3")
+    line = fails(capsys, *asked)
+    assert "loss is nan at step" in line
+    steps = [int(p.name) for p in (tmp_path / "lm-tiny" / "checkpoints").iterdir()]
+    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / "lm-tiny" / "metrics.jsonl"))
+    assert not (tmp_path / "lm-tiny" / "summary.json").exists() and steps in ([], [2])
+
+
+def test_a_workdir_of_another_config_is_left_alone(chain, capsys):
+    before = files_of(chain[0] / "lm-tiny")
+    line = fails(capsys, *command("lm-tiny", chain[0], "--config.optimiser.learning_rate=0.5"))
+    assert "optimiser.learning_rate: 0.002 -> 0.5" in line and "lm-tiny" in line
+    assert files_of(chain[0] / "lm-tiny") == before
+
+
+def test_a_model_that_differs_from_its_parents_is_refused(chain, tmp_path, capsys):
+    more = (f"--config.parents.model={chain[0] / 'pmp-tiny'}", "--config.model.d_ff=65", "--workdir", str(tmp_path / "x"))
+    line = fails(capsys, *command("rm-tiny", tmp_path), *more)
+    assert "model.d_ff=65, but the parent" in line and "has 64" in line
+
+
+def test_a_run_starts_from_a_hugging_face_checkpoint(chain, tmp_path):
+    """An exported SFT run as a parent: the first step's metrics are those of the run that starts from the run itself."""
+    from alignjax import convert, roles, sharding
+    from alignjax.config import Mesh
+
+    directory = tmp_path / "exported"
+    model = roles.architecture(chain[0] / "lm-tiny")
+    mesh = sharding.make_mesh(Mesh())
+    params = roles.load(model, "lm", mesh, jax.random.key(0), chain[0] / "lm-tiny")
+    convert.save_hf(model, jax.tree.map(np.asarray, params), directory)
+    for file in (chain[0] / "lm-tiny" / "tokenizer").iterdir():
+        shutil.copy(file, directory)
+    assert train.main([*command("sft-tiny", tmp_path), f"--config.parents.model={directory}"]) == 0
+    assert (tmp_path / "sft-tiny" / "metrics.jsonl").read_bytes() == (chain[0] / "sft-tiny" / "metrics.jsonl").read_bytes()
