@@ -105,12 +105,18 @@ def say(text: str) -> None:
 
 def run(config: Config, workdir: Path, overrides: dict, signals: Signals) -> None:
     """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there."""
-    parents = resolve(config, workdir, overrides, signals)
-    claim(config, workdir)
-    summary = workdir / "summary.json"
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        if not summary.exists():
+    adopt(config, overrides)
+    compare(config, workdir)
+    summary = workdir / "summary.json"
+    if summary.exists():
+        say(f"{config.name}: complete, in {workdir}")
+    else:
+        parents = resolve(config, workdir, signals)
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+        write(workdir / "config.json", configs.to_json(config))
+        with jax.set_mesh(mesh):
             shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             say(f"{config.name}: {config.steps} steps on {mesh.size} {jax.default_backend()} device(s) ({shape}), in {workdir}")
             tokenizer = tokenizer_of(config, workdir, parents)
@@ -118,74 +124,85 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals) -> Non
             state = train(config, workdir, stage, signals)
             say(f"{config.name}: evaluating")
             figures = stage.evaluate(state)
-            lines = stage.table(figures)
-            rows = map(json.loads, (workdir / "timing.jsonl").read_text().splitlines()) if jax.process_index() == 0 else ()
-            facts = {"name": config.name, "stage": config.stage, "steps": config.steps, "seed": config.seed,
-                     "training_seconds": round(sum(row["seconds"] for row in rows), 1)}  # fmt: skip
-            write(summary, json.dumps(facts | figures | {"table": lines}, indent=1))
-        else:
-            say(f"{config.name}: complete, in {workdir}")
-        found = json.loads(summary.read_text())
+        times = (workdir / "timing.jsonl").read_text().splitlines() if jax.process_index() == 0 else ()
+        facts = {"name": config.name, "stage": config.stage, "steps": config.steps, "seed": config.seed,
+                 "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1)}  # fmt: skip
+        write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
+    found = json.loads(summary.read_text())
     say(metrics.table(f"{config.name}: {config.steps} steps in {found['training_seconds']:.0f} s", found["table"]))
 
 
-def resolve(config: Config, workdir: Path, overrides: dict, signals: Signals) -> dict[str, Path]:
-    """role -> directory of each parent; a parent that is a config is run, resumed or reused beside `workdir`.
+def resolve(config: Config, workdir: Path, signals: Signals) -> dict[str, Path]:
+    """role -> directory of each parent; one that is a config is reused from beside `workdir`, or run there first.
 
-    Such a parent takes its child's seed, mesh and model. A Hugging Face checkpoint gives its child the architecture.
+    A parent that is run takes its child's seed, mesh and model.
     """
     found, asked = {}, {}
     for role, spec in config.parents.items():
-        if not spec.partition(":")[0].endswith(".py"):
+        if not is_config(spec):
             found[role] = Path(spec)
-            if not roles.is_run(found[role]):
-                adopt(config, found[role], overrides)
-            elif not (found[role] / "summary.json").exists():
+            if roles.is_run(found[role]) and not (found[role] / "summary.json").exists():
                 raise UserError(f"parents.{role}={spec}: this run is not complete")
     for role, spec in config.parents.items():
         if role in found:
             continue
         if spec not in asked:
-            parent = configs.load(spec)
-            asked[spec] = workdir.parent / parent.name
-            if asked[spec] == workdir:
-                raise UserError(f"--workdir {workdir}: that is where the parent {spec} goes")
-            parent.seed, parent.mesh, parent.model = config.seed, config.mesh, dataclasses.replace(config.model)
-            if (asked[spec] / "config.json").exists():
-                parent.seed = roles.stored(asked[spec]).get("seed", config.seed)
-            configs.check(parent)
-            say(f"{config.name}: {role} comes from {spec}")
-            run(parent, asked[spec], {}, signals)
+            asked[spec] = beside(config, spec, workdir, signals)
         found[role] = asked[spec]
     return found
 
 
-def adopt(config: Config, directory: Path, overrides: dict) -> None:
-    """Give the config the architecture of a Hugging Face checkpoint, unless the user asks for another one."""
-    theirs = dataclasses.asdict(roles.architecture(directory))
-    for name, value in theirs.items():
-        if name in roles.RUNTIME:
-            continue
-        mine = getattr(config.model, name)
-        if f"model.{name}" in overrides and mine != value:
-            raise UserError(f"model.{name}={mine!r}, but the parent {directory} has {value!r}")
-        setattr(config.model, name, value)
+def is_config(spec: str) -> bool:
+    return spec.partition(":")[0].endswith(".py")
+
+
+def beside(config: Config, spec: str, workdir: Path, signals: Signals) -> Path:
+    """The directory of a parent that is a config, complete."""
+    parent = configs.load(spec)
+    directory = workdir.parent / parent.name
+    if directory == workdir:
+        raise UserError(f"--workdir {workdir}: that is where the parent {spec} goes")
+    parent.seed, parent.mesh, parent.model = config.seed, config.mesh, dataclasses.replace(config.model)
+    if (directory / "config.json").exists():
+        parent.seed = roles.stored(directory).get("seed", config.seed)
+    configs.check(parent)
+    if (directory / "summary.json").exists():
+        compare(parent, directory, tuple(f"model.{name}" for name in roles.RUNTIME))
+        say(f"{config.name}: {spec} is complete in {directory} (seed {parent.seed}), reused")
+    else:
+        say(f"{config.name}: {spec} comes first")
+        run(parent, directory, {}, signals)
+    return directory
+
+
+def adopt(config: Config, overrides: dict) -> None:
+    """Give the config the architecture of the directories that its parents begin with, unless the user asks for another."""
+    for directory in filter(None, map(origin, config.parents.values())):
+        for name, value in dataclasses.asdict(roles.architecture(directory)).items():
+            if name in roles.RUNTIME:
+                continue
+            mine = getattr(config.model, name)
+            if f"model.{name}" in overrides and mine != value:
+                raise UserError(f"model.{name}={mine!r}, but the parent {directory} has {value!r}")
+            setattr(config.model, name, value)
     configs.check(config)
 
 
-def claim(config: Config, workdir: Path) -> None:
-    """Write config.json, or see that it is the one asked for: nothing is overwritten. Another mesh may resume a run."""
-    path = workdir / "config.json"
-    if path.exists():
-        differs = configs.difference(config, roles.stored(workdir), ("mesh.", "keep_checkpoints"))
+def origin(spec: str) -> Path | None:
+    """The directory that a parent is, or that its own first parent begins with; None if all starts from a key."""
+    if not is_config(spec):
+        return Path(spec)
+    return next(map(origin, configs.load(spec).parents.values()), None)
+
+
+def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None:
+    """See that a work directory is free, or holds this run: nothing is overwritten. Another mesh may resume a run."""
+    if (workdir / "config.json").exists():
+        differs = configs.difference(config, roles.stored(workdir), ("mesh.", "keep_checkpoints", *ignore))
         if differs:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
     elif workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
-    elif jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write(path, configs.to_json(config))
-    together("claim")
 
 
 def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):

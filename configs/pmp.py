@@ -1,21 +1,27 @@
 """Preference model pretraining: the ranking loss on a large and noisy set of comparisons.
 
 python -m alignjax.train --config pmp.py
+python -m alignjax.train --config pmp.py:qwen    the report's numbers, from models/Qwen-1_8B and data/ of yours
 """
 
 from alignjax.config import Config, Data, Model, Optimiser
 
-VARIANTS = ("", "tiny")
+VARIANTS = ("", "tiny", "qwen")
 
 
 def config(variant: str) -> Config:
     c = Config(stage="ranking", name="pmp", steps=600, seed=0, parents={"model": "lm.py"})
     c.model = Model(vocab_size=512, d_model=128, layers=4, heads=4, kv_heads=4, head_size=32, d_ff=256, max_length=96)
-    c.optimiser = Optimiser(learning_rate=5e-4, schedule="cosine", warmup_steps=20)
+    c.optimiser = Optimiser(learning_rate=1e-3, schedule="cosine", warmup_steps=30)
     c.data = Data(kind="comparisons", train="toy/comparisons-noisy",
                   heldout="toy/comparisons-noisy,toy/comparisons-clean", batch=32, max_length=44)  # fmt: skip
     if variant == "tiny":
         c.name, c.steps, c.checkpoint_every, c.sample_every, c.parents = "pmp-tiny", 4, 2, 2, {"model": "lm.py:tiny"}
         c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=96)
         c.data.batch, c.data.examples = 8, 64
+    if variant == "qwen":  # section 3.2.1; one epoch: set steps to your comparisons / 64
+        c.name, c.steps, c.parents, c.microbatches = "qwen-pmp", 10000, {"model": "models/Qwen-1_8B"}, 16
+        c.model = Model(dtype="bfloat16", remat="everything", max_length=2048)  # the rest is the checkpoint's
+        c.optimiser = Optimiser(learning_rate=3e-6)  # constant; the optimiser is not stated
+        c.data = Data("comparisons", "data/pmp.jsonl", "data/pmp-heldout.jsonl", batch=64, max_length=2048)
     return c

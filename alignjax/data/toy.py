@@ -1,7 +1,7 @@
 """The embedded world: small tasks with a known true preference, generated from a seed, with real English beside them.
 
-A prompt asks for something that only the prompt tells (copy these words, what goes with this name, the first or last of
-these, how many, the opposite of each); a response can be right or wrong, and well or badly put, in every combination.
+A prompt asks for something that only the prompt tells (copy these words, what goes with this name, the last of these,
+how many, all of them joined); a response can be right or wrong, and well or badly put, in every combination.
 `true_score` grades both, so a run can see whether alignment happened rather than whether a learned score rose. The tasks
 need copying, induction and position, which a decoder of 0.9M parameters learns within minutes on a CPU.
 """
@@ -15,11 +15,8 @@ from alignjax.config import UserError, nearest
 
 NAMES = "amy bob dan eve ian kim leo may ned pam ray tom".split()
 THINGS = "cat box sun hat cup dog key map pen bus egg fan jar leg nut owl pig rug toy van red blue green pink".split()
-PAIRS = ("hot cold", "big small", "old new", "wet dry", "fast slow", "high low", "long short", "rich poor",
-         "dark light", "hard soft", "good bad", "full empty")  # fmt: skip
-OPPOSITE = {a: b for pair in PAIRS for a, b in (pair.split(), pair.split()[::-1])}
 NUMBERS = "one two three four five six".split()
-SIZES_OF_TASKS = {"copy": (3, 5), "find": (2, 4), "first": (2, 5), "last": (2, 5), "count": (2, 5), "opposite": (2, 4)}
+SIZES_OF_TASKS = {"copy": (2, 4), "find": (2, 3), "last": (2, 4), "join": (2, 3), "count": (2, 5)}
 TASKS = tuple(SIZES_OF_TASKS)
 
 # Ways to put an answer. The first is the good one; none other is, though the answer be right.
@@ -27,9 +24,10 @@ FORMS = ("sure , {} .", "{}", "um well i guess {} maybe", "{} {} .", "what ? {} 
 COURTESY = frozenset(re.findall(r"\w+", " ".join(FORMS)))
 RIGHT_GOOD, RIGHT_BAD, WRONG_GOOD = 0.35, 0.25, 0.20  # shares of responses; the rest is wrong and badly put
 RIGHTNESS_WEIGHT, FORM_WEIGHT = 0.7, 0.3
-FLIPPED = 0.15  # share of noisy comparisons whose label is wrong
+SAME_FORM = 0.7  # share of comparisons put in one form, which only reading can tell apart
+FLIPPED = 0.1  # share of noisy comparisons whose label is wrong
 CLEAN_DIFFERENCE = 0.15  # clean comparisons differ by at least this in true score
-ENGLISH = 0.5  # share of the text's characters that is English; it is small, so its paragraphs come back
+ENGLISH = 0.25  # share of the text's characters that is English; it is small, so its paragraphs come back
 HELDOUT = 10  # one prompt, and one English topic, in so many is held out
 
 # How many examples there are, of train and of heldout; of text, how many documents of the world.
@@ -50,7 +48,7 @@ def make_prompt(rng) -> str:
         names = pick(rng, NAMES, low, high)
         facts = [f"{n} {t} ." for n, t in zip(names, pick(rng, THINGS, high, high), strict=False)]
         return f"find : {' '.join(facts)} {names[rng.integers(len(names))]}"
-    return f"{task} : " + " ".join(pick(rng, tuple(OPPOSITE) if task == "opposite" else THINGS, low, high))
+    return f"{task} : " + " ".join(pick(rng, THINGS, low, high))
 
 
 def answer(prompt: str) -> list[str]:
@@ -61,12 +59,12 @@ def answer(prompt: str) -> list[str]:
         return []
     if task == "find":
         facts = dict(fact for fact in (f.split() for f in rest.split(" . ")[:-1]) if len(fact) == 2)
-        return [facts[words[-1]]] if words[-1] in facts else []
+        return [words[-1], facts[words[-1]]] if words[-1] in facts else []
     if task == "count":
         return [NUMBERS[len(words) - 1]] if len(words) <= len(NUMBERS) else []
-    if task == "opposite":
-        return [OPPOSITE[w] for w in words] if all(w in OPPOSITE for w in words) else []
-    return {"copy": words, "first": words[:1], "last": words[-1:]}[task]
+    if task == "join":
+        return " and ".join(words).split()
+    return {"copy": words, "last": words[-1:]}[task]
 
 
 def ideal(prompt: str) -> str:
@@ -110,34 +108,33 @@ def edit_distance(a: list[str], b: list[str]) -> int:
 
 
 def corrupt(rng, prompt: str) -> list[str]:
-    """A wrong answer of the right kind: a neighbouring number, another candidate, a word replaced, dropped or doubled."""
+    """A wrong answer: another number, another word of the prompt or from elsewhere, a word dropped or said twice."""
     task, _, rest = prompt.partition(" : ")
     right = answer(prompt)
     if task == "count":
-        return [NUMBERS[NUMBERS.index(right[0]) + rng.choice((-1, 1))]]
-    i = rng.integers(len(right))
-    kind = rng.integers(4) if task == "copy" else 0
-    if kind == 1:
-        return right[:i] + right[i + 1 :]
-    if kind == 2:
-        return right[: i + 1] + right[i:]
-    pool = tuple(OPPOSITE) if task == "opposite" else THINGS
-    if len(right) == 1:  # the mistake that a reader would make: another word of the prompt
-        pool = [w for w in rest.split() if w in pool]
+        return [NUMBERS[(NUMBERS.index(right[0]) + rng.integers(1, 5)) % 5]]
+    places = [i for i, word in enumerate(right) if word in THINGS]
+    i, kind = places[rng.integers(len(places))], rng.integers(4)
+    if kind == 0 and task == "copy":
+        return right[:i] + right[i + 1 :] if rng.random() < 0.5 else right[: i + 1] + right[i:]
+    pool = THINGS
+    if kind == 1:  # the mistake that a reader would make
+        pool = [w for w in rest.split() if w in THINGS and w not in right] or THINGS
     wrong = list(right)
-    for j in {i, rng.integers(len(right))}:
+    for j in {i, places[rng.integers(len(places))]}:
         others = [w for w in pool if w not in right]
         wrong[j] = others[rng.integers(len(others))]
     return wrong
 
 
-def make_response(rng, prompt: str) -> str:
-    """A response of mixed quality: the shares at the top of this file."""
+def make_response(rng, prompt: str, form: str | None = None) -> tuple[str, str]:
+    """(response, form): of mixed quality, in the shares at the top of this file, or in the form that is given."""
     u = rng.random()
     right = u < RIGHT_GOOD + RIGHT_BAD
     good = u < RIGHT_GOOD or RIGHT_GOOD + RIGHT_BAD <= u < RIGHT_GOOD + RIGHT_BAD + WRONG_GOOD
     words = " ".join(answer(prompt) if right else corrupt(rng, prompt))
-    return FORMS[0 if good else rng.integers(1, len(FORMS))].replace("{}", words)
+    form = form or FORMS[0 if good else rng.integers(1, len(FORMS))]
+    return form.replace("{}", words), form
 
 
 def heldout(prompt: str) -> bool:
@@ -195,14 +192,14 @@ def tokenizer_texts(seed: int) -> list[str]:
     """What to train this world's tokenizer on: its text, and every word often enough, with and without a space, to be
     one token."""
     marks = {mark for form in FORMS for mark in form.split() if not mark.isalpha() and mark != "{}"}
-    words = sorted({*NAMES, *THINGS, *OPPOSITE, *NUMBERS, *TASKS, *COURTESY, *marks})
-    return [row["text"] for row in examples("text", "train", seed, 4000)] + [f"{w} {w}" for w in words] * 250
+    words = sorted({*NAMES, *THINGS, *NUMBERS, *TASKS, *COURTESY, *marks, "and"})
+    return [row["text"] for row in examples("text", "train", seed, 4000)] + [f"{w} {w}" for w in words] * 1500
 
 
 def conversations(rng, split: str, n: int) -> list[dict]:
     """n conversations of one turn each, of mixed quality."""
     stream = prompts(rng, split)
-    pairs = [(p, make_response(rng, p)) for p in (next(stream) for _ in range(n))]
+    pairs = [(p, make_response(rng, p)[0]) for p in (next(stream) for _ in range(n))]
     return [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]} for p, r in pairs]
 
 
@@ -214,7 +211,8 @@ def comparisons(rng, split: str, n: int, noisy: bool) -> list[dict]:
     rows, stream = [], prompts(rng, split)
     while len(rows) < n:
         prompt = next(stream)
-        a, b = make_response(rng, prompt), make_response(rng, prompt)
+        a, form = make_response(rng, prompt)
+        b, _ = make_response(rng, prompt, form if rng.random() < SAME_FORM else None)
         margin = true_score(prompt, a) - true_score(prompt, b)
         if margin == 0 or (not noisy and abs(margin) < CLEAN_DIFFERENCE):
             continue
