@@ -10,14 +10,14 @@ VARIANTS = ("", "tiny", "qwen")
 
 
 def config(variant: str) -> Config:
-    c = Config(stage="ranking", name="pmp", steps=600, seed=0, parents={"model": "lm.py"})
-    c.model = Model(vocab_size=512, d_model=128, layers=4, heads=4, kv_heads=4, head_size=32, d_ff=256, max_length=96)
-    c.optimiser = Optimiser(learning_rate=1e-3, schedule="cosine", warmup_steps=30)
+    c = Config(stage="ranking", name="pmp", steps=700, seed=0, parents={"model": "lm.py"})
+    c.model = Model(vocab_size=512, d_model=96, layers=3, heads=4, kv_heads=4, head_size=24, d_ff=192, max_length=64)
+    c.optimiser = Optimiser(learning_rate=1e-3, schedule="cosine", warmup_steps=30, b2=0.98)
     c.data = Data(kind="comparisons", train="toy/comparisons-noisy",
-                  heldout="toy/comparisons-noisy,toy/comparisons-clean", batch=32, max_length=44)  # fmt: skip
+                  heldout="toy/comparisons-noisy,toy/comparisons-clean", batch=48, max_length=30)  # fmt: skip
     if variant == "tiny":
         c.name, c.steps, c.checkpoint_every, c.sample_every, c.parents = "pmp-tiny", 4, 2, 2, {"model": "lm.py:tiny"}
-        c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=96)
+        c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=64)
         c.data.batch, c.data.examples = 8, 64
     if variant == "qwen":  # section 3.2.1; one epoch: set steps to your comparisons / 64
         c.name, c.steps, c.parents, c.microbatches = "qwen-pmp", 10000, {"model": "models/Qwen-1_8B"}, 16

@@ -10,13 +10,13 @@ VARIANTS = ("", "tiny", "qwen")
 
 
 def config(variant: str) -> Config:
-    c = Config(stage="lm", name="sft", steps=300, seed=0, parents={"model": "lm.py"})
-    c.model = Model(vocab_size=512, d_model=128, layers=4, heads=4, kv_heads=4, head_size=32, d_ff=256, max_length=96)
-    c.optimiser = Optimiser(learning_rate=5e-4, schedule="cosine", warmup_steps=20)
-    c.data = Data(kind="conversations", train="toy/conversations", heldout="toy/conversations", batch=48, max_length=44)
+    c = Config(stage="lm", name="sft", steps=200, seed=0, parents={"model": "lm.py"})
+    c.model = Model(vocab_size=512, d_model=96, layers=3, heads=4, kv_heads=4, head_size=24, d_ff=192, max_length=64)
+    c.optimiser = Optimiser(learning_rate=1e-3, schedule="cosine", warmup_steps=20)
+    c.data = Data(kind="conversations", train="toy/conversations", heldout="toy/conversations", batch=64, max_length=30)
     if variant == "tiny":
         c.name, c.steps, c.checkpoint_every, c.sample_every, c.parents = "sft-tiny", 4, 2, 2, {"model": "lm.py:tiny"}
-        c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=96)
+        c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=64)
         c.data.batch, c.data.examples = 8, 64
     if variant == "qwen":  # section 3.1; dropout 0.1 is left out, the schedule after the warm-up is not stated
         c.name, c.steps, c.parents, c.microbatches = "qwen-sft", 4000, {"model": "models/Qwen-1_8B"}, 16

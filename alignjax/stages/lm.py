@@ -48,6 +48,12 @@ def heldout_loss(summed, params, rows, batch: int, mesh) -> float:
     return total / count
 
 
+def sample(tokenizer, rows, at: int) -> dict:
+    """One row as text, and the part of it that is trained."""
+    tokens, mask, segments = (rows[name][at] for name in ("tokens", "mask", "segments"))
+    return {"text": tokenizer.decode(tokens[segments > 0]), "targets": tokenizer.decode(tokens[mask > 0])}
+
+
 def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
     model, data = config.model, config.data
     rows = mixture.dataset(config, data.train, data.kind, "train", tokenizer, say)
@@ -65,7 +71,9 @@ def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
 
     def step(state, i):
         train, metrics = step_fn(state["model"], sharding.shard_batch(batches.get(i), mesh))
-        return {"model": train}, metrics, nothing_late
+        if i % config.sample_every:
+            return {"model": train}, metrics, nothing_late
+        return {"model": train}, metrics, lambda: ({}, [sample(tokenizer, rows, batches.order(i)[0])])
 
     def evaluate(state):
         loss = heldout_loss(summed, state["model"].params, heldout, data.batch, mesh)
