@@ -1,0 +1,120 @@
+"""Configs: each rule names its fields and both values; each file of configs/ loads, is short and says how to run it."""
+
+import ast
+import dataclasses
+import json
+import runpy
+
+import pytest
+
+from alignjax import config as configs
+from alignjax.config import CONFIGS, Config, UserError
+
+FILES = sorted(CONFIGS.glob("*.py"))
+VARIANTS = [(path.name, variant) for path in FILES for variant in runpy.run_path(str(path))["VARIANTS"]]
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("stage", "dpo", r"stage='dpo' must be one of 'lm', 'ranking', 'ppo'"),
+    ("model.dtype", "float16", "model.dtype='float16' must be one of 'float32', 'bfloat16'"),
+    ("optimiser.schedule", "step", "optimiser.schedule='step' must be one of"),
+    ("ppo.normalise_scores", "max", "ppo.normalise_scores='max' must be one of"),
+    ("steps", "0", "steps=0 must be at least 1"),
+    ("ppo.epochs", "0", "ppo.epochs=0 must be at least 1"),
+    ("model.kv_heads", "3", "model.kv_heads=3 must divide model.heads=4"),
+    ("model.head_size", "7", "model.head_size=7 must be even"),
+    ("data.max_length", "999", r"data.max_length=999 is over model.max_length=64"),
+    ("data.kind", "text", r"data.kind='text' must be one of \('prompts',\) for stage='ppo'"),
+    ("parents.judge", "rm.py", r"parents=\['judge', 'policy', 'reference', 'reward', 'value'\] must be among"),
+    ("ppo.minibatches", "5", "ppo.minibatches=5 must divide data.batch x ppo.samples_per_prompt=64"),
+    ("microbatches", "5", "microbatches=5 must divide"),
+    ("ppo.pretrain_ratio", "0.3", "ppo.pretrain_ratio=0.3 times the minibatch=32 must be whole"),
+    ("ppo.pretrain_coef", "0", "ppo.pretrain_coef=0.0 and ppo.pretrain_ratio=0.25: both or neither must be 0"),
+    ("ppo.top_p", "1.5", r"ppo.top_p=1.5 must lie in \(0, 1\]"),
+    ("ppo.temperature", "0", "ppo.temperature=0.0 must be above 0"),
+    ("ppo.response_length", "60", r"data.max_length=22 \+ ppo.response_length=60 is over model.max_length=64"),
+])  # fmt: skip
+def test_a_broken_rule_names_field_and_both_values(key, value, message):
+    with pytest.raises(UserError, match=message):
+        configs.load("ppo.py", {key: value})
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("ppo.kl_coeff", "1", "ppo.kl_coeff: there is no such field; did you mean 'ppo.kl_coef'"),
+    ("optimizer.eps", "1", "optimizer.eps: there is no such field; did you mean 'optimiser.eps'"),
+    ("steps.more", "1", "steps.more: there is no such field"),
+    ("ppo", "1", "this is a group; set one of its fields"),
+    ("parents", "1", "this is a group"),
+    ("steps", "1.5", "--config.steps=1.5: int wanted, float given"),
+    ("ppo.clip", "big", "--config.ppo.clip=big: float wanted, str given"),
+    ("ppo.whiten_advantages", "1", "bool wanted, int given"),
+])  # fmt: skip
+def test_a_wrong_override_is_answered(key, value, message):
+    with pytest.raises(UserError, match=message):
+        configs.load("ppo.py", {key: value})
+
+
+def test_overrides_take_the_type_of_their_field():
+    given = {"ppo.clip": "1", "steps": "7", "ppo.whiten_advantages": "false", "parents.policy": "x/y", "name": "0"}
+    c = configs.load("ppo.py", given)
+    assert c.ppo.clip == 1.0 and isinstance(c.ppo.clip, float) and c.steps == 7 and c.ppo.whiten_advantages is False
+    assert c.parents["policy"] == "x/y" and c.parents["value"] == "rm.py" and c.name == "0"
+
+
+def test_a_path_comes_before_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "from alignjax.config import Config\ndef config(variant):\n    return Config(name='mine')\n"
+    (tmp_path / "ppo.py").write_text(text)
+    assert configs.load("ppo.py").name == "mine"
+    with pytest.raises(UserError, match="ppo.py has no variant 'tiny'"):
+        configs.load("ppo.py:tiny")
+
+
+def test_a_config_that_is_not_there_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="no file pro.py here or in .*; did you mean 'ppo.py'"):
+        configs.load("pro.py")
+    with pytest.raises(UserError, match="lm.py has no variant 'tyni'; did you mean 'tiny'"):
+        configs.load("lm.py:tyni")
+
+
+def test_a_difference_shows_both_values_and_can_be_ignored():
+    stored = json.loads(configs.to_json(Config()))
+    other = Config(seed=3, mesh=configs.Mesh(data=2), parents={"model": "x"})
+    assert configs.difference(other, stored, ("mesh.",)) == ["parents: {} -> {'model': 'x'}", "seed: 0 -> 3"]
+    assert configs.difference(Config(), stored) == []
+    assert configs.difference(Config(), {**stored, "old": 1}) == ["old: 1 -> 'absent'"]
+
+
+def test_a_model_comes_back_from_json():
+    model = dataclasses.replace(configs.Model(), family="llama", rope_factor=4.0, tied=True)
+    assert configs.model_from_json(json.loads(configs.to_json(Config(model=model)))) == model
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_every_variant_of_every_config_passes(name, variant):
+    c = configs.load(f"{name}:{variant}")
+    assert all(len(spec) for spec in c.parents.values())
+    text = (CONFIGS / name).read_text()
+    assert len(text.splitlines()) < 60
+    docstring = ast.get_docstring(ast.parse(text))
+    assert f"python -m alignjax.train --config {name}" in docstring
+    imported = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [getattr(node, "module", None) for node in imported] == ["alignjax.config"]
+
+
+def test_every_config_has_a_tiny_variant():
+    assert all((path.name, "tiny") in VARIANTS for path in FILES)
+
+
+def test_the_qwen_variants_have_the_reports_numbers():
+    p = configs.load("ppo.py:qwen")
+    assert (p.optimiser.learning_rate, p.value_optimiser.learning_rate) == (1e-6, 5e-6)
+    assert (p.ppo.kl_coef, p.ppo.value_clip, p.ppo.top_p, p.ppo.samples_per_prompt) == (0.04, 0.15, 0.9, 2)
+    assert p.ppo.value_warmup_steps == 50 and p.ppo.normalise_scores == "mean" and p.ppo.pretrain_coef > 0
+    for name in ("pmp.py:qwen", "rm.py:qwen"):
+        c = configs.load(name)
+        assert (c.optimiser.learning_rate, c.optimiser.schedule, c.data.batch, c.data.max_length) == (3e-6, "constant", 64, 2048)
+    s = configs.load("sft.py:qwen")
+    o = s.optimiser
+    assert (s.steps, s.data.batch, s.data.max_length, o.warmup_steps, o.learning_rate) == (4000, 128, 2048, 1430, 2e-6)
+    assert (o.weight_decay, o.clip_norm, o.b1, o.b2, o.eps) == (0.1, 1.0, 0.9, 0.95, 1e-8)
