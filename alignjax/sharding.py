@@ -100,9 +100,9 @@ def shard_batch(batch, mesh):
 
     def put(x):
         x = np.asarray(x)
-        even = x.ndim > 0 and (x.shape[0] * processes) % shards == 0
-        if not even and processes > 1:
-            raise configs.UserError(f"{x.shape[0] * processes} rows of a batch over {shards} devices: must divide")
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH if even else P()), x)
+        if x.ndim > 0 and (x.shape[0] * processes) % shards == 0:
+            return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), x)
+        whole = multihost_utils.process_allgather(x, tiled=True) if processes > 1 and x.ndim > 0 else x
+        return jax.make_array_from_callback(whole.shape, replicated(mesh), lambda index: whole[index])
 
     return jax.tree.map(put, batch)

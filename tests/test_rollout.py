@@ -1,6 +1,5 @@
 """Sampling: the cache against the full forward, top-p by enumeration, keys that depend on nothing but the sample."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -134,11 +133,3 @@ def test_sampling_stays_in_the_kept_set_while_logprobs_are_of_all_words():
     counts = np.bincount(np.asarray(token), minlength=5) / 20000
     np.testing.assert_allclose(counts, [4 / 7, 3 / 7, 0, 0, 0], atol=0.015)
     np.testing.assert_allclose(logprob, np.log(FIVE)[np.asarray(token)], atol=1e-6)
-
-
-def test_grouped_queries_and_bfloat16_decode_too():
-    half = dataclasses.replace(MODEL, dtype="bfloat16")
-    tokens, lengths = prompts()
-    out = rollout.generate(half, PARAMS, tokens, lengths, np.arange(6), jax.random.key(1), samples=2, response_length=R,
-                           temperature=1.0, top_p=0.9, end=END)  # fmt: skip
-    assert out.logprobs.dtype == jnp.float32 and MODEL.kv_heads < MODEL.heads
