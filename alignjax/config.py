@@ -220,7 +220,10 @@ def check(config: Config) -> None:
     rule(config.data.max_length <= m.max_length,
          f"data.max_length={config.data.max_length} is over model.max_length={m.max_length}")  # fmt: skip
     roles = ROLES[config.stage]
-    rule(set(config.parents) <= roles, f"parents={sorted(config.parents)} must be among {sorted(roles)} for {config.stage}")
+    rule(
+        set(config.parents) <= roles,
+        f"parents={sorted(config.parents)} must be among {sorted(roles)} for {config.stage}",
+    )
     kinds = KINDS[config.stage]
     rule(config.data.kind in kinds, f"data.kind={config.data.kind!r} must be one of {kinds} for stage={config.stage!r}")
     minibatch = config.data.batch
@@ -231,7 +234,10 @@ def check(config: Config) -> None:
              f"ppo.samples_per_prompt={responses}")  # fmt: skip
         minibatch = responses // p.minibatches
         pretrain = p.pretrain_ratio * minibatch
-        rule(pretrain == int(pretrain), f"ppo.pretrain_ratio={p.pretrain_ratio} times the minibatch={minibatch} must be whole")
+        rule(
+            pretrain == int(pretrain),
+            f"ppo.pretrain_ratio={p.pretrain_ratio} times the minibatch={minibatch} must be whole",
+        )
         rule(int(pretrain) % config.microbatches == 0,
              f"microbatches={config.microbatches} must divide ppo.pretrain_ratio x minibatch={int(pretrain)}")  # fmt: skip
         rule((p.pretrain_coef > 0) == (p.pretrain_ratio > 0),
@@ -240,7 +246,10 @@ def check(config: Config) -> None:
         rule(p.temperature > 0, f"ppo.temperature={p.temperature} must be above 0")
         rule(config.data.max_length + p.response_length <= m.max_length, f"data.max_length={config.data.max_length} + "
              f"ppo.response_length={p.response_length} is over model.max_length={m.max_length}")  # fmt: skip
-    rule(minibatch % config.microbatches == 0, f"microbatches={config.microbatches} must divide the minibatch={minibatch}")
+    rule(
+        minibatch % config.microbatches == 0,
+        f"microbatches={config.microbatches} must divide the minibatch={minibatch}",
+    )
 
 
 def flatten(config, prefix: str = ""):
@@ -265,7 +274,7 @@ def to_json(config: Config) -> str:
 
 
 def nearest(name: str, known) -> str:
-    """"; did you mean ...?" for the closest of `known`, or a list of them."""
+    """ "; did you mean ...?" for the closest of `known`, or a list of them."""
     close = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(map(repr, known))}"
 

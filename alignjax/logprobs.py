@@ -33,9 +33,11 @@ def token_logprobs(model, params, hidden, targets, temperature=1.0):
     if chunks == 1:
         return one(None, (hidden, targets))[1]
     pad = chunks * chunk - t
-    cut = lambda x: jnp.moveaxis(  # noqa: E731
-        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(b, chunks, chunk, *x.shape[2:]), 1, 0
-    )
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, chunks, chunk, *x.shape[2:]), 1, 0)
+
     _, out = jax.lax.scan(jax.checkpoint(one), None, (cut(hidden), cut(targets)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t], out)
 

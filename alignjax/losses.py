@@ -24,7 +24,7 @@ def ranking_loss(chosen, rejected, weights, margins=0.0, centring=0.0):
     difference = chosen - rejected
     loss = jnp.sum(weights * -jax.nn.log_sigmoid(difference - margins))
     total = loss + centring * jnp.sum(weights * (chosen + rejected) ** 2)
-    mean = lambda x: jnp.sum(weights * x)  # noqa: E731
+    mean = lambda x: jnp.sum(weights * x)
     return total, {"loss": loss, "accuracy": mean(difference > 0), "ties": mean(difference == 0),
                    "margin": mean(difference), "mean_reward": mean(chosen + rejected) / 2}  # fmt: skip
 
@@ -40,7 +40,7 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, clip):
     ratio = jnp.exp(difference)
     free, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
     loss = -jnp.sum(weights * jnp.minimum(free, clipped))
-    mean = lambda x: jnp.sum(weights * x)  # noqa: E731
+    mean = lambda x: jnp.sum(weights * x)
     return loss, {"loss/policy_avg": loss, "policy/clipfrac_avg": mean(clipped < free),
                   "policy/approxkl_avg": mean(ratio - 1 - difference), "val/ratio": mean(ratio),
                   "val/ratio_var": mean((ratio - 1) ** 2)}  # fmt: skip

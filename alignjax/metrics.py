@@ -47,7 +47,9 @@ class Log:
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         bad = sorted((k for k, v in metrics.items() if not math.isfinite(v)), key=lambda k: "loss" not in k)
         if bad:
-            raise UserError(f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; stopped, the last checkpoint is whole")
+            raise UserError(
+                f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; stopped, the last checkpoint is whole"
+            )
         more, samples = late()
         if not self.main:
             return

@@ -69,7 +69,7 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
     positions = jnp.maximum(jnp.arange(p) - (p - lengths[:, None]), 0)
     cache = transformer.init_cache(model, b, p)
     hidden, cache = transformer.apply(model, params, prompts, positions, segments, cache)
-    fan = lambda x: jnp.repeat(x, samples, axis=0)  # noqa: E731
+    fan = lambda x: jnp.repeat(x, samples, axis=0)
     grow = ((0, 0), (0, 0), (0, response_length), (0, 0), (0, 0))
     cache = {**cache, "k": jnp.pad(jnp.repeat(cache["k"], samples, axis=1), grow),
              "v": jnp.pad(jnp.repeat(cache["v"], samples, axis=1), grow),

@@ -32,7 +32,13 @@ def make_mesh(mesh: configs.Mesh) -> jax.sharding.Mesh:
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     devices = jax.device_count()
     fixed = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes or devices % fixed or (-1 not in sizes and fixed != devices):
+    if (
+        sizes.count(-1) > 1
+        or min(sizes) < -1
+        or 0 in sizes
+        or devices % fixed
+        or (-1 not in sizes and fixed != devices)
+    ):
         raise configs.UserError(
             f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} must make {devices} devices"
         )

@@ -118,7 +118,9 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals) -> Non
         write(workdir / "config.json", configs.to_json(config))
         with jax.set_mesh(mesh):
             shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-            say(f"{config.name}: {config.steps} steps on {mesh.size} {jax.default_backend()} device(s) ({shape}), in {workdir}")
+            say(
+                f"{config.name}: {config.steps} steps on {mesh.size} {jax.default_backend()} device(s) ({shape}), in {workdir}"
+            )
             tokenizer = tokenizer_of(config, workdir, parents)
             stage = STAGES[config.stage](config, mesh, parents, tokenizer, say)
             state = train(config, workdir, stage, signals)
@@ -216,14 +218,18 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
             first, *others = vocabularies
             for role in others:
                 if vocabularies[role] != vocabularies[first]:
-                    raise UserError(f"the tokenizers of parents {sources[first]} ({first}) and {sources[role]} ({role}) differ")
+                    raise UserError(
+                        f"the tokenizers of parents {sources[first]} ({first}) and {sources[role]} ({role}) differ"
+                    )
             chat.load_tokenizer(sources[first]).save_pretrained(partial)
         else:
             texts = toy.tokenizer_texts(config.seed)
             if not config.data.train.startswith("toy/"):
                 rows = mixture.load(config.data.train, config.data.kind, "train", config.seed)
                 if config.data.kind != "text":
-                    raise UserError(f"data.kind={config.data.kind!r}: a tokenizer is trained on text, so name a parent with one")
+                    raise UserError(
+                        f"data.kind={config.data.kind!r}: a tokenizer is trained on text, so name a parent with one"
+                    )
                 texts = [row["text"] for row in rows]
             chat.train_tokenizer(texts, partial, config.model.vocab_size)
         partial.rename(kept)
@@ -255,7 +261,9 @@ def train(config: Config, workdir: Path, stage, signals: Signals):
             if stop:
                 checkpoints.close()
                 name = signal.Signals(signals.received).name
-                raise Stopped(f"{name}: {config.name} saved at step {i + 1} of {config.steps}; the same command goes on")
+                raise Stopped(
+                    f"{name}: {config.name} saved at step {i + 1} of {config.steps}; the same command goes on"
+                )
         return state
     finally:
         if log:

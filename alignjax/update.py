@@ -28,7 +28,7 @@ def learning_rate(o: configs.Optimiser, steps: int) -> optax.Schedule:
 
 def make_optimiser(o: configs.Optimiser, steps: int) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip, for `steps` updates; decay only on matrices."""
-    matrices = lambda params: jax.tree_util.tree_map_with_path(  # noqa: E731
+    matrices = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
     return optax.chain(

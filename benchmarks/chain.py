@@ -40,7 +40,16 @@ def train(config: str, seed: int, workdir: Path) -> float:
     """Seconds that a command took, from start to end; 0 where its run was there already."""
     if (workdir / "summary.json").exists():
         return 0.0
-    command = [sys.executable, "-m", "alignjax.train", "--config", config, f"--config.seed={seed}", "--workdir", workdir]
+    command = [
+        sys.executable,
+        "-m",
+        "alignjax.train",
+        "--config",
+        config,
+        f"--config.seed={seed}",
+        "--workdir",
+        workdir,
+    ]
     start = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True)
     return time.perf_counter() - start

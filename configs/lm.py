@@ -18,5 +18,3 @@ def config(variant: str) -> Config:
         c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=64)
         c.data.batch, c.data.examples = 8, 64
     return c
-
-

@@ -113,7 +113,12 @@ def test_the_qwen_variants_have_the_reports_numbers():
     assert p.ppo.value_warmup_steps == 50 and p.ppo.normalise_scores == "mean" and p.ppo.pretrain_coef > 0
     for name in ("pmp.py:qwen", "rm.py:qwen"):
         c = configs.load(name)
-        assert (c.optimiser.learning_rate, c.optimiser.schedule, c.data.batch, c.data.max_length) == (3e-6, "constant", 64, 2048)
+        assert (c.optimiser.learning_rate, c.optimiser.schedule, c.data.batch, c.data.max_length) == (
+            3e-6,
+            "constant",
+            64,
+            2048,
+        )
     s = configs.load("sft.py:qwen")
     o = s.optimiser
     assert (s.steps, s.data.batch, s.data.max_length, o.warmup_steps, o.learning_rate) == (4000, 128, 2048, 1430, 2e-6)

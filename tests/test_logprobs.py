@@ -112,14 +112,18 @@ def test_logprobs_are_float32_whatever_the_computation():
 
 
 def test_pads_in_front_turns_each_row():
-    tokens, segments = logprobs.pads_in_front(np.array([[9, 1, 2, 0, 0], [1, 2, 3, 4, 5]]), np.array([[0, 1, 1, 0, 0], [1] * 5]))
+    tokens, segments = logprobs.pads_in_front(
+        np.array([[9, 1, 2, 0, 0], [1, 2, 3, 4, 5]]), np.array([[0, 1, 1, 0, 0], [1] * 5])
+    )
     assert tokens.tolist() == [[0, 0, 9, 1, 2], [1, 2, 3, 4, 5]] and segments.tolist() == [[0, 0, 0, 1, 1], [1] * 5]
 
 
 def test_the_padding_check_stops_at_a_score_that_reads_pads():
     tokens, segments = rows()
     logprobs.check_padding(lambda *x: read(PARAMS, SCALAR, *x)[3], tokens, segments, "float32")
-    with pytest.raises(UserError, match=r"self-check at step 0: the largest change of a score as pads move is 2, not 0"):
+    with pytest.raises(
+        UserError, match=r"self-check at step 0: the largest change of a score as pads move is 2, not 0"
+    ):
         logprobs.check_padding(lambda tokens, segments: 2.0 * segments[:, -1], tokens, segments, "float32")
 
 

@@ -15,7 +15,11 @@ def log(tmp_path, start=0, steps=4, values=None):
     try:
         for i in range(start, steps):
             loss = jnp.float32(values[i] if values else i)
-            written.write(i, {"loss": loss, "episode": 8 * (i + 1)}, lambda i=i: ({"late": i / 2}, [] if i % 2 else [{"prompt": "p"}]))
+            written.write(
+                i,
+                {"loss": loss, "episode": 8 * (i + 1)},
+                lambda i=i: ({"late": i / 2}, [] if i % 2 else [{"prompt": "p"}]),
+            )
         written.flush()
     finally:
         written.close()
@@ -27,7 +31,9 @@ def rows(path):
 
 def test_one_object_a_step_with_late_figures_and_samples(tmp_path):
     log(tmp_path)
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": i, "loss": i, "episode": 8 * (i + 1), "late": i / 2} for i in range(4)]
+    assert rows(tmp_path / "metrics.jsonl") == [
+        {"step": i, "loss": i, "episode": 8 * (i + 1), "late": i / 2} for i in range(4)
+    ]
     assert rows(tmp_path / "samples.jsonl") == [{"step": i, "prompt": "p"} for i in (0, 2)]
     timing = rows(tmp_path / "timing.jsonl")
     assert [set(row) for row in timing] == [{"step", "seconds", "eps"}] * 4

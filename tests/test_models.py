@@ -55,7 +55,7 @@ def tiny(seed=0, head="lm", **changes):
     model = dataclasses.replace(TINY, **changes)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-    draw = lambda path, x: rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)  # noqa: E731
+    draw = lambda path, x: rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 

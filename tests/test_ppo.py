@@ -127,7 +127,9 @@ def test_each_epoch_has_its_own_order_and_a_rerun_the_same(world):
     assert list(first) != list(second)
     later = np.concatenate([rows for _, rows in ppo.minibatches(world.config, 1)])
     assert list(later[16:]) != list(second)
-    assert all(np.array_equal(a[1], b[1]) for a, b in zip(*(ppo.minibatches(world.config, 1) for _ in "ab"), strict=True))
+    assert all(
+        np.array_equal(a[1], b[1]) for a, b in zip(*(ppo.minibatches(world.config, 1) for _ in "ab"), strict=True)
+    )
 
 
 def test_reference_and_reward_are_the_same_after_updates(world):
@@ -187,9 +189,10 @@ def test_the_pretraining_gradient_is_added_with_its_coefficient(world, text):
     policy, rows = mine.params["policy"], np.arange(8)
     both, metrics = mine.gradients(policy, rows, text)
     alone, _ = world.gradients(policy, rows)
-    pretrain = jax.jit(jax.grad(lambda params: lm.loss_fn(mine.config.model, params, lm.weighted(jax.tree.map(jnp.asarray, text)))[0]))(policy)  # fmt: skip  # noqa: E501
+    weighted = lm.weighted(jax.tree.map(jnp.asarray, text))
+    pretrain = jax.jit(jax.grad(lambda params: lm.loss_fn(mine.config.model, params, weighted)[0]))(policy)
     close(both, jax.tree.map(lambda a, b: a + 0.25 * b, alone, pretrain), 1e-5)
-    norm = lambda tree: np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(tree)))  # noqa: E731
+    norm = lambda tree: np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(tree)))
     np.testing.assert_allclose(metrics["pretrain/grad_norm_ratio"], 0.25 * norm(pretrain) / norm(alone), rtol=1e-4)
 
 

@@ -36,7 +36,9 @@ def generate(params, tokens, lengths, index, key, samples=2, temperature=1.0, to
 def run(order=range(6), slots=5, pad=0, **settings):
     order = np.array(order)
     tokens, lengths = prompts(slots, pad)
-    return jax.tree.map(np.asarray, generate(PARAMS, tokens[order], lengths[order], order, jax.random.key(1), **settings))
+    return jax.tree.map(
+        np.asarray, generate(PARAMS, tokens[order], lengths[order], order, jax.random.key(1), **settings)
+    )
 
 
 @pytest.fixture(scope="module")

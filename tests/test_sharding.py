@@ -77,16 +77,22 @@ def run_ppo(mesh):
         inits = {role: functools.partial(update.init_state, optimiser=o) for role, o in optimisers.items()}
         state = {"policy": place(inits["policy"], model_and("lm")[1], mesh),
                  "value": place(inits["value"], model_and("scalar")[1], mesh), "stats": RunningStats.zero()}  # fmt: skip
-        frozen = {role: place(lambda x: x, model_and(head)[1], mesh) for role, head in (("reference", "lm"), ("reward", "scalar"))}
-        prompts = {"prompts": np.full((8, 5), 7, np.int32), "lengths": np.full(8, 5, np.int32), "index": np.arange(8, dtype=np.int32)}  # fmt: skip  # noqa: E501
-        text = lambda number: sharding.shard_batch(lm_batch(number), mesh)  # noqa: E731
+        frozen = {
+            role: place(lambda x: x, model_and(head)[1], mesh)
+            for role, head in (("reference", "lm"), ("reward", "scalar"))
+        }
+        prompts = {"prompts": np.full((8, 5), 7, np.int32), "lengths": np.full(8, 5, np.int32)}
+        prompts["index"] = np.arange(8, dtype=np.int32)
+        text = lambda number: sharding.shard_batch(lm_batch(number), mesh)
         found = []
         for i in range(STEPS):
             params = {role: state[role].params for role in optimisers} | frozen
             sampled = programs.sample(params["policy"], sharding.shard_batch(prompts, mesh), jax.random.key(i))
             experience, stats, metrics, _ = programs.experience(params, state["stats"], sampled)
             state, more = ppo.learn(config, programs, lambda n: 0.0, {**state, "stats": stats}, experience, i, text)
-            found.append([float(metrics["objective/scores"]), float(more["loss/policy_avg"]), float(more["loss/value_avg"])])
+            found.append(
+                [float(metrics["objective/scores"]), float(more["loss/policy_avg"]), float(more["loss/value_avg"])]
+            )
         return jax.tree.map(np.asarray, (state["policy"].params, state["value"].params, state["stats"])), found
 
 

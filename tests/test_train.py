@@ -202,7 +202,9 @@ def test_two_processes_give_the_result_of_one(chain, tmp_path):
         for process in both:
             errors = process.communicate()[1]
             assert process.returncode == 0, errors
-        for mine, alone in zip(rows(runs / name / "metrics.jsonl"), rows(chain[0] / name / "metrics.jsonl"), strict=True):
+        for mine, alone in zip(
+            rows(runs / name / "metrics.jsonl"), rows(chain[0] / name / "metrics.jsonl"), strict=True
+        ):
             for key, value in alone.items():
                 assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
         assert (runs / name / "samples.jsonl").exists()
@@ -264,7 +266,12 @@ def test_a_workdir_of_another_config_is_left_alone(chain, capsys):
 
 
 def test_a_model_that_differs_from_its_parents_is_refused(chain, tmp_path, capsys):
-    more = (f"--config.parents.model={chain[0] / 'pmp-tiny'}", "--config.model.d_ff=65", "--workdir", str(tmp_path / "x"))
+    more = (
+        f"--config.parents.model={chain[0] / 'pmp-tiny'}",
+        "--config.model.d_ff=65",
+        "--workdir",
+        str(tmp_path / "x"),
+    )
     line = fails(capsys, *command("rm-tiny", tmp_path), *more)
     assert "model.d_ff=65, but the parent" in line and "has 64" in line
 
@@ -282,4 +289,6 @@ def test_a_run_starts_from_a_hugging_face_checkpoint(chain, tmp_path):
     for file in (chain[0] / "lm-tiny" / "tokenizer").iterdir():
         shutil.copy(file, directory)
     assert train.main([*command("sft-tiny", tmp_path), f"--config.parents.model={directory}"]) == 0
-    assert (tmp_path / "sft-tiny" / "metrics.jsonl").read_bytes() == (chain[0] / "sft-tiny" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "sft-tiny" / "metrics.jsonl").read_bytes() == (
+        chain[0] / "sft-tiny" / "metrics.jsonl"
+    ).read_bytes()

@@ -228,7 +228,7 @@ def rope(model: Model, positions):
 def yarn(model: Model, frequencies):
     """Peng et al. 2023: a ramp over dimensions between kept and stretched frequencies, and a factor on the logits."""
     h, base, length = model.head_size, model.rope_theta, model.rope_original_length
-    dimension = lambda turns: h * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))  # noqa: E731
+    dimension = lambda turns: h * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
     low = max(math.floor(dimension(model.rope_high_factor)), 0)
     high = min(math.ceil(dimension(model.rope_low_factor)), h - 1)
     ramp = jnp.clip((jnp.arange(h // 2) - low) / max(high - low, 0.001), 0.0, 1.0)

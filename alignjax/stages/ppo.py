@@ -236,7 +236,9 @@ def evaluate(config: Config, programs: Programs, tokenizer, mesh, params: dict, 
     entries = []
     for part, real in mixture.in_order(arrays, config.data.batch):
         batch = sharding.shard_batch(part, mesh)
-        sampled = programs.sample(params["policy"], batch, jax.random.fold_in(jax.random.key(config.seed), config.steps))
+        sampled = programs.sample(
+            params["policy"], batch, jax.random.fold_in(jax.random.key(config.seed), config.steps)
+        )
         said = programs.experience(params, stats, sampled)[3]
         found = describe(config, tokenizer, rows, sharding.on_host(batch["index"]), sampled, said)
         entries += [entry for entry, kept in zip(found, real, strict=True) if kept]
@@ -298,7 +300,9 @@ def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
 
     def step(state, i):
         params = {role: state[role].params for role in trained} | frozen
-        sampled = programs.sample(params["policy"], sharding.shard_batch(batches.get(i), mesh), jax.random.fold_in(key, i))
+        sampled = programs.sample(
+            params["policy"], sharding.shard_batch(batches.get(i), mesh), jax.random.fold_in(key, i)
+        )
         if i == 0:
             self_check(config, programs, params, state["stats"], sampled, pretraining(0))
         experience, stats, metrics, said = programs.experience(params, state["stats"], sampled)
@@ -306,7 +310,9 @@ def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
         metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
 
         def late():
-            entries = describe(config, tokenizer, rows["train"], arrays["train"]["index"][batches.order(i)], sampled, said)
+            entries = describe(
+                config, tokenizer, rows["train"], arrays["train"]["index"][batches.order(i)], sampled, said
+            )
             scores = {"objective/true_score": mean(entries, "true_score")} if "true_score" in entries[0] else {}
             return scores, entries[:SAMPLES] if i % config.sample_every == 0 else []
 

@@ -81,7 +81,7 @@ def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
         if i == 0:
             tokens = batch["chosen"]
             segments = (jnp.arange(tokens.shape[1]) < batch["chosen_length"][:, None]).astype(jnp.int32)
-            score = lambda tokens, segments: score_one(state["model"].params, {"tokens": tokens, "segments": segments})  # noqa: E731
+            score = lambda tokens, segments: score_one(state["model"].params, {"tokens": tokens, "segments": segments})
             logprobs.check_padding(score, tokens, segments, model.dtype)
         sampled = i % config.sample_every == 0
         scores = [x[:1] for x in score_fn(state["model"].params, batch)] if sampled else None
