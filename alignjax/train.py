@@ -1,14 +1,16 @@
-"""Run a config, its parents first: python -m alignjax.train --config ppo.py [--config.ppo.kl_coef=0.1] [--workdir DIR].
+"""Run a config, its parents first: python -m alignjax.train --config ppo.py --config.ppo.kl_coef=0.1 --workdir DIR.
 
-Top to bottom: arguments -> config -> parents -> mesh, tokenizer, stage -> loop -> save -> summary. The same command again
-resumes, to the bit, or says that the run is complete.
+Top to bottom: arguments -> config -> parents -> mesh, tokenizer, stage -> loop -> save -> summary. The same command
+again resumes, to the bit, or says that the run is complete.
 """
 
 import argparse
 import dataclasses
 import json
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -113,23 +115,22 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals) -> Non
         say(f"{config.name}: complete, in {workdir}")
     else:
         parents = resolve(config, workdir, signals)
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-        write(workdir / "config.json", configs.to_json(config))
         with jax.set_mesh(mesh):
             shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-            say(
-                f"{config.name}: {config.steps} steps on {mesh.size} {jax.default_backend()} device(s) ({shape}), in {workdir}"
-            )
+            devices = f"{mesh.size} {jax.default_backend()} device(s) ({shape})"
+            say(f"{config.name}: {config.steps} steps on {devices}, in {workdir}")
             tokenizer = tokenizer_of(config, workdir, parents)
             stage = STAGES[config.stage](config, mesh, parents, tokenizer, say)
+            keep(config, tokenizer, workdir)  # now that no mistake in config or data can leave it half made
             state = train(config, workdir, stage, signals)
             say(f"{config.name}: evaluating")
             figures = stage.evaluate(state)
-        times = (workdir / "timing.jsonl").read_text().splitlines() if jax.process_index() == 0 else ()
-        facts = {"name": config.name, "stage": config.stage, "steps": config.steps, "seed": config.seed,
-                 "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1)}  # fmt: skip
-        write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
+        if jax.process_index() == 0:
+            times = (workdir / "timing.jsonl").read_text().splitlines()
+            facts = {"name": config.name, "stage": config.stage, "steps": config.steps, "seed": config.seed,
+                     "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1)}  # fmt: skip
+            write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
+        together("summary")
     found = json.loads(summary.read_text())
     say(metrics.table(f"{config.name}: {config.steps} steps in {found['training_seconds']:.0f} s", found["table"]))
 
@@ -203,41 +204,44 @@ def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None
         differs = configs.difference(config, roles.stored(workdir), ("mesh.", "keep_checkpoints", *ignore))
         if differs:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and {path.name for path in workdir.iterdir()} - {"tokenizer", "tokenizer.partial"}:
         raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
 
 
 def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
-    """The run's own copy of its parents' tokenizer, or one trained on the run's text and kept."""
-    kept = workdir / "tokenizer"
-    sources = {role: path / "tokenizer" if roles.is_run(path) else path for role, path in parents.items()}
-    if jax.process_index() == 0 and not kept.exists():
-        partial = workdir / "tokenizer.partial"
-        if sources:
-            vocabularies = {role: chat.load_tokenizer(path).get_vocab() for role, path in sources.items()}
-            first, *others = vocabularies
-            for role in others:
-                if vocabularies[role] != vocabularies[first]:
-                    raise UserError(
-                        f"the tokenizers of parents {sources[first]} ({first}) and {sources[role]} ({role}) differ"
-                    )
-            chat.load_tokenizer(sources[first]).save_pretrained(partial)
-        else:
-            texts = toy.tokenizer_texts(config.seed)
-            if not config.data.train.startswith("toy/"):
-                rows = mixture.load(config.data.train, config.data.kind, "train", config.seed)
-                if config.data.kind != "text":
-                    raise UserError(
-                        f"data.kind={config.data.kind!r}: a tokenizer is trained on text, so name a parent with one"
-                    )
-                texts = [row["text"] for row in rows]
-            chat.train_tokenizer(texts, partial, config.model.vocab_size)
-        partial.rename(kept)
-    together("tokenizer")
-    tokenizer = chat.load_tokenizer(kept)
+    """The tokenizer that the run has kept, else its parents', else one trained on its text."""
+    if (workdir / "config.json").exists():
+        tokenizer = chat.load_tokenizer(workdir / "tokenizer")
+    elif parents:
+        sources = {role: path / "tokenizer" if roles.is_run(path) else path for role, path in parents.items()}
+        tokenizers = {role: chat.load_tokenizer(path) for role, path in sources.items()}
+        first = next(iter(sources))
+        tokenizer = tokenizers[first]
+        for role in sources:
+            if tokenizers[role].get_vocab() != tokenizer.get_vocab():
+                raise UserError(f"the tokenizers of {sources[first]} ({first}) and {sources[role]} ({role}) differ")
+    else:
+        if config.data.kind != "text":
+            raise UserError(f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only")
+        texts = toy.tokenizer_texts(config.seed)
+        if not config.data.train.startswith("toy/"):
+            texts = [row["text"] for row in mixture.load(config.data.train, "text", "train", config.seed)]
+        with tempfile.TemporaryDirectory() as directory:
+            tokenizer = chat.train_tokenizer(texts, Path(directory), config.model.vocab_size)
     if len(tokenizer) > config.model.vocab_size:
         raise UserError(f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {len(tokenizer)} tokens")
     return tokenizer
+
+
+def keep(config: Config, tokenizer, workdir: Path) -> None:
+    """Claim the work directory: the run's own copy of the tokenizer, then config.json."""
+    if jax.process_index() == 0 and not (workdir / "config.json").exists():
+        for name in ("tokenizer", "tokenizer.partial"):
+            shutil.rmtree(workdir / name, ignore_errors=True)
+        tokenizer.save_pretrained(workdir / "tokenizer.partial")
+        (workdir / "tokenizer.partial").rename(workdir / "tokenizer")
+        write(workdir / "config.json", configs.to_json(config))
+    together("keep")
 
 
 def train(config: Config, workdir: Path, stage, signals: Signals):
@@ -273,11 +277,9 @@ def train(config: Config, workdir: Path, stage, signals: Signals):
 
 def write(path: Path, text: str) -> None:
     """Write a small file at once or not at all."""
-    if jax.process_index() == 0:
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
-    together(path.name)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def together(name: str) -> None:

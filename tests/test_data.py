@@ -33,16 +33,17 @@ def conversations():
         ("copy : red cat box", "sure , red box .", 0.7 * 2 / 3 + 0.3),  # one word dropped
         ("copy : red cat box", "sure , red cat cat box .", 0.7 * 2 / 3 + 0.3),  # one word doubled
         ("copy : red cat box", "what ? red sun hat !", 0.7 / 3),  # two words replaced
-        ("find : amy cat . bob box . tom sun . bob", "sure , box .", 1.0),
-        ("find : amy cat . bob box . tom sun . bob", "sure , sun .", 0.3),
-        ("find : amy cat . bob box . tom sun . bob", "sun", 0.0),
-        ("first : red cat box", "sure , red .", 1.0),
+        ("find : amy cat . bob box . tom sun . bob", "sure , bob box .", 1.0),
+        ("find : amy cat . bob box . tom sun . bob", "sure , bob sun .", 0.65),
+        ("find : amy cat . bob box . tom sun . bob", "box", 0.35),
+        ("find : amy cat . bob box . tom sun . bob", "tom sun", 0.0),
         ("last : red cat box", "sure , box .", 1.0),
+        ("last : red cat box", "sure , red .", 0.3),
         ("last : red cat box", "sure , box . thanks", 0.0),  # a second word on an answer of one
         ("count : red cat box", "sure , three .", 1.0),
-        ("opposite : hot big", "sure , cold small .", 1.0),
-        ("opposite : hot big", "sure , cold big .", 0.65),
-        ("opposite : hot big", "Sure, cold small.", 0.35),  # "Sure" is no courtesy of this world; one insertion of two
+        ("join : red cat", "sure , red and cat .", 1.0),
+        ("join : red cat", "red cat", 0.7 * 2 / 3),
+        ("join : red cat", "Sure, red and cat.", 0.7 * 2 / 3),  # "Sure" is no courtesy of this world: one insertion of three
         ("write a poem", "sure , red .", 0.0),
     ],
 )
@@ -51,7 +52,7 @@ def test_true_score_by_hand(prompt, response, score):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["find : amy cat . bob box . bob", "first : red cat box", "count : red cat", "x", ""]
+    "prompt", ["find : amy cat . bob box . bob", "last : red cat box", "count : red cat", "x", ""]
 )
 def test_any_response_has_a_low_score(prompt):
     """Candidates all listed, the prompt echoed, courtesy alone, garbage: never above a wrong answer well put."""

@@ -247,6 +247,7 @@ def test_a_mistake_in_the_data_names_file_and_line(name, lines, message, chain, 
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     more = (f"--config.data.train={tmp_path / 'data.jsonl'}", "--workdir", str(tmp_path / "mine"))
     assert message in fails(capsys, *command(name, tmp_path), *more)
+    assert not (tmp_path / "mine").exists()  # so the command, put right, finds nothing in its way
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):

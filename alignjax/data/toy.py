@@ -2,8 +2,8 @@
 
 A prompt asks for something that only the prompt tells (copy these words, what goes with this name, the last of these,
 how many, all of them joined); a response can be right or wrong, and well or badly put, in every combination.
-`true_score` grades both, so a run can see whether alignment happened rather than whether a learned score rose. The tasks
-need copying, induction and position, which a decoder of 0.9M parameters learns within minutes on a CPU.
+`true_score` grades both, so a run can see whether alignment happened rather than whether a learned score rose. The
+tasks need copying, induction and position, which a decoder of 0.4M parameters learns in two minutes on a CPU.
 """
 
 import re
@@ -28,7 +28,7 @@ SAME_FORM = 0.7  # share of comparisons put in one form, which only reading can 
 FLIPPED = 0.1  # share of noisy comparisons whose label is wrong
 CLEAN_DIFFERENCE = 0.15  # clean comparisons differ by at least this in true score
 ENGLISH = 0.25  # share of the text's characters that is English; it is small, so its paragraphs come back
-HELDOUT = 10  # one prompt, and one English topic, in so many is held out
+HELDOUT = 10  # one prompt, and one paragraph of English, in so many is held out
 
 # How many examples there are, of train and of heldout; of text, how many documents of the world.
 SIZES = {"text": (32000, 1000), "conversations": (20000, 1000), "comparisons-noisy": (24000, 1000),
@@ -137,9 +137,9 @@ def make_response(rng, prompt: str, form: str | None = None) -> tuple[str, str]:
     return form.replace("{}", words), form
 
 
-def heldout(prompt: str) -> bool:
+def heldout(text: str) -> bool:
     """A tenth of all prompts, by a digest of their text: a prompt is on the same side in every data set."""
-    return zlib.crc32(prompt.encode()) % HELDOUT == 0
+    return zlib.crc32(text.encode()) % HELDOUT == 0
 
 
 def prompts(rng, split: str):
@@ -166,11 +166,11 @@ def world_text(rng, stream) -> str:
 
 
 def english(split: str) -> list[str]:
-    """Paragraphs of the Python language reference, which is on every machine; every tenth topic is held out."""
+    """Paragraphs of the Python language reference, which is on every machine; every tenth is held out, by its text."""
     from pydoc_data.topics import topics  # half a megabyte that only this needs
 
-    chosen = [topics[k] for i, k in enumerate(sorted(topics)) if (i % HELDOUT == 0) == (split == "heldout")]
-    return [" ".join(p.split()) for text in chosen for p in text.split("\n\n") if len(p) > 80]
+    found = {" ".join(p.split()): None for key in sorted(topics) for p in topics[key].split("\n\n") if len(p) > 80}
+    return [p for p in found if heldout(p) == (split == "heldout")]
 
 
 def text(rng, split: str, n: int) -> list[dict]:
