@@ -52,7 +52,7 @@ def test_true_score_by_hand(prompt, response, score):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["find : amy cat . bob box . bob", "last : red cat box", "count : red cat", "x", ""]
+    "prompt", ["last : amy cat box", "last : red cat box", "count : red cat", "x", ""]
 )
 def test_any_response_has_a_low_score(prompt):
     """Candidates all listed, the prompt echoed, courtesy alone, garbage: never above a wrong answer well put."""
@@ -74,8 +74,8 @@ def test_ideal_alone_scores_one_and_right_beats_wrong():
 
 
 def test_the_answer_listed_among_candidates_earns_no_rightness():
-    prompt = "find : amy cat . bob box . tom sun . bob"
-    assert toy.true_score(prompt, "sure , cat box sun .") == 0.3
+    prompt = "last : sun cat box"
+    assert toy.true_score(prompt, "sure , sun cat box .") == 0.3
     assert toy.true_score(prompt, "cat box") == 0.0
 
 
@@ -113,7 +113,7 @@ def test_examples_follow_the_seed():
     for name in ("conversations", "comparisons-clean", "prompts"):
         assert toy.examples(name, "heldout", 3) == toy.examples(name, "heldout", 3) != toy.examples(name, "heldout", 4)
     assert toy.examples("prompts", "heldout", 0)[0] == {
-        "prompt": [{"role": "user", "content": "first : jar cat fan blue toy"}]
+        "prompt": [{"role": "user", "content": "last : red leg"}]
     }
     with pytest.raises(UserError, match="did you mean 'conversations'"):
         toy.examples("conversation", "train", 0)
@@ -125,7 +125,7 @@ def test_tokenizer_is_the_same_each_time_and_has_every_word(tokenizer, tmp_path)
     again = chat.train_tokenizer(toy.tokenizer_texts(0), tmp_path, 1024)
     assert again.get_vocab() == tokenizer.get_vocab() and len(tokenizer) == 1024
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    for word in (*toy.NAMES, *toy.THINGS, *toy.OPPOSITE, *toy.NUMBERS, *toy.TASKS, *toy.COURTESY):
+    for word in (*toy.NAMES, *toy.THINGS, *toy.NUMBERS, *toy.TASKS, *toy.COURTESY):
         assert len(tokenizer(word)["input_ids"]) == len(tokenizer(" " + word)["input_ids"]) == 1
     assert [tokenizer.convert_tokens_to_ids(x) for x in (chat.END, chat.PAD)] == [
         chat.end_token(tokenizer), tokenizer.pad_token_id]  # fmt: skip
@@ -207,15 +207,19 @@ def test_text_windows_by_hand(tokenizer):
         mixture.encode_text(tokenizer, rows, 64)
 
 
-def test_fixed_shapes_drop_and_never_cut(tokenizer):
+def test_prompts_are_padded_in_front_and_one_too_long_is_an_error(tokenizer):
     rows = [{"prompt": turns("copy : " + "cat " * n)} for n in (9, 1, 2)]
     lengths = [len(chat.encode_prompt(tokenizer, row["prompt"])) for row in rows]
-    arrays, dropped = mixture.encode_prompts(tokenizer, rows, lengths[2] + 1)
-    assert dropped == 1 and arrays["index"].tolist() == [1, 2] and arrays["lengths"].tolist() == lengths[1:]
-    for ids, n, row in zip(arrays["prompts"], arrays["lengths"], rows[1:], strict=True):
+    arrays, dropped = mixture.encode_prompts(tokenizer, rows, lengths[0])
+    assert dropped == 0 and arrays["index"].tolist() == [0, 1, 2] and arrays["lengths"].tolist() == lengths
+    for ids, n, row in zip(arrays["prompts"], arrays["lengths"], rows, strict=True):
         assert ids[-n:].tolist() == chat.encode_prompt(tokenizer, row["prompt"]) and not ids[:-n].any()
-    with pytest.raises(UserError, match=f"data.max_length=3: all 3 prompts are longer, the shortest has {lengths[1]}"):
+    rows[0]["where"] = "mine.jsonl:1"
+    with pytest.raises(UserError, match=f"mine.jsonl:1: {lengths[0]} tokens, data.max_length=3"):
         mixture.encode_prompts(tokenizer, rows, 3)
+
+
+def test_fixed_shapes_drop_and_never_cut(tokenizer):
     rows = [{"messages": turns("last : cat", "sure , cat .")}, {"messages": turns("a", "b " * 50)}]
     arrays, dropped = mixture.encode_conversations(tokenizer, rows, 24)
     tokens, trained = chat.encode_conversation(tokenizer, rows[0]["messages"])
@@ -251,8 +255,8 @@ def test_batches_do_not_depend_on_the_processes():
 
 def test_in_order_marks_what_it_filled_up():
     got = list(mixture.in_order({"x": np.arange(5)}, 3))
-    assert [g["x"].tolist() for g in got] == [[0, 1, 2], [3, 4, 0]]
-    assert [g["real"].tolist() for g in got] == [[1, 1, 1], [1, 1, 0]]
+    assert [g["x"].tolist() for g, _ in got] == [[0, 1, 2], [3, 4, 0]]
+    assert [g["real"].tolist() for g, _ in got] == [real.tolist() for _, real in got] == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_files_are_read_as_the_world_is(tmp_path):
@@ -261,8 +265,8 @@ def test_files_are_read_as_the_world_is(tmp_path):
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(json.dumps({**row, "prompt": turns("x", "y", "z"), "margin": 2}))
     assert mixture.load(str(tmp_path / "*.jsonl*"), "comparisons", "train", 0) == [
-        {"prompt": turns("hi"), "chosen": "a", "rejected": "b", "margin": 0.0},
-        {"prompt": turns("x", "y", "z"), "chosen": "a", "rejected": "b", "margin": 2.0},
+        {"prompt": turns("hi"), "chosen": "a", "rejected": "b", "margin": 0.0, "where": f"{tmp_path}/a.jsonl:1"},
+        {"prompt": turns("x", "y", "z"), "chosen": "a", "rejected": "b", "margin": 2.0, "where": f"{tmp_path}/b.jsonl.gz:1"},
     ]
 
 
