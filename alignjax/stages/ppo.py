@@ -132,7 +132,8 @@ def value_step(config: Config, optimiser, state, experience: Experience, rows):
     """One pure optimiser step of the value model -> state, metrics."""
     loss = functools.partial(value_loss_fn, config)
     state, metrics = update.update(loss, optimiser, state, minibatch_of(experience, rows), config.microbatches)
-    return state, metrics | {"value/grad_norm": metrics.pop("grad_norm")}
+    metrics["value/grad_norm"] = metrics.pop("grad_norm")
+    return state, metrics
 
 
 def minibatches(config: Config, step: int):
