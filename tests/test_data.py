@@ -43,7 +43,11 @@ def conversations():
         ("count : red cat box", "sure , three .", 1.0),
         ("join : red cat", "sure , red and cat .", 1.0),
         ("join : red cat", "red cat", 0.7 * 2 / 3),
-        ("join : red cat", "Sure, red and cat.", 0.7 * 2 / 3),  # "Sure" is no courtesy of this world: one insertion of three
+        (
+            "join : red cat",
+            "Sure, red and cat.",
+            0.7 * 2 / 3,
+        ),  # "Sure" is no courtesy of this world: one insertion of three
         ("write a poem", "sure , red .", 0.0),
     ],
 )
@@ -51,9 +55,7 @@ def test_true_score_by_hand(prompt, response, score):
     assert toy.true_score(prompt, response) == pytest.approx(score, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "prompt", ["last : amy cat box", "last : red cat box", "count : red cat", "x", ""]
-)
+@pytest.mark.parametrize("prompt", ["last : amy cat box", "last : red cat box", "count : red cat", "x", ""])
 def test_any_response_has_a_low_score(prompt):
     """Candidates all listed, the prompt echoed, courtesy alone, garbage: never above a wrong answer well put."""
     listed = [" ".join(toy.NAMES + toy.THINGS + toy.NUMBERS), "cat box", "red cat box", "one two three", prompt]
@@ -112,9 +114,7 @@ def test_the_splits_share_no_prompt_and_no_english():
 def test_examples_follow_the_seed():
     for name in ("conversations", "comparisons-clean", "prompts"):
         assert toy.examples(name, "heldout", 3) == toy.examples(name, "heldout", 3) != toy.examples(name, "heldout", 4)
-    assert toy.examples("prompts", "heldout", 0)[0] == {
-        "prompt": [{"role": "user", "content": "last : red leg"}]
-    }
+    assert toy.examples("prompts", "heldout", 0)[0] == {"prompt": [{"role": "user", "content": "last : red leg"}]}
     with pytest.raises(UserError, match="did you mean 'conversations'"):
         toy.examples("conversation", "train", 0)
     with pytest.raises(UserError, match="takes comparisons, that is toy/comparisons-noisy or toy/comparisons-clean"):
@@ -266,7 +266,13 @@ def test_files_are_read_as_the_world_is(tmp_path):
         file.write(json.dumps({**row, "prompt": turns("x", "y", "z"), "margin": 2}))
     assert mixture.load(str(tmp_path / "*.jsonl*"), "comparisons", "train", 0) == [
         {"prompt": turns("hi"), "chosen": "a", "rejected": "b", "margin": 0.0, "where": f"{tmp_path}/a.jsonl:1"},
-        {"prompt": turns("x", "y", "z"), "chosen": "a", "rejected": "b", "margin": 2.0, "where": f"{tmp_path}/b.jsonl.gz:1"},
+        {
+            "prompt": turns("x", "y", "z"),
+            "chosen": "a",
+            "rejected": "b",
+            "margin": 2.0,
+            "where": f"{tmp_path}/b.jsonl.gz:1",
+        },
     ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = [{"config"}, {"sharding"}, {"models", "checkpoint", "data", "metrics"},
+FLOORS = [{"config"}, {"sharding", "command"}, {"models", "checkpoint", "data", "metrics"},
           {"losses", "advantages", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"}, {"train"}]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "alignjax").rglob("*.py"))
