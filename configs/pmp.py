@@ -10,7 +10,7 @@ VARIANTS = ("", "tiny", "qwen")
 
 
 def config(variant: str) -> Config:
-    c = Config(stage="ranking", name="pmp", steps=700, seed=0, parents={"model": "lm.py"})
+    c = Config(stage="ranking", name="pmp", steps=900, seed=0, parents={"model": "lm.py"})
     c.model = Model(vocab_size=512, d_model=96, layers=3, heads=4, kv_heads=4, head_size=24, d_ff=192, max_length=64)
     c.optimiser = Optimiser(learning_rate=1e-3, schedule="cosine", warmup_steps=30, b2=0.98)
     c.data = Data(kind="comparisons", train="toy/comparisons-noisy",

@@ -10,10 +10,10 @@ VARIANTS = ("", "tiny", "qwen")
 
 
 def config(variant: str) -> Config:
-    c = Config(stage="ppo", name="ppo", steps=150, seed=0)
+    c = Config(stage="ppo", name="ppo", steps=60, seed=0)
     c.parents = {"policy": "sft.py", "reference": "sft.py", "value": "rm.py", "reward": "rm.py"}
     c.model = Model(vocab_size=512, d_model=96, layers=3, heads=4, kv_heads=4, head_size=24, d_ff=192, max_length=64)
-    c.optimiser = Optimiser(learning_rate=1e-4)  # a small model needs larger rates than the report's
+    c.optimiser = Optimiser(learning_rate=1e-4, schedule="cosine")  # a small model needs larger rates than the report's
     c.value_optimiser = Optimiser(learning_rate=3e-4)
     c.data = Data(kind="prompts", train="toy/prompts", heldout="toy/prompts", batch=32, max_length=22)
     c.ppo = PPO(response_length=14, minibatches=2, pretrain_coef=0.1, pretrain_ratio=0.25)

@@ -84,11 +84,11 @@ def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
             score = lambda tokens, segments: score_one(state["model"].params, {"tokens": tokens, "segments": segments})
             logprobs.check_padding(score, tokens, segments, model.dtype)
         sampled = i % config.sample_every == 0
-        scores = [x[:1] for x in score_fn(state["model"].params, batch)] if sampled else None
+        scores = score_fn(state["model"].params, batch) if sampled else None
         train, metrics = step_fn(state["model"], batch)
 
         def late():
-            return {}, [sample(tokenizer, rows, batches.order(i)[0], sharding.on_host(scores))]
+            return {}, [sample(tokenizer, rows, batches.order(i)[0], list(map(sharding.on_host, scores)))]
 
         return {"model": train}, metrics, late if sampled else nothing_late
 
@@ -126,7 +126,7 @@ def shifted(params, by: float):
 
 
 def sample(tokenizer, rows, at: int, scores) -> dict:
-    """One comparison as text, with its scores."""
+    """The comparison of a batch's first row as text, with its scores."""
     out = {}
     for i, side in enumerate(("chosen", "rejected")):
         tokens = rows[side][at][: rows[f"{side}_length"][at]]
