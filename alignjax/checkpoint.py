@@ -30,24 +30,31 @@ class Checkpoints:
     def restore(self, shapes: dict, say) -> tuple[int, dict] | None:
         """(step, items) of the newest checkpoint that can be read, or None where there is none.
 
-        One that cannot be read is moved aside, saying so; if none of several can, that is a UserError.
+        Those that cannot be read are moved aside, saying so; if none can, they stay, and that is a UserError.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
-        for step in steps:
+        for i, step in enumerate(steps):
             try:
-                return step, self.read(step, shapes)
+                items = self.read(step, shapes)
             except Exception as error:  # whatever a damaged file makes the readers raise
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 say(f"checkpoint {self.directory / str(step)} is damaged ({reason}); falling back to the one before")
-                if jax.process_index() == 0:
-                    aside = self.directory.parent / "damaged" / str(step)
-                    aside.parent.mkdir(exist_ok=True)
-                    shutil.rmtree(aside, ignore_errors=True)
-                    (self.directory / str(step)).rename(aside)
-                self.manager.reload()
+                continue
+            self.put_aside(steps[:i])
+            return step, items
         if steps:
             raise UserError(f"{self.directory}: none of the checkpoints {steps} can be read")
         return None
+
+    def put_aside(self, steps: list[int]) -> None:
+        """Move checkpoints into `damaged/` beside theirs, so that their steps can be saved again."""
+        for step in steps if jax.process_index() == 0 else ():
+            aside = self.directory.parent / "damaged" / str(step)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / str(step)).rename(aside)
+        if steps:
+            self.manager.reload()
 
     def read(self, step: int, shapes: dict) -> dict:
         """Some of a checkpoint's items, as arrays with the shapes, types and shardings of `shapes`."""

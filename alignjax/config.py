@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import typing
 from dataclasses import dataclass, field
@@ -140,6 +141,12 @@ CHOICES = {
     "value_optimiser.schedule": ("constant", "cosine"),
     "ppo.normalise_scores": ("none", "mean", "mean_std"),
 }
+AT_LEAST_ONE = (
+    "steps", "microbatches", "checkpoint_every", "keep_checkpoints", "sample_every",
+    "model.vocab_size", "model.d_model", "model.layers", "model.heads", "model.kv_heads", "model.head_size", "model.d_ff",
+    "model.max_length", "data.batch", "data.max_length",
+    "ppo.samples_per_prompt", "ppo.response_length", "ppo.epochs", "ppo.minibatches",
+)  # fmt: skip
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -169,17 +176,15 @@ def override(config: Config, key: str, text: str) -> None:
     *path, last = key.split(".")
     target = config
     for i, part in enumerate((*path, last)):
-        if isinstance(target, dict):
-            break
+        if isinstance(target, dict) and i == len(path):
+            target[last] = text
+            return
         known = [f.name for f in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
         if part not in known:
             everything = [k for k, _ in flatten(config)]
             raise UserError(f"--config.{key}: there is no such field{nearest(key, everything)}")
         if i < len(path):
             target = getattr(target, part)
-    if isinstance(target, dict):
-        target[last] = text
-        return
     kind = typing.get_type_hints(type(target))[last]
     if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
         raise UserError(f"--config.{key}: this is a group; set one of its fields")
@@ -211,9 +216,11 @@ def check(config: Config) -> None:
 
     for key, choices in CHOICES.items():
         rule(values[key] in choices, f"{key}={values[key]!r} must be one of {', '.join(map(repr, choices))}")
-    for key in ("steps", "microbatches", "checkpoint_every", "keep_checkpoints", "sample_every", "data.batch",
-                "data.max_length", "ppo.samples_per_prompt", "ppo.response_length", "ppo.epochs", "ppo.minibatches"):  # fmt: skip
+    for key in AT_LEAST_ONE:
         rule(values[key] >= 1, f"{key}={values[key]} must be at least 1")
+    for key, value in values.items():
+        rule(not isinstance(value, float) or 0 <= value < math.inf or key == "ppo.truncated_score",
+             f"{key}={value} must be finite and not below 0")  # fmt: skip
     m, p = config.model, config.ppo
     rule(m.heads % m.kv_heads == 0, f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}")
     rule(m.head_size % 2 == 0, f"model.head_size={m.head_size} must be even")

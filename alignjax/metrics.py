@@ -45,12 +45,9 @@ class Log:
             return
         (step, metrics, late), self.pending = self.pending, None
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        bad = sorted((k for k, v in metrics.items() if not math.isfinite(v)), key=lambda k: "loss" not in k)
-        if bad:
-            raise UserError(
-                f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; stopped, the last checkpoint is whole"
-            )
+        self.finite(step, metrics)
         more, samples = late()
+        self.finite(step, more)
         if not self.main:
             return
         metrics |= more
@@ -67,6 +64,13 @@ class Log:
             self.board.add_scalar(key, value, step)
         self.bar.update(1)
         self.bar.set_postfix({k.split("/")[-1]: f"{metrics[k]:.3g}" for k in self.shown if k in metrics}, refresh=False)
+
+    def finite(self, step: int, metrics: dict) -> None:
+        bad = sorted((k for k, v in metrics.items() if not math.isfinite(v)), key=lambda k: "loss" not in k)
+        if bad:
+            raise UserError(
+                f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; stopped, the last checkpoint is whole"
+            )
 
     def line(self, kind: str, row: dict) -> None:
         self.files[kind].write(json.dumps(row) + "\n")

@@ -3,6 +3,7 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_models import tiny
@@ -58,6 +59,36 @@ def test_the_newest_comes_back_to_the_bit_and_the_oldest_is_gone(kept):
     assert sorted(p.name for p in kept.iterdir()) == ["2", "3"]
 
 
+def bits(tree):
+    return jax.tree.map(lambda x: (str(x.dtype), x.shape, np.asarray(x).tobytes()), tree)
+
+
+def test_any_type_and_any_bits_come_back(tmp_path):
+    state = {
+        "float": jnp.array([0.0, -0.0, jnp.nan, jnp.inf, 1e-45, 0.1], jnp.float32),
+        "bfloat": jnp.array([-0.0, jnp.nan, 3.140625], jnp.bfloat16),
+        "count": jnp.array(2**31 - 1, jnp.int32),
+        "place": jnp.arange(24, dtype=jnp.uint32).reshape(2, 3, 4),
+    }
+    state = jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(MESH)), state)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", 2)
+    saved.save(7, {"state": state})
+    saved.close()
+    (step, items), _ = restored(tmp_path / "checkpoints", {"state": like})
+    assert step == 7 and bits(items["state"]) == bits(state)
+
+
+@pytest.mark.parametrize("keep, left", [(1, ["5"]), (3, ["3", "4", "5"]), (9, ["1", "2", "3", "4", "5"])])
+def test_as_many_are_kept_as_asked_for(keep, left, tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", keep)
+    for step in range(1, 6):
+        saved.save(step, {"counter": {"n": np.int32(step)}})
+    assert saved.latest() == 5
+    saved.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == left
+
+
 def test_it_comes_back_onto_another_mesh(kept):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices")
@@ -70,6 +101,14 @@ def test_it_comes_back_onto_another_mesh(kept):
 
 def test_one_role_is_taken_alone(kept):
     assert equal(checkpoint.restore_role(kept.parent, "policy", shapes()["policy"]), parameters(3))
+
+
+def test_a_role_does_not_need_the_other_items_and_may_go_onto_another_mesh(copied):
+    shutil.rmtree(copied / "3" / "counter")
+    mesh = sharding.make_mesh(Mesh(data=1, fsdp=4, tensor=2))
+    role = checkpoint.restore_role(copied.parent, "policy", shapes(mesh)["policy"])
+    assert equal(role, parameters(3))
+    assert {tuple(x.sharding.mesh.shape.values()) for x in jax.tree.leaves(role)} == {(1, 4, 2)}
 
 
 def test_none_is_none_and_a_role_of_none_an_error(tmp_path):
@@ -95,13 +134,55 @@ def test_a_damaged_newest_falls_back_and_says_so(damage, copied):
     assert (copied.parent / "damaged" / "3").is_dir() and not (copied / "3").exists()
 
 
-def test_none_that_can_be_read_is_an_error(copied):
+COUNTER = {"counter": {"n": jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(MESH))}}
+
+
+@pytest.mark.parametrize("damage", [
+    lambda step: (step / "policy" / "manifest.ocdbt").unlink(),
+    lambda step: (step / "policy" / "manifest.ocdbt").write_bytes(b""),
+    lambda step: cut(step / "policy" / "_METADATA"),
+    lambda step: shutil.rmtree(step / "policy" / "d"),
+    lambda step: [cut(file) for file in (step / "policy" / "d").iterdir()],
+    lambda step: [cut(file) for file in (step / "counter" / "d").iterdir()],
+    lambda step: shutil.rmtree(step / "counter"),
+    lambda step: (shutil.rmtree(step), step.mkdir()),
+], ids=["no manifest", "empty manifest", "metadata cut", "no data", "data cut", "small item cut", "an item gone",
+        "nothing left"])  # fmt: skip
+def test_any_damage_to_any_item_falls_back(damage, copied):
+    damage(copied / "3")
+    (step, items), said = restored(copied, {**shapes(), **COUNTER})
+    assert (step, int(items["counter"]["n"])) == (2, 2) and equal(items["policy"], parameters(2))
+    assert len(said) == 1 and str(copied / "3") in said[0]
+    assert [path.name for path in (copied.parent / "damaged").iterdir()] == ["3"]
+    assert [path.name for path in copied.iterdir()] == ["2"]
+
+
+def test_the_damaged_step_is_saved_again_and_may_be_damaged_again(copied):
+    for _ in range(2):
+        shutil.rmtree(copied / "3" / "policy")
+        opened = checkpoint.Checkpoints(copied, 2)
+        assert opened.restore(shapes(), lambda line: None)[0] == 2
+        opened.save(3, {"policy": parameters(30), "counter": {"n": np.int32(30)}})
+        opened.close()
+        (step, items), said = restored(copied, {**shapes(), **COUNTER})
+        assert (step, int(items["counter"]["n"]), said) == (3, 30, []) and equal(items["policy"], parameters(30))
+
+
+def test_none_that_can_be_read_is_an_error_the_next_time_too(copied):
     for step in ("2", "3"):
         shutil.rmtree(copied / step / "policy")
-    with pytest.raises(UserError, match="none of the checkpoints"):
-        restored(copied)
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of the checkpoints"):
+            restored(copied)
 
 
 def test_a_save_that_was_cut_off_is_not_seen(copied):
     (copied / "4.orbax-checkpoint-tmp" / "policy").mkdir(parents=True)
     assert restored(copied)[0][0] == 3
+
+
+def test_a_temporary_directory_is_not_seen_even_with_everything_in_it(copied):
+    shutil.copytree(copied / "3", copied / "4.orbax-checkpoint-tmp")
+    (step, items), said = restored(copied)
+    assert (step, said) == (3, []) and equal(items["policy"], parameters(3))
+    assert equal(checkpoint.restore_role(copied.parent, "policy", shapes()["policy"]), parameters(3))

@@ -31,12 +31,84 @@ VARIANTS = [(path.name, variant) for path in FILES for variant in runpy.run_path
     ("ppo.pretrain_ratio", "0.3", "ppo.pretrain_ratio=0.3 times the minibatch=32 must be whole"),
     ("ppo.pretrain_coef", "0", "ppo.pretrain_coef=0.0 and ppo.pretrain_ratio=0.25: both or neither must be 0"),
     ("ppo.top_p", "1.5", r"ppo.top_p=1.5 must lie in \(0, 1\]"),
+    ("model.kv_heads", "0", "model.kv_heads=0 must be at least 1"),
     ("ppo.temperature", "0", "ppo.temperature=0.0 must be above 0"),
     ("ppo.response_length", "60", r"data.max_length=22 \+ ppo.response_length=60 is over model.max_length=64"),
 ])  # fmt: skip
 def test_a_broken_rule_names_field_and_both_values(key, value, message):
     with pytest.raises(UserError, match=message):
         configs.load("ppo.py", {key: value})
+
+
+CHOICES = {
+    "stage": "'lm', 'ranking', 'ppo'",
+    "model.family": "'qwen', 'qwen2', 'qwen3', 'llama'",
+    "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
+    "model.dtype": "'float32', 'bfloat16'",
+    "model.remat": "'nothing', 'everything', 'dots'",
+    "model.attention": "'auto', 'xla', 'cudnn'",
+    "optimiser.schedule": "'constant', 'cosine'",
+    "value_optimiser.schedule": "'constant', 'cosine'",
+    "ppo.normalise_scores": "'none', 'mean', 'mean_std'",
+}
+
+
+@pytest.mark.parametrize("key, choices", CHOICES.items())
+def test_a_choice_is_one_of_its_list(key, choices):
+    with pytest.raises(UserError) as raised:
+        configs.load("ppo.py", {key: "other"})
+    assert str(raised.value) == f"{key}='other' must be one of {choices}"
+
+
+def test_no_choice_is_left_out_above():
+    assert set(CHOICES) == set(configs.CHOICES)
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+@pytest.mark.parametrize("key", configs.AT_LEAST_ONE)
+def test_a_count_is_at_least_one(key, value):
+    with pytest.raises(UserError) as raised:
+        configs.load("ppo.py", {key: value})
+    assert str(raised.value) == f"{key}={value} must be at least 1"
+
+
+ROLES = "['policy', 'reference', 'reward', 'value']"
+
+
+@pytest.mark.parametrize("name, given, message", [
+    ("lm.py", {"parents.policy": "x"}, "parents=['policy'] must be among ['model'] for lm"),
+    ("lm.py", {"stage": "ppo", "data.kind": "prompts"}, f"parents=[] must be {ROLES} for ppo"),
+    ("lm.py", {"data.kind": "prompts"},
+     "data.kind='prompts' must be one of ('text', 'conversations') for stage='lm'"),
+    ("rm.py", {"data.kind": "text"}, "data.kind='text' must be one of ('comparisons',) for stage='ranking'"),
+    ("lm.py", {"data.max_length": "65"}, "data.max_length=65 is over model.max_length=64"),
+    ("lm.py", {"microbatches": "3"}, "microbatches=3 must divide the minibatch=64"),
+    ("ppo.py", {"microbatches": "5"}, "microbatches=5 must divide ppo.pretrain_ratio x minibatch=8"),
+    ("ppo.py", {"microbatches": "5", "ppo.pretrain_ratio": "1.25"}, "microbatches=5 must divide the minibatch=32"),
+    ("ppo.py", {"ppo.pretrain_ratio": "0"},
+     "ppo.pretrain_coef=0.1 and ppo.pretrain_ratio=0.0: both or neither must be 0"),
+    ("ppo.py", {"ppo.top_p": "0"}, "ppo.top_p=0.0 must lie in (0, 1]"),
+    ("ppo.py", {"ppo.temperature": "-1"}, "ppo.temperature=-1.0 must be finite and not below 0"),
+    ("lm.py", {"optimiser.eps": "1e999"}, "optimiser.eps=inf must be finite and not below 0"),
+    ("ppo.py", {"ppo.response_length": "43"},
+     "data.max_length=22 + ppo.response_length=43 is over model.max_length=64"),
+])  # fmt: skip
+def test_a_broken_rule_is_told_word_for_word(name, given, message):
+    with pytest.raises(UserError) as raised:
+        configs.load(name, given)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("name, given", [
+    ("lm.py", {"data.max_length": "64"}),
+    ("lm.py", {"ppo.minibatches": "5", "ppo.top_p": "2"}),  # rules of PPO don't bind another stage
+    ("ppo.py", {"ppo.response_length": "42"}),
+    ("ppo.py", {"ppo.top_p": "1"}),
+    ("ppo.py", {"ppo.pretrain_coef": "0", "ppo.pretrain_ratio": "0"}),
+    ("ppo.py", {"microbatches": "8"}),
+])  # fmt: skip
+def test_a_value_on_the_edge_of_a_rule_passes(name, given):
+    assert {key: f"{value:g}" for key, value in configs.flatten(configs.load(name, given)) if key in given} == given
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -59,6 +131,35 @@ def test_overrides_take_the_type_of_their_field():
     c = configs.load("ppo.py", given)
     assert c.ppo.clip == 1.0 and isinstance(c.ppo.clip, float) and c.steps == 7 and c.ppo.whiten_advantages is False
     assert c.parents["policy"] == "x/y" and c.parents["value"] == "rm.py" and c.name == "0"
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("True", True), ("false", False), ("False", False)])
+def test_a_bool_is_written_either_way(text, value):
+    assert configs.load("ppo.py", {"ppo.whiten_advantages": text}).ppo.whiten_advantages is value
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("ppo.whiten_advantages", "yes", "--config.ppo.whiten_advantages=yes: bool wanted, str given"),
+    ("steps", "true", "--config.steps=true: int wanted, bool given"),
+    ("steps", "1e3", "--config.steps=1e3: int wanted, float given"),
+    ("ppo.clip", "true", "--config.ppo.clip=true: float wanted, bool given"),
+    ("model", "big", "--config.model: this is a group; set one of its fields"),
+])  # fmt: skip
+def test_a_value_of_another_type_is_told_word_for_word(key, value, message):
+    config = configs.load("ppo.py")
+    before = configs.to_json(config)
+    with pytest.raises(UserError) as raised:
+        configs.override(config, key, value)
+    assert str(raised.value) == message and configs.to_json(config) == before
+
+
+def test_a_parent_may_be_added_to_none():
+    assert configs.load("lm.py", {"parents.model": "runs/lm"}).parents == {"model": "runs/lm"}
+
+
+def test_a_name_below_a_parent_is_no_field():
+    with pytest.raises(UserError, match="parents.value.policy"):
+        configs.load("ppo.py", {"parents.value.policy": "x"})
 
 
 def test_a_path_comes_before_configs(tmp_path, monkeypatch):
@@ -88,6 +189,13 @@ def test_a_difference_shows_both_values_and_can_be_ignored():
 def test_a_model_comes_back_from_json():
     model = dataclasses.replace(configs.Model(), family="llama", rope_factor=4.0, tied=True)
     assert configs.model_from_json(json.loads(configs.to_json(Config(model=model)))) == model
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_every_config_comes_back_from_json(name, variant):
+    c = configs.load(f"{name}:{variant}")
+    stored = json.loads(configs.to_json(c))
+    assert configs.difference(c, stored) == [] and configs.model_from_json(stored) == c.model
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)

@@ -45,6 +45,46 @@ def test_no_rooms_import_each_other():
     assert [a for a, found in reach.items() if a in found] == []
 
 
+def test_every_room_has_its_floor_and_every_floor_its_rooms():
+    assert {path.relative_to(ROOT / "alignjax").with_suffix("").parts[0] for path in FILES} - {"__init__"} == set(FLOOR)
+
+
+def module(path) -> str:
+    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return dotted.removesuffix(".__init__")
+
+
+def test_no_modules_import_each_other():
+    modules = {module(path) for path in FILES}
+    edges = {(module(p), m) for p in FILES for n in imports(p) for m in (n, n.rpartition(".")[0]) if m in modules}
+    reach = {a: {y for x, y in edges if x == a} for a in modules}
+    for _ in modules:
+        reach = {a: found.union(*(reach[b] for b in found)) for a, found in reach.items()}
+    assert ("alignjax.train", "alignjax.config") in edges
+    assert [a for a, found in reach.items() if a in found] == []
+
+
+def test_one_import_alone_is_not_at_the_top_of_its_file():
+    inner = []
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        below = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and n not in tree.body]
+        inner += [(module(path), ast.unparse(node)) for node in below]
+    assert inner == [("alignjax.data.toy", "from pydoc_data.topics import topics")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_imports_are_absolute(path):
+    assert all(not node.level for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+
+
+@pytest.mark.parametrize("folder", ["alignjax", "configs", "benchmarks", "tests"])
+def test_no_file_is_a_drawer_of_utilities_and_none_imports_pickle(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files and "utils.py" not in {path.name for path in files}
+    assert [path.name for path in files if "pickle" in {name.split(".")[0] for name in imports(path)}] == []
+
+
 @pytest.mark.parametrize("name, allowed", [("losses", ("jax",)), ("advantages", ("jax", "typing"))])
 def test_losses_and_advantages_import_nothing_but_jax(name, allowed):
     assert {n.split(".")[0] for n in imports(ROOT / "alignjax" / f"{name}.py")} <= set(allowed)
