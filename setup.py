@@ -26,7 +26,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest", "pytest-xdist", "ruff", "tensorboardX", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "ruff", "matplotlib"],
         "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch
     },
 )

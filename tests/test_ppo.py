@@ -81,7 +81,6 @@ def test_before_an_update_the_ratio_is_1_and_the_kl_0(world, temperature):
         _, found = mine.gradients(mine.params["policy"], rows)
         assert found["val/ratio_var"] < 1e-12 and abs(found["val/ratio"] - 1) < 1e-6
         assert found["policy/clipfrac_avg"] == 0 and found["policy/approxkl_avg"] < 1e-7
-    assert equal(mine.experience()[0].old_logprobs, mine.experience()[0].old_logprobs)
 
 
 def test_the_ratio_moves_and_the_clip_binds_in_the_second_epoch(world):
@@ -198,6 +197,7 @@ def test_the_pretraining_gradient_is_added_with_its_coefficient(world, text):
 
 def test_microbatches_change_nothing(world, text):
     c = make(pretrain_coef=0.25, pretrain_ratio=0.5, epochs=1)
+    c.optimiser.eps = c.value_optimiser.eps = 1e-3  # so that Adam does not blow up the rounding of a gradient near 0
     results = []
     for c.microbatches in (1, 4):
         mine = World(c)

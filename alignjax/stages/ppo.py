@@ -257,7 +257,7 @@ def table(figures: dict) -> list[tuple[str, str]]:
     lines = [(text, f"{figures[f'{name}/before']:8.3f} -> {figures[f'{name}/after']:.3f}")
              for name, text in words.items() if f"{name}/before" in figures]  # fmt: skip
     if "gap_closed" in figures:
-        lines.insert(1, ("gap from SFT to the best, closed", f"{100 * figures['gap_closed']:.0f} %"))
+        lines.insert(1, ("gap from SFT to the best, closed", f"{100 * figures['gap_closed']:8.0f} %"))
     return lines
 
 
