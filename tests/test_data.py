@@ -143,7 +143,7 @@ def turns(*contents):
     [{"role": "system", "content": "assistant\nbe kind"}, *turns("a", "", "c", "naïve 猫 <b>", "and then ?")],
 ])  # fmt: skip
 def test_only_the_assistants_turns_are_trained(tokenizer, messages):
-    tokens, trained = chat.encode_conversation(tokenizer, messages)
+    tokens, trained = chat.encode_conversations(tokenizer, [messages])[0]
     said = [m["content"] + chat.END for m in messages if m["role"] == "assistant"]
     assert tokenizer.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "".join(said)
     assert sum(np.diff([0, *trained]) == 1) == len(said)  # so many runs of trained tokens
@@ -166,13 +166,13 @@ def test_any_template_that_ends_turns_will_do(tokenizer, tmp_path):
     other.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '<|endoftext|>' }}{% endfor %}"
     )
-    tokens, trained = chat.encode_conversation(other, turns("copy : red", "red"))
+    tokens, trained = chat.encode_conversations(other, [turns("copy : red", "red")])[0]
     assert chat.end_token(other) == other.pad_token_id != other.eos_token_id
     assert other.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "red<|endoftext|>"
     other = chat.load_tokenizer(tmp_path)
     other.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(UserError, match="no special token ends"):
-        chat.encode_conversation(other, turns("copy : red", "red"))
+        chat.encode_conversations(other, [turns("copy : red", "red")])[0]
 
 
 def test_one_tokenisation_for_training_and_scoring(tokenizer):
@@ -182,13 +182,13 @@ def test_one_tokenisation_for_training_and_scoring(tokenizer):
     arrays, dropped = mixture.encode_comparisons(tokenizer, rows, 48)
     assert dropped == 0 and arrays["margin"][-1] == 0.5
     for i, row in enumerate(rows):
-        prompt = chat.encode_prompt(tokenizer, row["prompt"])
-        for side, pair in zip(("chosen", "rejected"), chat.encode_comparison(tokenizer, row), strict=True):
-            response = chat.encode_response(tokenizer, row[side])
+        prompt = chat.encode_prompts(tokenizer, [row["prompt"]])[0]
+        for side, pair in zip(("chosen", "rejected"), chat.encode_comparisons(tokenizer, [row])[0], strict=True):
+            response = chat.encode_responses(tokenizer, [row[side]])[0]
             length = arrays[f"{side}_length"][i]
             assert response[-1] == chat.end_token(tokenizer)
             assert pair == prompt + response == arrays[side][i, :length].tolist()
-            assert pair == chat.encode_conversation(tokenizer, row["prompt"] + turns("", row[side])[1:])[0]
+            assert pair == chat.encode_conversations(tokenizer, [row["prompt"] + turns("", row[side])[1:]])[0][0]
             assert not arrays[side][i, length:].any()
             assert chat.decode_response(tokenizer, response) == row[side]
 
@@ -209,11 +209,11 @@ def test_text_windows_by_hand(tokenizer):
 
 def test_prompts_are_padded_in_front_and_one_too_long_is_an_error(tokenizer):
     rows = [{"prompt": turns("copy : " + "cat " * n)} for n in (9, 1, 2)]
-    lengths = [len(chat.encode_prompt(tokenizer, row["prompt"])) for row in rows]
+    lengths = [len(chat.encode_prompts(tokenizer, [row["prompt"]])[0]) for row in rows]
     arrays, dropped = mixture.encode_prompts(tokenizer, rows, lengths[0])
     assert dropped == 0 and arrays["index"].tolist() == [0, 1, 2] and arrays["lengths"].tolist() == lengths
     for ids, n, row in zip(arrays["prompts"], arrays["lengths"], rows, strict=True):
-        assert ids[-n:].tolist() == chat.encode_prompt(tokenizer, row["prompt"]) and not ids[:-n].any()
+        assert ids[-n:].tolist() == chat.encode_prompts(tokenizer, [row["prompt"]])[0] and not ids[:-n].any()
     rows[0]["where"] = "mine.jsonl:1"
     with pytest.raises(UserError, match=f"mine.jsonl:1: {lengths[0]} tokens, data.max_length=3"):
         mixture.encode_prompts(tokenizer, rows, 3)
@@ -222,7 +222,7 @@ def test_prompts_are_padded_in_front_and_one_too_long_is_an_error(tokenizer):
 def test_fixed_shapes_drop_and_never_cut(tokenizer):
     rows = [{"messages": turns("last : cat", "sure , cat .")}, {"messages": turns("a", "b " * 50)}]
     arrays, dropped = mixture.encode_conversations(tokenizer, rows, 24)
-    tokens, trained = chat.encode_conversation(tokenizer, rows[0]["messages"])
+    tokens, trained = chat.encode_conversations(tokenizer, [rows[0]["messages"]])[0]
     n = len(tokens)
     assert dropped == 1 and arrays["tokens"][0].tolist() == tokens + [0] * (24 - n)
     assert arrays["mask"][0].tolist() == trained + [0] * (24 - n)

@@ -131,22 +131,6 @@ def encode_comparisons(tokenizer, rows: list[dict]) -> list[tuple[list[int], lis
     return [(p + c, p + r) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
 
 
-def encode_conversation(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    return encode_conversations(tokenizer, [messages])[0]
-
-
-def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    return encode_prompts(tokenizer, [messages])[0]
-
-
-def encode_response(tokenizer, text: str) -> list[int]:
-    return encode_responses(tokenizer, [text])[0]
-
-
-def encode_comparison(tokenizer, row: dict) -> tuple[list[int], list[int]]:
-    return encode_comparisons(tokenizer, [row])[0]
-
-
 def decode_response(tokenizer, tokens) -> str:
     """Text of a response's real tokens, without its end token."""
     return tokenizer.decode(tokens, skip_special_tokens=True)
