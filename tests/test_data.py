@@ -172,7 +172,7 @@ def test_any_template_that_ends_turns_will_do(tokenizer, tmp_path):
     other = chat.load_tokenizer(tmp_path)
     other.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(UserError, match="no special token ends"):
-        chat.encode_conversations(other, [turns("copy : red", "red")])[0]
+        chat.encode_conversations(other, [turns("copy : red", "red")])
 
 
 def test_one_tokenisation_for_training_and_scoring(tokenizer):
