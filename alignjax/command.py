@@ -1,10 +1,18 @@
-"""What a command line and the operating system tell a run: arguments, several processes, signals."""
+"""What a command line and the operating system tell a run: arguments, several processes, the cache, signals."""
 
 import argparse
+import os
 import signal
+import sys
+import tempfile
+from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
 from alignjax.config import UserError
 
@@ -17,6 +25,8 @@ def parse(argv):
     parser.add_argument("--workdir", help="default: runs/NAME; parents that have to be run go beside it")
     parser.add_argument("--distributed", nargs="?", const="auto", metavar="HOST:PORT,PROCESSES,INDEX",
                         help="one process of several; without a value, what the cluster says of itself")  # fmt: skip
+    parser.add_argument("--profile", action="store_true",
+                        help="say where each step's time goes; a trace of a few steps goes to WORKDIR/profile")  # fmt: skip
     arguments, rest = parser.parse_known_args(argv)
     overrides = {}
     while rest:
@@ -42,6 +52,28 @@ def start_distributed(value: str | None) -> None:
             raise UserError(f"--distributed={value}: HOST:PORT,PROCESSES,INDEX wanted") from None
 
 
+def keep_programs() -> None:
+    """Keep compiled programs from run to run in $XDG_CACHE_HOME/alignjax, or ~/.cache/alignjax; before the first compile.
+
+    The persistent cache of jax: what took half a second to compile or longer is written there, and nothing is ever
+    deleted. JAX_COMPILATION_CACHE_DIR names another directory, or none if it is empty;
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS another time. A directory that can't be written is done without.
+    """
+    untouched = jax.config.jax_persistent_cache_min_compile_time_secs == 1.0  # the default of jax
+    if untouched and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignjax"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # its files are run: for nobody else to write
+        tempfile.TemporaryFile(dir=directory).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        say(f"compiled programs are not kept: {error}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
 class Stopped(Exception):
     """A signal ended the run after a save."""
 
@@ -51,6 +83,7 @@ class Signals:
 
     def __init__(self):
         self.received = 0
+        self.asked = None  # what all had received when it was asked last: an array, on its way
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
@@ -60,13 +93,29 @@ class Signals:
         self.received = number
 
     def anywhere(self) -> bool:
-        """Whether any process has got one: all must save together."""
+        """Whether any process has got one: all must save together.
+
+        With several processes it is one that had come by the call before, so that nobody waits for the steps in flight.
+        """
         if jax.process_count() == 1:
             return self.received > 0
-        self.received = int(multihost_utils.process_allgather(self.received).max())
-        return self.received > 0
+        before, self.asked = self.asked, largest(self.received)
+        number = 0 if before is None else int(before)
+        self.received = number or self.received
+        return number > 0
+
+
+def largest(number: int) -> jax.Array:
+    """The largest number of all processes, which need not be there yet: all call this, and none waits."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+    mine = np.full(jax.local_device_count(), number, np.int32)
+    with jax.set_mesh(mesh):
+        numbers = jax.make_array_from_process_local_data(NamedSharding(mesh, P("devices")), mine)
+        return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))(numbers)
 
 
 def say(text: str) -> None:
+    """Print a line, in the first process alone."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        (tqdm.write if sys.stderr.isatty() else print)(text)  # where there is a bar to be seen, it isn't torn
+        sys.stdout.flush()

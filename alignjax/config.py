@@ -40,7 +40,7 @@ class Model:
     max_length: int = 2048
     dtype: str = "float32"  # of the computation; parameters, softmax, log-probabilities and losses are float32
     remat: str = "nothing"  # what the backward pass recomputes: nothing, everything, or all but dots
-    attention: str = "auto"  # auto, xla, cudnn
+    attention: str = "auto"  # auto, xla, cudnn (NVIDIA), splash (TPU)
 
 
 @dataclass
@@ -99,6 +99,10 @@ class PPO:
     pretrain_heldout: str = "toy/text"  # where the alignment tax is read, before and after; "" is nowhere
     pretrain_coef: float = 0.0
     pretrain_ratio: float = 0.0  # pretraining sequences for each response
+    slots: int = 0  # responses that are sampled at once, each ended one making room for the next; 0 is all of them
+    cache_dtype: str = ""  # of keys and values in sampling; "" is model.dtype
+    frozen_dtype: str = ""  # of the reference's and reward model's parameters; "" is float32
+    frozen_memory: str = "device"  # where they are kept: device, host (pinned, fetched when they are used)
 
 
 @dataclass
@@ -115,7 +119,7 @@ class Config:
     seed: int = 0
     steps: int = 100  # of the loop: optimiser steps; for PPO, rollouts
     parents: dict[str, str] = field(default_factory=dict)  # role -> config (NAME.py), run, or Hugging Face directory
-    microbatches: int = 1  # an optimiser step's batch is cut into as many, one after the other, to save memory
+    microbatch_tokens: int = 4096  # an optimiser step's batch is packed into microbatches of about so many tokens
     model: Model = field(default_factory=Model)
     optimiser: Optimiser = field(default_factory=Optimiser)
     value_optimiser: Optimiser = field(default_factory=Optimiser)
@@ -136,13 +140,16 @@ CHOICES = {
     "model.rope_scaling": ("", "linear", "llama3", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("nothing", "everything", "dots"),
-    "model.attention": ("auto", "xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
     "optimiser.schedule": ("constant", "cosine"),
     "value_optimiser.schedule": ("constant", "cosine"),
     "ppo.normalise_scores": ("none", "mean", "mean_std"),
+    "ppo.cache_dtype": ("", "float32", "bfloat16"),
+    "ppo.frozen_dtype": ("", "float32", "bfloat16"),
+    "ppo.frozen_memory": ("device", "host"),
 }
 AT_LEAST_ONE = (
-    "steps", "microbatches", "checkpoint_every", "keep_checkpoints", "sample_every",
+    "steps", "microbatch_tokens", "checkpoint_every", "keep_checkpoints", "sample_every",
     "model.vocab_size", "model.d_model", "model.layers", "model.heads", "model.kv_heads", "model.head_size", "model.d_ff",
     "model.max_length", "data.batch", "data.max_length",
     "ppo.samples_per_prompt", "ppo.response_length", "ppo.epochs", "ppo.minibatches",
@@ -233,7 +240,6 @@ def check(config: Config) -> None:
     )
     kinds = KINDS[config.stage]
     rule(config.data.kind in kinds, f"data.kind={config.data.kind!r} must be one of {kinds} for stage={config.stage!r}")
-    minibatch = config.data.batch
     if config.stage == "ppo":
         rule(set(config.parents) == roles, f"parents={sorted(config.parents)} must be {sorted(roles)} for ppo")
         responses = config.data.batch * p.samples_per_prompt
@@ -245,18 +251,15 @@ def check(config: Config) -> None:
             pretrain == int(pretrain),
             f"ppo.pretrain_ratio={p.pretrain_ratio} times the minibatch={minibatch} must be whole",
         )
-        rule(int(pretrain) % config.microbatches == 0,
-             f"microbatches={config.microbatches} must divide ppo.pretrain_ratio x minibatch={int(pretrain)}")  # fmt: skip
         rule((p.pretrain_coef > 0) == (p.pretrain_ratio > 0),
              f"ppo.pretrain_coef={p.pretrain_coef} and ppo.pretrain_ratio={p.pretrain_ratio}: both or neither must be 0")  # fmt: skip
+        # A rounded reference would not be the policy at step 0, unless the policy is rounded as it computes.
+        rule(p.frozen_dtype != "bfloat16" or m.dtype == "bfloat16",
+             f"ppo.frozen_dtype={p.frozen_dtype!r} needs model.dtype='bfloat16', not {m.dtype!r}")  # fmt: skip
         rule(0 < p.top_p <= 1, f"ppo.top_p={p.top_p} must lie in (0, 1]")
         rule(p.temperature > 0, f"ppo.temperature={p.temperature} must be above 0")
         rule(config.data.max_length + p.response_length <= m.max_length, f"data.max_length={config.data.max_length} + "
              f"ppo.response_length={p.response_length} is over model.max_length={m.max_length}")  # fmt: skip
-    rule(
-        minibatch % config.microbatches == 0,
-        f"microbatches={config.microbatches} must divide the minibatch={minibatch}",
-    )
 
 
 def flatten(config, prefix: str = ""):

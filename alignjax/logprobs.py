@@ -1,90 +1,56 @@
-"""Token log-probabilities, entropies and scores, the same for every role and stage.
+"""Token log-probabilities, entropies, values and scores, the same for every role and stage.
 
-Letters: b batch, t tokens, r response tokens, p prompt tokens, d model, v vocabulary.
+They are read off a microbatch, a dict of tokens, segments and positions, each [rows w] int32 (segment 0 is padding, a
+row may pack several sequences), and of where to read: `at` [rows k], places of target tokens in their rows, and `ends`
+[m], places of last tokens in rows * w.
 """
 
 import jax
 import jax.numpy as jnp
 
+from alignjax import vocabulary
 from alignjax.config import UserError
 from alignjax.models import transformer
 
-CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+
+def hidden_of(model, params, batch):
+    """[rows w d]"""
+    return transformer.apply(model, params, batch["tokens"], batch["positions"], batch["segments"])[0]
 
 
-def token_logprobs(model, params, hidden, targets, temperature=1.0):
-    """log p(targets[b t] | hidden[b t d]) and the distribution's entropy, both [b t] float32, in nats.
+def before_targets(hidden, at):
+    """hidden[rows w d] at the tokens before the targets, [rows k d]; what stands for a target at place 0 is meaningless."""
+    return jnp.take_along_axis(hidden, jnp.maximum(at - 1, 0)[..., None], axis=1)
 
-    Logits are made for a chunk of positions at a time, in the forward and the backward pass, so [b t v] never exists.
+
+def token_logprobs(model, params, batch, temperature=1.0):
+    """log p of each target given what precedes it, and the distribution's entropy, each [rows k] float32, in nats.
+
     The distribution is the full one at `temperature`: top-p shapes only the sampling, see `rollout`.
     """
-    b, t, d = hidden.shape
-    chunk = min(t, max(1, CHUNK_ELEMENTS // (b * model.vocab_size)))
-    chunks = -(-t // chunk)
-
-    def one(_, xy):
-        x, y = xy
-        z = transformer.logits(model, params, x) / temperature
-        normaliser = jax.nn.logsumexp(z, axis=-1)
-        logprob = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - normaliser
-        entropy = normaliser - jnp.sum(jnp.exp(z - normaliser[..., None]) * z, axis=-1)
-        return None, (logprob, entropy)
-
-    if chunks == 1:
-        return one(None, (hidden, targets))[1]
-    pad = chunks * chunk - t
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, chunks, chunk, *x.shape[2:]), 1, 0)
-
-    _, out = jax.lax.scan(jax.checkpoint(one), None, (cut(hidden), cut(targets)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t], out)
+    hidden = before_targets(hidden_of(model, params, batch), batch["at"])
+    labels = jnp.take_along_axis(batch["tokens"], batch["at"], axis=1)
+    kernel = params["embed"]["embedding"] if model.tied else params["head"]["kernel"]
+    return vocabulary.token_logprobs(hidden, kernel, labels, temperature, model.tied)
 
 
-def positions(segments):
-    """RoPE positions[b t] of unpacked rows: 0 at the first real token, wherever the pads are."""
-    return jnp.maximum(jnp.cumsum(segments > 0, axis=1) - 1, 0)
+def token_values(model, params, batch):
+    """[rows k] float32: the value head before each target, that is at the token that precedes it."""
+    return transformer.scalar(params, before_targets(hidden_of(model, params, batch), batch["at"]))
 
 
-def sequence_logprobs(model, params, tokens, segments, temperature=1.0):
-    """log p of each next token: [b t-1] for tokens[b t], with entropies; what comes after a pad is meaningless."""
-    hidden, _ = transformer.apply(model, params, tokens, positions(segments), segments)
-    return token_logprobs(model, params, hidden[:, :-1], tokens[:, 1:], temperature)
+def scores(model, params, batch):
+    """[m] float32: the scalar head at each sequence's last token, which is the end token of a response that has ended."""
+    return transformer.scalar(params, hidden_of(model, params, batch)).reshape(-1)[batch["ends"]]
 
 
-def response_logprobs(model, params, tokens, segments, response_length, temperature=1.0):
-    """log p and entropy of the response, the last r tokens of tokens[b p+r], each [b r]."""
-    hidden, _ = transformer.apply(model, params, tokens, positions(segments), segments)
-    r = response_length
-    return token_logprobs(model, params, hidden[:, -r - 1 : -1], tokens[:, -r:], temperature)
-
-
-def response_values(model, params, tokens, segments, response_length):
-    """[b r]: the value head before each response token, that is at the token that precedes it."""
-    hidden, _ = transformer.apply(model, params, tokens, positions(segments), segments)
-    return transformer.scalar(params, hidden[:, -response_length - 1 : -1])
-
-
-def score(model, params, tokens, segments):
-    """[b]: the scalar head at the last real token, which is the end token of a response that has ended."""
-    hidden, _ = transformer.apply(model, params, tokens, positions(segments), segments)
-    last = tokens.shape[1] - 1 - jnp.argmax(jnp.flip(segments > 0, axis=1), axis=1)
-    return transformer.scalar(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-
-
-def pads_in_front(tokens, segments):
-    """Each row of tokens[b t], segments[b t] turned until what is behind its last real token stands in front."""
+def score_alone(model, params, tokens, lengths):
+    """[b]: the scores of tokens[b t] of lengths[b], each alone in a row, behind its pads: what `scores` must agree with."""
     t = tokens.shape[1]
-    behind = jnp.argmax(jnp.flip(segments > 0, axis=1), axis=1)
-    turned = (jnp.arange(t) - behind[:, None]) % t
-    return jnp.take_along_axis(tokens, turned, axis=1), jnp.take_along_axis(segments, turned, axis=1)
-
-
-def check_padding(score_fn, tokens, segments, dtype: str) -> None:
-    """Stop a run whose scores (score_fn(tokens, segments) -> [b]) change with the place of the pads."""
-    moved = score_fn(*pads_in_front(tokens, segments))
-    check("the largest change of a score as pads move", jnp.abs(moved - score_fn(tokens, segments)).max(), dtype)
+    place = jnp.arange(t) - (t - lengths[:, None])
+    batch = {"tokens": jnp.take_along_axis(tokens, jnp.maximum(place, 0), axis=1), "positions": jnp.maximum(place, 0),
+             "segments": (place >= 0).astype(jnp.int32), "ends": jnp.arange(1, len(tokens) + 1) * t - 1}  # fmt: skip
+    return scores(model, params, batch)
 
 
 def check(what: str, figure, dtype: str) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -16,12 +17,20 @@ from alignjax.config import UserError
 class Log:
     """One line a step. Wall-clock figures go to timing.jsonl, so that metrics.jsonl repeats to the bit on a rerun.
 
-    A step's metrics are written when the next step's have been dispatched, so that the device is never waited for.
+    A step's figures are read when the next step has been dispatched, so the host is never more than one step ahead of
+    the device: enough to keep it busy, and a signal or a NaN still stops a run soon. To decode and write them is the
+    work of one other thread, which has until the step after that. What goes wrong there is raised here, by the next
+    write, flush or close. With several processes `late` is a collective, whose place among the others only the main
+    thread can keep, and is called there.
     """
 
     def __init__(self, workdir: Path, name: str, start: int, steps: int, shown: tuple[str, ...]):
         """Lines of steps from `start` on, written by a run that was cut off after its last checkpoint, are dropped."""
-        self.name, self.shown, self.pending, self.last_time = name, shown, None, time.perf_counter()
+        self.name, self.shown, self.last_time = name, shown, time.perf_counter()
+        self.pending = self.ready = None  # the last step, until the next is there; the Future of when it was computed
+        self.writing = None  # the Future of the step that is being written
+        self.timing, self.costs = None, {}  # the last row of timing.jsonl, until its step ends; what the ends have told
+        self.thread = ThreadPoolExecutor(1, "log")
         self.main = jax.process_index() == 0
         if not self.main:
             return
@@ -35,15 +44,50 @@ class Log:
                         file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
 
     def write(self, step: int, metrics: dict, late) -> None:
-        """Take a step's metrics (device scalars) and late() -> (more metrics, rows of samples); write the step before's."""
-        self.flush()
-        self.pending = (step, metrics, late)
+        """Take a step's metrics (device scalars) and late() -> (more metrics, rows of samples); write the step before's.
+
+        Whatever `late` reads must be host data that stays as it is, or arrays that no later step donates.
+        """
+        self.hand_over()
+        self.pending, self.ready = (step, metrics, late), self.thread.submit(ready, metrics)
+
+    def end_step(self, step: int, costs: dict) -> None:
+        """Take what else timing.jsonl is to say of a step, its save included."""
+        if self.main:
+            self.costs[step] = costs
+            if self.writing is None:  # as after a flush: nobody else holds the files
+                self.put_timing()
 
     def flush(self) -> None:
-        """Write what is pending. Raises UserError at a figure that is not finite."""
+        """Wait until what is pending is written. Raises UserError at a figure that is not finite."""
+        self.hand_over()
+        self.wait()
+
+    def hand_over(self) -> None:
+        """Let what is pending be written, once it is computed and the step before it is written."""
         if self.pending is None:
             return
-        (step, metrics, late), self.pending = self.pending, None
+        now = self.ready.result()
+        self.wait()
+        job, self.pending = (*self.pending, now - self.last_time), None
+        self.last_time = now
+        if jax.process_count() == 1:
+            self.writing = self.thread.submit(self.put, *job)
+        else:
+            self.put(*job)
+
+    def wait(self) -> None:
+        """Wait for the step that is being written. After an error what is pending isn't written any more."""
+        writing, self.writing = self.writing, None
+        try:
+            if writing:
+                writing.result()
+        except Exception:
+            self.pending = None
+            raise
+
+    def put(self, step: int, metrics: dict, late, seconds: float) -> None:
+        """Write a step."""
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         self.finite(step, metrics)
         more, samples = late()
@@ -51,19 +95,25 @@ class Log:
         if not self.main:
             return
         metrics |= more
-        now = time.perf_counter()
-        timing = {"seconds": round(now - self.last_time, 4)}
+        self.put_timing()
+        self.timing = {"step": step, "seconds": round(seconds, 4)}
         if "episode" in metrics:
-            timing["eps"] = round(metrics["episode"] / (step + 1) / timing["seconds"], 2)
-        self.last_time = now
+            self.timing["eps"] = round(metrics["episode"] / (step + 1) / seconds, 2)
         self.line("metrics", {"step": step, **metrics})
-        self.line("timing", {"step": step, **timing})
         for row in samples:
             self.line("samples", {"step": step, **row})
-        for key, value in {**metrics, **timing}.items():
-            self.board.add_scalar(key, value, step)
+        self.chart(step, metrics)
         self.bar.update(1)
         self.bar.set_postfix({k.split("/")[-1]: f"{metrics[k]:.3g}" for k in self.shown if k in metrics}, refresh=False)
+
+    def put_timing(self) -> None:
+        """Write the last step's line of timing.jsonl, which waits for what is known only at the step's end."""
+        timing, self.timing = self.timing, None
+        if timing:
+            step = timing["step"]
+            timing |= self.costs.pop(step, {})
+            self.line("timing", timing)
+            self.chart(step, {k: v for k, v in timing.items() if k != "step"})
 
     def finite(self, step: int, metrics: dict) -> None:
         bad = sorted((k for k, v in metrics.items() if not math.isfinite(v)), key=lambda k: "loss" not in k)
@@ -76,12 +126,28 @@ class Log:
         self.files[kind].write(json.dumps(row) + "\n")
         self.files[kind].flush()
 
+    def chart(self, step: int, figures: dict) -> None:
+        for key, value in figures.items():
+            self.board.add_scalar(key, value, step)
+
     def close(self) -> None:
-        if self.main:
-            self.bar.close()
-            self.board.close()
-            for file in self.files.values():
-                file.close()
+        """Finish what is being written. A step that was neither followed nor flushed is dropped: a resume repeats it."""
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
+            if self.main:
+                self.put_timing()
+                self.bar.close()
+                self.board.close()
+                for file in self.files.values():
+                    file.close()
+
+
+def ready(metrics: dict) -> float:
+    """When these were computed, on the clock of time.perf_counter: waits until then."""
+    jax.block_until_ready(metrics)
+    return time.perf_counter()
 
 
 def truncate(path: Path, start: int) -> None:

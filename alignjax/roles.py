@@ -87,5 +87,20 @@ def load(model: Model, head: str, mesh, key, directory: Path | None):
     return params | fresh(model, head, mesh, key, "head")
 
 
+def frozen(params, dtype: str, memory: str):
+    """Parameters that are only read: in another type, if `dtype` names one, and on the device or in pinned host memory."""
+
+    def keep(x):
+        x = x.astype(dtype or x.dtype)
+        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host")) if memory == "host" else x
+
+    return jax.tree.map(keep, params)
+
+
+def on_device(params):
+    """Inside jit: parameters where they can be computed with, fetched from the host's memory if they are there."""
+    return jax.device_put(params, jax.memory.Space.Device)
+
+
 def part_of(x, index):
     return jnp.asarray(x[index])

@@ -1,10 +1,11 @@
-"""Sampling: prefill once for all samples of a prompt, decode with a cache, top-p without a sort.
+"""Sampling: each prompt is prefilled once, its samples decode in slots that are filled again as they finish.
 
 Convention: sampling keeps the smallest set of tokens with mass `top_p`; log-probabilities that PPO uses, its ratio and
 its KL, come from `logprobs` and are of the full distribution at the sampling temperature, on purpose: a kept set would
 make the ratio jump as tokens enter and leave it. The log-probabilities returned here are those of the full
 distribution too, and serve only as a check on the scorer.
-Letters: b prompts, n samples of each, p prompt, r response, t = p + r, v vocabulary.
+Letters: b prompts, n samples of each, p prompt, r response, t = p + r, s slots, g slots filled at a time, v vocabulary,
+l layers, k key-value heads, h head size.
 """
 
 from typing import NamedTuple
@@ -13,91 +14,250 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.models import transformer
+from alignjax.models.attention import cached_attention
+from alignjax.sharding import constrain
+
+PARTS = 4  # of a cache's ring: a step reads the parts that hold something
+LANES = 128  # weights that a draw sums up before it looks among them
 
 
 class Rollout(NamedTuple):
     tokens: jax.Array  # [b*n t] int32: left-padded prompt, then the response, then pads; samples of a prompt adjacent
-    segments: jax.Array  # [b*n t] int32: 1 on real tokens, 0 on pads
-    mask: jax.Array  # [b*n r] bool: the response's tokens, its end token included
-    logprobs: jax.Array  # [b*n r] float32, as the sampler saw them
+    prompt_lengths: jax.Array  # [b*n] int32
+    lengths: jax.Array  # [b*n] int32: of the responses, their end tokens included
+    logprobs: jax.Array  # [b*n r] float32, as the sampler saw them; 0 behind the end
     truncated: jax.Array  # [b*n] bool: no end token within r tokens
 
+    @property
+    def mask(self):
+        """[b*n r] bool: the response's tokens."""
+        return jnp.arange(self.logprobs.shape[1]) < self.lengths[:, None]
 
-def top_p_mask(probabilities, top_p):
-    """[b v] bool: the smallest set of the most probable tokens with mass at least top_p; ties at its edge all stay.
-
-    The edge is found by bisection on the bits of the probability (positive floats sort as their bits do): 31 sums over
-    the vocabulary, exact, and no sort.
-    """
-    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
-
-    def halve(_, low_high):
-        low, high = low_high  # mass(bits >= low) >= top_p holds throughout, mass(bits >= high) < top_p
-        middle = low + (high - low) // 2
-        enough = jnp.sum(jnp.where(bits >= middle[:, None], probabilities, 0.0), axis=-1) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    top = bits.max(axis=-1)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top), top + 1))
-    return (bits >= low[:, None]) | (bits == top[:, None])
+    @property
+    def segments(self):
+        """[b*n t] int32: 1 on real tokens, 0 on pads."""
+        p = self.tokens.shape[1] - self.logprobs.shape[1]
+        prompt = jnp.arange(p) >= p - self.prompt_lengths[:, None]
+        return jnp.concatenate([prompt, self.mask], axis=1).astype(jnp.int32)
 
 
-def sample(key, logits, temperature, top_p):
-    """(token [b], its full-distribution log-probability [b]) from logits[b v]; one key a row, [b].
+class Slots(NamedTuple):
+    """What is being decoded, and what has left. A response stays in its slot until the slot is filled again."""
 
-    Temperature 0 takes the most probable token.
-    """
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1), jnp.max(jax.nn.log_softmax(logits), axis=-1)
-    logprobs = jax.nn.log_softmax(logits / temperature)
-    kept = logprobs
-    if top_p < 1:
-        kept = jnp.where(top_p_mask(jnp.exp(logprobs), top_p), logprobs, -jnp.inf)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, logprobs.shape[-1:]))(key)
-    token = jnp.argmax(kept + noise, axis=-1)
-    return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    number: jax.Array  # [s] which of the b*n samples; b*n where there is none
+    live: jax.Array  # [s] bool: not ended yet
+    count: jax.Array  # [s] tokens of the response so far
+    tokens: jax.Array  # [s r]
+    logprobs: jax.Array  # [s r]
+    prompt_lengths: jax.Array  # [s]
+    cache: list  # see `empty_cache`
+    clock: jax.Array  # decode steps so far; modulo r, the place of the token in hand in every slot's ring
+    left: tuple  # tokens[b*n r], logprobs[b*n r], lengths[b*n] of the samples that have left
 
 
-def generate(model, params, prompts, lengths, index, key, *, samples, response_length, temperature, top_p, end):
+def generate(model, params, prompts, lengths, index, key, *, samples, response_length, temperature, top_p, end,
+             slots=0, cache_dtype=""):  # fmt: skip
     """A Rollout of `samples` responses to each of prompts[b p] (left-padded, lengths[b]).
 
     A sample's randomness is keyed by `key` (of the run's seed and step), its prompt's index[b], its number among the
-    prompt's samples and its place in the response alone: not by batch, layout or devices. Stops when all have ended.
+    prompt's samples and its place in the response alone: not by batch, slots, order or devices. `slots` samples decode
+    at once (0: all of them); when an eighth of the slots has ended, the next prompts take their place.
     """
-    b, p = prompts.shape
-    segments = (jnp.arange(p) >= p - lengths[:, None]).astype(jnp.int32)
-    positions = jnp.maximum(jnp.arange(p) - (p - lengths[:, None]), 0)
-    cache = transformer.init_cache(model, b, p)
-    hidden, cache = transformer.apply(model, params, prompts, positions, segments, cache)
-    fan = lambda x: jnp.repeat(x, samples, axis=0)
-    grow = ((0, 0), (0, 0), (0, response_length), (0, 0), (0, 0))
-    cache = {**cache, "k": jnp.pad(jnp.repeat(cache["k"], samples, axis=1), grow),
-             "v": jnp.pad(jnp.repeat(cache["v"], samples, axis=1), grow),
-             "segments": jnp.pad(fan(cache["segments"]), ((0, 0), (0, response_length)))}  # fmt: skip
-    rows = b * samples
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    numbers = jnp.tile(jnp.arange(samples), b)
-    keys = jax.vmap(jax.random.fold_in)(fold(key, fan(index)), numbers)
+    (b, p), n, r = prompts.shape, samples, response_length
+    at_once, s = slots_of(b, n, slots)
+    g = at_once * n
+    fold = jax.vmap(jax.random.fold_in)
+    keys = fold(fold(jnp.broadcast_to(key, (b * n,)), jnp.repeat(index, n)), jnp.tile(jnp.arange(n), b))
+    layers = transformer.for_decoding(model, params)
 
-    def going(carry):
-        return (carry[0] < response_length) & ~jnp.all(carry[1])
+    def draw(number, place, hidden):
+        """The tokens at `place` of these samples, from the hidden states before them."""
+        logits = constrain(transformer.logits(model, params, hidden))
+        return sample(fold(keys[jnp.minimum(number, b * n - 1)], place), logits, temperature, top_p)
 
-    def step(carry):
-        i, done, last, cache, tokens, logprobs = carry
-        logits = transformer.logits(model, params, last)
-        token, logprob = sample(jax.vmap(jax.random.fold_in, (0, None))(keys, i), logits, temperature, top_p)
-        token = jnp.where(done, 0, token).astype(jnp.int32)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
-        logprobs = jax.lax.dynamic_update_slice_in_dim(logprobs, jnp.where(done, 0.0, logprob)[:, None], i, axis=1)
-        live = (~done).astype(jnp.int32)[:, None]
-        at = (fan(lengths) + i)[:, None]
-        hidden, cache = transformer.apply(model, params, token[:, None], at, live, cache)
-        return i + 1, done | (token == end), hidden[:, 0], cache, tokens, logprobs
+    def fill(state: Slots, first) -> Slots:
+        """The prompts from `first` on in the first g free slots."""
+        at = jnp.argsort(state.live, stable=True)[:g] if s > g else None
+        rows = first + jnp.arange(at_once)
+        new, short = prompts[rows % b], lengths[rows % b]
+        real = jnp.arange(p) >= p - short[:, None]
+        places = jnp.maximum(jnp.arange(p) - (p - short[:, None]), 0)
+        hidden, kept = transformer.apply(model, params, new, places, real.astype(jnp.int32), keep=True)
+        number = jnp.minimum(first * n + jnp.arange(g), b * n)  # behind the last prompt there is none
+        token, logprob = draw(number, jnp.zeros(g, jnp.int32), jnp.repeat(hidden[:, -1], n, axis=0))
+        put = lambda old, x: x if at is None else old.at[at].set(x)
+        begun = lambda x: jnp.zeros((g, r), x.dtype).at[:, 0].set(x)
+        live = (number < b * n) & (token != end) & (r > 1)
+        return Slots(put(state.number, number), put(state.live, live), put(state.count, jnp.ones(g, jnp.int32)),
+                     put(state.tokens, begun(token)), put(state.logprobs, begun(logprob)),
+                     put(state.prompt_lengths, jnp.repeat(short, n)), fill_cache(state.cache, at, kept, n), state.clock,
+                     state.left if at is None else leave(state, at))  # fmt: skip
 
-    start = (jnp.int32(0), jnp.zeros(rows, bool), fan(hidden[:, -1]), cache,
-             jnp.zeros((rows, response_length), jnp.int32), jnp.zeros((rows, response_length), jnp.float32))  # fmt: skip
-    _, ended, _, _, response, logprobs = jax.lax.while_loop(going, step, start)
-    before = jnp.cumsum(response == end, axis=1) - (response == end)
-    mask = before == 0
-    return Rollout(jnp.concatenate([fan(prompts), response], axis=1),
-                   jnp.concatenate([fan(segments), mask.astype(jnp.int32)], axis=1), mask, logprobs, ~ended)  # fmt: skip
+    def step(state: Slots) -> Slots:
+        """One more token in every live slot."""
+        last = jnp.take_along_axis(state.tokens, state.count[:, None] - 1, axis=1)[:, 0]
+        prompt = jnp.arange(p) >= p - state.prompt_lengths[:, None]
+        attend = reader(prompt, state.clock, state.count, r)
+        places = state.prompt_lengths + state.count - 1
+        hidden, cache = transformer.decode(model, params, layers, last, places, state.cache, attend)
+        token, logprob = draw(state.number, state.count, hidden)
+        here = (jnp.arange(r) == state.count[:, None]) & state.live[:, None]
+        count = state.count + state.live
+        return state._replace(
+            live=state.live & (token != end) & (count < r), count=count, clock=state.clock + 1,
+            tokens=jnp.where(here, token[:, None], state.tokens),
+            logprobs=jnp.where(here, logprob[:, None], state.logprobs), cache=cache)  # fmt: skip
+
+    def turn(carry):
+        """Fill g slots and decode until as many are free, or to the end once nothing is left to fill them with."""
+        state, first = carry
+        state, first = fill(state, first), first + at_once
+        enough = jnp.where(first < b, s - g, 0)
+        return jax.lax.while_loop(lambda state: state.live.sum() > enough, step, state), first
+
+    carry = empty(model, b * n, s, p, r, cache_dtype), jnp.int32(0)
+    state, _ = turn(carry) if s == g else jax.lax.while_loop(lambda carry: carry[1] < b, turn, carry)
+    tokens, logprobs, count = leave(state, jnp.arange(s))
+    last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)[:, 0]
+    fan = lambda x: jnp.repeat(x, n, axis=0)
+    return Rollout(jnp.concatenate([fan(prompts), tokens], axis=1), fan(lengths), count, logprobs, last != end)
+
+
+def slots_of(prompts: int, samples: int, slots: int) -> tuple[int, int]:
+    """(prompts that are filled in at once, slots): slots in a multiple of the former's samples, an eighth of them or so."""
+    wanted = -(-slots // samples)
+    if not slots or wanted >= prompts:
+        return prompts, prompts * samples
+    at_once = max(1, wanted // 8)
+    return at_once, wanted // at_once * at_once * samples
+
+
+def empty(model, total: int, s: int, p: int, r: int, cache_dtype: str) -> Slots:
+    """s free slots for `total` samples."""
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+    left = zeros(total, r), jnp.zeros((total, r), jnp.float32), jnp.ones(total, jnp.int32)
+    return Slots(zeros(s) + total, jnp.zeros(s, bool), zeros(s) + 1, zeros(s, r), jnp.zeros((s, r), jnp.float32),
+                 zeros(s), empty_cache(model, s, p, r, cache_dtype), zeros(), left)  # fmt: skip
+
+
+def leave(state: Slots, at) -> tuple:
+    """`left` with what slots at[g] hold."""
+    held = state.tokens, state.logprobs, state.count
+    return tuple(x.at[state.number[at]].set(y[at], mode="drop") for x, y in zip(state.left, held, strict=True))
+
+
+def empty_cache(model, s: int, p: int, r: int, dtype: str) -> list:
+    """Blocks of (keys, values), each [l s k w h]: the prompt's, w = p, then the parts of a ring of r places.
+
+    Every slot's next token goes to the same place of the ring, the clock modulo r: one slice is written whatever the
+    slots' ages, and a response, of r tokens at most, is never overwritten while it lasts. Where layers are unrolled,
+    a list of layers of such blocks [s k w h].
+    """
+    width = -(-r // PARTS)
+    shapes = [(s, model.kv_heads, w, model.head_size) for w in (p, *(width for _ in range(0, r, width)))]
+    layers = () if transformer.unrolled(model) else (model.layers,)
+    axis = len(layers)
+    block = lambda shape: constrain(jnp.zeros((*layers, *shape), dtype or model.dtype), axis)
+    blocks = lambda: [(block(shape), block(shape)) for shape in shapes]
+    return [blocks() for _ in range(model.layers)] if transformer.unrolled(model) else blocks()
+
+
+def fill_cache(cache: list, at, kept, samples: int) -> list:
+    """The cache with the prompts' keys and values, `kept` [l g/n k p h], in slots at[g] (None: in all), for each sample."""
+
+    def filled(blocks, new):
+        fan = lambda old, x: jnp.repeat(x, samples, axis=x.ndim - 4).astype(old.dtype)
+        put = lambda old, x: x if at is None else old.at[..., at, :, :, :].set(x)
+        return [tuple(put(old, fan(old, x)) for old, x in zip(blocks[0], new, strict=True)), *blocks[1:]]
+
+    if isinstance(cache[0], list):
+        return [filled(blocks, jax.tree.map(lambda x: x[i], kept)) for i, blocks in enumerate(cache)]
+    return filled(cache, kept)
+
+
+def reader(prompt, clock, count, r: int):
+    """attend(blocks, layer, q, k, v) of a step: the new token goes to its place of the ring, then all is read that is
+    filled: the prompt's block by its mask [s p], and of the ring as many parts as the clock has reached.
+
+    A slot sees as many of the last places as it has tokens there, count[s], the one in hand included.
+    """
+    place = clock % r
+    ring = (place - jnp.arange(r)) % r < count[:, None]
+
+    def attend(blocks, layer, q, k, v):
+        parts, width = len(blocks) - 1, blocks[-1][0].shape[-2]
+        masks = [prompt, *jnp.split(jnp.pad(ring, ((0, 0), (0, parts * width - r))), parts, axis=1)]
+
+        def write(part, old, x):
+            # Parts without the place are given what they hold: every part is then written where it lies, never copied.
+            start, size = (0, 0, place % width, 0), (*x.shape[:2], 1, x.shape[2])
+            if layer is not None:
+                start, size = (layer, *start), (1, *size)
+            has = jax.lax.dynamic_slice(old, start, size)
+            new = jnp.where(place // width == part, x[:, :, None].astype(old.dtype), has)
+            return jax.lax.dynamic_update_slice(old, new, start)
+
+        blocks = [blocks[0], *(tuple(write(i, old, x) for old, x in zip(part, (k, v), strict=True))
+                               for i, part in enumerate(blocks[1:]))]  # fmt: skip
+        mine = blocks if layer is None else jax.tree.map(lambda x: x[layer], blocks)
+        read = lambda n: lambda: cached_attention(q, mine[: n + 1], masks[: n + 1])
+        return jax.lax.switch(jnp.minimum(clock, r - 1) // width, [read(i + 1) for i in range(parts)]), blocks
+
+    return attend
+
+
+def sample(keys, logits, temperature, top_p):
+    """(token [b], its full-distribution log-probability [b]) from logits[b v]; one key a row, [b].
+
+    Top-p without a sort: a token is among the kept (the smallest set of the most probable tokens with mass at least
+    top_p; ties at its edge all stay) if what is more probable than it has less than that mass. So one is drawn from
+    all and kept if that holds; if not, nothing as improbable is kept either, and the next draw is among what is more
+    probable. Each round reads the vocabulary once; one or two do. Temperature 0 takes the most probable token.
+    """
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1), jnp.max(jax.nn.log_softmax(logits), axis=-1)
+    b, v = logits.shape
+    z = logits / temperature
+    top = z.max(axis=-1, keepdims=True)
+    weights = jnp.pad(jnp.exp(z - top), ((0, 0), (0, -v % LANES))).reshape(b, -1, LANES)
+
+    def chance(token):
+        return jnp.take_along_axis(weights.reshape(b, -1), token[:, None], axis=1)[:, 0]
+
+    def lanes(floor):
+        """Sums of the weights above floor[b], by lanes: [b v/LANES]."""
+        return jnp.where(weights > floor[:, None, None], weights, 0.0).sum(axis=-1)
+
+    def draw(i, sums, floor):
+        u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, i)))(keys)
+        lane, rest = pick(sums, u * sums.sum(axis=-1))
+        inside = jnp.take_along_axis(weights, lane[:, None, None], axis=1)[:, 0]
+        place, _ = pick(jnp.where(inside > floor[:, None], inside, 0.0), rest)
+        return lane * LANES + place
+
+    def again(carry):
+        i, token, above, pending = carry
+        floor = chance(token)
+        token = jnp.where(pending, draw(i, above, floor), token)
+        above = lanes(chance(token))
+        return i + 1, token, above, pending & (above.sum(axis=-1) >= top_p * mass)
+
+    none = jnp.full(b, -1.0)
+    sums = lanes(none)
+    mass = sums.sum(axis=-1)
+    token = draw(0, sums, none)
+    if top_p < 1:
+        above = lanes(chance(token))
+        first = 1, token, above, above.sum(axis=-1) >= top_p * mass
+        token = jax.lax.while_loop(lambda carry: carry[3].any(), again, first)[1]
+    chosen = jnp.take_along_axis(z, token[:, None], axis=1)[:, 0]
+    return token.astype(jnp.int32), jnp.minimum(chosen - top[:, 0] - jnp.log(mass), 0.0)
+
+
+def pick(weights, target):
+    """(where the running sum of weights[b n] passes target[b], what is left of target there): never a weight of 0."""
+    reached = jnp.cumsum(weights, axis=1)
+    last = jnp.argmax(reached >= reached[:, -1:], axis=1)  # rounding may leave the target at the very end
+    at = jnp.minimum((reached <= target[:, None]).sum(axis=1), last)
+    before = jnp.take_along_axis(reached - weights, at[:, None], axis=1)[:, 0]
+    return at, jnp.maximum(target - before, 0.0)

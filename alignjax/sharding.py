@@ -50,8 +50,8 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def constrain(tree):
-    """Inside jit: the rows of each array over data and fsdp, where a mesh is set and they divide.
+def constrain(tree, axis: int = 0):
+    """Inside jit: the rows of each array (its `axis`) over data and fsdp, where a mesh is set and they divide.
 
     GSPMD would else replicate what comes out of an embedding or a gather.
     """
@@ -59,7 +59,10 @@ def constrain(tree):
     if mesh.empty or "fsdp" not in mesh.axis_names:
         return tree
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, BATCH) if x.shape[0] % shards == 0 else x, tree)
+    spec = P(*[None] * axis, *BATCH)
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, spec) if x.shape[axis] % shards == 0 else x, tree
+    )
 
 
 def on_host(x) -> np.ndarray:
@@ -96,19 +99,20 @@ def replicated(mesh):
     return NamedSharding(mesh, P())
 
 
-def shard_batch(batch, mesh):
-    """Host arrays (this process's share of the rows) -> global arrays, rows over data and fsdp.
+def shards(mesh) -> int:
+    """The number of devices that rows lie over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
-    Rows that the axes don't divide are replicated: right, and no slower for the small batches where this happens.
+
+def shard_batch(batch, mesh):
+    """Host arrays, the same in every process -> global arrays, rows over data and fsdp; each device takes its part.
+
+    Rows that the axes don't divide are replicated: right, and no slower for the small arrays where this happens.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    processes = jax.process_count()
 
     def put(x):
         x = np.asarray(x)
-        if x.ndim > 0 and (x.shape[0] * processes) % shards == 0:
-            return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), x)
-        whole = multihost_utils.process_allgather(x, tiled=True) if processes > 1 and x.ndim > 0 else x
-        return jax.make_array_from_callback(whole.shape, replicated(mesh), lambda index: whole[index])
+        layout = NamedSharding(mesh, BATCH) if x.ndim and x.shape[0] % shards(mesh) == 0 else replicated(mesh)
+        return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
     return jax.tree.map(put, batch)

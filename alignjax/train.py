@@ -4,6 +4,7 @@ Top to bottom: arguments -> config -> parents -> mesh, tokenizer, stage -> loop 
 again resumes, to the bit, or says that the run is complete.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -17,9 +18,10 @@ from jax.experimental import multihost_utils
 
 from alignjax import checkpoint, metrics, roles, sharding, update
 from alignjax import config as configs
-from alignjax.command import Signals, Stopped, parse, say, start_distributed
+from alignjax.command import Signals, Stopped, keep_programs, parse, say, start_distributed
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
+from alignjax.profile import Compilations, Phases
 from alignjax.stages import lm, ppo, ranking
 
 STAGES = {"lm": lm.build, "ranking": ranking.build, "ppo": ppo.build}
@@ -31,8 +33,10 @@ def main(argv=None) -> int:
     try:
         arguments, overrides = parse(argv)
         start_distributed(arguments.distributed)
+        keep_programs()
         config = configs.load(arguments.config, overrides)
-        run(config, Path(arguments.workdir or Path("runs") / config.name), overrides, signals)
+        workdir = Path(arguments.workdir or Path("runs") / config.name)
+        run(config, workdir, overrides, signals, arguments.profile)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -42,8 +46,11 @@ def main(argv=None) -> int:
     return 0
 
 
-def run(config: Config, workdir: Path, overrides: dict, signals: Signals) -> None:
-    """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there."""
+def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profile: bool = False) -> None:
+    """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there.
+
+    Its parents are never profiled: that would slow what nobody asked about, and each can be asked for by itself.
+    """
     mesh = sharding.make_mesh(config.mesh)
     adopt(config, overrides)
     compare(config, workdir)
@@ -52,14 +59,16 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals) -> Non
         say(f"{config.name}: complete, in {workdir}")
     else:
         parents = resolve(config, workdir, signals)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), Compilations() as compilations:
             shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             devices = f"{mesh.size} {jax.default_backend()} device(s) ({shape})"
             say(f"{config.name}: {config.steps} steps on {devices}, in {workdir}")
             tokenizer = tokenizer_of(config, workdir, parents)
-            stage = STAGES[config.stage](config, mesh, parents, tokenizer, say)
+            phases = Phases(config.name, profile, workdir / "profile", say)
+            stage = STAGES[config.stage](config, mesh, parents, tokenizer, say, phases)
             keep(config, tokenizer, workdir)  # now that no mistake in config or data can leave it half made
-            state = train(config, workdir, stage, signals)
+            state = train(config, workdir, stage, signals, phases, compilations)
+            say(f"{config.name}: {compilations}")
             say(f"{config.name}: evaluating")
             figures = stage.evaluate(state)
         if jax.process_index() == 0:
@@ -181,35 +190,35 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
     together("keep")
 
 
-def train(config: Config, workdir: Path, stage, signals: Signals):
+def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    log = None
-    try:
+    with contextlib.closing(checkpoints), contextlib.closing(phases):
         found = checkpoints.restore(update.to_items(stage.shapes), say)
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:
             say(f"{config.name}: goes on from step {first}")
-        log = metrics.Log(workdir, config.name, first, config.steps, stage.shown)
-        for i in range(first, config.steps):
-            state, figures, late = stage.step(state, i)
-            log.write(i, figures, late)
-            last, stop = i + 1 == config.steps, signals.anywhere()
-            if last or stop or (i + 1) % config.checkpoint_every == 0:
-                log.flush()  # stops here at a figure that is not finite, so that no checkpoint holds one
-                state = stage.finish(state) if last else state
-                checkpoints.save(i + 1, update.to_items(state))
-            if stop:
-                checkpoints.close()
-                name = signal.Signals(signals.received).name
-                raise Stopped(
-                    f"{name}: {config.name} saved at step {i + 1} of {config.steps}; the same command goes on"
-                )
+        with contextlib.closing(metrics.Log(workdir, config.name, first, config.steps, stage.shown)) as log:
+            phases.begin(first, config.steps)
+            for i in range(first, config.steps):
+                state, figures, late = stage.step(state, i)
+                log.write(i, figures, late)
+                last, stop = i + 1 == config.steps, signals.anywhere()
+                if last or stop or (i + 1) % config.checkpoint_every == 0:
+                    log.flush()  # stops here at a figure that is not finite, so that no checkpoint holds one
+                    phases.mark("other")
+                    state = stage.finish(state) if last else state
+                    checkpoints.save(i + 1, update.to_items(state))
+                    phases.mark("save")
+                costs = {f"phases/{name}": round(seconds, 4) for name, seconds in phases.end_step(i).items()}
+                log.end_step(i, {"compilations": compilations.end_step(i), **costs})
+                if stop:
+                    checkpoints.close()
+                    name = signal.Signals(signals.received).name
+                    raise Stopped(
+                        f"{name}: {config.name} saved at step {i + 1} of {config.steps}; the same command goes on"
+                    )
         return state
-    finally:
-        if log:
-            log.close()
-        checkpoints.close()
 
 
 def write(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """One optimiser step, the same for every stage: gradients summed over microbatches, AdamW, exact counters."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -67,28 +68,13 @@ def from_items(items: dict) -> dict:
     return state
 
 
-def microbatched(batch, microbatches: int):
-    """Arrays [n ...] -> [m n/m ...]: every m-th row, so that rows stay on the devices that hold them."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
+def accumulate(loss_fn, total, params, batch):
+    """total + (gradient of loss_fn(params, batch) -> (loss, metrics), those metrics); a total of None is nothing yet.
 
-
-def gradients(loss_fn, params, batch, microbatches: int):
-    """Sum over microbatches of the gradient of loss_fn(params, microbatch) -> (loss, metrics), and of its metrics.
-
-    Each array of `batch` has its rows cut in `microbatches`; losses carry weights that sum over the whole minibatch,
-    so the sum is the whole minibatch's gradient.
+    Losses carry weights that sum to 1 over the whole minibatch, so the total over its microbatches is its gradient.
     """
-    grad = jax.grad(loss_fn, has_aux=True)
-    if microbatches == 1:
-        return grad(params, batch)
-    cut = microbatched(batch, microbatches)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                        jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], cut)))  # fmt: skip
-
-    def add(total, microbatch):
-        return jax.tree.map(jnp.add, total, grad(params, microbatch)), None
-
-    return jax.lax.scan(add, zero, cut)[0]
+    found = jax.grad(loss_fn, has_aux=True)(params, batch)
+    return found if total is None else jax.tree.map(jnp.add, total, found)
 
 
 def apply_gradients(optimiser, state: TrainState, grads) -> TrainState:
@@ -96,7 +82,27 @@ def apply_gradients(optimiser, state: TrainState, grads) -> TrainState:
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
 
 
-def update(loss_fn, optimiser, state: TrainState, batch, microbatches: int):
-    """One optimiser step on a minibatch -> state, metrics (loss_fn's, and grad_norm before the clip)."""
-    grads, metrics = gradients(loss_fn, state.params, batch, microbatches)
+def finish(optimiser, state: TrainState, total):
+    """One optimiser step by a whole minibatch's (gradient, metrics) -> state, metrics with grad_norm, before the clip."""
+    grads, metrics = total
     return apply_gradients(optimiser, state, grads), {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+
+def adder(loss_fn):
+    """`accumulate`, compiled; the total that it is given is used up."""
+    return jax.jit(functools.partial(accumulate, loss_fn), donate_argnums=0)
+
+
+def total(add, params, microbatches):
+    """A minibatch's (gradient, metrics) by an `adder`, over microbatches of any shapes; None of none."""
+    found = None
+    for batch in microbatches:
+        found = add(found, params, batch)
+    return found
+
+
+def compiled(loss_fn, optimiser):
+    """step(state, microbatches) -> state, metrics: one optimiser step. The arrays of `state` are used up."""
+    add = adder(loss_fn)
+    apply = jax.jit(functools.partial(finish, optimiser), donate_argnums=0)
+    return lambda state, microbatches: apply(state, total(add, state.params, microbatches))

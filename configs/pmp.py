@@ -20,7 +20,7 @@ def config(variant: str) -> Config:
         c.model = Model(vocab_size=512, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=64)
         c.data.batch, c.data.examples = 8, 64
     if variant == "qwen":  # section 3.2.1; one epoch: set steps to your comparisons / 64
-        c.name, c.steps, c.parents, c.microbatches = "qwen-pmp", 10000, {"model": "models/Qwen-1_8B"}, 16
+        c.name, c.steps, c.parents, c.microbatch_tokens = "qwen-pmp", 10000, {"model": "models/Qwen-1_8B"}, 16384
         c.model = Model(dtype="bfloat16", remat="everything", max_length=2048)  # the rest is the checkpoint's
         c.optimiser = Optimiser(learning_rate=3e-6)  # constant; the optimiser is not stated
         c.data = Data("comparisons", "data/pmp.jsonl", "data/pmp-heldout.jsonl", batch=64, max_length=2048)

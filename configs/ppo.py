@@ -30,7 +30,7 @@ def config(variant: str) -> Config:
 
 def qwen(c: Config) -> None:
     """Section 3.2.2. Numbers without a comment are the report's; (i) is InstructGPT's, where the report is silent."""
-    c.name, c.microbatches = "qwen-ppo", 16
+    c.name, c.microbatch_tokens = "qwen-ppo", 16384
     c.parents = {role: f"{spec}:qwen" for role, spec in c.parents.items()}  # where the value starts is not stated (i)
     c.steps = 500  # not stated; ours
     c.model = Model(dtype="bfloat16", remat="everything", max_length=2048)  # the rest is the checkpoint's

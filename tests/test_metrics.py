@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 
 import jax.numpy as jnp
 import pytest
@@ -50,21 +51,133 @@ def test_rows_from_the_restored_step_on_and_a_torn_line_are_written_again(tmp_pa
     assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
 
 
-def test_a_step_is_written_when_the_next_is_given(tmp_path):
-    written, seen = metrics.Log(tmp_path, "run", 0, 2, ()), []
+def nothing():
+    return {}, []
 
-    def late():
-        seen.append("late")
-        return {}, []
 
-    written.write(0, {"loss": jnp.float32(0.5)}, late)
-    assert rows(tmp_path / "metrics.jsonl") == [] and not seen
-    written.write(1, {"loss": jnp.float32(0.25)}, late)
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 0.5}] and seen == ["late"]
+class Figure:
+    """A metric whose step is still being computed: there is a figure once `done` is set."""
+
+    def __init__(self, value):
+        self.value, self.done = value, threading.Event()
+
+    def block_until_ready(self):
+        self.done.wait()
+
+    def __float__(self):
+        assert self.done.is_set()
+        return self.value
+
+
+def test_a_step_is_handed_over_when_the_next_is_given_and_none_is_waited_for(tmp_path):
+    written, first, second = metrics.Log(tmp_path, "run", 0, 2, ()), Figure(0.5), Figure(0.25)
+    written.write(0, {"loss": first}, nothing)  # returns, though this step is not computed yet
+    assert rows(tmp_path / "metrics.jsonl") == []
+    first.done.set()
+    written.write(1, {"loss": second}, nothing)  # likewise
+    written.wait()
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 0.5}]
+    second.done.set()
     written.flush()
     written.flush()
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.25}]
     written.close()
+
+
+def test_the_main_thread_goes_on_while_a_step_is_decoded_and_rows_keep_their_order(tmp_path):
+    written, decode, threads = metrics.Log(tmp_path, "run", 0, 9, ()), threading.Event(), set()
+
+    def late(i):
+        decode.wait()
+        threads.add(threading.current_thread())
+        return {"late": i}, [{"number": 0}, {"number": 1}]
+
+    written.write(0, {"loss": 0.0}, lambda: late(0))
+    written.write(1, {"loss": 1.0}, lambda: late(1))  # returns, though step 0 is not decoded yet
+    assert rows(tmp_path / "metrics.jsonl") == []
+    decode.set()
+    for i in range(2, 9):
+        written.write(i, {"loss": float(i)}, lambda i=i: late(i))
+    written.flush()
+    written.close()
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": i, "loss": i, "late": i} for i in range(9)]
+    assert rows(tmp_path / "samples.jsonl") == [{"step": i, "number": n} for i in range(9) for n in (0, 1)]
+    assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == list(range(9))
+    assert len(threads) == 1 and threading.main_thread() not in threads
+
+
+def test_of_several_processes_each_calls_late_in_its_main_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.jax, "process_count", lambda: 2)
+    written, threads = metrics.Log(tmp_path, "run", 0, 2, ()), []
+    for i in range(2):
+        written.write(i, {"loss": 0.0}, lambda: (threads.append(threading.current_thread()), nothing())[1])
+        assert len(rows(tmp_path / "metrics.jsonl")) == i
+    written.flush()
+    written.close()
+    assert threads == [threading.main_thread()] * 2 and len(rows(tmp_path / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("where", ["write", "flush", "close"])
+def test_what_goes_wrong_while_a_step_is_written_is_raised_once_and_ends_the_rows(where, tmp_path):
+    written = metrics.Log(tmp_path, "run", 0, 9, ())
+
+    def late():
+        raise OSError("disk full")
+
+    written.write(0, {"loss": 0.0}, nothing)
+    written.write(1, {"loss": 1.0}, late)
+    written.write(2, {"loss": 2.0}, nothing)
+    with pytest.raises(OSError, match="disk full"):
+        written.write(3, {"loss": 3.0}, nothing) if where == "write" else getattr(written, where)()
+    if where != "close":
+        written.flush()
+        written.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_closing_after_a_crash_leaves_all_steps_but_the_last_given(tmp_path):
+    for slow in (False, True):
+        written, decode = metrics.Log(tmp_path, "run", 0, 9, ()), threading.Event()
+        for i in range(4):
+            written.write(i, {"loss": 0.0}, lambda i=i, decode=decode: (i == 2 and decode.wait(), nothing())[1])
+            written.end_step(i, {})
+        threading.Timer(0.05 if slow else 0.0, decode.set).start()
+        written.close()
+        for kind in ("metrics", "timing"):
+            assert [row["step"] for row in rows(tmp_path / f"{kind}.jsonl")] == [0, 1, 2]
+
+
+def test_the_costs_of_a_step_stand_in_its_line_of_timing(tmp_path):
+    written = metrics.Log(tmp_path, "run", 0, 4, ())
+    for i in range(4):
+        written.write(i, {"loss": 0.0}, nothing)
+        if i == 2:
+            written.flush()  # a save follows, whose time is in the costs of this step
+            assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == [0, 1]
+        written.end_step(i, {"compilations": 10 * i, "phases/save": i / 2})
+        if i == 2:
+            assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == [0, 1, 2]
+    written.flush()
+    written.close()
+    found = rows(tmp_path / "timing.jsonl")
+    assert [(row["step"], row["compilations"], row["phases/save"]) for row in found] == [
+        (i, 10 * i, i / 2) for i in range(4)
+    ]
+    assert [set(row) for row in rows(tmp_path / "metrics.jsonl")] == [{"step", "loss"}] * 4
+
+
+def test_a_steps_seconds_end_when_it_is_computed_however_late_it_is_read(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    written = metrics.Log(tmp_path, "run", 0, 2, ())
+    for i in range(2):
+        now[0] += 1.0
+        written.write(i, {"loss": 0.0}, nothing)
+        written.ready.result()
+        now[0] += 0.25  # the host does something else
+    written.flush()
+    written.close()
+    assert [row["seconds"] for row in rows(tmp_path / "timing.jsonl")] == [1.0, 1.25]
 
 
 def test_a_float32_keeps_all_its_bits(tmp_path):

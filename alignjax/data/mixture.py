@@ -1,7 +1,8 @@
 """From examples to batches. A batch is a pure function of its step, so an exact resume needs the step alone."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import grain.python as grain
-import jax
 import numpy as np
 
 from alignjax.config import Config, UserError
@@ -23,43 +24,39 @@ def load(source: str, kind: str, split: str, seed: int, limit: int = 0) -> list[
 
 
 class Batches:
-    """Endless reshuffled epochs over `rows` (a dict of arrays [n ...]); `get(step)` is this process's share.
+    """Endless reshuffled epochs over `rows` (a dict of arrays [n ...]); the same in every process."""
 
-    The global batch of a step is the same whatever the number of processes; each takes its contiguous part of the rows.
-    A process is the one that runs, unless another is named.
-    """
-
-    def __init__(self, rows: dict, batch: int, seed: int, process_index=None, process_count=None):
-        count = jax.process_count() if process_count is None else process_count
-        if batch % count:
-            raise UserError(f"data.batch={batch} must be a multiple of the {count} processes")
-        self.rows, self.batch, self.share = rows, batch, batch // count
-        self.first = self.share * (jax.process_index() if process_index is None else process_index)
+    def __init__(self, rows: dict, batch: int, seed: int):
+        self.rows, self.batch = rows, batch
         n = len(next(iter(rows.values())))
         self.index = grain.MapDataset.source(range(n)).seed(seed).shuffle().repeat()
 
     def order(self, step: int) -> np.ndarray:
-        """The numbers of the rows in a step's global batch."""
+        """The numbers of the rows in a step's batch."""
         return np.array([self.index[i] for i in range(step * self.batch, (step + 1) * self.batch)])
 
     def get(self, step: int) -> dict:
-        chosen = self.order(step)[self.first : self.first + self.share]
+        chosen = self.order(step)
         return {k: v[chosen] for k, v in self.rows.items()}
 
 
-def in_order(rows: dict, batch: int):
-    """Every row once, in order: (this process's share of a batch, with `real`; real[batch] of the whole batch).
+class Ahead:
+    """make(step), begun on another thread as soon as the step before has been fetched, while the device works."""
 
-    The last batch is filled up with the first row, and real is 0 there.
-    """
+    def __init__(self, make):
+        self.make, self.thread, self.begun = make, ThreadPoolExecutor(1), {}
+
+    def get(self, step: int):
+        found = self.begun.pop(step, None) or self.thread.submit(self.make, step)
+        self.begun = {step + 1: self.thread.submit(self.make, step + 1)}
+        return found.result()
+
+
+def in_order(rows: dict, batch: int):
+    """Every row once, in order, `batch` at a time; the last batch may be smaller."""
     n = len(next(iter(rows.values())))
-    share = batch // jax.process_count()
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     for start in range(0, n, batch):
-        chosen = np.arange(start, start + batch)
-        real = (chosen < n).astype(np.float32)
-        local = np.where(chosen < n, chosen, 0)[mine]
-        yield {k: v[local] for k, v in rows.items()} | {"real": real[mine]}, real
+        yield {k: v[start : start + batch] for k, v in rows.items()}
 
 
 def pad(sequences, length: int, left: bool = False) -> np.ndarray:

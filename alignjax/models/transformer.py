@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from alignjax.config import Model
-from alignjax.models.attention import attention
+from alignjax.models.attention import platform, self_attention
 from alignjax.sharding import constrain
 
+UNROLLED = 16  # layers at most that `decode` writes out one by one, on a CPU
 REMAT = {
     "everything": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -58,19 +59,13 @@ class Attention(nnx.Module):
         self.out = Linear((m.heads, m.head_size), (m.d_model,), False, rngs)
         self.q_norm = Norm(m.head_size, m.norm_eps) if m.qk_norm else None
         self.k_norm = Norm(m.head_size, m.norm_eps) if m.qk_norm else None
-        self.implementation = m.attention
 
-    def __call__(self, x, rotation, mask, cache):
+    def __call__(self, x, rotation, attend):
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache["filled"], axis=1)
-            k = write(cache["k"], k.astype(cache["k"].dtype))
-            v = write(cache["v"], v.astype(cache["v"].dtype))
-        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.implementation)
-        return self.out(y), (None if cache is None else {"k": k, "v": v})
+        y, kept = attend(rotate(q, rotation), rotate(k, rotation), v)
+        return self.out(y), kept
 
 
 class MLP(nnx.Module):
@@ -88,10 +83,11 @@ class Layer(nnx.Module):
         self.norm1, self.norm2 = Norm(m.d_model, m.norm_eps), Norm(m.d_model, m.norm_eps)
         self.attention, self.mlp = Attention(m, rngs), MLP(m, rngs)
 
-    def __call__(self, x, rotation, mask, cache):
-        y, cache = self.attention(self.norm1(x), rotation, mask, cache)
+    def __call__(self, x, rotation, attend):
+        """x[b t d] after the layer, and what attend(q, k, v) -> (y[b t n h], kept) keeps."""
+        y, kept = self.attention(self.norm1(x), rotation, attend)
         x = constrain(x + y)
-        return constrain(x + self.mlp(self.norm2(x))), cache
+        return constrain(x + self.mlp(self.norm2(x))), kept
 
 
 class Head(nnx.Module):
@@ -135,55 +131,85 @@ def layer_graph(values: tuple):
     return nnx.split(layer)
 
 
-def run_layer(model: Model, params, x, rotation, mask, cache):
+def run_layer(model: Model, params, x, rotation, attend):
     graph, state = layer_graph(dataclasses.astuple(model))
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(x, rotation, mask, cache)
+    return nnx.merge(graph, state)(x, rotation, attend)
 
 
-def apply(model: Model, params, tokens, positions, segments, cache=None):
-    """hidden[b t d] after the last norm, and the cache with these tokens in it.
+def embedded(model: Model, params, tokens):
+    return constrain(jnp.asarray(params["embed"]["embedding"])[tokens].astype(model.dtype))
 
-    A token sees the slots up to its own that hold its segment; segment 0 is padding. Positions only feed RoPE. With a
-    cache, the tokens go to its next t slots, the same ones in every row.
+
+def apply(model: Model, params, tokens, positions, segments, keep=False):
+    """hidden[b t d] after the last norm; with `keep`, also (keys, values) of all layers, each [l b k t h], else None.
+
+    A token sees the tokens up to its own that hold its segment; segment 0 is padding. Positions only feed RoPE.
     """
-    x = constrain(jnp.asarray(params["embed"]["embedding"])[tokens].astype(model.dtype))
     rotation = rope(model, positions)
-    t = tokens.shape[1]
-    if cache is None:
-        keys, first = segments, 0
-    else:
-        first = cache["filled"]
-        keys = jax.lax.dynamic_update_slice_in_dim(cache["segments"], segments.astype(jnp.int32), first, axis=1)
-    causal = jnp.arange(keys.shape[1]) <= first + jnp.arange(t)[:, None]
-    mask = causal & (segments[:, :, None] == keys[:, None, :]) & (segments[:, :, None] > 0)
+
+    def attend(q, k, v):
+        kept = (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
+        return self_attention(q, k, v, segments, model.attention), kept
 
     def step(x, layer):
-        layer_params, layer_cache = layer
-        if layer_cache is not None:
-            layer_cache = {**layer_cache, "filled": first}
-        return run_layer(model, layer_params, x, rotation, mask, layer_cache)
+        return run_layer(model, layer, x, rotation, attend)
 
     if model.remat != "nothing":
         step = jax.checkpoint(step, policy=REMAT[model.remat])
-    layer_caches = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-    x, layer_caches = jax.lax.scan(step, x, (params["layers"], layer_caches))
-    x = rms_norm(x, params["norm"]["scale"], model.norm_eps)
-    return x, None if cache is None else {**layer_caches, "segments": keys, "filled": first + t}
+    x, kept = jax.lax.scan(step, embedded(model, params, tokens), params["layers"])
+    return rms_norm(x, params["norm"]["scale"], model.norm_eps), kept
+
+
+def unrolled(model: Model) -> bool:
+    """Whether `decode` writes its layers out one by one.
+
+    XLA's CPU backend copies a layer out of a stacked array before it multiplies by it: every weight and the whole
+    cache in each step. Elsewhere a scan keeps the program small.
+    """
+    return platform() == "cpu" and model.layers <= UNROLLED
+
+
+def for_decoding(model: Model, params):
+    """The layers' parameters as `decode` takes them."""
+    layers = params["layers"]
+    return [jax.tree.map(lambda x: x[i], layers) for i in range(model.layers)] if unrolled(model) else layers
+
+
+def decode(model: Model, params, layers, tokens, positions, cache, attend):
+    """hidden[b d] of one more token in each row, tokens[b], and the cache with it.
+
+    `layers` are the parameters as `for_decoding` gives them, and `cache` is what attend(cache, layer, q[b n h],
+    k[b k h], v[b k h]) -> (y[b n h], cache) writes to and reads: a list of the layers' own, or all layers' together,
+    of which attend is to use the one whose number it is given.
+    """
+    rotation = rope(model, positions[:, None])
+
+    def step(x, cache, number, layer):
+        def one(q, k, v):
+            y, new = attend(cache, number, q[:, 0], k[:, 0], v[:, 0])
+            return y[:, None], new
+
+        return run_layer(model, layer, x, rotation, one)
+
+    x = embedded(model, params, tokens[:, None])
+    if isinstance(layers, list):
+        new = []
+        for layer, mine in zip(layers, cache, strict=True):
+            x, written = step(x, mine, None, layer)
+            new.append(written)
+        cache = new
+    else:
+        (x, cache), _ = jax.lax.scan(lambda carry, layer: (step(*carry, *layer), None), (x, cache),
+                                     (jnp.arange(model.layers), layers))  # fmt: skip
+    return rms_norm(x[:, 0], params["norm"]["scale"], model.norm_eps), cache
 
 
 def rms_norm(x, scale, eps):
     """x over its root mean square along the last axis, times scale; in float32, given back in x's type."""
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
-
-
-def init_cache(model: Model, b: int, s: int) -> dict:
-    """An empty cache of s slots: k and v [l b s k h], segments [b s], filled (slots in use)."""
-    shape = (model.layers, b, s, model.kv_heads, model.head_size)
-    return {"k": jnp.zeros(shape, model.dtype), "v": jnp.zeros(shape, model.dtype),
-            "segments": jnp.zeros((b, s), jnp.int32), "filled": jnp.zeros((), jnp.int32)}  # fmt: skip
 
 
 def output_kernel(model: Model, params):

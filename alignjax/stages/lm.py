@@ -1,51 +1,54 @@
 """Language modelling: pretraining on text, where every token is a target, and SFT, where the assistant's tokens are.
 
-Letters: b batch, t tokens.
+Letters: n examples, t tokens; rows, w, k of a microbatch: see `data.packing`.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignjax import losses, roles, sharding, update
 from alignjax.config import Config
-from alignjax.data import mixture
-from alignjax.logprobs import sequence_logprobs
+from alignjax.data import mixture, packing
+from alignjax.logprobs import token_logprobs
 from alignjax.stages import Stage, nothing_late
 
 
+def microbatches(rows: dict, budget: int, shards: int) -> list[dict]:
+    """Packed microbatches of tokens, mask (1 on targets), segments (of an example, from 1), each [n t].
+
+    Weights [rows k] sum to 1 over all of them: each target counts alike.
+    """
+    lengths = (rows["segments"] > 0).sum(axis=1)
+    n, longest = rows["tokens"].shape
+    mask = (rows["mask"] > 0) & (np.arange(longest) > 0)
+    out = []
+    for layout in packing.pack(lengths, [[i] for i in range(n)], longest, budget, shards):
+        at, real = packing.targets(layout.take(mask))
+        apart = layout.sequence * (longest + 1) + layout.take(rows["segments"])  # no two of a row alike
+        out.append({"tokens": layout.take(rows["tokens"]), "positions": layout.place,
+                    "segments": np.where(layout.real, apart, 0), "at": at,
+                    "weights": real.astype(np.float32) / max(mask.sum(), 1)})  # fmt: skip
+    return out
+
+
 def loss_fn(model, params, batch):
-    """Weighted next-token loss of tokens[b t], segments[b t], weights[b t] (of each token as a target)."""
-    logprobs, entropy = sequence_logprobs(model, params, batch["tokens"], batch["segments"])
-    loss, metrics = losses.lm_loss(logprobs, batch["weights"][:, 1:])
-    return loss, metrics | {"entropy": jnp.sum(batch["weights"][:, 1:] * entropy)}
+    """Weighted next-token loss of a microbatch."""
+    logprobs, entropy = token_logprobs(model, params, batch)
+    loss, metrics = losses.lm_loss(logprobs, batch["weights"])
+    return loss, metrics | {"entropy": jnp.sum(batch["weights"] * entropy)}
 
 
-def weighted(batch):
-    """The batch with weights in place of its mask: each target counts alike."""
-    mask = batch["mask"].at[:, 0].set(0).astype(jnp.float32)
-    return {"tokens": batch["tokens"], "segments": batch["segments"], "weights": mask / mask.sum()}
-
-
-def train_step(config: Config, optimiser, state, batch):
-    """One pure optimiser step: state, batch {tokens, segments, mask}, each [b t] -> state, metrics."""
-    loss = functools.partial(loss_fn, config.model)
-    return update.update(loss, optimiser, state, weighted(batch), config.microbatches)
-
-
-def summed_loss(model, params, batch):
-    """(sum of the targets' losses in nats, number of targets) of a batch whose `real` rows count."""
-    logprobs, _ = sequence_logprobs(model, params, batch["tokens"], batch["segments"])
-    mask = batch["mask"][:, 1:] * batch["real"][:, None]
-    return -jnp.sum(logprobs * mask), jnp.sum(mask)
-
-
-def heldout_loss(summed, params, rows, batch: int, mesh) -> float:
-    """Mean loss per target of all rows, in nats; `summed` is the compiled `summed_loss` of a model."""
-    parts = [summed(params, sharding.shard_batch(x, mesh)) for x, _ in mixture.in_order(rows, batch)]
-    total, count = (sum(float(x) for x in column) for column in zip(*parts, strict=True))
-    return total / count
+def heldout_loss(loss, params, rows, batch: int, budget: int, mesh) -> float:
+    """Mean loss per target of all rows, in nats; `loss` is the compiled `loss_fn` of a model."""
+    total = targets = 0.0
+    for part in mixture.in_order(rows, batch):
+        count = float((part["mask"][:, 1:] > 0).sum())
+        found = [loss(params, sharding.shard_batch(x, mesh))[0] for x in microbatches(part, budget, sharding.shards(mesh))]
+        total, targets = total + count * sum(map(float, found)), targets + count
+    return total / targets
 
 
 def sample(tokenizer, rows, at: int) -> dict:
@@ -54,29 +57,33 @@ def sample(tokenizer, rows, at: int) -> dict:
     return {"text": tokenizer.decode(tokens[segments > 0]), "targets": tokenizer.decode(tokens[mask > 0])}
 
 
-def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
-    model, data = config.model, config.data
+def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
+    model, data, budget = config.model, config.data, config.microbatch_tokens
     rows = mixture.dataset(config, data.train, data.kind, "train", tokenizer, say)
     heldout = mixture.dataset(config, data.heldout, data.kind, "heldout", tokenizer, say)
     batches = mixture.Batches(rows, data.batch, config.seed)
+    ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.shards(mesh)))
     optimiser = update.make_optimiser(config.optimiser, config.steps)
     init = functools.partial(update.init_state, optimiser=optimiser)
     shapes = sharding.abstract(jax.eval_shape(init, roles.shapes(model, "lm", mesh)), mesh)
-    step_fn = jax.jit(functools.partial(train_step, config, optimiser), donate_argnums=0)
-    summed = jax.jit(functools.partial(summed_loss, model))
+    loss = functools.partial(loss_fn, model)
+    train_step, heldout_fn = update.compiled(loss, optimiser), jax.jit(loss)
 
     def start():
         params = roles.load(model, "lm", mesh, jax.random.key(config.seed), parents.get("model"))
         return {"model": update.placed(init, params, shapes)}
 
     def step(state, i):
-        train, metrics = step_fn(state["model"], sharding.shard_batch(batches.get(i), mesh))
+        parts = [sharding.shard_batch(x, mesh) for x in ahead.get(i)]
+        phases.mark("data")
+        train, metrics = train_step(state["model"], parts)
+        phases.mark("update", train)
         if i % config.sample_every:
             return {"model": train}, metrics, nothing_late
         return {"model": train}, metrics, lambda: ({}, [sample(tokenizer, rows, batches.order(i)[0])])
 
     def evaluate(state):
-        loss = heldout_loss(summed, state["model"].params, heldout, data.batch, mesh)
+        loss = heldout_loss(heldout_fn, state["model"].params, heldout, data.batch, budget, mesh)
         return {"heldout_loss": loss, "parameters": sum(x.size for x in jax.tree.leaves(state["model"].params))}
 
     def table(figures):

@@ -1,6 +1,6 @@
 """Clipped PPO with four roles, section 3.2.2 of the report: rollout -> score -> experience -> update.
 
-Letters: b prompts, n samples of each, r response tokens, t = prompt + response tokens. Rows are the b*n responses.
+Letters: b prompts, n samples of each, r response tokens, m responses of a minibatch; rows, w, k: see `data.packing`.
 """
 
 import functools
@@ -15,22 +15,12 @@ import optax
 from alignjax import advantages, logprobs, losses, roles, rollout, sharding, update
 from alignjax.advantages import RunningStats
 from alignjax.config import Config
-from alignjax.data import chat, mixture, toy
+from alignjax.data import chat, mixture, packing, toy
+from alignjax.rollout import Rollout
 from alignjax.stages import Stage, lm
 
 SAMPLES = 4  # prompts in an entry of samples.jsonl
-
-
-class Experience(NamedTuple):
-    """What the updates of one rollout learn from. All but tokens and segments are fixed before the first of them."""
-
-    tokens: jax.Array  # [b*n t] int32
-    segments: jax.Array  # [b*n t] int32: 1 on real tokens
-    mask: jax.Array  # [b*n r] bool: the response's tokens
-    old_logprobs: jax.Array  # [b*n r] of the policy that sampled, by the scorer
-    old_values: jax.Array  # [b*n r]: the value before each token
-    advantages: jax.Array  # [b*n r], whitened over the whole of it
-    returns: jax.Array  # [b*n r], before whitening
+CHECKED = 8  # responses that the check of step 0 scores once more, each alone
 
 
 class Reading(NamedTuple):
@@ -39,44 +29,78 @@ class Reading(NamedTuple):
     logprobs: jax.Array  # [b*n r]
     entropy: jax.Array  # [b*n r]
     ref_logprobs: jax.Array  # [b*n r]
-    values: jax.Array  # [b*n r]
+    values: jax.Array  # [b*n r]: before each token
     scores: jax.Array  # [b*n]
 
 
-def read(config: Config, params: dict, tokens, segments) -> Reading:
-    """All four roles on tokens[b*n t], a microbatch at a time; params: role -> parameters."""
-    model, p = config.model, config.ppo
+class Experience(NamedTuple):
+    """What the updates of one rollout learn from, all of it fixed before the first of them."""
 
-    def one(batch):
-        tokens, segments = batch
-        logprob, entropy = logprobs.response_logprobs(model, params["policy"], *batch, p.response_length, p.temperature)
-        reference, _ = logprobs.response_logprobs(model, params["reference"], *batch, p.response_length, p.temperature)
-        values = logprobs.response_values(model, params["value"], tokens, segments, p.response_length)
-        return Reading(logprob, entropy, reference, values, logprobs.score(model, params["reward"], tokens, segments))
-
-    # The rows of a pass are those of a microbatch of the first epoch, in their order: a matrix product rounds a row
-    # according to its neighbours, and the first ratio is to be 1.
-    cut = update.microbatched((tokens, segments), p.minibatches * config.microbatches)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), jax.lax.map(one, cut))
+    sampled: Rollout
+    old_logprobs: jax.Array  # [b*n r] of the policy that sampled, by the scorer
+    old_values: jax.Array  # [b*n r]
+    advantages: jax.Array  # [b*n r], whitened over the whole of it
+    returns: jax.Array  # [b*n r], before whitening
 
 
-def make_experience(config: Config, params: dict, stats: RunningStats, sampled: rollout.Rollout):
+def microbatches(config: Config, prompt_lengths, lengths, rows, shards: int) -> list[dict]:
+    """How the responses rows[m] are packed: sequence, place [rows w] of prompt and response, `at` [rows k] of the
+    response's tokens, weights [rows k] that sum to 1 over the minibatch; and the way back: `member` [m] (b*n where
+    there is none), `ends` [m], `source` [m r], places in rows * k. Lengths, [b*n], are the host's.
+    """
+    r, m, n = config.ppo.response_length, len(rows), len(lengths)
+    longest = config.data.max_length + r
+    out = []
+    for layout in packing.pack(prompt_lengths + lengths, [[i] for i in rows], longest, config.microbatch_tokens, shards):
+        inside = layout.place - prompt_lengths[layout.sequence]  # the place in the response
+        at, real = packing.targets(layout.real & (inside >= 0))
+        owner, inside = (np.take_along_axis(x, at, axis=1)[real] for x in (layout.sequence, inside))
+        source = np.zeros((len(layout.members), r), np.int32)
+        source[np.searchsorted(layout.members, owner), inside] = np.flatnonzero(real)
+        out.append({"sequence": layout.sequence, "place": layout.place, "at": at,
+                    "weights": real.astype(np.float32) / lengths[rows].sum(),
+                    "member": packing.padded(layout.members, m, n), "ends": packing.padded(layout.ends(), m, 0),
+                    "source": packing.padded(source, m, 0)})  # fmt: skip
+    return out
+
+
+def packed(sampled: Rollout, part: dict) -> dict:
+    """The tokens of a part of `microbatches`, as `logprobs` reads them."""
+    owner = jnp.maximum(part["sequence"], 0)
+    start = sampled.tokens.shape[1] - sampled.logprobs.shape[1] - sampled.prompt_lengths
+    real = part["sequence"] >= 0
+    tokens = jnp.where(real, sampled.tokens[owner, start[owner] + part["place"]], 0)
+    return sharding.constrain({"tokens": tokens, "positions": part["place"], "segments": part["sequence"] + 1,
+                               "at": part["at"]}) | {"ends": part["ends"]}  # fmt: skip
+
+
+def read(config: Config, params: dict, sampled: Rollout, said: Reading, part: dict) -> Reading:
+    """`said` with what the roles (params: role -> parameters) say of a part of `microbatches`."""
+    model, temperature, batch = config.model, config.ppo.temperature, packed(sampled, part)
+    logprob, entropy = logprobs.token_logprobs(model, params["policy"], batch, temperature)
+    reference, _ = logprobs.token_logprobs(model, roles.on_device(params["reference"]), batch, temperature)
+    values = logprobs.token_values(model, params["value"], batch)
+    scores = logprobs.scores(model, roles.on_device(params["reward"]), batch)
+    put = lambda old, x: old.at[part["member"]].set(x, mode="drop")
+    tokens = (x.reshape(-1)[part["source"]] for x in (logprob, entropy, reference, values))
+    return Reading(*(put(old, x) for old, x in zip(said, (*tokens, scores), strict=True)))
+
+
+def make_experience(config: Config, stats: RunningStats, sampled: Rollout, said: Reading):
     """Experience, the running statistics with its scores, metrics, and figures of each response [b*n]."""
     p, mask = config.ppo, sampled.mask
-    said = read(config, params, sampled.tokens, sampled.segments)
     scores = jnp.where(sampled.truncated, p.truncated_score, said.scores)
     stats = stats.update(scores)
     normalised = advantages.normalise(scores, stats, p.normalise_scores)
     rewards = advantages.shape_rewards(normalised, said.logprobs, said.ref_logprobs, mask, p.kl_coef)
     gains, returns = advantages.gae(rewards, said.values, mask, p.gamma, p.lam)
-    experience = Experience(sampled.tokens, sampled.segments, mask, said.logprobs, said.values,
-                            advantages.whiten(gains, mask) if p.whiten_advantages else gains, returns)  # fmt: skip
+    gains = advantages.whiten(gains, mask) if p.whiten_advantages else gains
+    experience = Experience(sampled, said.logprobs, said.values, gains, returns)
     log_ratio = jnp.where(mask, said.logprobs - said.ref_logprobs, 0.0)
-    tokens = mask.sum()
+    tokens, length = mask.sum(), sampled.lengths
     per_response = {"score": said.scores, "kl": log_ratio.sum(1), "entropy": jnp.where(mask, said.entropy, 0.0).sum(1),
-                    "length": mask.sum(1), "truncated": sampled.truncated}  # fmt: skip
-    kl, length = per_response["kl"].mean(), per_response["length"]
-    drift = jnp.where(mask, jnp.abs(sampled.logprobs - said.logprobs), 0.0)
+                    "length": length, "truncated": sampled.truncated}  # fmt: skip
+    kl, drift = per_response["kl"].mean(), jnp.where(mask, jnp.abs(sampled.logprobs - said.logprobs), 0.0)
     metrics = {
         "objective/scores": scores.mean(), "objective/scores_std": scores.std(), "objective/kl": kl,
         "objective/kl_per_token": log_ratio.sum() / tokens, "objective/non_score_reward": -p.kl_coef * kl,
@@ -92,48 +116,39 @@ def make_experience(config: Config, params: dict, stats: RunningStats, sampled: 
     return experience, stats, metrics, per_response
 
 
-def minibatch_of(experience: Experience, rows) -> dict:
-    """The minibatch of these rows, with weights: every response token of it counts alike."""
-    minibatch = sharding.constrain(jax.tree.map(lambda x: x[rows], experience))
-    mask = minibatch.mask.astype(jnp.float32)
-    return minibatch._asdict() | {"weights": mask / mask.sum()}
+def learnt(experience: Experience, part: dict) -> dict:
+    """The batch of a part: its tokens, and what is fixed of its targets, each [rows k]."""
+    batch = packed(experience.sampled, part)
+    owner, place = (jnp.take_along_axis(part[x], part["at"], axis=1) for x in ("sequence", "place"))
+    owner = jnp.maximum(owner, 0)
+    inside = jnp.maximum(place - experience.sampled.prompt_lengths[owner], 0)
+    fixed = {name: x[owner, inside] for name, x in experience._asdict().items() if name != "sampled"}
+    return batch | sharding.constrain(fixed | {"weights": part["weights"]})
 
 
-def policy_loss_fn(config: Config, params, batch):
-    p = config.ppo
-    now, entropy = logprobs.response_logprobs(config.model, params, batch["tokens"], batch["segments"],
-                                              p.response_length, p.temperature)  # fmt: skip
-    return losses.policy_loss(now, batch["old_logprobs"], batch["advantages"], batch["weights"], p.clip)
+def policy_loss_fn(config: Config, params, experience_and_part):
+    batch = learnt(*experience_and_part)
+    now, _ = logprobs.token_logprobs(config.model, params, batch, config.ppo.temperature)
+    return losses.policy_loss(now, batch["old_logprobs"], batch["advantages"], batch["weights"], config.ppo.clip)
 
 
-def value_loss_fn(config: Config, params, batch):
-    p = config.ppo
-    values = logprobs.response_values(config.model, params, batch["tokens"], batch["segments"], p.response_length)
-    return losses.value_loss(values, batch["old_values"], batch["returns"], batch["weights"], p.value_clip)
+def value_loss_fn(config: Config, params, experience_and_part):
+    batch = learnt(*experience_and_part)
+    values = logprobs.token_values(config.model, params, batch)
+    return losses.value_loss(values, batch["old_values"], batch["returns"], batch["weights"], config.ppo.value_clip)
 
 
-def policy_gradients(config: Config, params, experience: Experience, rows, text):
-    """Gradient of the clipped objective on a minibatch, with the pretraining gradient added if there is text."""
-    loss = functools.partial(policy_loss_fn, config)
-    grads, metrics = update.gradients(loss, params, minibatch_of(experience, rows), config.microbatches)
+def policy_step(config: Config, optimiser, state, total, pretrain):
+    """One optimiser step by (gradient, metrics) of the clipped objective, with the pretraining gradient if there is one."""
+    grads, metrics = total
     metrics |= {"policy/grad_norm": optax.tree.norm(grads)}
-    if text is None:
-        return grads, metrics
-    loss = functools.partial(lm.loss_fn, config.model)
-    pretrain, more = update.gradients(loss, params, lm.weighted(text), config.microbatches)
-    pretrain = jax.tree.map(lambda x: config.ppo.pretrain_coef * x, pretrain)
-    norm = optax.tree.norm(pretrain)
-    metrics |= {"loss/pretrain_avg": more["loss"], "pretrain/grad_norm": norm,
-                "pretrain/grad_norm_ratio": norm / metrics["policy/grad_norm"]}  # fmt: skip
-    return jax.tree.map(jnp.add, grads, pretrain), metrics
-
-
-def value_step(config: Config, optimiser, state, experience: Experience, rows):
-    """One pure optimiser step of the value model -> state, metrics."""
-    loss = functools.partial(value_loss_fn, config)
-    state, metrics = update.update(loss, optimiser, state, minibatch_of(experience, rows), config.microbatches)
-    metrics["value/grad_norm"] = metrics.pop("grad_norm")
-    return state, metrics
+    if pretrain is not None:
+        more = jax.tree.map(lambda x: config.ppo.pretrain_coef * x, pretrain[0])
+        norm = optax.tree.norm(more)
+        metrics |= {"loss/pretrain_avg": pretrain[1]["loss"], "pretrain/grad_norm": norm,
+                    "pretrain/grad_norm_ratio": norm / metrics["policy/grad_norm"]}  # fmt: skip
+        grads = jax.tree.map(jnp.add, grads, more)
+    return update.apply_gradients(optimiser, state, grads), metrics
 
 
 def minibatches(config: Config, step: int):
@@ -156,72 +171,106 @@ class Programs(NamedTuple):
     """The compiled functions of a run. Frozen parameters are arguments: closed over, they would become constants."""
 
     sample: Callable  # (policy parameters, batch of prompts, key) -> Rollout
-    experience: Callable  # (role -> parameters, statistics, Rollout) -> as make_experience
-    gradients: Callable  # (policy parameters, Experience, rows, text) -> as policy_gradients
-    apply: Callable  # (policy state, gradients) -> policy state
-    value: Callable  # (value state, Experience, rows) -> value state, metrics
-    text_loss: Callable  # (policy parameters, batch of text) -> as lm.summed_loss
+    read: Callable  # (role -> parameters, Rollout, Reading, part) -> Reading
+    experience: Callable  # (statistics, Rollout, Reading) -> as make_experience
+    policy_add: Callable  # (total, policy parameters, (Experience, part)) -> total, as update.accumulate
+    text_add: Callable  # (total, policy parameters, microbatch of text) -> total
+    policy: Callable  # (policy state, total, total of text or None) -> policy state, metrics
+    value_add: Callable
+    value: Callable  # (value state, total) -> value state, metrics
+    text_loss: Callable  # (policy parameters, microbatch of text) -> loss, metrics
 
 
 def compiled(config: Config, optimisers: dict, end: int) -> Programs:
-    p = config.ppo
+    p, text_loss = config.ppo, functools.partial(lm.loss_fn, config.model)
 
     def sample(params, batch, key):
         return rollout.generate(config.model, params, batch["prompts"], batch["lengths"], batch["index"], key,
                                 samples=p.samples_per_prompt, response_length=p.response_length,
-                                temperature=p.temperature, top_p=p.top_p, end=end)  # fmt: skip
+                                temperature=p.temperature, top_p=p.top_p, end=end, slots=p.slots,
+                                cache_dtype=p.cache_dtype)  # fmt: skip
 
     return Programs(
         jax.jit(sample),
+        jax.jit(functools.partial(read, config), donate_argnums=2),
         jax.jit(functools.partial(make_experience, config)),
-        jax.jit(functools.partial(policy_gradients, config)),
-        jax.jit(functools.partial(update.apply_gradients, optimisers["policy"]), donate_argnums=0),
-        jax.jit(functools.partial(value_step, config, optimisers["value"]), donate_argnums=0),
-        jax.jit(functools.partial(lm.summed_loss, config.model)),
+        update.adder(functools.partial(policy_loss_fn, config)),
+        update.adder(text_loss),
+        jax.jit(functools.partial(policy_step, config, optimisers["policy"]), donate_argnums=0),
+        update.adder(functools.partial(value_loss_fn, config)),
+        jax.jit(functools.partial(update.finish, optimisers["value"]), donate_argnums=0),
+        jax.jit(text_loss),
     )
 
 
-def self_check(config: Config, programs: Programs, params: dict, stats, sampled, text) -> None:
-    """Step 0: the ratio is 1, the KL to the reference 0 if the policy starts there, and pads change nothing."""
-    experience, _, _, said = programs.experience(params, stats, sampled)
-    _, rows = next(minibatches(config, 0))
-    _, metrics = programs.gradients(params["policy"], experience, rows, text)
+def score(config: Config, programs: Programs, params: dict, stats, sampled: Rollout, prompt_lengths, mesh):
+    """As make_experience, and the parts of the first epoch's minibatches, which the scorer reads.
+
+    They are the same arrays, so that the first ratio is 1: a matrix product rounds a row according to its neighbours.
+    This waits for the rollout, whose lengths (prompt_lengths[b*n] are known) decide on shapes.
+    """
+    lengths, p = sharding.on_host(sampled.lengths), config.ppo
+    cut = lambda rows: [sharding.shard_batch(part, mesh)
+                        for part in microbatches(config, prompt_lengths, lengths, rows, sharding.shards(mesh))]  # fmt: skip
+    first = [cut(np.arange(k, len(lengths), p.minibatches)) for k in range(p.minibatches)]
+    tokens = np.zeros((len(lengths), p.response_length), np.float32)
+    said = Reading(*sharding.shard_batch((tokens, tokens, tokens, tokens, tokens[:, 0]), mesh))
+    for part in (part for parts in first for part in parts):
+        said = programs.read(params, sampled, said, part)
+    return *programs.experience(stats, sampled, said), first, cut
+
+
+def self_check(config: Config, programs: Programs, params: dict, experience, said: dict, parts) -> None:
+    """Step 0: the ratio is 1, the KL to the reference 0 if the policy starts there, and a row's pads change nothing."""
+    _, metrics = update.total(programs.policy_add, params["policy"], [(experience, part) for part in parts])
     dtype = config.model.dtype
     logprobs.check("|ratio - 1| of the policy", abs(metrics["val/ratio"] - 1) + metrics["val/ratio_var"], dtype)
     if config.parents["policy"] == config.parents["reference"]:
         logprobs.check("the largest KL of a response to the reference", jnp.abs(said["kl"]).max(), dtype)
-    tokens, segments = logprobs.pads_in_front(sampled.tokens, sampled.segments)
-    moved = programs.experience(params, stats, sampled._replace(tokens=tokens, segments=segments))[3]
-    change = jnp.abs(moved["score"] - said["score"]).max()
-    logprobs.check("the largest change of a score as pads move", change, dtype)
+    few = jax.tree.map(lambda x: x[:CHECKED], experience.sampled)
+    p = few.tokens.shape[1] - few.logprobs.shape[1]
+    start = (p - few.prompt_lengths)[:, None]
+    tokens = jnp.take_along_axis(few.tokens, (jnp.arange(few.tokens.shape[1]) + start) % few.tokens.shape[1], axis=1)
+    alone = jax.jit(functools.partial(logprobs.score_alone, config.model))
+    found = alone(roles.on_device(params["reward"]), tokens, few.prompt_lengths + few.lengths)
+    change = jnp.abs(found - said["score"][:CHECKED]).max()
+    logprobs.check("the largest change of a score as its row's pads and neighbours change", change, dtype)
 
 
-def learn(config: Config, programs: Programs, rate, state: dict, experience: Experience, step: int, text):
-    """All updates of one experience -> state, metrics averaged over them; text(number) gives an update's batch."""
+def learn(config: Config, programs: Programs, rate, state: dict, experience: Experience, step: int, first, cut, text):
+    """All updates of one experience -> state, metrics averaged over them; text(number) gives an update's microbatches."""
     policy, value, logs = state["policy"], state["value"], []
-    for number, rows in minibatches(config, step):
-        value, log = programs.value(value, experience, rows)
+    for k, (number, rows) in enumerate(minibatches(config, step)):
+        parts = [(experience, part) for part in (first[k] if k < len(first) else cut(rows))]
+        value, log = programs.value(value, update.total(programs.value_add, value.params, parts))
+        log["value/grad_norm"] = log.pop("grad_norm")
         if number >= config.ppo.value_warmup_steps:
             log["lr"] = rate(policy.updates)
-            grads, more = programs.gradients(policy.params, experience, rows, text(number))
-            policy = programs.apply(policy, grads)
+            total = update.total(programs.policy_add, policy.params, parts)
+            pretrain = update.total(programs.text_add, policy.params, text(number))
+            policy, more = programs.policy(policy, total, pretrain)
             log |= more
         logs.append(log)
+    return {**state, "policy": policy, "value": value}, averaged(logs)
+
+
+@jax.jit
+def averaged(logs: list[dict]) -> dict:
+    """Each metric's mean over the updates that have it."""
     names = dict.fromkeys(name for log in logs for name in log)
-    metrics = {k: sum(log[k] for log in logs if k in log) / sum(k in log for log in logs) for k in names}
-    return {**state, "policy": policy, "value": value}, metrics
+    return {k: sum(log[k] for log in logs if k in log) / sum(k in log for log in logs) for k in names}
 
 
 def describe(config: Config, tokenizer, rows: list[dict], index, sampled, said) -> list[dict]:
     """Each prompt with its responses as text and their figures; the true score where the world has one."""
-    tokens, mask = sharding.on_host(sampled.tokens), sharding.on_host(sampled.mask)
+    tokens, lengths = sharding.on_host(sampled.tokens), sharding.on_host(sampled.lengths)
     figures = {k: sharding.on_host(v).tolist() for k, v in said.items()}
-    n = config.ppo.samples_per_prompt
+    n, r = config.ppo.samples_per_prompt, config.ppo.response_length
     out = []
     for i, number in enumerate(index):
         prompt = rows[number]["prompt"][-1]["content"]
         mine = range(i * n, (i + 1) * n)
-        texts = [chat.decode_response(tokenizer, tokens[j, -mask.shape[1] :][mask[j]]) for j in mine]
+        texts = [chat.decode_response(tokenizer, tokens[j, -r:][: lengths[j]]) for j in mine]
         out.append({"prompt": prompt, "responses": texts, **{k: [v[j] for j in mine] for k, v in figures.items()}})
         if config.data.train.startswith("toy/"):
             out[-1]["true_score"] = [toy.true_score(prompt, text) for text in texts]
@@ -232,21 +281,27 @@ def mean(entries: list[dict], name: str) -> float:
     return float(np.mean([entry[name] for entry in entries]))
 
 
+def narrowed(rows: dict) -> dict:
+    """A batch of prompts, prompts[b p] as wide as the longest asks (of the widths of `packing`)."""
+    width = packing.width_of(rows["lengths"].max(), rows["prompts"].shape[1])
+    return rows | {"prompts": rows["prompts"][:, -width:]}
+
+
 def evaluate(config: Config, programs: Programs, tokenizer, mesh, params: dict, stats, rows, arrays, text) -> dict:
     """Figures of params["policy"] on held-out prompts, sampled as in training, and on held-out text if there is any."""
-    entries = []
-    for part, real in mixture.in_order(arrays, config.data.batch):
-        batch = sharding.shard_batch(part, mesh)
-        sampled = programs.sample(
-            params["policy"], batch, jax.random.fold_in(jax.random.key(config.seed), config.steps)
-        )
-        said = programs.experience(params, stats, sampled)[3]
-        found = describe(config, tokenizer, rows, sharding.on_host(batch["index"]), sampled, said)
-        entries += [entry for entry, kept in zip(found, real, strict=True) if kept]
+    entries, n, size = [], len(arrays["index"]), config.data.batch
+    key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
+    for first in range(0, n, size):
+        batch = narrowed({name: x[np.arange(first, first + size) % n] for name, x in arrays.items()})
+        sampled = programs.sample(params["policy"], sharding.shard_batch(batch, mesh), key)
+        lengths = np.repeat(batch["lengths"], config.ppo.samples_per_prompt)
+        said = score(config, programs, params, stats, sampled, lengths, mesh)[3]
+        entries += describe(config, tokenizer, rows, batch["index"], sampled, said)[: n - first]
     figures = {name: mean(entries, name) for name in entries[0] if name not in ("prompt", "responses")}
     figures["entropy"] /= figures["length"]
     if text is not None:
-        figures["pretrain_loss"] = lm.heldout_loss(programs.text_loss, params["policy"], text, config.data.batch, mesh)
+        figures["pretrain_loss"] = lm.heldout_loss(programs.text_loss, params["policy"], text, size,
+                                                   config.microbatch_tokens, mesh)  # fmt: skip
     return figures
 
 
@@ -261,18 +316,21 @@ def table(figures: dict) -> list[tuple[str, str]]:
     return lines
 
 
-def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
+def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     model, data, p = config.model, config.data, config.ppo
     key, total = jax.random.key(config.seed), data.max_length + p.response_length
     load = functools.partial(mixture.load, seed=config.seed, limit=data.examples)
     encode = functools.partial(mixture.encode, tokenizer=tokenizer, say=say)
     rows = {"train": load(data.train, "prompts", "train"), "heldout": load(data.heldout, "prompts", "heldout")}
     arrays = {split: encode(some, "prompts", data.max_length) for split, some in rows.items()}
-    batches = mixture.Batches(arrays["train"], data.batch, config.seed)
-    text = heldout_text = None
+    batches, texts, heldout_text = mixture.Batches(arrays["train"], data.batch, config.seed), None, None
+    ahead = mixture.Ahead(lambda i: narrowed(batches.get(i)))
     if p.pretrain_coef:
         volume = int(p.pretrain_ratio * (data.batch * p.samples_per_prompt // p.minibatches))
-        text = mixture.Batches(encode(load(p.pretrain_data, "text", "train"), "text", total), volume, config.seed)
+        of_text = mixture.Batches(encode(load(p.pretrain_data, "text", "train"), "text", total), volume, config.seed)
+        texts = mixture.Ahead(
+            lambda i: lm.microbatches(of_text.get(i), config.microbatch_tokens, sharding.shards(mesh))
+        )
     if p.pretrain_heldout:
         heldout_text = encode(load(p.pretrain_heldout, "text", "heldout"), "text", total)
 
@@ -288,7 +346,7 @@ def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
               for role, head in trained.items()}  # fmt: skip
     shapes["stats"] = sharding.abstract(jax.eval_shape(RunningStats.zero), mesh)
     # Read from disk for themselves, never shared with what is trained: no update and no donation can reach them.
-    frozen = {role: roles.load(model, head, mesh, key, parents[role])
+    frozen = {role: roles.frozen(roles.load(model, head, mesh, key, parents[role]), p.frozen_dtype, p.frozen_memory)
               for role, head in (("reference", "lm"), ("reward", "scalar"))}  # fmt: skip
 
     def start():
@@ -297,23 +355,27 @@ def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
         return state | {"stats": jax.device_put(RunningStats.zero(), sharding.replicated(mesh))}
 
     def pretraining(number):
-        return sharding.shard_batch(text.get(number), mesh) if text else None
+        return [sharding.shard_batch(x, mesh) for x in texts.get(number)] if texts else []
 
     def step(state, i):
         params = {role: state[role].params for role in trained} | frozen
-        sampled = programs.sample(
-            params["policy"], sharding.shard_batch(batches.get(i), mesh), jax.random.fold_in(key, i)
-        )
+        batch = ahead.get(i)
+        prompts = sharding.shard_batch(batch, mesh)
+        phases.mark("data")
+        sampled = programs.sample(params["policy"], prompts, jax.random.fold_in(key, i))
+        phases.mark("rollout", sampled)
+        lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
+        experience, stats, metrics, said, first, cut = score(config, programs, params, state["stats"], sampled, lengths,
+                                                             mesh)  # fmt: skip
+        phases.mark("score", experience)
         if i == 0:
-            self_check(config, programs, params, state["stats"], sampled, pretraining(0))
-        experience, stats, metrics, said = programs.experience(params, state["stats"], sampled)
-        state, more = learn(config, programs, rate, {**state, "stats": stats}, experience, i, pretraining)
+            self_check(config, programs, params, experience, said, first[0])
+        state, more = learn(config, programs, rate, {**state, "stats": stats}, experience, i, first, cut, pretraining)
+        phases.mark("update", state)
         metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
 
         def late():
-            entries = describe(
-                config, tokenizer, rows["train"], arrays["train"]["index"][batches.order(i)], sampled, said
-            )
+            entries = describe(config, tokenizer, rows["train"], batch["index"], sampled, said)
             scores = {"objective/true_score": mean(entries, "true_score")} if "true_score" in entries[0] else {}
             return scores, entries[:SAMPLES] if i % config.sample_every == 0 else []
 

@@ -1,6 +1,6 @@
 """The ranking loss: preference model pretraining (PMP) and the reward model (RM) are two configs of it.
 
-Letters: b pairs, t tokens.
+Letters: n pairs of a batch, t tokens; rows, w of a microbatch: see `data.packing`.
 """
 
 import functools
@@ -11,17 +11,40 @@ import numpy as np
 
 from alignjax import logprobs, losses, roles, sharding, update
 from alignjax.config import Config
-from alignjax.data import mixture
+from alignjax.data import mixture, packing
 from alignjax.stages import Stage, nothing_late
+
+SIDES = ("chosen", "rejected")
+CHECKED = 8  # pairs that the check of step 0 scores once more, each response alone
+
+
+def interleaved(rows: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens[2n t], lengths[2n]) of chosen, rejected, [n t] each, and their lengths: a pair's two are neighbours."""
+    tokens, lengths = (np.stack([rows[side + x] for side in SIDES], axis=1) for x in ("", "_length"))
+    return tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
+
+
+def microbatches(rows: dict, budget: int, shards: int) -> list[dict]:
+    """Packed microbatches of pairs, each pair whole: chosen and rejected alike are sequences among others.
+
+    Where a pair's scores stand is ends[n 2]; weights[n] are 1 / n on the pairs of this microbatch and 0 behind them,
+    `pair` [n] their numbers in the batch (n where there is none).
+    """
+    (tokens, lengths), n = interleaved(rows), len(rows["margin"])
+    out = []
+    for layout in packing.pack(lengths, [[2 * i, 2 * i + 1] for i in range(n)], tokens.shape[1], budget, shards):
+        pair = layout.members[::2] // 2
+        fill = lambda x, value=0, n=n: packing.padded(x, n, value)
+        out.append({"tokens": layout.take(tokens), "positions": layout.place, "segments": layout.sequence + 1,
+                    "ends": fill(layout.ends().reshape(-1, 2)), "margin": fill(rows["margin"][pair]),
+                    "weights": fill(np.full(len(pair), 1 / n, np.float32)), "pair": fill(pair, n)})  # fmt: skip
+    return out
 
 
 def score_pairs(model, params, batch):
-    """(chosen, rejected) scores, each [b], read at the end token of chosen[b t] and rejected[b t]."""
-    tokens, lengths = (jnp.stack([batch[f"chosen{x}"], batch[f"rejected{x}"]], axis=1) for x in ("", "_length"))
-    b, _, t = tokens.shape
-    segments = (jnp.arange(t) < lengths[..., None]).astype(jnp.int32)
-    scores = logprobs.score(model, params, tokens.reshape(2 * b, t), segments.reshape(2 * b, t)).reshape(b, 2)
-    return scores[:, 0], scores[:, 1]
+    """(chosen, rejected) scores of a microbatch, each [n], read at the end tokens."""
+    found = logprobs.scores(model, params, batch)
+    return found[:, 0], found[:, 1]
 
 
 def loss_fn(model, ranking, params, batch):
@@ -30,81 +53,81 @@ def loss_fn(model, ranking, params, batch):
     return losses.ranking_loss(chosen, rejected, batch["weights"], margins, ranking.centring)
 
 
-def train_step(config: Config, optimiser, state, batch):
-    """One pure optimiser step: state, batch {chosen, rejected, their lengths, margin} -> state, metrics."""
-    b = batch["margin"].shape[0]
-    loss = functools.partial(loss_fn, config.model, config.ranking)
-    batch = batch | {"weights": jnp.full((b,), 1.0 / b)}
-    return update.update(loss, optimiser, state, batch, config.microbatches)
+def scored(score_fn, params, rows, budget: int, mesh) -> np.ndarray:
+    """[n 2]: the scores of rows' pairs; `score_fn` is the compiled `score_pairs` of a model."""
+    out = np.zeros((len(rows["margin"]) + 1, 2), np.float32)
+    for part in microbatches(rows, budget, sharding.shards(mesh)):
+        found = score_fn(params, sharding.shard_batch(part, mesh))
+        out[part["pair"]] = np.stack([sharding.on_host(x) for x in found], axis=1)
+    return out[:-1]
 
 
-def accuracy(score_fn, params, rows, batch: int, mesh) -> dict[str, float]:
-    """Accuracy, share of ties and mean loss over all rows; `score_fn` is the compiled `score_pairs` of a model."""
-    total = np.zeros(4)
-    for part, real in mixture.in_order(rows, batch):
-        chosen, rejected = map(sharding.on_host, score_fn(params, sharding.shard_batch(part, mesh)))
-        difference = (chosen - rejected)[real > 0].astype(np.float64)
-        total += [len(difference), (difference > 0).sum(), (difference == 0).sum(), np.logaddexp(0, -difference).sum()]
-    n, right, ties, loss = total
-    return {"accuracy": right / n, "ties": ties / n, "loss": loss / n, "comparisons": int(n)}
+def accuracy(score_fn, params, rows, batch: int, budget: int, mesh) -> dict[str, float]:
+    """Accuracy, share of ties and mean loss over all rows."""
+    found = [scored(score_fn, params, part, budget, mesh) for part in mixture.in_order(rows, batch)]
+    difference = -np.diff(np.concatenate(found).astype(np.float64), axis=1)[:, 0]
+    return {"accuracy": (difference > 0).mean(), "ties": (difference == 0).mean(),
+            "loss": np.logaddexp(0, -difference).mean(), "comparisons": len(difference)}  # fmt: skip
 
 
-def mean_score(score_fn, params, rows, batch: int, mesh) -> float:
-    """Mean score of conversations, read at their last token."""
-    total, n = 0.0, 0
-    for part, real in mixture.in_order(rows, batch):
-        scores = sharding.on_host(score_fn(params, sharding.shard_batch(part, mesh)))
-        total, n = total + (scores * real).astype(np.float64).sum(), n + real.sum()
-    return total / n
+def mean_score(score_fn, params, rows, batch: int, budget: int, mesh) -> float:
+    """Mean score of conversations, read at their last tokens: each is a pair with itself."""
+    lengths = (rows["segments"] > 0).sum(axis=1)
+    twice = {name: x for side in SIDES for name, x in ((side, rows["tokens"]), (f"{side}_length", lengths))}
+    twice["margin"] = np.zeros(len(lengths), np.float32)
+    found = [scored(score_fn, params, part, budget, mesh)[:, 0] for part in mixture.in_order(twice, batch)]
+    return float(np.concatenate(found).astype(np.float64).mean())
 
 
-def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
-    model, data, ranking = config.model, config.data, config.ranking
+def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
+    model, data, ranking, budget = config.model, config.data, config.ranking, config.microbatch_tokens
     dataset = functools.partial(mixture.dataset, config, tokenizer=tokenizer, say=say)
     rows = dataset(data.train, "comparisons", "train")
     heldout = {name: dataset(name, "comparisons", "heldout") for name in data.heldout.split(",")}
     demonstrations = dataset(ranking.demonstrations, "conversations", "heldout") if ranking.demonstrations else None
     batches = mixture.Batches(rows, data.batch, config.seed)
+    ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.shards(mesh)))
     optimiser = update.make_optimiser(config.optimiser, config.steps)
     init = functools.partial(update.init_state, optimiser=optimiser)
     shapes = sharding.abstract(jax.eval_shape(init, roles.shapes(model, "scalar", mesh)), mesh)
-    step_fn = jax.jit(functools.partial(train_step, config, optimiser), donate_argnums=0)
+    train_step = update.compiled(functools.partial(loss_fn, model, ranking), optimiser)
     score_fn = jax.jit(functools.partial(score_pairs, model))
-    score_one = jax.jit(lambda params, batch: logprobs.score(model, params, batch["tokens"], batch["segments"]))
 
     def start():
         params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), parents.get("model"))
         return {"model": update.placed(init, params, shapes)}
 
     def step(state, i):
-        batch = sharding.shard_batch(batches.get(i), mesh)
+        parts = [sharding.shard_batch(x, mesh) for x in ahead.get(i)]
+        phases.mark("data")
         if i == 0:
-            tokens = batch["chosen"]
-            segments = (jnp.arange(tokens.shape[1]) < batch["chosen_length"][:, None]).astype(jnp.int32)
-            score = lambda tokens, segments: score_one(state["model"].params, {"tokens": tokens, "segments": segments})
-            logprobs.check_padding(score, tokens, segments, model.dtype)
+            check_packing(config, score_fn, state["model"].params, batches.get(i), mesh)
         sampled = i % config.sample_every == 0
-        scores = score_fn(state["model"].params, batch) if sampled else None
-        train, metrics = step_fn(state["model"], batch)
+        scores = score_fn(state["model"].params, parts[0]) if sampled else None
+        phases.mark("score", scores)
+        train, metrics = train_step(state["model"], parts)
+        phases.mark("update", train)
 
         def late():
-            return {}, [sample(tokenizer, rows, batches.order(i)[0], list(map(sharding.on_host, scores)))]
+            chosen, rejected, pair = map(sharding.on_host, (*scores, parts[0]["pair"]))
+            row = batches.order(i)[pair[0]]
+            return {}, [sample(tokenizer, rows, row, (chosen[0], rejected[0]))]
 
         return {"model": train}, metrics, late if sampled else nothing_late
 
     def finish(state):
         if demonstrations is None:
             return state
-        mean = mean_score(score_one, state["model"].params, demonstrations, data.batch, mesh)
+        mean = mean_score(score_fn, state["model"].params, demonstrations, data.batch, budget, mesh)
         return {"model": state["model"]._replace(params=shifted(state["model"].params, -mean))}
 
     def evaluate(state):
         params, figures = state["model"].params, {}
         for name, rows in heldout.items():
-            found = accuracy(score_fn, params, rows, data.batch, mesh)
+            found = accuracy(score_fn, params, rows, data.batch, budget, mesh)
             figures |= {f"{key}/{name}": value for key, value in found.items()}
         if demonstrations is not None:
-            figures["demonstrations/score"] = mean_score(score_one, params, demonstrations, data.batch, mesh)
+            figures["demonstrations/score"] = mean_score(score_fn, params, demonstrations, data.batch, budget, mesh)
             figures["shift"] = float(params["head"]["bias"][0])
         return figures
 
@@ -119,6 +142,16 @@ def build(config: Config, mesh, parents, tokenizer, say) -> Stage:
     return Stage({"model": shapes}, start, step, finish, evaluate, table, ("loss", "accuracy"))
 
 
+def check_packing(config: Config, score_fn, params, rows, mesh) -> None:
+    """Stop a run whose scores of some pairs differ from those of each response alone, behind its pads."""
+    few = {name: x[:CHECKED] for name, x in rows.items()}
+    packed = scored(score_fn, params, few, config.microbatch_tokens, mesh)
+    alone = jax.jit(functools.partial(logprobs.score_alone, config.model))
+    found = sharding.on_host(alone(params, *sharding.shard_batch(interleaved(few), mesh)))
+    change = np.abs(found.reshape(-1, 2) - packed).max()
+    logprobs.check("the largest change of a score as its row's pads and neighbours change", change, config.model.dtype)
+
+
 def shifted(params, by: float):
     """The parameters with `by` added to the head's bias, and so to every score."""
     head = params["head"]
@@ -126,9 +159,9 @@ def shifted(params, by: float):
 
 
 def sample(tokenizer, rows, at: int, scores) -> dict:
-    """The comparison of a batch's first row as text, with its scores."""
+    """A comparison as text, with its (chosen, rejected) scores."""
     out = {}
-    for i, side in enumerate(("chosen", "rejected")):
+    for i, side in enumerate(SIDES):
         tokens = rows[side][at][: rows[f"{side}_length"][at]]
-        out[side], out[f"{side}_score"] = tokenizer.decode(tokens), float(scores[i][0])
+        out[side], out[f"{side}_score"] = tokenizer.decode(tokens), float(scores[i])
     return out

@@ -1,0 +1,204 @@
+"""Where the time goes: phases add up and wait only when asked, traces open elsewhere, programs are counted and kept."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from alignjax import command
+from alignjax.profile import Compilations, Phases
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Waited:
+    """Stands for an array; when it is waited for, `seconds` go by."""
+
+    def __init__(self, clock=None, seconds=0.0):
+        self.clock, self.seconds, self.count = clock, seconds, 0
+
+    def block_until_ready(self):
+        self.count += 1
+        if self.clock:
+            self.clock.now += self.seconds
+
+
+def test_phases_of_a_step_add_up_and_are_said_in_one_line():
+    clock, said = Clock(), []
+    phases = Phases("ppo", True, None, said.append, clock)
+    clock.now = 7.0  # to build and to restore is no step's
+    phases.begin(3, 9)
+    for name, seconds in (("data", 0.25), ("rollout", 1.0), ("update", 0.5), ("rollout", 2.0)):
+        clock.now += seconds
+        phases.mark(name)
+    clock.now += 0.125
+    phases.mark("other")
+    clock.now += 0.5
+    phases.mark("save")
+    clock.now += 0.125
+    assert list(phases.end_step(3).items()) == [
+        ("data", 0.25), ("rollout", 3.0), ("update", 0.5), ("save", 0.5), ("other", 0.25),
+    ]  # fmt: skip
+    assert said == ["ppo step 3: 4.50 s = data 0.25 + rollout 3.00 + update 0.50 + save 0.50 + other 0.25"]
+    clock.now += 0.03125
+    phases.mark("data")
+    assert phases.end_step(4) == {"data": 0.03125, "other": 0.0}
+    assert said[1:] == ["ppo step 4: 0.0312 s = data 0.0312 + other 0.0000"]
+
+
+def test_a_phase_lasts_until_its_arrays_are_there():
+    clock = Clock()
+    array, phases = Waited(clock, 2.0), Phases("lm", True, None, lambda text: None, clock)
+    phases.begin(0, 1)
+    clock.now += 1.0
+    phases.mark("update", {"params": [array]}, None, 3)
+    assert array.count == 1 and phases.end_step(0) == {"update": 3.0, "other": 0.0}
+
+
+def test_without_profiling_nothing_is_waited_for_timed_said_or_written(tmp_path):
+    clock, said, array = Clock(), [], Waited()
+    phases = Phases("lm", False, tmp_path / "profile", said.append, clock)
+    phases.begin(0, 3)
+    for step in range(3):
+        clock.now += 1.0
+        phases.mark("update", array)
+        assert phases.end_step(step) == {}
+    phases.close()
+    assert array.count == 0 and not said and not (tmp_path / "profile").exists()
+
+
+def traced(directory, first, end, run, name="ppo"):
+    """Names of the events in the Perfetto trace of steps `first` to before `run`, of a loop to `end`, and what was said."""
+    said, double = [], jax.jit(lambda x: x @ x)
+    phases = Phases(name, True, directory, said.append)
+    phases.begin(first, end)
+    for step in range(first, run):
+        phases.mark("update", double(jnp.ones((8, 8))))
+        phases.end_step(step)
+    phases.close()
+    (folder,) = (directory / "plugins" / "profile").iterdir()  # where TensorBoard's plugin looks
+    assert len(list(folder.glob("*.xplane.pb"))) == 1
+    trace = json.loads(gzip.decompress((folder / "perfetto_trace.json.gz").read_bytes()))
+    return [event for event in trace["traceEvents"] if event.get("name")], said
+
+
+@pytest.mark.parametrize("first, end, run, steps", [
+    (4, 20, 20, [6, 7, 8]),  # those after the first two
+    (0, 5, 5, [2, 3, 4]),
+    (0, 3, 3, [0, 1, 2]),  # all of a short run
+    (2, 3, 3, [2]),
+    (0, 20, 3, [2, 3]),  # stopped in step 3
+])  # fmt: skip
+def test_a_trace_holds_a_few_steps_after_the_first_or_all(first, end, run, steps, tmp_path):
+    events, said = traced(tmp_path / "profile", first, end, run)
+    assert [int(e["args"]["step_num"]) for e in events if e["name"] == "ppo"] == steps
+    assert sum(e["name"] == "wait for update" for e in events) == len([step for step in steps if step < run])
+    assert [line for line in said if "trace" in line] == [
+        f"ppo: a trace from step {steps[0]} on is in {tmp_path / 'profile'}"
+    ]
+
+
+def test_no_steps_left_no_trace(tmp_path):
+    phases = Phases("ppo", True, tmp_path / "profile")
+    phases.begin(4, 4)
+    phases.close()
+    assert not (tmp_path / "profile").exists()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """An empty persistent cache that keeps every program."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path / "cache"), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_new_function_counts_as_one_program_and_a_known_one_as_none(cache):
+    x, other = jnp.ones(3), jnp.ones(2)
+
+    def triple(x):
+        return 3 * x
+
+    f = jax.jit(triple)
+    with Compilations() as compilations:
+        f(x)
+        assert compilations.end_step(7) == 1
+        f(x)
+        assert compilations.end_step(8) == 1
+        text = "1 program compiled, 0 of them from the cache, the last one (jit(triple)) at step 7"
+        assert str(compilations) == text
+        f(other)
+        assert compilations.end_step(9) == 2 and str(compilations).endswith("(jit(triple)) at step 9")
+    jax.jit(lambda x: x - 2)(x)
+    assert len(compilations.programs) == compilations.seen  # counts no longer
+
+
+def test_programs_from_the_cache_are_counted_apart(cache):
+    x, f = jnp.ones(5), jax.jit(lambda x: 5 * x - 1)
+    with Compilations() as compilations:
+        f(x)
+        assert (len(compilations.programs), len(compilations.fetched)) == (1, 0)
+        f.clear_cache()
+        f(x)
+        assert (len(compilations.programs), len(compilations.fetched)) == (2, 1)
+    assert str(compilations) == "2 programs compiled, 1 of them from the cache"  # no step has ended
+
+
+KEEP = """
+import jax
+from alignjax import command
+command.keep_programs()
+print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
+"""
+
+
+def kept(**environment) -> list[str]:
+    """What a process with these variables says, and then its cache directory and least time."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
+    environment = {"JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in environment.items()}}
+    ran = subprocess.run([sys.executable, "-c", KEEP], env=inherited | environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+def test_programs_are_kept_under_home_by_default(tmp_path):
+    assert kept(HOME=tmp_path) == [f"{tmp_path / '.cache' / 'alignjax'} 0.5"]
+    assert (tmp_path / ".cache" / "alignjax").stat().st_mode & 0o077 == 0
+    assert kept(HOME=tmp_path, XDG_CACHE_HOME=tmp_path / "xdg") == [f"{tmp_path / 'xdg' / 'alignjax'} 0.5"]
+
+
+@pytest.mark.parametrize("mine", ["/somewhere/else", ""])
+def test_a_users_own_cache_or_none_stays(mine, tmp_path):
+    seconds = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1.0"}
+    assert kept(HOME=tmp_path, JAX_COMPILATION_CACHE_DIR=mine, **seconds) == [f"{mine} 1.0"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_is_a_line_and_no_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    line, found = kept(HOME=tmp_path, XDG_CACHE_HOME=tmp_path / "file")
+    assert line.startswith("compiled programs are not kept: ") and str(tmp_path / "file") in line
+    assert found == "None 0.5"
+
+
+def test_profile_is_an_argument_of_its_own():
+    assert command.parse(["--config", "lm.py"])[0].profile is False
+    arguments, overrides = command.parse(["--profile", "--config", "lm.py", "--config.steps=3"])
+    assert arguments.profile is True and overrides == {"steps": "3"}
