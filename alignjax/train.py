@@ -29,10 +29,10 @@ STAGES = {"lm": lm.build, "ranking": ranking.build, "ppo": ppo.build}
 
 def main(argv=None) -> int:
     """The exit code: 0, 2 after a mistake of the user's, 128 + the signal after one that stopped the run."""
-    signals = Signals()
     try:
         arguments, overrides = parse(argv)
         start_distributed(arguments.distributed)
+        signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
         keep_programs()
         config = configs.load(arguments.config, overrides)
         workdir = Path(arguments.workdir or Path("runs") / config.name)

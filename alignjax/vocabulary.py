@@ -1,8 +1,8 @@
-"""Log-probabilities and entropies from hidden states and the output kernel, without an array of tokens x vocabulary.
+"""Token log-probabilities and entropies from hidden states and the output kernel, without logits of all the words.
 
-A custom VJP over chunks of the vocabulary: the forward keeps a running log-sum-exp, the backward makes a chunk's logits
-again (Liger and "Cut your losses", Wijmans et al. 2024, do this on GPUs), both as plain XLA products.
-Letters: t tokens, d model, v vocabulary = m tensor shards x s; w words of each shard make a chunk [m w].
+The vocabulary is cut into chunks: the forward joins their log-sum-exps, the backward makes a chunk's logits again, as in
+Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", but with XLA's plain products.
+Letters: t tokens, d model, v vocabulary, s the words of v that a tensor shard has, w those of a chunk.
 """
 
 import functools
@@ -12,135 +12,135 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-# Logits that a device holds at once: 64 MiB in float32. All of them, where they are no more: then nothing is made twice.
-ELEMENTS = 2**24
-# Chunks are no narrower than this, however many the tokens: [t 512] is no more than hidden[t d] itself is of a model
-# that has so many of them, and a narrower product would wait for memory.
-WIDTH = 512
-ROUND = 128
-# With n = t v / ELEMENTS chunks, either order makes n tiles of logits. Chunks of the vocabulary write each part of
-# d kernel once and read and write d hidden n times, 8 n t d bytes; chunks of tokens do so with d kernel, 8 n d v bytes.
-# A device has fewer tokens than words (t < v), so the vocabulary is what is cut; and the tokens never are, see WIDTH.
+from alignjax.sharding import BATCH, constrain
 
-ROWS = ("data", "fsdp")
-LOWEST = jnp.finfo(jnp.float32).min  # not -inf, whose product with 0 is NaN
+# One chunk's logits [t w] on a device (64 MiB), and its part of the kernel. All logits at once where they are no more.
+ELEMENTS = 2**24
+# Chunks have a multiple of this many words. Tokens are never cut, however many: [t 512] is about the size of hidden[t d]
+# itself. With n = t v / ELEMENTS chunks, to cut the vocabulary moves n times d hidden (8 n t d bytes in and out) and
+# d kernel once; to cut the tokens would move n times d kernel (8 n d v bytes), and a device has fewer tokens than words.
+WIDTH = 512
+LOWEST = jnp.finfo(jnp.float32).min  # log 0, but finite: -inf times 0 is NaN
 
 
 def token_logprobs(hidden, kernel, targets, temperature=1.0, tied=False):
     """log p(targets[...] | hidden[... d]) and the entropy of p = softmax(hidden @ kernel / temperature), in nats.
 
-    kernel[d v], or the embedding [v d] where tied. Both results are [...] float32; logits are summed and used in
-    float32. Gradients go to hidden and kernel, in their types, and not to the temperature.
+    kernel[d v], or the embedding [v d] where tied. Both results are [...] float32, from logits that are summed and used
+    in float32. Gradients go to hidden and kernel, in their types; none goes to the temperature.
     """
-    x, y = place(hidden.reshape(-1, hidden.shape[-1]), ROWS, None), targets.reshape(-1)
-    v, d = kernel.shape if tied else kernel.shape[::-1]
-    mesh = jax.sharding.get_abstract_mesh().shape
-    m = mesh.get("tensor", 1)
-    if v % m or m == 1:  # the kernel lies over no shards, see sharding.param_shardings
-        normaliser, entropy, target = part(tied, x, kernel, y, temperature)
+    x, y = constrain(hidden.reshape(-1, hidden.shape[-1])), targets.reshape(-1)
+    axis = 0 if tied else 1
+    v, m = kernel.shape[axis], jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    if m == 1 or v % m:  # one part: where m does not divide v, sharding.param_shardings has dropped the axis
+        top, rest, entropy, target = part(axis, x, kernel, y, temperature)
     else:
-        # A cut along v would gather it: each shard cuts its own part, and their results meet once.
-        parts = kernel.reshape(m, -1, d) if tied else kernel.reshape(d, m, -1).swapaxes(0, 1)
-        shards = jax.vmap(functools.partial(part, tied), (None, 0, 0, None), spmd_axis_name="tensor")
-        normalisers, entropies, found = shards(x, parts, y - jnp.arange(m)[:, None] * (v // m), temperature)
-        normaliser, entropy = join(normalisers, entropies)
-        target = found.max(0)
-    logprob = target - normaliser
-    # Where the division is compiled into the subtraction of the largest logit, 0 may come out as one rounding more.
+        # A chunk cut out of v would be gathered. Each shard goes through its own words instead: [m d s] or [m s d].
+        parts = jnp.moveaxis(kernel.reshape(*kernel.shape[:axis], m, v // m, *kernel.shape[axis + 1 :]), axis, 0)
+        each_shard = jax.vmap(functools.partial(part, axis), (None, 0, 0, None), spmd_axis_name="tensor")
+        *sums, targets_found = each_shard(x, parts, y - jnp.arange(m)[:, None] * (v // m), temperature)
+        (top, rest, entropy), target = join(*sums), targets_found.max(0)
+    logprob = target - top - rest
+    # No more than 0 as it stands, but XLA may compile the division into one of the two, and round it once less.
     logprob -= jax.lax.stop_gradient(jnp.maximum(logprob, 0.0))
     return logprob.reshape(targets.shape), entropy.reshape(targets.shape)
 
 
-def join(normalisers, entropies):
-    """log-sum-exp and entropy of parts of the vocabulary, [parts t] each -> of their union: sum w (H - log w)."""
-    whole = jax.nn.logsumexp(normalisers, axis=0)
-    log = normalisers - whole
-    return whole, (jnp.exp(log) * (entropies - log)).sum(0)
+def join(tops, rests, entropies):
+    """Of parts of the vocabulary, [parts t] each -> of all of it, [t] each: sum of w (H - log w) is the entropy.
+
+    A log-sum-exp is top + rest, its largest logit and 0 or more: of one float32 the logits would leave few digits to p.
+    """
+    top = jax.lax.stop_gradient(tops.max(0))
+    log = tops - top + rests
+    rest = jax.nn.logsumexp(log, axis=0)
+    log -= rest
+    return top, rest, (jnp.exp(log) * (entropies - log)).sum(0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def part(tied, x, kernel, y, temperature):
-    """Of logits x[t d] @ kernel[d s] / temperature: log-sum-exp, entropy, and that of y[t], LOWEST if not in [0 s)."""
-    return forward(tied, x, kernel, y, temperature)[0]
+def part(axis, x, kernel, y, temperature):
+    """Of the logits of x[t d] over a kernel with s words along `axis`: top, rest, entropy, and the logit of word y[t].
+
+    Each [t] float32; the last is LOWEST where y is not in [0 s). The gradient of top + rest is that of rest.
+    """
+    return forward(axis, x, kernel, y, temperature)[0]
 
 
-def forward(tied, x, kernel, y, temperature):
-    """The results, [t] each, and what the backward needs; the logits only where they are one chunk."""
-
+def forward(axis, x, kernel, y, temperature):
     def step(running, start, width):
-        normaliser, entropy, target = running
-        z = logits(tied, x, block(tied, x, kernel, start, width), temperature)
-        own = jax.nn.logsumexp(z, axis=-1)
-        log = z - own[:, None]
-        ours = -(jnp.exp(log) * log).sum(-1)
-        at = y - start
-        found = jnp.take_along_axis(z, jnp.clip(at, 0, width - 1)[:, None], axis=-1)[:, 0]
-        target = jnp.where((at >= 0) & (at < width), found, target)
-        return (*join(jnp.stack([normaliser, own]), jnp.stack([entropy, ours])), target), z
+        *sums, target = running
+        z = product(x, block(axis, x, kernel, start, width), 1, 1 - axis) / temperature
+        top = z.max(1)
+        log = z - top[:, None]  # with [t w] of just two axes XLA's CPU backend is 8 times as fast here as with three
+        rest = jnp.log(jnp.exp(log).sum(1))
+        log -= rest[:, None]
+        sums = [jnp.stack(both) for both in zip(sums, (top, rest, -(jnp.exp(log) * log).sum(1)), strict=True)]
+        found = jnp.take_along_axis(z, jnp.clip(y - start, 0, width - 1)[:, None], axis=1)[:, 0]
+        return (*join(*sums), jnp.where((y >= start) & (y < start + width), found, target)), z
 
-    low = place(jnp.full(len(x), LOWEST), ROWS)
-    results, kept = each(tied, x, kernel, step, (low, jnp.zeros_like(low), low))
-    return results, (x, kernel, y, temperature, *results[:2], kept)
+    lowest, zero = jnp.full(len(x), LOWEST), jnp.zeros(len(x))
+    results, z = chunks(axis, x, kernel, step, (lowest, zero, zero, lowest))
+    return results, (x, kernel, y, temperature, *results[:3], z)
 
 
-def backward(tied, residuals, gradient):
-    """d x[t d] and d kernel; with p and H: d log-sum-exp / d z = p, d H / d z = -p (log p + H)."""
-    x, kernel, y, temperature, normaliser, entropy, kept = residuals
-    g_normaliser, g_entropy, g_target, normaliser, entropy = (a[:, None] for a in (*gradient, normaliser, entropy))
+def backward(axis, residuals, gradients):
+    """d x and d kernel. With p = exp(log) and entropy H: d log-sum-exp / d z = p, and d H / d z = -p (log p + H)."""
+    x, kernel, y, temperature, *sums, kept = residuals
+    top, rest, entropy, _, d_rest, d_entropy, d_target = (a[:, None] for a in (*sums, *gradients))
 
     def step(sums, start, width):
         dx, dkernel = sums
-        k = block(tied, x, kernel, start, width)
-        log = (logits(tied, x, k, temperature) if kept is None else kept) - normaliser
-        hit = (y - start)[:, None] == jnp.arange(width)
-        dz = jnp.where(hit, g_target, 0.0) + jnp.exp(log) * (g_normaliser - g_entropy * (log + entropy))
+        words = block(axis, x, kernel, start, width)
+        log = (product(x, words, 1, 1 - axis) / temperature if kept is None else kept) - top - rest
+        dz = jnp.exp(log) * (d_rest - d_entropy * (log + entropy))
+        dz += jnp.where(y[:, None] - start == jnp.arange(width), d_target, 0.0)
         dz = (dz / temperature).astype(x.dtype)
-        dx += product(dz, k, 1, 0 if tied else 1)
-        dk = product(dz, x, 0, 0) if tied else product(x, dz, 0, 0)
-        dk = place(dk.astype(kernel.dtype), *(None, "fsdp") if tied else ("fsdp", None))
-        return (dx, jax.lax.dynamic_update_slice_in_dim(dkernel, dk, start, 0 if tied else 1)), None
+        dwords = (product(x, dz, 0, 0) if axis else product(dz, x, 0, 0)).astype(kernel.dtype)
+        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, place(dwords, *spread(axis)), start, axis)
+        return (dx + product(dz, words, 1, axis), dkernel), None
 
-    (dx, dkernel), _ = each(tied, x, kernel, step, (jnp.zeros(x.shape), jnp.zeros_like(kernel)))
+    (dx, dkernel), _ = chunks(axis, x, kernel, step, (jnp.zeros(x.shape), jnp.zeros_like(kernel)))
     return dx.astype(x.dtype), dkernel, None, None
 
 
 part.defvjp(forward, backward)
 
 
-def each(tied, x, kernel, step, carry):
-    """step(carry, start, width) -> carry, kept: for each chunk; what is kept of the chunk where there is but one."""
-    s, t, mesh = kernel.shape[0 if tied else 1], len(x), jax.sharding.get_abstract_mesh().shape
-    rows = mesh.get("data", 1) * mesh.get("fsdp", 1)
-    t = t // rows if t % rows == 0 else t
-    count = math.ceil(s / max(ELEMENTS // t, WIDTH))
-    w = math.ceil(s / count / ROUND) * ROUND
-    n = (s - 1) // w
+def chunks(axis, x, kernel, step, carry):
+    """carry, kept = step(carry, start, width) over the chunks, the last with the words left; kept, if it is the only."""
+    (t, d), s, mesh = x.shape, kernel.shape[axis], jax.sharding.get_abstract_mesh().shape
+    rows = math.prod(mesh.get(a, 1) for a in BATCH[0])
+    t = t if t % rows else t // rows  # of one device
+    w = max(1, ELEMENTS // max(t, d) // WIDTH) * WIDTH
+    n = 0 if t * s <= ELEMENTS else (s - 1) // w
     if n:
-        carry, _ = jax.lax.scan(lambda c, i: (step(c, i * w, w)[0], None), carry, jnp.arange(n))
+        carry, _ = jax.lax.scan(lambda carry, i: (step(carry, i * w, w)[0], None), carry, jnp.arange(n))
     carry, kept = step(carry, n * w, s - n * w)
     return carry, None if n else kept
 
 
-def block(tied, x, kernel, start, width):
-    """The kernel's part, in x's type, whole along d on each device."""
-    part = jax.lax.dynamic_slice_in_dim(kernel, start, width, 0 if tied else 1)
-    return place(part.astype(x.dtype), None, None)
+def block(axis, x, kernel, start, width):
+    """Words of the kernel, in x's type and whole along d on each device, for the products of a chunk."""
+    words = jax.lax.dynamic_slice_in_dim(kernel, start, width, axis)
+    words = place(words, *spread(axis))  # as the kernel lies, or the whole kernel would be gathered before the loop
+    return place(words.astype(x.dtype), None, None)
 
 
-def logits(tied, x, kernel, temperature):
-    return product(x, kernel, 1, 1 if tied else 0) / temperature
+def spread(axis):
+    """The mesh's axes that a kernel with its words along `axis` lies over, besides "tensor"."""
+    return ("fsdp", None) if axis else (None, "fsdp")
 
 
 def product(a, b, i, j):
-    """a and b summed over a's axis i and b's axis j, float32."""
+    """The product of two matrices over axis i of a and j of b, in float32."""
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def place(x, *axes):
-    """x with its axes over the mesh's as AXES says, where a mesh is set and they divide."""
+    """The matrix x with each dimension over the named mesh axis, or whole, where a mesh is set and it divides."""
     mesh = jax.sharding.get_abstract_mesh().shape
-    if "tensor" not in mesh:
+    if "fsdp" not in mesh:
         return x
-    shards = [math.prod(mesh[name] for name in ([a] if isinstance(a, str) else a or ())) for a in axes]
-    spec = [a if n % k == 0 else None for a, n, k in zip(axes, x.shape, shards, strict=True)]
+    spec = [a if a and size % mesh[a] == 0 else None for a, size in zip(axes, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, P(*spec))

@@ -67,13 +67,22 @@ def test_self_attention_is_a_loop():
         assert np.allclose(ours[b, t, n], loop(q[b, t, n], k[b, seen, n // 2], v[b, seen, n // 2]), atol=2e-6)
 
 
+def cut(keys, values, mask, sizes):
+    """keys[b k s h], values[b k s h] and mask[b s] in blocks of so many places, as `cached_attention` takes them."""
+    at = np.cumsum(sizes)[:-1]
+    blocks = zip(*(jnp.split(x, at, axis=2) for x in (keys, values)), strict=True)
+    return list(blocks), jnp.split(jnp.asarray(mask), at, axis=1)
+
+
+@pytest.mark.parametrize("sizes", [(7,), (3, 4), (2, 1, 1, 3)])
 @pytest.mark.parametrize("cache", [F32, BF16])
-def test_cached_attention_is_a_loop(cache):
+def test_cached_attention_is_a_loop(cache, sizes):
+    """Whatever the blocks; the first row sees nothing of the last of them."""
     rng = np.random.default_rng(1)
     q = rng.normal(size=(2, 4, 8)).astype(np.float32)
     keys, values = (jnp.asarray(rng.normal(size=(2, 2, 7, 8)), cache) for _ in range(2))
     mask = np.array([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 1, 1]], bool)
-    ours = attention.cached_attention(jnp.asarray(q), keys.swapaxes(2, 3), values, jnp.asarray(mask))
+    ours = attention.cached_attention(jnp.asarray(q), *cut(keys, values, mask, sizes))
     assert ours.dtype == np.float32
     keys, values = np.asarray(keys, np.float64), np.asarray(values, np.float64)
     for b, n in np.ndindex(2, 4):
@@ -84,8 +93,8 @@ def test_cached_attention_is_a_loop(cache):
 def test_cached_attention_is_the_last_row_of_self_attention():
     q, k, v, _ = arrays(2, 3, 12, 4, 2, 8)
     segments = layout(12)
-    keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-    ours = attention.cached_attention(q[:, -1], keys, values, segments == segments[:, -1:])
+    blocks = cut(k.swapaxes(1, 2), v.swapaxes(1, 2), segments == segments[:, -1:], (5, 4, 3))
+    ours = attention.cached_attention(q[:, -1], *blocks)
     np.testing.assert_allclose(ours, self_attention(q, k, v, segments)[:, -1], rtol=0, atol=2e-6)
 
 
@@ -94,11 +103,14 @@ def test_what_sees_nothing_is_finite_with_finite_gradients():
     nothing = jnp.zeros((2, 6), jnp.int32)
     one = lambda q, k, v: jnp.sum(self_attention(q, k, v, nothing) * weights)
     two = lambda q, k, v: jnp.sum(
-        attention.cached_attention(q[:, 0], k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), nothing > 0) * weights[:, 0]
+        attention.cached_attention(q[:, 0], *cut(k.swapaxes(1, 2), v.swapaxes(1, 2), nothing > 0, (4, 2)))
+        * weights[:, 0]
     )
     for of in (one, two):
         value, grads = jax.jit(jax.value_and_grad(of, (0, 1, 2)))(q, k, v)
         assert np.isfinite(value) and all(np.isfinite(x).all() for x in grads)
+    mean = attention.cached_attention(q[:, 0], *cut(k.swapaxes(1, 2), v.swapaxes(1, 2), nothing > 0, (4, 2)))
+    np.testing.assert_allclose(mean, np.repeat(v.mean(axis=1), 2, axis=1), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("t, parts", [(25, 4), (37, 3)])

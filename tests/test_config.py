@@ -27,7 +27,9 @@ VARIANTS = [(path.name, variant) for path in FILES for variant in runpy.run_path
     ("data.kind", "text", r"data.kind='text' must be one of \('prompts',\) for stage='ppo'"),
     ("parents.judge", "rm.py", r"parents=\['judge', 'policy', 'reference', 'reward', 'value'\] must be among"),
     ("ppo.minibatches", "5", "ppo.minibatches=5 must divide data.batch x ppo.samples_per_prompt=64"),
-    ("microbatches", "5", "microbatches=5 must divide"),
+    ("ppo.frozen_dtype", "bfloat16", "ppo.frozen_dtype='bfloat16' needs model.dtype='bfloat16', not 'float32'"),
+    ("ppo.frozen_memory", "disk", "ppo.frozen_memory='disk' must be one of 'device', 'host'"),
+    ("ppo.slots", "1.5", "--config.ppo.slots=1.5: int wanted, float given"),
     ("ppo.pretrain_ratio", "0.3", "ppo.pretrain_ratio=0.3 times the minibatch=32 must be whole"),
     ("ppo.pretrain_coef", "0", "ppo.pretrain_coef=0.0 and ppo.pretrain_ratio=0.25: both or neither must be 0"),
     ("ppo.top_p", "1.5", r"ppo.top_p=1.5 must lie in \(0, 1\]"),
@@ -46,10 +48,13 @@ CHOICES = {
     "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
     "model.dtype": "'float32', 'bfloat16'",
     "model.remat": "'nothing', 'everything', 'dots'",
-    "model.attention": "'auto', 'xla', 'cudnn'",
+    "model.attention": "'auto', 'xla', 'cudnn', 'splash'",
     "optimiser.schedule": "'constant', 'cosine'",
     "value_optimiser.schedule": "'constant', 'cosine'",
     "ppo.normalise_scores": "'none', 'mean', 'mean_std'",
+    "ppo.cache_dtype": "'', 'float32', 'bfloat16'",
+    "ppo.frozen_dtype": "'', 'float32', 'bfloat16'",
+    "ppo.frozen_memory": "'device', 'host'",
 }
 
 
@@ -62,6 +67,16 @@ def test_a_choice_is_one_of_its_list(key, choices):
 
 def test_no_choice_is_left_out_above():
     assert set(CHOICES) == set(configs.CHOICES)
+
+
+def test_counts_are_every_whole_number_of_which_0_would_be_none():
+    """The others mean something at 0 or below it: all of them, none yet, the rest of the devices."""
+    whole = {key for key, value in configs.flatten(Config()) if type(value) is int}
+    assert whole - set(configs.AT_LEAST_ONE) == {
+        "seed", "data.examples", "ppo.slots", "ppo.value_warmup_steps", "optimiser.warmup_steps",
+        "value_optimiser.warmup_steps", "model.rope_original_length", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    }  # fmt: skip
+    assert set(configs.AT_LEAST_ONE) <= whole
 
 
 @pytest.mark.parametrize("value", ["0", "-1"])
@@ -82,9 +97,10 @@ ROLES = "['policy', 'reference', 'reward', 'value']"
      "data.kind='prompts' must be one of ('text', 'conversations') for stage='lm'"),
     ("rm.py", {"data.kind": "text"}, "data.kind='text' must be one of ('comparisons',) for stage='ranking'"),
     ("lm.py", {"data.max_length": "65"}, "data.max_length=65 is over model.max_length=64"),
-    ("lm.py", {"microbatches": "3"}, "microbatches=3 must divide the minibatch=64"),
-    ("ppo.py", {"microbatches": "5"}, "microbatches=5 must divide ppo.pretrain_ratio x minibatch=8"),
-    ("ppo.py", {"microbatches": "5", "ppo.pretrain_ratio": "1.25"}, "microbatches=5 must divide the minibatch=32"),
+    ("ppo.py", {"ppo.minibatches": "3"}, "ppo.minibatches=3 must divide data.batch x ppo.samples_per_prompt=64"),
+    ("ppo.py", {"ppo.pretrain_ratio": "0.05"}, "ppo.pretrain_ratio=0.05 times the minibatch=32 must be whole"),
+    ("ppo.py", {"ppo.frozen_dtype": "bfloat16"},
+     "ppo.frozen_dtype='bfloat16' needs model.dtype='bfloat16', not 'float32'"),
     ("ppo.py", {"ppo.pretrain_ratio": "0"},
      "ppo.pretrain_coef=0.1 and ppo.pretrain_ratio=0.0: both or neither must be 0"),
     ("ppo.py", {"ppo.top_p": "0"}, "ppo.top_p=0.0 must lie in (0, 1]"),
@@ -105,14 +121,30 @@ def test_a_broken_rule_is_told_word_for_word(name, given, message):
     ("ppo.py", {"ppo.response_length": "42"}),
     ("ppo.py", {"ppo.top_p": "1"}),
     ("ppo.py", {"ppo.pretrain_coef": "0", "ppo.pretrain_ratio": "0"}),
-    ("ppo.py", {"microbatches": "8"}),
+    ("ppo.py", {"microbatch_tokens": "1"}),  # no batch is too large for a budget: a microbatch takes one at least
+    ("lm.py", {"data.batch": "7"}),
+    ("ppo.py", {"ppo.slots": "5"}),  # none need divide anything either
+    ("ppo.py", {"ppo.frozen_dtype": "bfloat16", "model.dtype": "bfloat16"}),
+    ("ppo.py", {"ppo.frozen_dtype": "float32", "ppo.frozen_memory": "host", "ppo.cache_dtype": "bfloat16"}),
+    ("lm.py", {"ppo.frozen_dtype": "bfloat16"}),
 ])  # fmt: skip
 def test_a_value_on_the_edge_of_a_rule_passes(name, given):
-    assert {key: f"{value:g}" for key, value in configs.flatten(configs.load(name, given)) if key in given} == given
+    text = lambda value: value if isinstance(value, str) else f"{value:g}"
+    assert {key: text(value) for key, value in configs.flatten(configs.load(name, given)) if key in given} == given
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "data.examples", "ppo.slots", "ppo.value_warmup_steps", "optimiser.warmup_steps"]
+)
+def test_a_whole_number_that_may_be_0_is_not_below_it(key):
+    with pytest.raises(UserError) as raised:
+        configs.load("ppo.py", {key: "-1"})
+    assert str(raised.value) == f"{key}=-1 must be finite and not below 0"
 
 
 @pytest.mark.parametrize("key, value, message", [
     ("ppo.kl_coeff", "1", "ppo.kl_coeff: there is no such field; did you mean 'ppo.kl_coef'"),
+    ("microbatches", "4", "microbatches: there is no such field; did you mean 'microbatch_tokens'"),
     ("optimizer.eps", "1", "optimizer.eps: there is no such field; did you mean 'optimiser.eps'"),
     ("steps.more", "1", "steps.more: there is no such field"),
     ("ppo", "1", "this is a group; set one of its fields"),

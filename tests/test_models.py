@@ -11,10 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignjax import convert, sharding
-from alignjax.config import Mesh, Model, UserError
+from alignjax import convert, rollout, sharding
+from alignjax.config import Mesh, Model
 from alignjax.models import families, transformer
-from alignjax.models.attention import attention
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -84,26 +83,41 @@ def test_packed_rows_give_torchs_logits(name):
     assert error(ours.reshape(theirs.shape), theirs) < 2e-5
 
 
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_decoding_gives_torchs_logits(name):
-    """Prefill of the left-padded first six slots, then one token at a time."""
+def test_decoding_gives_torchs_logits(name, form, monkeypatch):
+    """Prefill of the left-padded first six tokens, then one at a time through the sampler's cache, two samples a prompt.
+
+    The ring has seven places in parts of two; from a clock of 0 it fills, from 5 it wraps, from 12 it is full at once.
+    """
+    if form == "scanned":
+        monkeypatch.setattr(transformer, "UNROLLED", 0)
     model, params, data = golden(name)
-    tokens, mask, theirs = (jnp.asarray(data[f"left_{part}"]) for part in ("tokens", "mask", "logits"))
+    tokens, mask, theirs = (data[f"left_{part}"] for part in ("tokens", "mask", "logits"))
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    p, r, prompt = 6, tokens.shape[1] - 6, np.repeat(mask[:, :6] > 0, 2, axis=0)
 
     @jax.jit
-    def step(tokens, positions, segments, cache):
-        hidden, cache = transformer.apply(model, params, tokens, positions, segments, cache)
+    def prefill():
+        hidden, kept = transformer.apply(model, params, tokens[:, :p], positions[:, :p], mask[:, :p], keep=True)
+        cache = rollout.empty_cache(model, 4, p, r, "")
+        return transformer.logits(model, params, hidden), rollout.fill_cache(cache, None, kept, 2)
+
+    @jax.jit
+    def step(tokens, places, cache, clock, count):
+        layers, attend = transformer.for_decoding(model, params), rollout.reader(prompt, clock, count, r)
+        hidden, cache = transformer.decode(model, params, layers, tokens, places, cache, attend)
         return transformer.logits(model, params, hidden), cache
 
-    cache = transformer.init_cache(model, 2, tokens.shape[1] + 2)
-    pieces = []
-    for i, j in [(0, 6), *((i, i + 1) for i in range(6, tokens.shape[1]))]:
-        logits, cache = step(tokens[:, i:j], positions[:, i:j], mask[:, i:j], cache)
-        pieces.append(logits)
-    ours = np.concatenate(pieces, axis=1)
-    assert int(cache["filled"]) == tokens.shape[1]
-    assert error(ours[mask > 0], np.asarray(theirs)[mask > 0]) < 2e-5
+    assert transformer.unrolled(model) == (form == "unrolled")
+    assert error(prefill()[0][mask[:, :p] > 0], theirs[:, :p][mask[:, :p] > 0]) < 2e-5
+    for first in (0, 5, 12):
+        _, cache = prefill()
+        assert isinstance(cache[0], list) == (form == "unrolled")
+        for i in range(r):
+            fan = lambda x, i=i: np.repeat(np.asarray(x)[:, p + i], 2, axis=0)
+            ours, cache = step(fan(tokens), fan(positions), cache, jnp.int32(first + i), jnp.full(4, i + 1))
+            assert error(ours, fan(theirs)) < 2e-5
 
 
 def test_scores_are_torchs():
@@ -163,40 +177,21 @@ def test_a_row_of_pads_has_finite_gradients():
     assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
-def test_attention_is_a_loop():
-    """Against the definition, one query head at a time, with grouped keys."""
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 5, n, 8)).astype(np.float32) for n in (4, 2, 2))
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
-    ours = np.asarray(attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask))
-    for b in range(2):
-        for n in range(4):
-            for t in range(5):
-                scores = k[b, : t + 1, n // 2] @ q[b, t, n] / np.sqrt(8)
-                weights = np.exp(scores) / np.exp(scores).sum()
-                assert np.allclose(ours[b, t, n], weights @ v[b, : t + 1, n // 2], atol=2e-6)
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="it is refused where there is no GPU")
-def test_cudnn_without_a_gpu_is_refused():
-    model, params = tiny(attention="cudnn", dtype="bfloat16")
-    with pytest.raises(UserError, match="model.attention='cudnn' needs a GPU"):
-        run(model, params, np.ones((1, 3), int), np.ones((1, 3), int))
-
-
-def test_remat_policies_give_one_gradient():
-    grads = {}
-    for remat in ("nothing", "everything", "dots"):
+def test_remat_policies_give_one_gradient(monkeypatch):
+    """And layers that are scanned that of layers written out one by one."""
+    grads, tokens = {}, words(4, 2, 9)
+    for remat, written_out in (("nothing", 2), ("everything", 2), ("dots", 2), ("nothing", 1)):
+        monkeypatch.setattr(transformer, "UNROLLED", written_out)
         model, params = tiny(remat=remat)
-        tokens = words(4, 2, 9)
-        grads[remat] = jax.jit(jax.grad(lambda p: run_sum(model, p, tokens)))(params)  # noqa: B023
-    for remat in ("everything", "dots"):
-        assert max(jax.tree.leaves(jax.tree.map(error, grads[remat], grads["nothing"]))) < 1e-5
+        grads[remat, written_out] = jax.jit(jax.grad(lambda p: run_sum(model, p, tokens)))(params)  # noqa: B023
+    for found in grads.values():
+        assert max(jax.tree.leaves(jax.tree.map(error, found, grads["nothing", 2]))) < 1e-5
 
 
 def run_sum(model, params, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return jnp.sum(jnp.sin(forward(model, params, tokens, positions, jnp.ones_like(tokens))))
+    hidden, _ = transformer.apply(model, params, tokens, positions, jnp.ones_like(tokens))
+    return jnp.sum(jnp.sin(transformer.logits(model, params, hidden)))
 
 
 INIT = dataclasses.replace(TINY, d_model=64, heads=8, vocab_size=512, d_ff=256)

@@ -1,31 +1,48 @@
-"""PPO's step, part by part: what must be exact about the ratio, the KL, the warm-up, the pretraining gradient."""
+"""PPO's step, part by part: what must be exact about the ratio, the KL, the packing, the warm-up, the pretraining gradient."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from test_models import tiny
+from jax.sharding import AxisType
+from test_models import tiny, words
 
 from alignjax import config as configs
-from alignjax import update
+from alignjax import logprobs, roles, sharding, update
 from alignjax.advantages import RunningStats
 from alignjax.config import UserError
+from alignjax.models import transformer
 from alignjax.stages import lm, ppo
 
-END = 3
+END, R = 3, 6
+MESH = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+PROMPT_LENGTHS = np.random.default_rng(3).integers(2, 6, 8).astype(np.int32)
 
 
-def make(**changes):
+def make(budget=4096, **changes):
     """A config of 8 prompts x 2 responses x 6 tokens in two minibatches; `changes` go to its ppo part."""
     c = configs.load("ppo.py:tiny")
-    c.model = tiny()[0]
+    c.model, c.microbatch_tokens = tiny()[0], budget
     c.data.batch, c.data.max_length = 8, 5
-    settings = dict(response_length=6, minibatches=2, epochs=2, value_warmup_steps=0, pretrain_coef=0.0, top_p=1.0)
+    settings = dict(response_length=R, minibatches=2, epochs=2, value_warmup_steps=0, pretrain_coef=0.0, top_p=1.0)
     c.ppo = dataclasses.replace(c.ppo, **settings | changes)
     c.optimiser.learning_rate = c.value_optimiser.learning_rate = 1e-2
+    c.optimiser.eps = c.value_optimiser.eps = 1e-3  # so that Adam does not blow up the rounding of a gradient near 0
     return c
+
+
+@functools.cache
+def sampled_by(temperature=1.0, slots=0):
+    """Responses to eight prompts of 2 to 5 tokens, by the policy of every World."""
+    config = make(temperature=temperature, slots=slots)
+    prompts = np.where(np.arange(5) >= 5 - PROMPT_LENGTHS[:, None], words(4, 8, 5), 0).astype(np.int32)
+    batch = {"prompts": prompts, "lengths": PROMPT_LENGTHS, "index": np.arange(8, dtype=np.int32)}
+    sample = ppo.compiled(config, dict.fromkeys(("policy", "value")), END).sample
+    return sample(tiny(0)[1], batch, jax.random.key(0))
 
 
 class World:
@@ -36,30 +53,50 @@ class World:
         optimisers = {"policy": update.make_optimiser(config.optimiser, 100),
                       "value": update.make_optimiser(config.value_optimiser, 100)}  # fmt: skip
         self.programs = ppo.compiled(config, optimisers, END)
-        roles = {"policy": (0, "lm"), "reference": (0, "lm"), "value": (1, "scalar"), "reward": (2, "scalar")}
-        self.params = {role: jax.tree.map(jnp.asarray, tiny(seed, head)[1]) for role, (seed, head) in roles.items()}
+        seeds = {"policy": (0, "lm"), "reference": (0, "lm"), "value": (1, "scalar"), "reward": (2, "scalar")}
+        self.params = {role: jax.tree.map(jnp.asarray, tiny(seed, head)[1]) for role, (seed, head) in seeds.items()}
         self.state = {role: update.init_state(jax.tree.map(jnp.copy, self.params[role]), optimisers[role])
                       for role in ("policy", "value")} | {"stats": RunningStats.zero()}  # fmt: skip
-        rng = np.random.default_rng(3)
-        lengths = rng.integers(2, 6, 8).astype(np.int32)
-        prompts = np.where(np.arange(5) >= 5 - lengths[:, None], rng.integers(1, 96, (8, 5)), 0).astype(np.int32)
-        batch = {"prompts": prompts, "lengths": lengths, "index": np.arange(8, dtype=np.int32)}
-        self.sampled = self.programs.sample(self.params["policy"], batch, jax.random.key(0))
+        self.sampled = sampled_by(config.ppo.temperature, config.ppo.slots)
+        self.prompt_lengths = np.repeat(PROMPT_LENGTHS, 2)
 
+    def score(self, params=None, sampled=None):
+        """Experience, statistics, metrics, figures of each response, and the parts of the first epoch's minibatches."""
+        found = ppo.score(self.config, self.programs, params or self.params, RunningStats.zero(), sampled or self.sampled,
+                          self.prompt_lengths, MESH)  # fmt: skip
+        return found[:5]
+
+    @functools.cached_property
+    def scored(self):
+        return self.score()
+
+    @property
     def experience(self):
-        return self.programs.experience(self.params, RunningStats.zero(), self.sampled)
+        return self.scored[0]
 
-    def gradients(self, params, rows, text=None):
-        return self.programs.gradients(params, self.experience()[0], rows, text)
+    def parts(self, rows, shards=1):
+        lengths = np.asarray(self.sampled.lengths)
+        return ppo.microbatches(self.config, self.prompt_lengths, lengths, np.asarray(rows), shards)
 
-    def learn(self, step=0, state=None, text=lambda number: None, rate=lambda n: n * 1.0):
-        copy = jax.tree.map(jnp.copy, state or self.state)
-        return ppo.learn(self.config, self.programs, rate, copy, self.experience()[0], step, text)
+    def gradients(self, params, rows):
+        """Gradient and metrics of the policy's objective on a minibatch."""
+        return update.total(self.programs.policy_add, params, [(self.experience, part) for part in self.parts(rows)])
+
+    def learn(self, step=0, text=lambda number: [], rate=lambda n: n * 1.0):
+        first = self.scored[4]
+        return ppo.learn(self.config, self.programs, rate, jax.tree.map(jnp.copy, self.state), self.experience, step, first,
+                         self.parts, text)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def world():
     return World(make())
+
+
+@pytest.fixture(scope="module")
+def packed_world():
+    """A minibatch of eight responses in some eight microbatches."""
+    return World(make(budget=16))
 
 
 def equal(a, b) -> bool:
@@ -71,16 +108,33 @@ def close(a, b, tolerance):
         np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance)
 
 
+def masked(experience) -> dict:
+    """The experience's arrays where its responses are: what stands behind their ends is of no meaning."""
+    mask = np.asarray(experience.sampled.mask)
+    return {k: np.asarray(v)[mask] for k, v in experience._asdict().items() if k != "sampled"}
+
+
+@pytest.mark.parametrize("budget", [4096, 16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_before_an_update_the_ratio_is_1_and_the_kl_0(world, temperature):
+def test_before_an_update_the_ratio_is_1_and_the_kl_0(temperature, budget):
     """Whatever the temperature. KL is 0 to the bit, as one program scores both; the gradient's program may round apart."""
-    mine = world if temperature == 1 else World(make(temperature=temperature))
-    _, _, metrics, said = mine.experience()
+    mine = World(make(budget, temperature=temperature))
+    experience, _, metrics, said, first = mine.scored
     assert metrics["objective/kl"] == 0 and not np.asarray(said["kl"]).any()
-    for _, rows in list(ppo.minibatches(mine.config, 0))[:2]:
-        _, found = mine.gradients(mine.params["policy"], rows)
+    for parts in first:
+        _, found = update.total(mine.programs.policy_add, mine.params["policy"], [(experience, part) for part in parts])
         assert found["val/ratio_var"] < 1e-12 and abs(found["val/ratio"] - 1) < 1e-6
         assert found["policy/clipfrac_avg"] == 0 and found["policy/approxkl_avg"] < 1e-7
+
+
+def test_the_scorer_reads_the_very_parts_of_the_first_epoch(world, packed_world):
+    """The arrays that the first updates take are those that the old log-probabilities come from, in each layout."""
+    for mine in (world, packed_world):
+        first = mine.scored[4]
+        numbered = list(ppo.minibatches(mine.config, 0))
+        assert len(first) == 2
+        for parts, (_, rows) in zip(first, numbered, strict=False):
+            assert equal(parts, jax.tree.map(jnp.asarray, mine.parts(rows)))
 
 
 def test_the_ratio_moves_and_the_clip_binds_in_the_second_epoch(world):
@@ -91,20 +145,23 @@ def test_the_ratio_moves_and_the_clip_binds_in_the_second_epoch(world):
 
 def test_old_logprobs_stay_those_of_the_rollout(world):
     """A moved policy is measured against the experience, which does not move with it."""
-    experience = world.experience()[0]
+    before = jax.tree.map(np.array, world.experience)
     moved = jax.tree.map(lambda x: x + 0.05, world.params["policy"])
     _, metrics = world.gradients(moved, np.arange(8))
     assert metrics["val/ratio_var"] > 1e-3
-    assert equal(experience, world.experience()[0])
+    world.learn()
+    assert equal(before, world.experience) and equal(before, world.score()[0])
 
 
 def test_warm_up_leaves_the_policy_alone_for_exactly_so_many_updates():
     """Three of the four updates of a step: the policy and its optimiser move in the fourth, and its schedule starts."""
     for warmup, updates in ((4, 0), (3, 1), (0, 4)):
         mine = World(make(value_warmup_steps=warmup))
-        seen = []
-        state, metrics = mine.learn(rate=lambda n: seen.append(int(n)) or float(n))  # noqa: B023
+        seen, texts = [], []
+        state, metrics = mine.learn(rate=lambda n: seen.append(int(n)) or float(n),  # noqa: B023
+                                    text=lambda number: texts.append(number) or [])  # noqa: B023  # fmt: skip
         assert int(state["policy"].updates) == updates and seen == list(range(updates))
+        assert texts == list(range(warmup, 4))  # the pretraining text of an update is that of its number in the run
         assert int(state["value"].updates) == 4
         untouched = equal(state["policy"], mine.state["policy"])
         assert untouched == (updates == 0)
@@ -144,23 +201,24 @@ def test_reference_and_reward_are_the_same_after_updates(world):
 def test_a_truncated_response_gets_its_own_score_in_place_of_the_models(world):
     truncated = np.asarray(world.sampled.truncated)
     assert 0 < truncated.sum() < 16
-    _, stats, metrics, said = world.experience()
+    _, stats, metrics, said, _ = world.scored
     scores = np.where(truncated, world.config.ppo.truncated_score, np.asarray(said["score"]))
     np.testing.assert_allclose(metrics["objective/scores"], scores.mean(), rtol=1e-6)
     np.testing.assert_allclose([stats.count, stats.mean], [16, scores.mean()], rtol=1e-6)
     assert metrics["response/truncated"] == truncated.mean() and metrics["val/num_eos_tokens"] == (~truncated).sum()
 
 
-def test_experience_is_whitened_over_all_of_it_and_0_off_the_mask(world):
-    experience = world.experience()[0]
-    mask, gains = np.asarray(experience.mask), np.asarray(experience.advantages)
-    assert abs(gains[mask].mean()) < 1e-6 and abs(gains[mask].std() - 1) < 1e-4 and not gains[~mask].any()
+def test_experience_is_whitened_over_all_of_it_and_0_off_the_mask(world, packed_world):
+    """Over all responses, not each microbatch's or minibatch's."""
+    for mine in (world, packed_world):
+        mask, gains = np.asarray(mine.sampled.mask), np.asarray(mine.experience.advantages)
+        assert abs(gains[mask].mean()) < 1e-6 and abs(gains[mask].std() - 1) < 1e-4 and not gains[~mask].any()
 
 
 def test_the_experience_is_the_papers_by_hand(world):
     """Rewards, GAE and returns of each response from the four roles' figures, in numpy."""
     p, mask = world.config.ppo, np.asarray(world.sampled.mask)
-    experience, _, _, said = world.experience()
+    experience, _, _, said, _ = world.scored
     scores = np.where(np.asarray(world.sampled.truncated), p.truncated_score, np.asarray(said["score"]))
     values = np.asarray(experience.old_values)
     for row in range(16):
@@ -177,55 +235,241 @@ def test_the_experience_is_the_papers_by_hand(world):
 
 @pytest.fixture(scope="module")
 def text():
-    rng = np.random.default_rng(5)
-    tokens = rng.integers(1, 96, (4, 11)).astype(np.int32)
-    mask = (rng.random((4, 11)) < 0.7).astype(np.int32)
-    return {"tokens": tokens, "mask": mask, "segments": np.ones_like(tokens)}
+    """Microbatches of four rows of text."""
+    mask = (np.random.default_rng(5).random((4, 11)) < 0.7).astype(np.int32)
+    rows = {"tokens": words(6, 4, 11).astype(np.int32), "mask": mask, "segments": np.ones((4, 11), np.int32)}
+    return lambda budget: lm.microbatches(rows, budget, 1)
 
 
 def test_the_pretraining_gradient_is_added_with_its_coefficient(world, text):
-    mine = World(make(pretrain_coef=0.25, pretrain_ratio=0.5))
-    policy, rows = mine.params["policy"], np.arange(8)
-    both, metrics = mine.gradients(policy, rows, text)
-    alone, _ = world.gradients(policy, rows)
-    weighted = lm.weighted(jax.tree.map(jnp.asarray, text))
-    pretrain = jax.jit(jax.grad(lambda params: lm.loss_fn(mine.config.model, params, weighted)[0]))(policy)
-    close(both, jax.tree.map(lambda a, b: a + 0.25 * b, alone, pretrain), 1e-5)
+    """By an optimiser whose state is the gradient that it was handed."""
+    keep = lambda grads, *_: (optax.tree.zeros_like(grads), grads)
+    handed = optax.GradientTransformation(lambda params: params, keep)
+    config, state = make(pretrain_coef=0.25, pretrain_ratio=0.5), update.init_state(world.params["policy"], handed)
+    alone = world.gradients(state.params, np.arange(8))
+    (batch,) = text(4096)
+    pretrain = jax.jit(jax.grad(lambda params: lm.loss_fn(config.model, params, batch)[0]))(state.params)
+    total = update.total(world.programs.text_add, state.params, text(4096))
+    new, metrics = ppo.policy_step(config, handed, state, jax.tree.map(jnp.copy, alone), total)
+    close(new.opt_state, jax.tree.map(lambda a, b: a + 0.25 * b, alone[0], pretrain), 1e-5)
+    assert int(new.updates) == 1 and equal(new.params, state.params)
     norm = lambda tree: np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(tree)))
-    np.testing.assert_allclose(metrics["pretrain/grad_norm_ratio"], 0.25 * norm(pretrain) / norm(alone), rtol=1e-4)
+    np.testing.assert_allclose(metrics["pretrain/grad_norm_ratio"], 0.25 * norm(pretrain) / norm(alone[0]), rtol=1e-4)
+    loss, _ = lm.loss_fn(config.model, state.params, batch)
+    np.testing.assert_allclose(metrics["loss/pretrain_avg"], loss, rtol=1e-5)
+    new, _ = ppo.policy_step(config, handed, state, alone, None)
+    assert equal(new.opt_state, alone[0])
 
 
-def test_microbatches_change_nothing(world, text):
-    c = make(pretrain_coef=0.25, pretrain_ratio=0.5, epochs=1)
-    c.optimiser.eps = c.value_optimiser.eps = 1e-3  # so that Adam does not blow up the rounding of a gradient near 0
-    results = []
-    for c.microbatches in (1, 4):
-        mine = World(c)
-        results.append(mine.learn(text=lambda number: text))
-    (one, one_metrics), (four, four_metrics) = results
-    close(one["policy"].params, four["policy"].params, 1e-4)
-    close(one["value"].params, four["value"].params, 1e-4)
-    close(one_metrics, four_metrics, 1e-3)
+def results(world, text):
+    """All that a step gives: the experience where responses are, metrics, figures of responses, statistics, new states."""
+    experience, stats, metrics, said, _ = world.scored
+    budget = world.config.microbatch_tokens
+    state, more = world.learn(text=lambda number: text(budget) if world.config.ppo.pretrain_coef else [])
+    return masked(experience), stats, metrics | more, said, state["policy"].params, state["value"].params
+
+
+@pytest.fixture(scope="module")
+def whole(text):
+    """`results` of minibatches in one microbatch each."""
+    return results(World(make(pretrain_coef=0.25, pretrain_ratio=0.5)), text)
+
+
+@pytest.mark.parametrize("budget", [16, 32, 64])
+def test_microbatches_change_nothing(budget, whole, text):
+    mine = World(make(budget, pretrain_coef=0.25, pretrain_ratio=0.5))
+    first = mine.scored[4]
+    assert len(first[0]) > 1 or budget == 64
+    *figures, policy, value = results(mine, text)
+    close(tuple(figures), whole[:-2], 1e-3)
+    close((policy, value), whole[-2:], 1e-4)
+
+
+@pytest.mark.parametrize("budget, shards", [(16, 1), (40, 1), (64, 1), (4096, 1), (64, 4)])
+@pytest.mark.parametrize("rows", [range(16), range(1, 16, 2), (11, 2, 7), (5,)])
+def test_every_token_of_a_response_is_read_once_and_its_figure_comes_back(world, budget, shards, rows):
+    """Each token has its own number in a rollout, 100 x response + place: followed there and back in numpy alone."""
+    rows, lengths = np.asarray(rows), np.asarray(world.sampled.lengths)
+    sizes, m = world.prompt_lengths + lengths, len(rows)
+    back, last, total = np.full((16, R), -1), np.full(16, -1), 0.0
+    for part in ppo.microbatches(make(budget), world.prompt_lengths, lengths, rows, shards):
+        assert len(part["sequence"]) % shards == 0 and part["sequence"].shape == part["place"].shape
+        token = np.where(part["sequence"] >= 0, 100 * part["sequence"] + part["place"], -1)
+        target = np.take_along_axis(token, part["at"], axis=1)
+        before = np.take_along_axis(token, np.maximum(part["at"] - 1, 0), axis=1)
+        real = part["weights"] > 0
+        assert (before[real] == target[real] - 1).all()  # a target follows a token of its own
+        assert np.allclose(part["weights"][real], 1 / lengths[rows].sum(), rtol=1e-6)
+        total += part["weights"].sum()
+        assert part["member"].shape == part["ends"].shape == (m,) and part["source"].shape == (m, R)
+        for member, end, source in zip(part["member"], part["ends"], part["source"], strict=True):
+            if member < 16:
+                assert last[member] == -1  # a response is a member of one microbatch
+                last[member] = token.reshape(-1)[end]
+                back[member] = target.reshape(-1)[source]
+        assert sorted(part["member"][part["member"] < 16]) == sorted(set(part["sequence"][part["sequence"] >= 0]))
+    assert abs(total - 1) < 1e-6
+    for i in range(16):
+        inside = 100 * i + world.prompt_lengths[i] + np.arange(lengths[i])
+        wanted = inside.tolist() if i in rows else [-1] * lengths[i]
+        assert back[i, : lengths[i]].tolist() == wanted
+        assert last[i] == (100 * i + sizes[i] - 1 if i in rows else -1)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(world):
+    """What each response's own tokens, with nothing else in the row, say: log-probabilities, entropy, values, scores."""
+    model, params = world.config.model, world.params
+    tokens, lengths, wide = np.asarray(world.sampled.tokens), np.asarray(world.sampled.lengths), 5 + R
+
+    @jax.jit
+    def alone(tokens, n):
+        segments, places = (jnp.arange(wide) < n).astype(jnp.int32)[None], jnp.arange(wide)[None]
+        apply = lambda role: transformer.apply(model, params[role], tokens[None], places, segments)[0][0]
+        logp = jax.nn.log_softmax(transformer.logits(model, params["policy"], apply("policy")))
+        return logp, transformer.scalar(params["value"], apply("value"))
+
+    score = jax.jit(functools.partial(logprobs.score_alone, model))
+    out = []
+    for i in range(16):
+        p, n = world.prompt_lengths[i], lengths[i]
+        mine = np.zeros(wide, np.int32)
+        mine[: p + n] = tokens[i, 5 - p : 5 + n]
+        logp, values = (np.asarray(x) for x in alone(mine, p + n))
+        before = np.arange(p - 1, p - 1 + n)
+        out.append((logp[before, mine[before + 1]], -(np.exp(logp) * logp).sum(1)[before], values[before],
+                    score(params["reward"], mine[None], np.array([p + n]))[0]))  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("budget", [16, 40, 4096])
+def test_a_reading_is_each_responses_own(world, one_by_one, budget):
+    mine = World(make(budget))
+    zeros = np.full((16, R), -7.0, np.float32)
+    said = ppo.Reading(*map(jnp.asarray, (zeros, zeros, zeros, zeros, zeros[:, 0])))
+    for part in mine.parts(np.arange(12)):
+        said = mine.programs.read(mine.params, mine.sampled, said, part)
+    for i, (logp, entropy, values, score) in enumerate(one_by_one):
+        n = len(logp)
+        if i >= 12:  # not among the rows: left as it was
+            assert (np.asarray(said.values)[i] == -7).all() and said.scores[i] == -7
+            continue
+        for found, wanted in zip(said[:4], (logp, entropy, logp, values), strict=True):
+            np.testing.assert_allclose(np.asarray(found)[i, :n], wanted, atol=2e-5)
+        np.testing.assert_allclose(said.scores[i], score, atol=2e-5)
+
+
+def test_tokens_in_front_of_a_prompt_and_behind_an_end_are_never_read(packed_world):
+    """Others there, the end token among them: experience, metrics, figures and gradients are the same to the bit."""
+    sampled = packed_world.sampled
+    real = np.asarray(sampled.segments) > 0
+    assert (~real[:, :5]).any() and (~real[:, 5:]).any()
+    other = sampled._replace(tokens=jnp.where(real, sampled.tokens, jnp.where(words(7, 16, 5 + R) < 48, END, 90)))
+    assert not equal(other.tokens, sampled.tokens)
+    experience, *figures, _ = packed_world.score(sampled=other)
+    assert equal(figures, packed_world.scored[1:4])
+    assert equal(experience._replace(sampled=None), packed_world.experience._replace(sampled=None))
+    parts, policy = packed_world.parts(np.arange(8)), packed_world.params["policy"]
+    grads = update.total(packed_world.programs.policy_add, policy, [(experience, part) for part in parts])
+    assert equal(grads, packed_world.gradients(policy, np.arange(8)))
+
+
+def test_what_stands_behind_an_end_in_the_experience_is_never_learnt(packed_world):
+    """Old log-probabilities, values, advantages and returns of 99 there: gradients of both losses are the same."""
+    mask = packed_world.sampled.mask
+    marred = ppo.Experience(packed_world.sampled, *(jnp.where(mask, x, 99.0) for x in packed_world.experience[1:]))
+    parts = packed_world.parts(np.arange(8))
+    for add, role in ((packed_world.programs.policy_add, "policy"), (packed_world.programs.value_add, "value")):
+        plain, other = (update.total(add, packed_world.params[role], [(experience, part) for part in parts])
+                        for experience in (packed_world.experience, marred))  # fmt: skip
+        assert equal(plain, other)
+
+
+def test_slots_give_the_same_experience(world):
+    """Responses are the same, to the bit, in whatever slot they were decoded; so is all that is read of them."""
+    mine = World(make(slots=6))
+    same = [name for name in mine.sampled._fields if name != "logprobs"]
+    assert all(np.array_equal(getattr(mine.sampled, name), getattr(world.sampled, name)) for name in same)
+    np.testing.assert_allclose(mine.sampled.logprobs, world.sampled.logprobs, atol=1e-5)
+    experience, stats, metrics, said, _ = mine.scored
+    assert equal(experience[1:], world.experience[1:]) and equal((stats, said), (world.scored[1], world.scored[3]))
+    differ = {name for name in metrics if metrics[name] != world.scored[2][name]}
+    assert differ <= {"sampler/drift_mean", "sampler/drift_max"} and metrics["sampler/drift_max"] < 1e-5
+
+
+def kinds(params) -> set:
+    return {(str(x.dtype), x.sharding.memory_kind) for x in jax.tree.leaves(params)}
+
+
+def frozen(world, dtype="", memory="device"):
+    """The roles with the two that are only read as a run keeps them."""
+    return {role: roles.frozen(params, dtype, memory) if role in ("reference", "reward") else params
+            for role, params in world.params.items()}  # fmt: skip
+
+
+def test_frozen_parameters_may_lie_in_the_hosts_memory(packed_world):
+    """Every reading of them is the same to the bit."""
+    params = frozen(packed_world, memory="host")
+    assert kinds(params["reference"]) == kinds(params["reward"]) == {("float32", "pinned_host")}
+    assert kinds(params["policy"]) == kinds(frozen(packed_world)["reference"]) == {("float32", "device")}
+    assert equal(packed_world.score(params)[:4], packed_world.scored[:4])
+
+
+def test_frozen_parameters_may_be_rounded_where_the_policy_computes_so():
+    """The KL at step 0 is within what the self-check allows, and not 0: the reference's norms have been rounded too."""
+    config = make()
+    config.model = dataclasses.replace(config.model, dtype="bfloat16")
+    mine = World(config)
+    params = frozen(mine, "bfloat16")
+    assert kinds(params["reference"]) == kinds(params["reward"]) == {("bfloat16", "device")}
+    assert kinds(mine.params["policy"]) == {("float32", "device")}
+    plain = np.asarray(mine.scored[3]["kl"])
+    rounded = np.asarray(mine.score(params)[3]["kl"])
+    assert not plain.any() and 0 < np.abs(rounded).max() < 0.1
 
 
 def test_the_self_check_stops_at_each_fault_with_its_figure(world):
-    def check(params=world.params, programs=world.programs):
-        ppo.self_check(world.config, programs, params, RunningStats.zero(), world.sampled, None)
+    experience, _, _, said, first = world.scored
+
+    def check(params=world.params, programs=world.programs, said=said):
+        ppo.self_check(world.config, programs, params, experience, said, first[0])
 
     check()
     moved = jax.tree.map(lambda x: x * 1.01, world.params["policy"])
-    with pytest.raises(UserError, match=r"self-check at step 0: the largest KL .* is 0\.\d+"):
-        check({**world.params, "reference": moved})
+    other = {**world.params, "reference": moved}
+    with pytest.raises(UserError, match=r"self-check at step 0: the largest KL .* is \d*\.\d+"):
+        check(other, said=world.score(other)[3])
 
-    def drifting(params, experience, rows, text):
-        return world.programs.gradients(moved, experience, rows, text)
+    def drifting(total, params, batch):
+        return world.programs.policy_add(total, moved, batch)
 
     with pytest.raises(UserError, match="ratio - 1"):
-        check(programs=world.programs._replace(gradients=drifting))
+        check(programs=world.programs._replace(policy_add=drifting))
+    late = said | {"score": said["score"].at[ppo.CHECKED - 1].add(0.5)}
+    with pytest.raises(UserError, match="as its row's pads and neighbours change is 0.5"):
+        check(said=late)
 
-    def reads_pads(params, stats, sampled):
-        *rest, said = world.programs.experience(params, stats, sampled)
-        return *rest, said | {"score": said["score"] + sampled.segments[:, -1] * jnp.float32(0.5)}
 
-    with pytest.raises(UserError, match="as pads move is 0.5"):
-        check(programs=world.programs._replace(experience=reads_pads))
+def test_the_self_check_stops_where_a_rows_sequences_see_each_other(monkeypatch):
+    """The one fault that ratio and KL cannot show, as both sides of them would have it."""
+    packed = ppo.packed
+
+    def leaking(sampled, part):
+        batch = packed(sampled, part)
+        return batch | {"segments": jnp.minimum(batch["segments"], 1)}
+
+    monkeypatch.setattr(ppo, "packed", leaking)
+    mine = World(make(budget=32))
+    experience, _, metrics, said, first = mine.scored
+    assert metrics["objective/kl"] == 0
+    with pytest.raises(UserError, match=r"as its row's pads and neighbours change is \d*\.\d+"):
+        ppo.self_check(mine.config, mine.programs, mine.params, experience, said, first[0])
+
+
+def test_prompts_are_cut_to_the_longest_of_their_batch():
+    """To one of few widths; what is cut off are pads."""
+    rows = {"prompts": np.arange(1, 41)[None].repeat(2, 0), "lengths": np.array([3, 9]), "index": np.arange(2)}
+    narrow = ppo.narrowed(rows)
+    assert narrow["prompts"].tolist() == [list(range(25, 41))] * 2  # of 8, 16, 24 and 40 the first that holds 9
+    assert equal({k: v for k, v in narrow.items() if k != "prompts"}, {k: v for k, v in rows.items() if k != "prompts"})
+    assert ppo.narrowed(rows | {"lengths": np.array([40, 1])})["prompts"].shape == (2, 40)

@@ -54,22 +54,22 @@ def comparison_batch(step):
     return sides | {"margin": np.zeros(8, np.float32)}
 
 
-def run_supervised(module, head, batch_of, mesh):
+def run_supervised(module, loss_fn, head, batch_of, mesh):
     model, params = model_and(head)
-    config = configs.Config(model=model, microbatches=2)
     optimiser = update.make_optimiser(RATE, STEPS)
+    step = update.compiled(functools.partial(loss_fn, model), optimiser)
     with jax.set_mesh(mesh):
         state = place(functools.partial(update.init_state, optimiser=optimiser), params, mesh)
-        step = jax.jit(functools.partial(module.train_step, config, optimiser))
         losses = []
         for i in range(STEPS):
-            state, metrics = step(state, sharding.shard_batch(batch_of(i), mesh))
+            parts = module.microbatches(batch_of(i), 64, sharding.shards(mesh))
+            state, metrics = step(state, [sharding.shard_batch(part, mesh) for part in parts])
             losses.append(float(metrics["loss"]))
         return jax.tree.map(np.asarray, state.params), losses
 
 
 def run_ppo(mesh):
-    config = make(epochs=1, pretrain_coef=0.5, pretrain_ratio=1.0)
+    config = make(budget=64, epochs=1, pretrain_coef=0.5, pretrain_ratio=1.0)
     config.model, config.optimiser, config.value_optimiser = model_and("lm")[0], RATE, RATE
     optimisers = {role: update.make_optimiser(RATE, STEPS) for role in ("policy", "value")}
     programs = ppo.compiled(config, optimisers, 3)
@@ -81,23 +81,34 @@ def run_ppo(mesh):
             role: place(lambda x: x, model_and(head)[1], mesh)
             for role, head in (("reference", "lm"), ("reward", "scalar"))
         }
-        prompts = {"prompts": np.full((8, 5), 7, np.int32), "lengths": np.full(8, 5, np.int32)}
-        prompts["index"] = np.arange(8, dtype=np.int32)
-        text = lambda number: sharding.shard_batch(lm_batch(number), mesh)
+        lengths = np.array([5, 2, 3, 5, 4, 1, 5, 3], np.int32)
+        prompts = {"prompts": np.where(np.arange(5) >= 5 - lengths[:, None], 7, 0).astype(np.int32), "lengths": lengths,
+                   "index": np.arange(8, dtype=np.int32)}  # fmt: skip
+        put = lambda parts: [sharding.shard_batch(part, mesh) for part in parts]
+        text = lambda number: put(lm.microbatches(lm_batch(number), 64, sharding.shards(mesh)))
         found = []
         for i in range(STEPS):
             params = {role: state[role].params for role in optimisers} | frozen
             sampled = programs.sample(params["policy"], sharding.shard_batch(prompts, mesh), jax.random.key(i))
-            experience, stats, metrics, _ = programs.experience(params, state["stats"], sampled)
-            state, more = ppo.learn(config, programs, lambda n: 0.0, {**state, "stats": stats}, experience, i, text)
+            experience, stats, metrics, said, first, cut = ppo.score(config, programs, params, state["stats"], sampled,
+                                                                     np.repeat(lengths, 2), mesh)  # fmt: skip
+            if i == 0:
+                ppo.self_check(config, programs, params, experience, said, first[0])
+            state = {**state, "stats": stats}
+            state, more = ppo.learn(config, programs, lambda n: 0.0, state, experience, i, first, cut, text)
             found.append(
                 [float(metrics["objective/scores"]), float(more["loss/policy_avg"]), float(more["loss/value_avg"])]
             )
         return jax.tree.map(np.asarray, (state["policy"].params, state["value"].params, state["stats"])), found
 
 
-RUNS = {"lm": functools.partial(run_supervised, lm, "lm", lm_batch),
-        "ranking": functools.partial(run_supervised, ranking, "scalar", comparison_batch), "ppo": run_ppo}  # fmt: skip
+def ranking_loss(model, params, batch):
+    return ranking.loss_fn(model, configs.Ranking(), params, batch)
+
+
+RUNS = {"lm": functools.partial(run_supervised, lm, lm.loss_fn, "lm", lm_batch),
+        "ranking": functools.partial(run_supervised, ranking, ranking_loss, "scalar", comparison_batch),
+        "ppo": run_ppo}  # fmt: skip
 
 
 @functools.cache
@@ -112,6 +123,22 @@ def test_a_mesh_gives_the_single_devices_result(stage, sizes):
     np.testing.assert_allclose(figures, alone(stage)[1], atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(alone(stage)[0]), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_lies_over_data_and_fsdp_and_each_device_has_its_own_rows():
+    """A host array, whole in every process; what the devices' rows don't divide lies on each of them."""
+    mesh = mesh_of(2, 2, 2)
+    assert sharding.shards(mesh) == 4
+    host = {"rows": np.arange(24, dtype=np.int32).reshape(8, 3), "odd": np.arange(6), "one": np.float32(7)}
+    batch = sharding.shard_batch(host, mesh)
+    assert all(np.array_equal(batch[name], host[name]) and batch[name].is_fully_addressable for name in host)
+    assert batch["rows"].sharding.spec == P(("data", "fsdp"))
+    placed = {shard.device.id: np.asarray(shard.data).tolist() for shard in batch["rows"].addressable_shards}
+    for at, device in np.ndenumerate(mesh.devices):
+        part = 2 * at[0] + at[1]
+        assert placed[device.id] == host["rows"][2 * part : 2 * part + 2].tolist()
+    assert batch["odd"].sharding.is_fully_replicated and batch["one"].sharding.is_fully_replicated
+    assert all(shard.data.shape == (6,) for shard in batch["odd"].addressable_shards)
 
 
 def test_parameters_and_optimiser_state_are_cut_by_one_table():

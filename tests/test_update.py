@@ -10,42 +10,89 @@ from test_models import tiny, words
 
 from alignjax import update
 from alignjax.config import Optimiser
+from alignjax.models import transformer
 from alignjax.stages import lm
 
 MODEL, PARAMS = tiny()
+LENGTHS = np.arange(2, 10)  # of eight rows, with 1 to 8 targets
+ROWS = {"tokens": words(0, 8, 9), "mask": ((np.arange(9) < LENGTHS[:, None]) & (np.arange(9) > 0)).astype(np.int32),
+        "segments": (np.arange(9) < LENGTHS[:, None]).astype(np.int32)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def batch():
-    """Eight rows with 1 to 8 targets."""
-    n = np.arange(1, 9)[:, None]
-    mask = (np.arange(9) <= n) & (np.arange(9) > 0)
-    return lm.weighted({"tokens": words(0, 8, 9), "mask": jnp.asarray(mask), "segments": np.ones((8, 9), np.int32)})
+def gradients():
+    """budget -> (the whole minibatch's gradient and metrics, the number of microbatches)."""
+    add = update.adder(functools.partial(lm.loss_fn, MODEL))
+
+    @functools.cache
+    def of(budget):
+        parts = lm.microbatches(ROWS, budget, 1)
+        return update.total(add, PARAMS, parts), len(parts)
+
+    return of
 
 
-def gradients(batch, microbatches):
-    loss = functools.partial(lm.loss_fn, MODEL)
-    return jax.jit(lambda params, batch: update.gradients(loss, params, batch, microbatches))(PARAMS, batch)
-
-
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_of_unequal_lengths_add_up_to_the_minibatch(batch, microbatches):
-    one, many = gradients(batch, 1), gradients(batch, microbatches)
+@pytest.mark.parametrize("budget, count", [(32, 2), (16, 4)])
+def test_microbatches_of_unequal_lengths_add_up_to_the_minibatch(gradients, budget, count):
+    """The fewest tokens that hold all 44 are three rows of 16."""
+    (one, alone), (many, parts) = gradients(48), gradients(budget)
+    assert alone == 1 and parts == count
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, many)
 
 
-def test_every_target_counts_alike(batch):
-    """The loss is the mean over all targets, not a mean of the rows' means."""
-    _, metrics = gradients(batch, 1)
-    logprob, _ = lm.sequence_logprobs(MODEL, PARAMS, batch["tokens"], batch["segments"])
-    targets = np.asarray(batch["weights"])[:, 1:] > 0
-    assert targets.sum() == 36
-    assert metrics["loss"] == pytest.approx(-np.asarray(logprob)[targets].mean(), rel=1e-5)
+def test_every_target_counts_alike(gradients):
+    """The loss is the mean over all targets, not a mean of the rows' means; the gradient is that of this mean."""
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def mean(params):
+        places = np.tile(np.arange(9), (8, 1))
+        hidden, _ = transformer.apply(MODEL, params, ROWS["tokens"], places, ROWS["segments"])
+        logp = jax.nn.log_softmax(transformer.logits(MODEL, params, hidden[:, :-1]))
+        found = jnp.take_along_axis(logp, ROWS["tokens"][:, 1:, None], axis=-1)[..., 0]
+        entropy = -(jnp.exp(logp) * logp).sum(-1)
+        mask = ROWS["mask"][:, 1:] > 0
+        return -found.mean(where=mask), (entropy.mean(where=mask), -found.mean(axis=1, where=mask).mean())
+
+    (loss, (entropy, mean_of_means)), grads = mean(PARAMS)
+    assert ROWS["mask"].sum() == 36
+    for budget in (48, 16):
+        (found, metrics), _ = gradients(budget)
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-5) and metrics["entropy"] == pytest.approx(
+            entropy, rel=1e-5
+        )
+        assert abs(metrics["loss"] - mean_of_means) > 1e-2
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, grads)
 
 
-def test_microbatches_take_every_so_many_th_row():
-    cut = update.microbatched({"x": jnp.arange(6)}, 2)
-    assert cut["x"].tolist() == [[0, 2, 4], [1, 3, 5]]
+def line(params, batch):
+    """A loss whose gradient is plain to see."""
+    loss = jnp.sum(batch["weights"] * (params["kernel"] * batch["x"] + params["bias"]))
+    return loss, {"loss": loss, "seen": batch["x"].size}
+
+
+LINE = {"kernel": 2.0, "bias": 1.0}
+PARTS = [{"x": np.array([[3.0, 4.0]]), "weights": np.array([[0.5, 0.25]])},
+         {"x": np.array([[8.0, 9.0, 9.0], [9.0, 9.0, 9.0]]), "weights": np.array([[0.25, 0.0, 0.0]] + [[0.0] * 3])}]  # fmt: skip
+
+
+def test_a_total_by_hand():
+    """Microbatches of any shapes: 3/2 + 4/4 + 8/4 = 4.5 and the weights' sum; losses 2 x + 1, by weight."""
+    grads, metrics = update.total(update.adder(line), jax.tree.map(jnp.float32, LINE), PARTS)
+    assert grads == {"kernel": 4.5, "bias": 1.0} and metrics == {"loss": 2 * 4.5 + 1, "seen": 8}
+    assert update.total(None, None, []) is None
+
+
+def test_a_compiled_step_is_one_optimiser_step_whose_state_is_used_up():
+    """Adam's first step is the learning rate, whatever the gradient; its norm is that before the clip."""
+    optimiser = update.make_optimiser(Optimiser(learning_rate=0.1, clip_norm=1.0), 10)
+    step = update.compiled(line, optimiser)
+    before = update.init_state({name: jnp.float32(x) for name, x in LINE.items()}, optimiser)
+    kernel = before.params["kernel"]
+    after, metrics = step(before, PARTS)
+    assert metrics["grad_norm"] == pytest.approx(np.hypot(4.5, 1.0)) and metrics["loss"] == 10 and metrics["seen"] == 8
+    assert after.params["kernel"] == pytest.approx(1.9) and after.params["bias"] == pytest.approx(0.9)
+    assert int(after.updates) == 1 and kernel.is_deleted()
 
 
 def test_adamw_by_hand():

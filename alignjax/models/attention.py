@@ -112,10 +112,12 @@ def block(q, k, v, mine, theirs, first):
     b, r, n, h = q.shape
     s, kv_heads = k.shape[1:3]
     mask = (jnp.arange(s) <= first + jnp.arange(r)[:, None]) & (mine[:, :, None] == theirs[:, None, :])
-    grouped = q.reshape(b, r, kv_heads, -1, h)
-    scores = jnp.einsum("brkgh,bskh->bkgrs", grouped, k, preferred_element_type=jnp.float32) * h**-0.5
-    weights = softmax(scores, mask[:, None, None]).astype(v.dtype)
-    return jnp.einsum("bkgrs,bskh->brkgh", weights, v).reshape(b, r, n, h)
+    # Heads in front, queries of a group in one line: XLA's CPU backend takes up to twice as long for other orders.
+    grouped = q.reshape(b, r, kv_heads, -1, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
+    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, k.swapaxes(1, 2), preferred_element_type=jnp.float32) * h**-0.5
+    weights = softmax(scores, jnp.tile(mask, (1, n // kv_heads, 1))[:, None]).astype(v.dtype)
+    y = jnp.einsum("bkqs,bksh->bkqh", weights, v.swapaxes(1, 2))
+    return y.reshape(b, kv_heads, -1, r, h).transpose(0, 3, 1, 2, 4).reshape(b, r, n, h)
 
 
 def softmax(scores, mask):
