@@ -101,8 +101,17 @@ def total(add, params, microbatches):
     return found
 
 
-def compiled(loss_fn, optimiser):
+def stepper(finish_fn, shapes=None):
+    """finish_fn(state, ...) -> (state, metrics), compiled; the state's arrays are used up.
+
+    It comes out laid out as `shapes` are, if given: by the table, whatever the compiler would choose, so that the next
+    step finds what this one found and compiles nothing.
+    """
+    layout = None if shapes is None else (jax.tree.map(lambda x: x.sharding, shapes), None)
+    return jax.jit(finish_fn, donate_argnums=0, out_shardings=layout)
+
+
+def compiled(loss_fn, optimiser, shapes=None):
     """step(state, microbatches) -> state, metrics: one optimiser step. The arrays of `state` are used up."""
-    add = adder(loss_fn)
-    apply = jax.jit(functools.partial(finish, optimiser), donate_argnums=0)
+    add, apply = adder(loss_fn), stepper(functools.partial(finish, optimiser), shapes)
     return lambda state, microbatches: apply(state, total(add, state.params, microbatches))

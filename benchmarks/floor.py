@@ -1,24 +1,27 @@
-"""Share of the floor: how near each phase comes to the seconds that one device needs at the least, by its own rates.
+"""Share of the floor: how near each phase comes to the seconds that one device needs at the least, at its own rates.
 
-python benchmarks/floor.py                                  tiny and small; --model, --batch, --prompt, --new, ... change sizes
-python benchmarks/floor.py --model 1.8b --dtype bfloat16 --batch 64 --prompt 512 --length 2048 --tokens 4096     an accelerator
-... --layers 1 --vocabulary 4096                            cuts the model down, to try the script out
+python benchmarks/floor.py                       tiny and small; --model, --batch, --prompt, ... choose others
+python benchmarks/floor.py --model 1.8b --prompt 512 --length 2048        what an accelerator is to be asked
+python benchmarks/floor.py --model 1.8b --layers 1 --vocabulary 4096      cut down, to try it out anywhere
 
-Gop        operations that the result needs, two for each weight of a product and token, and 4 heads head_size for each token
-           and token that it sees (`shapes.operations`): real tokens, the seen half of causal attention, logits where they are
-           read; three times the forward's for a gradient. No norms, softmax or draws, nothing that is computed twice.
-GB         bytes that must move: a step of decoding reads the weights once, in the computation's type, and the filled cache;
-           AdamW reads parameters, moments and, for the clip's norm first, the gradient twice, and writes the former three.
+prefill    a rollout of one new token, its draw included.
+decode     a step of it: what a rollout of --new tokens takes longer than that, over the steps between; so with the
+           draws (top-p 0.9), which the floor leaves out.
+scoring    the policy's log-probabilities of a microbatch: --tokens in rows of --length, of two sequences each.
+gradient   the policy's gradient of that microbatch; AdamW: the optimiser's step by it.
+
+Gop        10^9 operations that the result asks for (`shapes.operations`): two for each weight of a product and token,
+           four for each head's channel, token and token seen; only what is causal and of one sequence, only the
+           logits that are read. A gradient's are three times the forward's. No norms, softmax, draws, recomputation.
+GB         10^9 bytes that have to move. decode: the weights, in the computation's type, and the filled cache, once.
+           AdamW: parameters, two moments and, as the clip comes first, twice the gradient in; all but that out.
 seconds    the median of --repeats.
-GFLOP/s, share of matmul     Gop a second, and over the rate of a large square product in the same run and type.
-floor      the larger of Gop at the matmul's rate and GB at the bandwidth, the best of a sum and a matrix-vector product over
-           an array far larger than the caches; then its share of the seconds, and which of the two it is.
+GFLOP/s    Gop a second, then its share of a large square product's, in the same type and the same run.
+floor      the larger of Gop at that rate and GB at the bandwidth at which an array far larger than the caches is read
+           (the better of a sum and a matrix-vector product), then its share of the seconds, and which of the two it is.
 
-prefill    a rollout of one token (so with its draw); decode, of one step: a rollout of --new tokens less that, over the
-           steps between, so with the draws (top-p 0.9), which the floor leaves out.
-scoring    log-probabilities of a microbatch, --tokens in rows of --length, each row filled by two sequences (`microbatch`).
-gradient   the policy's, of the same microbatch; AdamW is the step by it. Peak memory is arguments, results and the
-           compiler's temporaries, as it stands and with all logits at once.
+Rates are measured before and after a model's phases; the better ones count. The lines below say how much memory the
+gradient takes (arguments, results, temporaries), as the program is and with the logits of all words at once.
 """
 
 import argparse
@@ -28,49 +31,16 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import shapes
+from sampling import programs, rollout
+from scaling import microbatch
 
 from alignjax import config as configs
 from alignjax import logprobs, update, vocabulary
 from alignjax.models import attention, families
-from alignjax.rollout import Rollout
 from alignjax.stages import ppo
 
 MODELS = shapes.MODELS | {"1.8b": families.PRESETS["qwen-1.8b"]}
-
-
-def programs(config: configs.Config):
-    return ppo.compiled(
-        config, {role: update.make_optimiser(config.optimiser, 1) for role in ("policy", "value")}, end=-1
-    )
-
-
-def rollout(model, prompts: int, prompt: int, new: int):
-    """run(params) -> Rollout: top-p 0.9 and no end token."""
-    c = configs.Config(stage="ppo", name="benchmark", model=model, ppo=configs.PPO(1, new, top_p=0.9))
-    tokens = np.random.default_rng(1).integers(2, model.vocab_size, (prompts, prompt)).astype(np.int32)
-    batch = {
-        "prompts": tokens,
-        "lengths": np.full(prompts, prompt, np.int32),
-        "index": np.arange(prompts, dtype=np.int32),
-    }
-    return functools.partial(programs(c).sample, batch=jax.tree.map(jnp.asarray, batch), key=jax.random.key(0))
-
-
-def microbatch(model, rows: int, length: int):
-    """(config, (Experience, part)): rows filled to the last token by a response of a half and one of a quarter of them, each
-    behind a prompt of an eighth."""
-    c = configs.Config(stage="ppo", name="benchmark", model=model, microbatch_tokens=rows * length)
-    c.data.max_length = c.ppo.response_length = length // 2
-    n, rng = 2 * rows, np.random.default_rng(1)
-    prompts, lengths = np.full(n, length // 8, np.int32), np.tile(np.int32([length // 2, length // 4]), rows)
-    (part,) = ppo.microbatches(c, prompts, lengths, np.arange(n), 1)
-    assert part["sequence"].shape == (rows, length) and part["sequence"].min() == 0
-    fixed = [rng.normal(size=(n, length // 2)).astype(np.float32) for _ in range(5)]
-    tokens = rng.integers(2, model.vocab_size, (n, length)).astype(np.int32)
-    sampled = Rollout(tokens, prompts, lengths, fixed[0], np.zeros(n, bool))
-    return c, jax.tree.map(jnp.asarray, (ppo.Experience(sampled, *fixed[1:]), part))
 
 
 def bandwidth() -> float:
@@ -86,73 +56,84 @@ def peak(compiled) -> str:
     return f"{whole / 1e9:.3f} GB ({m.temp_size_in_bytes / 1e9:.3f} of temporaries)"
 
 
-def measure(model, a):
-    """Lines of (phase, operations, bytes, seconds), and what to say below them."""
-    rows, b, p, r, w = max(a.tokens // a.length, 1), a.batch, a.prompt, a.new, a.length
-    median = lambda run: statistics.median(shapes.seconds(run, a.repeats))
-    state = update.init_state(shapes.parameters(model, "lm", 0), update.make_optimiser(configs.Optimiser(), 1))
-    params, size = state.params, jnp.dtype(model.dtype).itemsize
-    short, long = (median(functools.partial(rollout(model, b, p, new), params)) for new in (1, r))
-    matrices = shapes.matmul_weights(model) + model.d_model * model.vocab_size
-    cache = 2 * model.layers * model.kv_heads * model.head_size * b * (p + r / 2)
-    forward = functools.partial(shapes.operations, model)
-    lines = [
-        (f"prefill {b} x {p}", forward(b * p, (p + 1) / 2, b), 0, short),
-        (f"decode {b} at {p}-{p + r}", forward(b, p + r / 2, b), size * (matrices + cache), (long - short) / (r - 1)),
-    ]
+def median(run, a) -> float:
+    return statistics.median(shapes.seconds(run, a.repeats))
 
+
+def sampling(model, params, a):
+    """Lines of (phase, operations, bytes, seconds)."""
+    b, p, r = a.batch, a.prompt, a.new
+    short, long = (median(functools.partial(rollout(model, b, p, new), params), a) for new in (1, r))
+    yield f"prefill {b} x {p}", shapes.operations(model, b * p, (p + 1) / 2, b), 0, short
+    seen = p + r / 2  # of r - 1 steps, the first of which sees p + 1 tokens and the last p + r - 1
+    weights = shapes.matmul_weights(model) + model.d_model * model.vocab_size
+    cache = 2 * model.layers * model.kv_heads * model.head_size * b * seen
+    moved = (weights + cache) * jnp.dtype(model.dtype).itemsize
+    yield f"decode {b} at {p}-{p + r}", shapes.operations(model, b, seen, b), moved, (long - short) / (r - 1)
+
+
+def learning(model, state, a, said: list):
+    """As `sampling`; what else there is to say goes into `said`. The arrays of `state` are used up."""
+    w, rows = a.length, max(a.tokens // a.length, 1)
     config, pair = microbatch(model, rows, w)
-    score = jax.jit(lambda params, pair: logprobs.token_logprobs(model, params, ppo.packed(pair[0].sampled, pair[1])))
-    needed = forward(rows * w, ((5 * w / 8) ** 2 + (3 * w / 8) ** 2 + w) / (2 * w), rows * 3 * w // 4)
-    lines.append((f"scoring {rows} x {w}", needed, 0, median(lambda: score(params, pair))))
-    compiled = lambda: programs(config).policy_add.lower(None, params, pair).compile()
-    add = compiled()
-    lines.append((f"gradient {rows} x {w}", 3 * needed, 0, median(lambda: add(None, params, pair))))
-    limit, vocabulary.ELEMENTS = vocabulary.ELEMENTS, 2**62
-    name = attention.choose(model.attention, attention.platform(), jnp.dtype(model.dtype),
-                            (rows, w, model.heads, model.head_size), model.kv_heads)  # fmt: skip
-    said = f"attention {name}, remat {model.remat}; gradient's peak memory {peak(add)}, all logits at once {peak(compiled())}"
-    vocabulary.ELEMENTS = limit
+    seen = ((5 * w / 8) ** 2 + (3 * w / 8) ** 2 + w) / (2 * w)
+    forward = shapes.operations(model, rows * w, seen, rows * w * 3 // 4)
+    read = jax.jit(lambda params, pair: logprobs.token_logprobs(model, params, ppo.packed(pair[0].sampled, pair[1])))
+    yield f"scoring {rows} x {w}", forward, 0, median(lambda: read(state.params, pair), a)
 
-    total, step, held = add(None, params, pair), programs(config).policy, [state]
-    del params, state, add
+    compiled = lambda: programs(config).policy_add.lower(None, state.params, pair).compile()
+    add, limit, vocabulary.ELEMENTS = compiled(), vocabulary.ELEMENTS, 2**62
+    said += ["gradient's peak memory", peak(add), "and with all logits at once", peak(compiled()) + ";"]
+    vocabulary.ELEMENTS = limit
+    yield f"gradient {rows} x {w}", 3 * forward, 0, median(lambda: add(None, state.params, pair), a)
+
+    total, step, weights = add(None, state.params, pair), programs(config).policy, jax.tree.leaves(state.params)
+    moved = 8 * sum(x.nbytes for x in weights)
+    del weights
 
     def adamw():
-        held[0] = step(held[0], total, None)[0]
-        return held[0]
+        nonlocal state
+        state = step(state, total, None)[0]
+        return state
 
-    weights = sum(x.size for x in jax.tree.leaves(held[0].params))
-    lines.append(("AdamW", 0, 8 * 4 * weights, median(adamw)))
-    return lines, f"{weights / 1e6:.1f} M parameters, {model.dtype}; {said}"
+    yield "AdamW", 0, moved, median(adamw, a)
+
+
+def measure(name: str, a) -> str:
+    """Prints the lines of one model; what there is to say below them."""
+    model = MODELS[name]
+    model = dataclasses.replace(model, dtype=a.dtype or model.dtype, layers=a.layers or model.layers,
+                                vocab_size=a.vocabulary or model.vocab_size)  # fmt: skip
+    rates = [(shapes.matmul_rate(model.dtype), bandwidth())]
+    state = update.init_state(shapes.parameters(model, "lm", 0), update.make_optimiser(configs.Optimiser(), 1))
+    shape = max(a.tokens // a.length, 1), a.length, model.heads, model.head_size
+    kernel = attention.choose(model.attention, attention.platform(), jnp.dtype(model.dtype), shape, model.kv_heads)
+    million = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
+    said = [f"{name}: {million:.1f} M parameters, {model.dtype}, attention {kernel}, remat {model.remat},"]
+    lines = [*sampling(model, state.params, a), *learning(model, state, a, said)]
+    del state
+    rates.append((shapes.matmul_rate(model.dtype), bandwidth()))
+    rate, moves = map(max, zip(*rates, strict=True))
+    for phase, operations, moved, seconds in lines:
+        floors = {"operations": operations / rate, "bytes": moved / moves}
+        which = max(floors, key=floors.get)
+        done, share = operations / seconds, floors[which] / seconds
+        print(f"{name + ' ' + phase:28} {operations / 1e9:9.2f} {moved / 1e9:8.3f} {seconds:10.4g} {done / 1e9:10.1f}"
+              f" {done / rate:10.2f} {floors[which]:10.4g} {share:10.2f} {which}", flush=True)  # fmt: skip
+    return " ".join((*said, f"matmul {rate / 1e9:.1f} GFLOP/s, bandwidth {moves / 1e9:.1f} GB/s"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["tiny", "small"], choices=MODELS)
     parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"))
-    for name, default in {"layers": 0, "vocabulary": 0, "batch": 64, "prompt": 64, "new": 128, "tokens": 4096, "length": 256,
-                          "repeats": 5}.items():  # fmt: skip
+    sizes = dict(layers=0, vocabulary=0, batch=64, prompt=64, new=128, tokens=4096, length=256, repeats=5)
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    a, below = parser.parse_args(), []
-    print(f"{'':32}      Gop       GB    seconds   GFLOP/s  share of matmul   floor, s  share of floor", flush=True)
-    for name in a.model:
-        model = MODELS[name]
-        model = dataclasses.replace(model, dtype=a.dtype or model.dtype, layers=a.layers or model.layers,
-                                    vocab_size=a.vocabulary or model.vocab_size)  # fmt: skip
-        rate, bytes_per_second = shapes.matmul_rate(model.dtype), bandwidth()
-        lines, said = measure(model, a)
-        for phase, operations, moved, seconds in lines:
-            floors = {"operations": operations / rate, "bytes": moved / bytes_per_second}
-            which = max(floors, key=floors.get)
-            done = (
-                f"{operations / seconds / 1e9:9.1f} {operations / seconds / rate:16.2f}"
-                if operations
-                else f"{'-':>9} {'-':>16}"
-            )
-            print(f"{name + ' ' + phase:32} {operations / 1e9:8.2f} {moved / 1e9:8.3f} {seconds:10.4g} {done} "
-                  f"{floors[which]:10.4g} {floors[which] / seconds:9.2f}, {which}", flush=True)  # fmt: skip
-        below.append(f"{name}: {said}; matmul {rate / 1e9:.1f} GFLOP/s, bandwidth {bytes_per_second / 1e9:.1f} GB/s")
-    print(f"on {jax.devices()[0].device_kind}, jax {jax.__version__}", *below, sep="\n")
+    a = parser.parse_args()
+    print(" " * 28, "      Gop       GB    seconds    GFLOP/s  of matmul   floor, s  its share", flush=True)
+    said = [measure(name, a) for name in a.model]
+    print(f"on {jax.devices()[0].device_kind}, jax {jax.__version__}", *said, sep="\n")
 
 
 if __name__ == "__main__":

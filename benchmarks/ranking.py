@@ -30,7 +30,10 @@ def main() -> None:
     lengths = np.clip(np.exp(rng.normal(np.log(96), 0.6, (n, 2))).round().astype(np.int32), 8, LONGEST)
     rows = {"margin": np.zeros(n, np.float32)}
     for i, side in enumerate(ranking.SIDES):
-        rows[side], rows[f"{side}_length"] = rng.integers(2, model.vocab_size, (n, LONGEST)).astype(np.int32), lengths[:, i]
+        rows[side], rows[f"{side}_length"] = (
+            rng.integers(2, model.vocab_size, (n, LONGEST)).astype(np.int32),
+            lengths[:, i],
+        )
     cut = lambda i: ranking.microbatches({k: v[i * PAIRS : (i + 1) * PAIRS] for k, v in rows.items()},
                                          a.microbatch_tokens, sharding.shards(mesh))  # fmt: skip
     every = [cut(i) for i in range(a.steps)]

@@ -2,27 +2,48 @@
 
 python benchmarks/scaling.py [--axes batch length vocabulary depth scanned] [--doublings N] [--repeats N]
 
-update     the policy's gradient of one packed microbatch of batch x length tokens (`floor.microbatch`).
+update     the policy's gradient of one packed microbatch of batch x length tokens (`microbatch`).
 rollout    of as many prompts, of half the length each, and responses of the other half, with no end token.
 seconds    the best of --repeats: what a shared machine disturbs least.
 MB         the compiler's temporaries, in 10^6 bytes (`memory_analysis`); a rollout's include its cache.
 compile    seconds to trace, lower and compile the program, once.
 x          the ratio to the line above.
-depth, scanned     the same models with layers written out one by one, as on a CPU, and in a scan, as on accelerators.
+depth, scanned     the same models with their layers written out one by one, as a CPU runs them, and in a scan, as others
+                   do; on an accelerator both are the scan.
 """
 
 import argparse
 import dataclasses
 import time
 
-import floor
 import jax
+import jax.numpy as jnp
+import numpy as np
 import shapes
+from sampling import programs, rollout
 
+from alignjax import config as configs
 from alignjax.models import transformer
+from alignjax.rollout import Rollout
+from alignjax.stages import ppo
 
 ROWS, LENGTH = 8, 64
 AXES = {"batch": ROWS, "length": LENGTH, "vocabulary": 4096, "depth": 2, "scanned": 2}  # where each begins
+
+
+def microbatch(model, rows: int, length: int):
+    """(config, (Experience, part)): each row filled by two responses, of a half and a quarter of it, behind prompts of
+    an eighth."""
+    c = configs.Config(stage="ppo", name="benchmark", model=model, microbatch_tokens=rows * length)
+    c.data.max_length = c.ppo.response_length = length // 2
+    n, rng = 2 * rows, np.random.default_rng(1)
+    prompts, lengths = np.full(n, length // 8, np.int32), np.tile(np.int32([length // 2, length // 4]), rows)
+    (part,) = ppo.microbatches(c, prompts, lengths, np.arange(n), 1)
+    assert part["sequence"].shape == (rows, length) and part["sequence"].min() == 0
+    fixed = [rng.normal(size=(n, length // 2)).astype(np.float32) for _ in range(5)]
+    tokens = rng.integers(2, model.vocab_size, (n, length)).astype(np.int32)
+    sampled = Rollout(tokens, prompts, lengths, fixed[0], np.zeros(n, bool))
+    return c, jax.tree.map(jnp.asarray, (ppo.Experience(sampled, *fixed[1:]), part))
 
 
 def cost(program, arguments, repeats: int) -> tuple[float, float, float]:
@@ -45,9 +66,9 @@ def costs(axis: str, size: int, repeats: int) -> list[float]:
     else:
         model = dataclasses.replace(model, **{"vocab_size" if axis == "vocabulary" else "layers": size})
     params = shapes.parameters(model, "lm", 0)
-    config, pair = floor.microbatch(model, rows, length)
-    run = floor.rollout(model, rows, length // 2, length // 2)
-    gradient = cost(floor.programs(config).policy_add, (None, params, pair), repeats)
+    config, pair = microbatch(model, rows, length)
+    run = rollout(model, rows, length // 2, length // 2)
+    gradient = cost(programs(config).policy_add, (None, params, pair), repeats)
     return [*gradient, *cost(run.func, (params, *run.keywords.values()), repeats)]
 
 

@@ -11,7 +11,9 @@ from alignjax.models import transformer
 
 MODELS = {
     "tiny": Model(d_model=128, d_ff=344, layers=4, heads=4, kv_heads=4, head_size=32, vocab_size=512, max_length=512),
-    "small": Model(d_model=512, d_ff=1376, layers=8, heads=8, kv_heads=8, head_size=64, vocab_size=8192, max_length=512),
+    "small": Model(
+        d_model=512, d_ff=1376, layers=8, heads=8, kv_heads=8, head_size=64, vocab_size=8192, max_length=512
+    ),
 }
 
 

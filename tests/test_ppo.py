@@ -23,36 +23,46 @@ MESH = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, 
 PROMPT_LENGTHS = np.random.default_rng(3).integers(2, 6, 8).astype(np.int32)
 
 
-def make(budget=4096, **changes):
+def make(budget=4096, dtype="float32", **changes):
     """A config of 8 prompts x 2 responses x 6 tokens in two minibatches; `changes` go to its ppo part."""
     c = configs.load("ppo.py:tiny")
-    c.model, c.microbatch_tokens = tiny()[0], budget
+    c.model, c.microbatch_tokens = tiny(dtype=dtype)[0], budget
     c.data.batch, c.data.max_length = 8, 5
-    settings = dict(response_length=R, minibatches=2, epochs=2, value_warmup_steps=0, pretrain_coef=0.0, top_p=1.0)
-    c.ppo = dataclasses.replace(c.ppo, **settings | changes)
+    c.ppo = dataclasses.replace(c.ppo, response_length=R, minibatches=2, epochs=2, value_warmup_steps=0, top_p=1.0,
+                                pretrain_coef=0.25, pretrain_ratio=0.5)  # fmt: skip
+    c.ppo = dataclasses.replace(c.ppo, **changes)
     c.optimiser.learning_rate = c.value_optimiser.learning_rate = 1e-2
     c.optimiser.eps = c.value_optimiser.eps = 1e-3  # so that Adam does not blow up the rounding of a gradient near 0
     return c
 
 
+def optimisers_of(config):
+    return {"policy": update.make_optimiser(config.optimiser, 100),
+            "value": update.make_optimiser(config.value_optimiser, 100)}  # fmt: skip
+
+
 @functools.cache
-def sampled_by(temperature=1.0, slots=0):
+def programs_of(temperature, dtype):
+    """The compiled functions of every World of these: budget, slots and warm-up are no part of them, but of `sample`."""
+    config = make(temperature=temperature, dtype=dtype)
+    return ppo.compiled(config, optimisers_of(config), END)
+
+
+@functools.cache
+def sampled_by(temperature, slots):
     """Responses to eight prompts of 2 to 5 tokens, by the policy of every World."""
     config = make(temperature=temperature, slots=slots)
     prompts = np.where(np.arange(5) >= 5 - PROMPT_LENGTHS[:, None], words(4, 8, 5), 0).astype(np.int32)
     batch = {"prompts": prompts, "lengths": PROMPT_LENGTHS, "index": np.arange(8, dtype=np.int32)}
-    sample = ppo.compiled(config, dict.fromkeys(("policy", "value")), END).sample
-    return sample(tiny(0)[1], batch, jax.random.key(0))
+    return ppo.compiled(config, optimisers_of(config), END).sample(tiny(0)[1], batch, jax.random.key(0))
 
 
 class World:
     """A config with its programs, and roles of random parameters; policy and reference are equal, not the same."""
 
-    def __init__(self, config):
-        self.config = config
-        optimisers = {"policy": update.make_optimiser(config.optimiser, 100),
-                      "value": update.make_optimiser(config.value_optimiser, 100)}  # fmt: skip
-        self.programs = ppo.compiled(config, optimisers, END)
+    def __init__(self, config, programs=None):
+        self.config, optimisers = config, optimisers_of(config)
+        self.programs = programs or programs_of(config.ppo.temperature, config.model.dtype)
         seeds = {"policy": (0, "lm"), "reference": (0, "lm"), "value": (1, "scalar"), "reward": (2, "scalar")}
         self.params = {role: jax.tree.map(jnp.asarray, tiny(seed, head)[1]) for role, (seed, head) in seeds.items()}
         self.state = {role: update.init_state(jax.tree.map(jnp.copy, self.params[role]), optimisers[role])
@@ -83,9 +93,8 @@ class World:
         return update.total(self.programs.policy_add, params, [(self.experience, part) for part in self.parts(rows)])
 
     def learn(self, step=0, text=lambda number: [], rate=lambda n: n * 1.0):
-        first = self.scored[4]
-        return ppo.learn(self.config, self.programs, rate, jax.tree.map(jnp.copy, self.state), self.experience, step, first,
-                         self.parts, text)  # fmt: skip
+        state, first = jax.tree.map(jnp.copy, self.state), self.scored[4]
+        return ppo.learn(self.config, self.programs, rate, state, self.experience, step, first, self.parts, text)
 
 
 @pytest.fixture(scope="module")
@@ -245,19 +254,21 @@ def test_the_pretraining_gradient_is_added_with_its_coefficient(world, text):
     """By an optimiser whose state is the gradient that it was handed."""
     keep = lambda grads, *_: (optax.tree.zeros_like(grads), grads)
     handed = optax.GradientTransformation(lambda params: params, keep)
-    config, state = make(pretrain_coef=0.25, pretrain_ratio=0.5), update.init_state(world.params["policy"], handed)
+    config, state = world.config, update.init_state(world.params["policy"], handed)
+    assert config.ppo.pretrain_coef == 0.25
     alone = world.gradients(state.params, np.arange(8))
     (batch,) = text(4096)
-    pretrain = jax.jit(jax.grad(lambda params: lm.loss_fn(config.model, params, batch)[0]))(state.params)
+    text_loss = jax.jit(jax.value_and_grad(lambda params: lm.loss_fn(config.model, params, batch)[0]))
+    loss, pretrain = text_loss(state.params)
     total = update.total(world.programs.text_add, state.params, text(4096))
-    new, metrics = ppo.policy_step(config, handed, state, jax.tree.map(jnp.copy, alone), total)
+    step = jax.jit(functools.partial(ppo.policy_step, config, handed))
+    new, metrics = step(state, alone, total)
     close(new.opt_state, jax.tree.map(lambda a, b: a + 0.25 * b, alone[0], pretrain), 1e-5)
     assert int(new.updates) == 1 and equal(new.params, state.params)
     norm = lambda tree: np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(tree)))
     np.testing.assert_allclose(metrics["pretrain/grad_norm_ratio"], 0.25 * norm(pretrain) / norm(alone[0]), rtol=1e-4)
-    loss, _ = lm.loss_fn(config.model, state.params, batch)
     np.testing.assert_allclose(metrics["loss/pretrain_avg"], loss, rtol=1e-5)
-    new, _ = ppo.policy_step(config, handed, state, alone, None)
+    new, _ = step(state, alone, None)
     assert equal(new.opt_state, alone[0])
 
 
@@ -265,21 +276,20 @@ def results(world, text):
     """All that a step gives: the experience where responses are, metrics, figures of responses, statistics, new states."""
     experience, stats, metrics, said, _ = world.scored
     budget = world.config.microbatch_tokens
-    state, more = world.learn(text=lambda number: text(budget) if world.config.ppo.pretrain_coef else [])
+    state, more = world.learn(text=lambda number: text(budget))
     return masked(experience), stats, metrics | more, said, state["policy"].params, state["value"].params
 
 
 @pytest.fixture(scope="module")
-def whole(text):
+def whole(world, text):
     """`results` of minibatches in one microbatch each."""
-    return results(World(make(pretrain_coef=0.25, pretrain_ratio=0.5)), text)
+    return results(world, text)
 
 
 @pytest.mark.parametrize("budget", [16, 32, 64])
 def test_microbatches_change_nothing(budget, whole, text):
-    mine = World(make(budget, pretrain_coef=0.25, pretrain_ratio=0.5))
-    first = mine.scored[4]
-    assert len(first[0]) > 1 or budget == 64
+    mine = World(make(budget))
+    assert len(mine.scored[4][0]) > 1 or budget == 64
     *figures, policy, value = results(mine, text)
     close(tuple(figures), whole[:-2], 1e-3)
     close((policy, value), whole[-2:], 1e-4)
@@ -367,7 +377,7 @@ def test_tokens_in_front_of_a_prompt_and_behind_an_end_are_never_read(packed_wor
     other = sampled._replace(tokens=jnp.where(real, sampled.tokens, jnp.where(words(7, 16, 5 + R) < 48, END, 90)))
     assert not equal(other.tokens, sampled.tokens)
     experience, *figures, _ = packed_world.score(sampled=other)
-    assert equal(figures, packed_world.scored[1:4])
+    assert equal(tuple(figures), packed_world.scored[1:4])
     assert equal(experience._replace(sampled=None), packed_world.experience._replace(sampled=None))
     parts, policy = packed_world.parts(np.arange(8)), packed_world.params["policy"]
     grads = update.total(packed_world.programs.policy_add, policy, [(experience, part) for part in parts])
@@ -417,9 +427,7 @@ def test_frozen_parameters_may_lie_in_the_hosts_memory(packed_world):
 
 def test_frozen_parameters_may_be_rounded_where_the_policy_computes_so():
     """The KL at step 0 is within what the self-check allows, and not 0: the reference's norms have been rounded too."""
-    config = make()
-    config.model = dataclasses.replace(config.model, dtype="bfloat16")
-    mine = World(config)
+    mine = World(make(dtype="bfloat16"))
     params = frozen(mine, "bfloat16")
     assert kinds(params["reference"]) == kinds(params["reward"]) == {("bfloat16", "device")}
     assert kinds(mine.params["policy"]) == {("float32", "device")}
@@ -459,7 +467,7 @@ def test_the_self_check_stops_where_a_rows_sequences_see_each_other(monkeypatch)
         return batch | {"segments": jnp.minimum(batch["segments"], 1)}
 
     monkeypatch.setattr(ppo, "packed", leaking)
-    mine = World(make(budget=32))
+    mine = World(make(budget=32), programs_of.__wrapped__(1.0, "float32"))
     experience, _, metrics, said, first = mine.scored
     assert metrics["objective/kl"] == 0
     with pytest.raises(UserError, match=r"as its row's pads and neighbours change is \d*\.\d+"):

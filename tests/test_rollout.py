@@ -1,44 +1,93 @@
-"""Sampling: the cache against the full forward, top-p by enumeration, keys that depend on nothing but the sample."""
+"""Sampling: slots and cache against the full forward, top-p by enumeration, keys of nothing but the sample."""
 
+import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import tiny, words
+from test_models import TINY, tiny
 
 from alignjax import logprobs, rollout, sharding
 from alignjax.config import Mesh
+from alignjax.models import transformer
 
-MODEL, PARAMS = tiny()
+MODEL, PARAMS = tiny(vocab_size=13)  # few words, so that responses end
 END, R = 3, 6
+LENGTHS = np.array([5, 4, 1, 2, 3, 5], np.int32)
+REAL = np.random.default_rng(0).integers(1, 13, (6, 5)).astype(np.int32)
+REAL[1, 2] = END
+KEY = jax.random.key(1)
+ALL = range(6)
+fold = jax.vmap(jax.random.fold_in)
 
 
-def prompts(slots=5, pad=0):
-    """Six prompts of 1 to 5 tokens, left-padded; the second one holds the end token."""
-    lengths = np.array([5, 4, 1, 2, 3, 5], np.int32)
-    real = words(0, 6, 5)
-    real[1, 2] = END
-    out = np.full((6, slots), pad, np.int32)
-    for row, ids, n in zip(out, real, lengths, strict=True):
-        row[slots - n :] = ids[:n]
-    return out, lengths
+def prompts(order=ALL, p=5, pad=0):
+    """(tokens, lengths, index) of the prompts in this order, of 1 to 5 tokens, left-padded; one holds the end token."""
+    out = np.full((6, p), pad, np.int32)
+    for row, ids, n in zip(out, REAL, LENGTHS, strict=True):
+        row[p - n :] = ids[:n]
+    order = np.array(order, np.int32)
+    return out[order], LENGTHS[order], order
 
 
-@functools.partial(jax.jit, static_argnames=("samples", "temperature", "top_p"))
-def generate(params, tokens, lengths, index, key, samples=2, temperature=1.0, top_p=0.9):
-    return rollout.generate(MODEL, params, tokens, lengths, index, key, samples=samples, response_length=R,
-                            temperature=temperature, top_p=top_p, end=END)  # fmt: skip
+def compiled(**changes):
+    """generate(params, tokens, lengths, index, key) with these settings."""
+    settings = dict(samples=2, response_length=R, temperature=1.0, top_p=0.9, end=END) | changes
+    return jax.jit(functools.partial(rollout.generate, MODEL, **settings))
 
 
-def run(order=range(6), slots=5, pad=0, **settings):
-    order = np.array(order)
-    tokens, lengths = prompts(slots, pad)
-    return jax.tree.map(
-        np.asarray, generate(PARAMS, tokens[order], lengths[order], order, jax.random.key(1), **settings)
-    )
+sampler = functools.cache(compiled)
+
+
+def on_host(rollouts):
+    return jax.tree.map(np.asarray, rollouts)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def next_token(tokens, lengths, keys, place, temperature, top_p):
+    """Of rows tokens[b t] of this length, whose responses have reached `place`."""
+    segments = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = transformer.apply(MODEL, PARAMS, tokens, places, segments)
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    keys = fold(keys, jnp.full(len(tokens), place))
+    return rollout.sample(keys, transformer.logits(MODEL, PARAMS, last), temperature, top_p)
+
+
+@functools.cache
+def twin(temperature=1.0, top_p=0.9):
+    """tokens, logprobs [6 2 R], lengths, truncated [6 2] of the samples, with neither cache nor slots nor pads in front."""
+    index, number = (x.reshape(-1) for x in np.indices((6, 2)))
+    rows, lengths = np.zeros((12, 5 + R), np.int32), LENGTHS[index]
+    rows[:, :5] = REAL[index]
+    keys = fold(fold(jnp.broadcast_to(KEY, 12), index), number)
+    tokens, found = np.zeros((12, R), np.int32), np.zeros((12, R), np.float32)
+    live, count = np.ones(12, bool), np.zeros(12, np.int32)
+    for place in range(R):
+        token, logprob = on_host(next_token(rows, lengths + count, keys, place, temperature, top_p))
+        rows[live, (lengths + count)[live]] = tokens[live, place] = token[live]
+        found[live, place] = logprob[live]
+        count += live
+        live &= token != END
+    return tuple(x.reshape(6, 2, *x.shape[1:]) for x in (tokens, found, count, live))
+
+
+def assert_is_twin(out, order, r=R, samples=2, **settings):
+    """Every sample of this order of prompts, of r tokens at most; log-probabilities to rounding."""
+    shape = len(order), samples
+    tokens, found, lengths, truncated = (x[np.array(order)][:, :samples] for x in twin(**settings))
+    assert np.array_equal(out.tokens[:, -r:].reshape(*shape, r), tokens[..., :r])
+    assert np.array_equal(out.lengths.reshape(shape), np.minimum(lengths, r))
+    assert np.array_equal(out.truncated.reshape(shape), truncated | (lengths > r))
+    np.testing.assert_allclose(out.logprobs.reshape(*shape, r), found[..., :r], atol=1e-5)
+
+
+def run(order=ALL, p=5, pad=0, params=PARAMS, key=KEY, **settings):
+    return on_host(sampler(**settings)(params, *prompts(order, p, pad), key))
 
 
 @pytest.fixture(scope="module")
@@ -46,92 +95,415 @@ def sampled():
     return run()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_samplers_logprobs_are_those_of_the_full_forward(temperature):
-    out = run(temperature=temperature)
-    scored, _ = logprobs.response_logprobs(MODEL, PARAMS, out.tokens, out.segments, R, temperature)
-    np.testing.assert_allclose(np.where(out.mask, out.logprobs, 0), np.where(out.mask, scored, 0), atol=1e-5)
+def test_the_twin_has_ended_and_truncated_responses_of_many_lengths():
+    *_, lengths, truncated = twin()
+    assert len(np.unique(lengths)) >= 4 and 3 <= truncated.sum() <= 9 and (lengths[~truncated] < R).any()
+
+
+LAYOUTS = {
+    "all at once": dict(),
+    "reversed": dict(order=ALL[::-1]),
+    "one alone": dict(order=[4]),
+    "more pads": dict(p=8, slots=4),
+    "another pad": dict(pad=END),
+    "another pad, refilled": dict(pad=END, slots=6),
+    "one prompt at a time": dict(slots=2),
+    "two prompts' slots": dict(slots=4),
+    "three prompts' slots": dict(slots=6),
+    "refilled in reverse": dict(slots=6, order=ALL[::-1]),
+    "slots that samples don't divide": dict(slots=9),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_depends_on_seed_step_prompt_and_number_alone(layout):
+    settings = LAYOUTS[layout]
+    assert_is_twin(run(**settings), settings.get("order", ALL))
+
+
+@pytest.mark.parametrize("response_length, slots", [(3, 4), (1, 4), (2, 2)])
+def test_a_ring_that_wraps_many_times_loses_nothing(response_length, slots):
+    """Thirty prompts, two of them at once or one: the clock passes the ring's end again and again."""
+    order = np.arange(30) % 6
+    out = run(order, slots=slots, response_length=response_length)
+    assert_is_twin(out, order, response_length)
+    assert response_length == 1 or (out.lengths - 1).sum() / slots > 4 * response_length  # steps of the clock, at least
+
+
+@pytest.mark.parametrize("count, slots, at_once, fills", [(19, 32, 2, 10), (6, 0, 6, 1)])
+def test_each_prompt_is_prefilled_once(count, slots, at_once, fills, monkeypatch):
+    """So many fills of so many rows, in which the last may lack a prompt; n samples ask for no more."""
+    shapes, calls, plain = [], [], transformer.apply
+
+    def counted(model, params, tokens, *rest, **options):
+        shapes.append(tokens.shape)
+        jax.debug.callback(lambda: calls.append(len(tokens)))
+        return plain(model, params, tokens, *rest, **options)
+
+    monkeypatch.setattr(transformer, "apply", counted)
+    order = np.arange(count) % 6
+    assert rollout.slots_of(count, 2, slots) == (at_once, slots or 2 * count)
+    out = on_host(compiled(slots=slots)(PARAMS, *prompts(order), KEY))
+    jax.effects_barrier()
+    assert set(shapes) == {(at_once, 5)} and calls == [at_once] * fills
+    assert sum(calls) == -(-count // at_once) * at_once
+    monkeypatch.undo()
+    assert_is_twin(out, order)
+
+
+@pytest.mark.parametrize(
+    "prompts, samples, slots, found",
+    [(6, 2, 0, (6, 12)), (6, 2, 12, (6, 12)), (6, 2, 11, (6, 12)), (6, 2, 10, (1, 10)), (6, 2, 9, (1, 10)),
+     (64, 4, 100, (3, 96)), (64, 1, 64, (64, 64)), (64, 1, 32, (4, 32)), (1, 3, 1, (1, 3)), (4, 3, 1, (1, 3))],
+)  # fmt: skip
+def test_slots_come_in_prompts_an_eighth_of_them_at_a_time(prompts, samples, slots, found):
+    assert rollout.slots_of(prompts, samples, slots) == found
+
+
+def test_layers_that_are_scanned_sample_as_those_written_out(monkeypatch):
+    monkeypatch.setattr(transformer, "UNROLLED", 0)
+    assert_is_twin(on_host(compiled(slots=6)(PARAMS, *prompts(), KEY)), ALL)
+
+
+@pytest.mark.parametrize("count, samples, slots", [(8, 2, 0), (66, 1, 64)])
+def test_eight_devices_sample_as_one(count, samples, slots):
+    """All at once, and refilled by eight prompts, of which the last fill has two."""
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    mesh, order = sharding.make_mesh(Mesh(data=4, fsdp=2)), np.arange(count) % 6
+    with jax.set_mesh(mesh):
+        batch = sharding.shard_batch(prompts(order), mesh)
+        params = jax.device_put(PARAMS, sharding.replicated(mesh))
+        out = compiled(samples=samples, slots=slots)(params, *batch, KEY)
+    assert len(out.tokens.sharding.device_set) == 8
+    assert_is_twin(on_host(out), order, samples=samples)
+
+
+def scored(out, temperature=1.0):
+    """The scorer's log-probabilities of a Rollout's responses, 0 behind their ends."""
+    r = out.logprobs.shape[1]
+    p = out.tokens.shape[1] - r
+    batch = {"tokens": out.tokens, "segments": out.segments, "at": np.tile(p + np.arange(r), (len(out.tokens), 1)),
+             "positions": np.maximum(np.cumsum(out.segments, axis=1) - 1, 0)}  # fmt: skip
+    return np.where(
+        out.mask, jax.jit(functools.partial(logprobs.token_logprobs, MODEL))(PARAMS, batch, temperature)[0], 0
+    )
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.7), dict(slots=6)])
+def test_the_samplers_logprobs_are_those_of_the_full_forward(settings):
+    out = run(**settings)
+    np.testing.assert_allclose(out.logprobs, scored(out, settings.get("temperature", 1.0)), atol=1e-5)
+
+
+def test_temperature_and_top_p_are_the_twins():
+    assert_is_twin(run(temperature=0.7), ALL, temperature=0.7)
+    assert_is_twin(run(top_p=0.5, slots=6), ALL, top_p=0.5)
+
+
+def test_a_rounded_cache_gives_near_logprobs():
+    out = run(slots=6, cache_dtype="bfloat16")
+    change = np.abs(out.logprobs - scored(out))
+    assert 1e-4 < change.max() < 0.1 and not change[:, 0].max() > 1e-5  # the first token is read off no cache
+    for name, dtype in (("", jnp.float32), ("bfloat16", jnp.bfloat16)):
+        assert {x.dtype for x in jax.tree.leaves(rollout.empty_cache(MODEL, 2, 3, 4, name))} == {jnp.dtype(dtype)}
 
 
 def test_a_response_ends_with_its_end_token_and_nothing_follows(sampled):
     response = sampled.tokens[:, -R:]
     assert sampled.truncated.any() and not sampled.truncated.all()
-    for tokens, mask, truncated in zip(response, sampled.mask, sampled.truncated, strict=True):
-        n = mask.sum()
-        assert mask[:n].all() and not mask[n:].any() and not tokens[n:].any()
+    for tokens, mask, found, n, truncated in zip(response, sampled.mask, sampled.logprobs, sampled.lengths,
+                                                 sampled.truncated, strict=True):  # fmt: skip
+        assert mask[:n].all() and not mask[n:].any() and not tokens[n:].any() and not found[n:].any()
         assert (tokens[:n] == END).tolist() == [False] * (n - 1) + [not truncated]
         assert not truncated or n == R
     assert np.array_equal(sampled.segments[:, -R:], sampled.mask)
+    assert sampled.segments[:, :5].sum(axis=1).tolist() == np.repeat(LENGTHS, 2).tolist()
+    assert np.array_equal(sampled.prompt_lengths, np.repeat(LENGTHS, 2))
 
 
 def test_an_end_token_in_the_prompt_ends_nothing(sampled):
     assert END in sampled.tokens[2, :5] and sampled.mask[2:4, 0].all() and sampled.mask[2:4].sum() > 2
 
 
-def test_samples_of_a_prompt_differ(sampled):
+def test_samples_of_a_prompt_differ_and_its_tokens_stay(sampled):
     pairs = sampled.tokens[:, -R:].reshape(6, 2, R)
     assert (pairs[:, 0] != pairs[:, 1]).any(axis=1).sum() >= 5
-    assert np.array_equal(sampled.tokens[0::2, :5], sampled.tokens[1::2, :5])
-
-
-@pytest.mark.parametrize("layout", ["reversed", "one alone", "more pads", "another pad", "eight devices"])
-def test_a_sample_depends_on_seed_step_prompt_and_number_alone(sampled, layout):
-    tokens, lengths = prompts()
-    whole = sampled.tokens[:, -R:].reshape(6, 2, R)
-    if layout == "reversed":
-        assert np.array_equal(run(range(5, -1, -1)).tokens[:, -R:].reshape(6, 2, R)[::-1], whole)
-    elif layout == "one alone":
-        assert np.array_equal(run([4]).tokens[:, -R:], whole[4])
-    elif layout in ("more pads", "another pad"):
-        out = run(slots=8) if layout == "more pads" else run(pad=END)
-        assert np.array_equal(out.tokens[:, -R:].reshape(6, 2, R), whole)
-    else:
-        if jax.device_count() < 8:
-            pytest.skip("needs 8 devices")
-        mesh = sharding.make_mesh(Mesh(data=4, fsdp=2))
-        again = np.array([*range(6), 0, 1])  # eight rows, one a device
-        with jax.set_mesh(mesh):
-            batch = sharding.shard_batch((tokens[again], lengths[again], again), mesh)
-            out = generate(jax.device_put(PARAMS, sharding.replicated(mesh)), *batch, jax.random.key(1))
-        assert len(out.tokens.sharding.device_set) == 8
-        assert np.array_equal(np.asarray(out.tokens)[:12, -R:].reshape(6, 2, R), whole)
+    for pad, p in ((0, 5), (END, 5), (0, 8)):
+        out = run(pad=pad) if p == 5 else run(p=8, slots=4)
+        assert np.array_equal(out.tokens[:, :p], np.repeat(prompts(p=p, pad=pad)[0], 2, axis=0))
 
 
 def test_another_key_gives_other_samples(sampled):
-    tokens, lengths = prompts()
-    other = generate(PARAMS, tokens, lengths, np.arange(6), jax.random.key(2))
-    assert not np.array_equal(np.asarray(other.tokens), sampled.tokens)
+    assert not np.array_equal(run(key=jax.random.key(2)).tokens, sampled.tokens)
+
+
+def test_another_index_gives_other_samples(sampled):
+    tokens, lengths, index = prompts()
+    other = on_host(sampler()(PARAMS, tokens, lengths, index[::-1], KEY))
+    assert (other.tokens != sampled.tokens).any(axis=1).sum() >= 10
+
+
+@pytest.mark.parametrize("slots", [0, 6])
+def test_other_values_of_the_same_shapes_compile_nothing(slots):
+    generate = compiled(slots=slots)
+    again = jax.tree.map(lambda x: 0.9 * x, PARAMS)
+    for params, order, pad, key in ((PARAMS, ALL, 0, KEY), (again, ALL[::-1], 5, jax.random.key(9))):
+        generate(params, *prompts(order, pad=pad), key)
+    assert generate._cache_size() == 1
 
 
 def test_temperature_0_takes_the_most_probable_token():
-    out = run(temperature=0.0, samples=1)
-    tokens, segments = out.tokens, out.segments
-    hidden = logprobs.transformer.apply(MODEL, PARAMS, tokens, logprobs.positions(segments), segments)[0]
-    best = np.asarray(jnp.argmax(logprobs.transformer.logits(MODEL, PARAMS, hidden), -1))[:, -R - 1 : -1]
-    assert np.array_equal(tokens[:, -R:][out.mask], best[out.mask])
+    out = run(temperature=0.0, samples=1, slots=3)
+    places = np.maximum(np.cumsum(out.segments, axis=1) - 1, 0)
+    hidden, _ = jax.jit(functools.partial(transformer.apply, MODEL))(PARAMS, out.tokens, places, out.segments)
+    best = np.asarray(jnp.argmax(transformer.logits(MODEL, PARAMS, hidden), -1))[:, -R - 1 : -1]
+    assert np.array_equal(out.tokens[:, -R:][out.mask], best[out.mask])
+    np.testing.assert_allclose(out.logprobs, scored(out), atol=1e-5)
 
 
+SORT = re.compile(r"= (\S+|\(.*?\)) sort\(|= (\S+) custom-call\(.*TopK|= (\S+) topk\(")
+
+
+def sorts(text):
+    """Shapes that a compiled program sorts, or takes the largest of."""
+    return [next(filter(None, found)) for found in SORT.findall(text)]
+
+
+def test_sorts_are_seen():
+    for of in (jnp.sort, lambda x: jax.lax.top_k(x, 3)):
+        found = sorts(jax.jit(of).lower(np.zeros((64, 97), np.float32)).compile().as_text())
+        assert any("[64,97]" in shape or "[64,3]" in shape for shape in found)
+
+
+@pytest.mark.parametrize("layers, written_out, limit", [(2, True, 1.2), (4, False, 1.2 + 1 / 4)])
+def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(layers, written_out, limit, monkeypatch):
+    """64 slots of 8 + 512 places, for 256 prompts: what the program holds beside its results is little but the cache.
+
+    And a copy of one layer of it where layers are scanned.
+    """
+    monkeypatch.setattr(transformer, "UNROLLED", layers * written_out)
+    model, p, r = dataclasses.replace(TINY, layers=layers), 8, 512
+    cache = jax.eval_shape(lambda: rollout.empty_cache(model, 64, p, r, ""))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert size == layers * 2 * 64 * 2 * (p + r) * 8 * 4  # keys and values of 2 heads of 8 float32
+    params = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), "lm"))
+    integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    generate = functools.partial(rollout.generate, model, samples=1, response_length=r, temperature=1.0, top_p=0.9,
+                                 end=END, slots=64)  # fmt: skip
+    args = params, integers(256, p), integers(256), integers(256), jax.eval_shape(lambda: KEY)
+    program = jax.jit(generate).lower(*args).compile()
+    assert size < program.memory_analysis().temp_size_in_bytes < limit * size
+    assert all(re.fullmatch(r"\(?(\w+\[64\]\S*,? ?)+\)?", shape) for shape in sorts(program.as_text()))
+
+
+# The ring of a cache, by itself.
+
+
+def test_a_cache_is_the_prompts_block_and_a_ring_in_parts(monkeypatch):
+    """Ten places in parts of three; two key-value heads of eight."""
+    widths = lambda blocks, axis: [(keys.shape[axis], values.shape[axis]) for keys, values in blocks]
+    cache = rollout.empty_cache(MODEL, 4, 5, 10, "")
+    assert len(cache) == 2 and cache[0][0][0].shape == (4, 2, 5, 8)
+    assert [widths(blocks, 2) for blocks in cache] == [[(5, 5), *[(3, 3)] * 4]] * 2
+    monkeypatch.setattr(transformer, "UNROLLED", 0)
+    cache = rollout.empty_cache(MODEL, 4, 5, 10, "")
+    assert cache[0][0].shape == (2, 4, 2, 5, 8) and widths(cache, 3) == [(5, 5), *[(3, 3)] * 4]
+    assert [len(rollout.empty_cache(MODEL, 4, 5, r, "")) - 1 for r in (1, 2, 3, 4, 5, 9)] == [1, 2, 3, 4, 3, 3]
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_filling_slots_leaves_the_others_alone(written_out, monkeypatch):
+    monkeypatch.setattr(transformer, "UNROLLED", 2 * written_out)
+    rng = np.random.default_rng(0)
+    old = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), rollout.empty_cache(MODEL, 6, 5, 4, ""))
+    kept = tuple(rng.normal(size=(2, 2, 2, 5, 8)).astype(np.float32) for _ in range(2))  # two prompts of two samples
+    layers = lambda cache: cache if written_out else [jax.tree.map(lambda x: x[i], cache) for i in range(2)]
+    for at in (jnp.array([4, 0, 2, 5]), None):
+        slots = np.arange(4) if at is None else np.asarray(at)
+        start = jax.tree.map(lambda x: x[..., :4, :, :, :], old) if at is None else old
+        new = rollout.fill_cache(jax.tree.map(jnp.asarray, start), at, kept, 2)
+        for i, (before, after) in enumerate(zip(layers(start), layers(new), strict=True)):
+            for j in range(2):  # keys, values
+                wanted = before[0][j].copy()
+                for number, slot in enumerate(slots):
+                    wanted[slot] = kept[j][i, number // 2]
+                assert np.array_equal(after[0][j], wanted)
+            assert all(jax.tree.leaves(jax.tree.map(np.array_equal, after[1:], before[1:])))
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("r", [7, 3])
+def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
+    """Three slots begin anew at different times; parts that the clock has not reached are NaN, and stay so.
+
+    Against a softmax over the prompt and what each slot was given since it began, by numpy.
+    """
+    rng, s, p, width = np.random.default_rng(0), 3, 5, -(-r // rollout.PARTS)
+    parts = len(range(0, r, width))
+    prompt = np.arange(p) >= p - np.array([[5], [2], [1]])
+    lead = () if layer is None else (2,)
+    block = lambda w, fill: (jnp.full((*lead, s, 2, w, 8), fill), jnp.full((*lead, s, 2, w, 8), fill))
+    of_prompt = tuple(rng.normal(size=(*lead, s, 2, p, 8)).astype(np.float32) for _ in range(2))
+    # The part in hand is written to a place at a time, so what lies around it is masked, and must be finite.
+    blocks = [of_prompt, *(block(width, 0.0 if i == 0 else np.nan) for i in range(parts))]
+    step = jax.jit(
+        lambda blocks, clock, count, q, k, v: rollout.reader(prompt, clock, count, r)(blocks, layer, q, k, v)
+    )
+    begun, given = np.zeros(s, int), [[] for _ in range(s)]
+    for clock in range(3 * r):
+        for slot in range(s):
+            if len(given[slot]) == r or (clock, slot) in ((2, 1), (r + 1, 0)):
+                begun[slot], given[slot] = clock, []
+        if clock < r and clock % width == 0 and clock:
+            blocks[1 + clock // width] = block(width, 0.0)
+        q = rng.normal(size=(s, 4, 8)).astype(np.float32)
+        k, v = (rng.normal(size=(s, 2, 8)).astype(np.float32) for _ in range(2))
+        for slot in range(s):
+            given[slot].append((k[slot], v[slot]))
+        before, count = blocks, clock - begun + 1
+        ours, blocks = step(blocks, jnp.int32(clock), count, q, k, v)
+        for slot, head in np.ndindex(s, 4):
+            own = lambda j: np.concatenate([  # noqa: B023
+                (of_prompt[j] if layer is None else of_prompt[j][layer])[slot, head // 2, prompt[slot]],  # noqa: B023
+                [kv[j][head // 2] for kv in given[slot]]])  # fmt: skip  # noqa: B023
+            scores = own(0) @ q[slot, head] / np.sqrt(8)
+            weights = np.exp(scores - scores.max())
+            np.testing.assert_allclose(ours[slot, head], weights @ own(1) / weights.sum(), atol=1e-5)
+        reached = min(clock, r - 1) // width
+        assert all(np.isnan(x).all() for part in blocks[2 + reached :] for x in part)
+        change = sum(int((np.asarray(a) != np.asarray(b)).sum()) for old, new in zip(before[: 2 + reached],
+                     blocks[: 2 + reached], strict=True) for a, b in zip(old, new, strict=True))  # fmt: skip
+        assert change == 2 * s * 2 * 8  # one place of keys and values, in one layer
+
+
+# `sample`, by itself.
+
+draw = jax.jit(rollout.sample, static_argnums=(2, 3))
 FIVE = np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32)
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.3, 1), (0.4, 1), (0.41, 2), (0.75, 3), (0.9, 4), (0.96, 5), (1e-6, 1)])
-def test_top_p_keeps_the_smallest_set_with_that_mass(top_p, kept):
-    """Every order of a five-word vocabulary."""
+def drawn(logits, times, temperature, top_p, seed=0):
+    """(tokens, log-probabilities), each [b times], of so many draws from each row of logits[b v]."""
+    keys = jax.random.split(jax.random.key(seed), len(logits) * times)
+    token, logprob = draw(keys, np.repeat(np.asarray(logits, np.float32), times, axis=0), temperature, top_p)
+    return np.asarray(token).reshape(-1, times), np.asarray(logprob).reshape(-1, times)
+
+
+def kept(p, top_p):
+    """Of one distribution p[v]: the smallest set of the most probable words with mass at least top_p, by a sort."""
+    order = np.argsort(-p, kind="stable")
+    edge = p[order[np.searchsorted(np.cumsum(p[order]), top_p * p.sum())]]
+    return p >= edge
+
+
+@pytest.mark.parametrize(
+    "top_p, count", [(0.3, 1), (0.39, 1), (0.41, 2), (0.75, 3), (0.9, 4), (0.96, 5), (1.0, 5), (1e-6, 1)]
+)
+def test_top_p_keeps_the_smallest_set_with_that_mass(top_p, count):
+    """Every order of a five-word vocabulary: the words that are drawn are those that are kept."""
     orders = np.array(list(itertools.permutations(range(5))))
-    masks = np.asarray(rollout.top_p_mask(jnp.asarray(FIVE[orders]), top_p))
-    assert np.array_equal(masks, orders < kept)
+    tokens, _ = drawn(np.log(FIVE)[orders], 300, 1.0, top_p)
+    masks = (tokens[:, :, None] == np.arange(5)).any(axis=1)
+    assert np.array_equal(masks, orders < count)
 
 
 def test_ties_at_the_edge_of_top_p_all_stay():
-    mask = rollout.top_p_mask(jnp.asarray([[0.25, 0.25, 0.25, 0.25], [0.5, 0.2, 0.2, 0.1]]), 0.6)
-    assert mask.tolist() == [[True] * 4, [True, True, True, False]]
+    tokens, _ = drawn(np.log([[0.25, 0.25, 0.25, 0.25], [0.5, 0.2, 0.2, 0.1]]), 300, 1.0, 0.6)
+    assert [np.unique(row).tolist() for row in tokens] == [[0, 1, 2, 3], [0, 1, 2]]
 
 
-def test_sampling_stays_in_the_kept_set_while_logprobs_are_of_all_words():
-    """One declared convention: 0.7 of the mass is kept, drawn in proportion, and scored by the full distribution."""
-    keys = jax.random.split(jax.random.key(0), 20000)
-    logits = jnp.tile(jnp.log(FIVE) * 2, (20000, 1))  # temperature 2 brings them back to FIVE
-    token, logprob = jax.jit(lambda k, z: rollout.sample(k, z, 2.0, 0.7))(keys, logits)
-    counts = np.bincount(np.asarray(token), minlength=5) / 20000
-    np.testing.assert_allclose(counts, [4 / 7, 3 / 7, 0, 0, 0], atol=0.015)
-    np.testing.assert_allclose(logprob, np.log(FIVE)[np.asarray(token)], atol=1e-6)
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99, 1.0])
+def test_draws_stay_in_the_set_that_a_sort_gives(top_p):
+    """Forty rows of 300 words (no multiple of 128) in steps of 1/4, so that edges have ties."""
+    logits = np.round(np.random.default_rng(0).normal(size=(40, 300)) * 8) / 4
+    tokens, _ = drawn(logits, 400, 1.0, top_p)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    masks = np.stack([kept(row, top_p) for row in p])
+    assert np.take_along_axis(masks, tokens, axis=1).all()
+    ties = [(row == row[mask].min()).sum() for row, mask in zip(p, masks, strict=True)]
+    assert max(ties) > 1 and (masks.all() if top_p == 1 else masks.sum(axis=1).max() < 300)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(2.0, 0.2), (2.0, 0.7), (1.0, 0.9), (1.0, 1.0)])
+def test_frequencies_are_those_of_the_kept_set_while_logprobs_are_of_all_words(temperature, top_p):
+    """One declared convention: drawn in proportion among the kept, and scored by the full distribution.
+
+    20,000 draws from 300 words: each word's count lies within five deviations.
+    """
+    logits = np.random.default_rng(1).normal(size=300) * 3
+    p = np.exp(logits / temperature)
+    p, n = p / p.sum(), 20000
+    tokens, found = drawn(logits[None], n, temperature, top_p)
+    np.testing.assert_allclose(found[0], np.log(p)[tokens[0]], atol=1e-5)
+    share = np.where(kept(p, top_p), p, 0)
+    share /= share.sum()
+    counts = np.bincount(tokens[0], minlength=300)
+    assert not counts[share == 0].any()
+    assert (np.abs(counts - n * share) <= 5 * np.sqrt(n * share * (1 - share)) + 1).all()
+    chi_square, words = ((counts - n * share) ** 2 / (n * share + 1e-9))[n * share > 5], (n * share > 5).sum()
+    assert chi_square.sum() < words + 4 * np.sqrt(2 * words)
+
+
+def test_sampling_a_tenth_of_five_words_by_hand():
+    """0.7 of the mass is kept: four sevenths and three; temperature 2 brings the logits back to FIVE."""
+    tokens, found = drawn(2 * np.log(FIVE)[None], 20000, 2.0, 0.7)
+    np.testing.assert_allclose(np.bincount(tokens[0], minlength=5) / 20000, [4 / 7, 3 / 7, 0, 0, 0], atol=0.015)
+    np.testing.assert_allclose(found[0], np.log(FIVE)[tokens[0]], atol=1e-6)
+
+
+def test_a_draw_depends_on_its_key_and_logits_alone():
+    """Not on how many rounds other rows take, nor on their number."""
+    logits = np.random.default_rng(2).normal(size=(50, 300)).astype(np.float32)
+    logits[::7] = 0.0
+    keys = jax.random.split(jax.random.key(3), 50)
+    whole, _ = draw(keys, logits, 1.0, 0.3)
+    order = np.random.default_rng(3).permutation(50)
+    assert np.array_equal(draw(keys[order], logits[order], 1.0, 0.3)[0], np.asarray(whole)[order])
+    for rows in (slice(0, 1), slice(20, 25)):
+        assert np.array_equal(draw(keys[rows], logits[rows], 1.0, 0.3)[0], np.asarray(whole)[rows])
+
+
+def test_a_small_top_p_takes_the_most_probable_word():
+    logits = np.random.default_rng(4).normal(size=(50, 300))
+    assert (drawn(logits, 20, 1.0, 1e-6)[0] == logits.argmax(axis=1)[:, None]).all()
+
+
+def test_temperature_0_is_the_most_probable_word_and_its_logprob():
+    logits = np.random.default_rng(4).normal(size=(50, 300)).astype(np.float32)
+    tokens, found = drawn(logits, 1, 0.0, 0.9)
+    assert np.array_equal(tokens[:, 0], logits.argmax(axis=1))
+    np.testing.assert_allclose(found[:, 0], np.asarray(jax.nn.log_softmax(logits)).max(axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_peaked_and_masked_logits_give_words_that_can_be(top_p):
+    """One word far above all, in the first place, the last and between; words and whole lanes that can't be."""
+    rng = np.random.default_rng(5)
+    peaked = rng.normal(size=(3, 300)) * 1000
+    peaked[[0, 1, 2], [0, 299, 140]] = 1e6
+    tokens, found = drawn(peaked, 50, 1.0, top_p)
+    assert (tokens == np.array([[0], [299], [140]])).all() and not found.any()
+    masked = rng.normal(size=(4, 300))
+    masked[0, rng.random(300) < 0.9] = -np.inf
+    masked[1, :256], masked[2, 128:], masked[3, np.arange(300) != 7] = np.finfo(np.float32).min, -np.inf, -np.inf
+    tokens, found = drawn(masked, 500, 1.0, top_p)
+    assert (np.take_along_axis(masked, tokens, axis=1) > -1e6).all()
+    assert np.isfinite(found).all() and (found <= 0).all() and (tokens[3] == 7).all() and not found[3].any()
+
+
+def test_pick_by_hand():
+    """Running sums 0 2 2 5 5 of weights 0 2 0 3 0; a target at the very end, or past it, takes the last that is not 0."""
+    weights = jnp.tile(jnp.array([0.0, 2.0, 0.0, 3.0, 0.0]), (6, 1))
+    at, rest = rollout.pick(weights, jnp.array([0.0, 1.5, 2.0, 4.0, 5.0, 5.5]))
+    assert at.tolist() == [1, 1, 3, 3, 3, 3] and rest.tolist() == [0.0, 1.5, 0.0, 2.0, 3.0, 3.5]
+
+
+@pytest.mark.parametrize("n", [128, 1187])
+def test_pick_takes_no_weight_of_0_wherever_the_target_falls(n):
+    """As many lanes as 151,936 words have. A sum over many is made in pieces, and rounding lets it rise over zeros."""
+    rng = np.random.default_rng(0)
+    weights = np.where(rng.random(n) < 0.3, 0, rng.exponential(size=n) ** 4).astype(np.float32)
+    targets = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=1))(np.tile(weights, (2, 1))))[0]
+    at, _ = jax.jit(rollout.pick)(np.tile(weights, (n, 1)), targets)
+    assert (weights[np.asarray(at)] > 0).all()

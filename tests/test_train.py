@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from alignjax import checkpoint, metrics, train
-from alignjax.stages import lm, ppo, ranking
+from alignjax import config as configs
+from alignjax.data import chat, mixture, packing
+from alignjax.stages import lm, ranking
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = {"lm-tiny": lm, "rm-tiny": ranking, "ppo-tiny": ppo}
-PARENTS = {"lm-tiny": [], "rm-tiny": ["pmp-tiny"], "ppo-tiny": ["sft-tiny", "rm-tiny"]}
+PARENTS = {"lm-tiny": [], "sft-tiny": ["lm-tiny"], "rm-tiny": ["pmp-tiny"], "ppo-tiny": ["sft-tiny", "rm-tiny"]}
 STEPS = 4
 
 
@@ -135,7 +136,7 @@ def crash_in(step, act):
     return wrapped
 
 
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", ["lm-tiny", "rm-tiny", "ppo-tiny"])
 def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path, monkeypatch, capsys):
     """SIGTERM in the first step, an exception in the last one, then to the end: all is as if nothing had been."""
     runs = with_parents(name, chain[0], tmp_path)
@@ -191,12 +192,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(chain, tmp_path, caps
 
 
 def test_two_processes_give_the_result_of_one(chain, tmp_path):
-    """Of lm and PPO: each process feeds its half of the batch; the mesh spans both."""
-    runs = with_parents("ppo-tiny", chain[0], tmp_path)
+    """Of every kind of stage: each process has the whole batch, its devices their rows; the mesh spans both."""
+    runs = tmp_path
+    for parent in ("pmp-tiny", "sft-tiny"):
+        shutil.copytree(chain[0] / parent, runs / parent)
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     }
-    for name in ("lm-tiny", "ppo-tiny"):
+    for name in ("lm-tiny", "rm-tiny", "ppo-tiny"):
         asked = [sys.executable, "-m", "alignjax.train", *command(name, runs, "--config.mesh.data=2")]
         port = 20000 + os.getpid() % 20000
         both = [subprocess.Popen([*asked, f"--distributed=127.0.0.1:{port},2,{i}"], cwd=ROOT, env=environment,
@@ -209,7 +212,69 @@ def test_two_processes_give_the_result_of_one(chain, tmp_path):
         ):
             for key, value in alone.items():
                 assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
-        assert (runs / name / "samples.jsonl").exists()
+        texts = [[{k: v for k, v in row.items() if "score" not in k and k != "kl" and k != "entropy"} for row in rows(path)]
+                 for path in (runs / name / "samples.jsonl", chain[0] / name / "samples.jsonl")]  # fmt: skip
+        assert texts[0] == texts[1]
+
+
+def test_a_profiled_run_gives_the_same_result_with_phases_and_a_trace(chain, tmp_path, capsys):
+    """A trace of all steps, as there are just four; every step's phases, and a save in those that end with one."""
+    assert train.main(command("lm-tiny", tmp_path, "--profile")) == 0
+    run, printed = tmp_path / "lm-tiny", capsys.readouterr().out
+    assert files_of(run) == files_of(chain[0] / "lm-tiny")
+    for row in rows(run / "timing.jsonl"):
+        phases = {name.removeprefix("phases/"): x for name, x in row.items() if name.startswith("phases/")}
+        assert set(phases) == {"data", "update", "other"} | ({"save"} if row["step"] in (1, 3) else set())
+        assert all(x >= 0 for x in phases.values()) and f"lm-tiny step {row['step']}: " in printed
+    assert len(list(run.glob("profile/plugins/profile/*/*.xplane.pb"))) == 1
+    assert f"a trace from step 0 on is in {run / 'profile'}" in printed
+    plain = rows(chain[0] / "lm-tiny" / "timing.jsonl")
+    assert not any(name.startswith("phases/") for row in plain for name in row)
+    assert not (chain[0] / "lm-tiny" / "profile").exists()
+
+
+def test_ppo_with_frozen_parameters_in_the_hosts_memory_is_the_same_run(chain, tmp_path):
+    """To the bit, the evaluation of the reference included; profiled on the way, which names its phases."""
+    runs = with_parents("ppo-tiny", chain[0], tmp_path)
+    assert train.main(command("ppo-tiny", runs, "--config.ppo.frozen_memory=host", "--profile")) == 0
+    mine, theirs = files_of(runs / "ppo-tiny"), files_of(chain[0] / "ppo-tiny")
+    assert mine.pop("config.json") != theirs.pop("config.json") and mine == theirs
+    for row in rows(runs / "ppo-tiny" / "timing.jsonl"):
+        assert {"phases/data", "phases/rollout", "phases/score", "phases/update", "phases/other"} <= set(row)
+
+
+def batches_of(name, runs):
+    """The config of a run of three epochs of its 64 examples, and the microbatches of each of its steps."""
+    config = configs.load(f"{name.removesuffix('-tiny')}.py:tiny", {"steps": "24", "microbatch_tokens": "128"})
+    tokenizer = chat.load_tokenizer(runs / PARENTS[name][0] / "tokenizer")
+    examples = mixture.dataset(config, config.data.train, config.data.kind, "train", tokenizer, print)
+    batches = mixture.Batches(examples, config.data.batch, config.seed)
+    microbatches = lm.microbatches if name == "sft-tiny" else ranking.microbatches
+    return config, [microbatches(batches.get(i), 128, 8) for i in range(24)]
+
+
+@pytest.mark.parametrize("name", ["sft-tiny", "rm-tiny"])
+def test_programs_are_compiled_for_new_shapes_alone(name, chain, tmp_path):
+    """One for each new shape of a step's first microbatch, one for each of its later ones (which add to a total), and for
+    each that is sampled from; of those that packing can give there are few. What else is compiled is so in step 0.
+    """
+    runs = with_parents(name, chain[0], tmp_path)
+    config, steps = batches_of(name, runs)
+    assert train.main(command(name, runs, "--config.steps=24", "--config.microbatch_tokens=128")) == 0
+    counts = [row["compilations"] for row in rows(runs / name / "timing.jsonl")]
+    shape = lambda part: tuple((key, x.shape) for key, x in part.items())
+    seen, new = set(), []
+    for i, parts in enumerate(steps):
+        asked = {("first" if k == 0 else "later", shape(part)) for k, part in enumerate(parts)}
+        asked |= {("sampled", shape(parts[0]))} if name == "rm-tiny" and i % config.sample_every == 0 else set()
+        new.append(len(asked - seen))
+        seen |= asked
+    assert np.diff(counts).tolist() == new[1:]
+    widths = {packing.width_of(n, config.data.max_length) for n in range(1, config.data.max_length + 1)}
+    sizes = {(8 * share, width) for width in widths for share in range(1, max(128 // width // 8, 1) + 1)}
+    assert {dict(key)["tokens"] for _, key in seen} <= sizes
+    columns = {dict(key).get("at", (0, 0))[1] / dict(key)["tokens"][1] for _, key in seen}
+    assert columns <= {0, 0.25, 0.5, 0.75, 1} and len(sizes) <= 4
 
 
 def fails(capsys, *arguments) -> str:
@@ -227,9 +292,16 @@ def fails(capsys, *arguments) -> str:
     (["--config", "ppo.py", "--config.ppo.kl_coeff=0.1"], "ppo.kl_coeff: there is no such field; did you mean 'ppo.kl_coef'"),
     (["--config", "ppo.py", "--config.ppo.clip=much"], "--config.ppo.clip=much: float wanted, str given"),
     (["--config", "ppo.py", "--config.ppo.minibatches=7"], "ppo.minibatches=7 must divide"),
+    (["--config", "ppo.py", "--config.microbatches=2"], "microbatches: there is no such field; did you mean 'microbatch_tokens'"),
+    (["--config", "ppo.py", "--config.microbatch_tokens=0"], "microbatch_tokens=0 must be at least 1"),
+    (["--config", "ppo.py", "--config.ppo.frozen_dtype=bfloat16"],
+     "ppo.frozen_dtype='bfloat16' needs model.dtype='bfloat16', not 'float32'"),
+    (["--config", "ppo.py", "--config.ppo.frozen_memory=disk"], "ppo.frozen_memory='disk' must be one of 'device', 'host'"),
+    (["--config", "ppo.py", "--config.ppo.slots=-1"], "ppo.slots=-1 must be finite and not below 0"),
     (["--config", "lm.py", "--config.mesh.tensor=3"], "must make"),
     (["--config", "lm.py", "--config.steps"], "a value is missing"),
     (["--config", "lm.py", "--workdirs=x"], "no such argument"),
+    (["--config", "lm.py", "--profiles"], "--profiles: no such argument"),
     (["--config", "rm.py", "--config.parents.model=nowhere"], "parent nowhere: no config.json there"),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):

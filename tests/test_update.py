@@ -32,7 +32,7 @@ def gradients():
     return of
 
 
-@pytest.mark.parametrize("budget, count", [(32, 2), (16, 4)])
+@pytest.mark.parametrize("budget, count", [(32, 2), (16, 3)])
 def test_microbatches_of_unequal_lengths_add_up_to_the_minibatch(gradients, budget, count):
     """The fewest tokens that hold all 44 are three rows of 16."""
     (one, alone), (many, parts) = gradients(48), gradients(budget)
@@ -54,13 +54,12 @@ def test_every_target_counts_alike(gradients):
         mask = ROWS["mask"][:, 1:] > 0
         return -found.mean(where=mask), (entropy.mean(where=mask), -found.mean(axis=1, where=mask).mean())
 
-    (loss, (entropy, mean_of_means)), grads = mean(PARAMS)
+    (loss, (entropy, mean_of_means)), grads = jax.device_get(mean(PARAMS))
     assert ROWS["mask"].sum() == 36
     for budget in (48, 16):
         (found, metrics), _ = gradients(budget)
-        assert metrics["loss"] == pytest.approx(loss, rel=1e-5) and metrics["entropy"] == pytest.approx(
-            entropy, rel=1e-5
-        )
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+        assert metrics["entropy"] == pytest.approx(entropy, rel=1e-5)
         assert abs(metrics["loss"] - mean_of_means) > 1e-2
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, grads)
 

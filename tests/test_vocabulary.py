@@ -1,5 +1,6 @@
 """Log-probabilities and entropies without all the logits: the dense figures and gradients, on any mesh, in less memory."""
 
+import functools
 import math
 import re
 
@@ -44,6 +45,11 @@ def gradients(read, temperature=1.0, tied=False):
     return jax.jit(jax.grad(total, (0, 1), has_aux=True))
 
 
+@functools.cache
+def expected(*settings):
+    return gradients(dense, *settings)
+
+
 def cut(monkeypatch, width, tokens=TOKENS):
     """Chunks of `width` words for so many tokens on a device."""
     monkeypatch.setattr(vocabulary, "WIDTH", 1)
@@ -55,13 +61,11 @@ def same(ours, theirs, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "v, width", [(64, 16), (64, 64), (67, 1000), (67, 16), (67, 66), (67, 1), (99, 50), (101, 100)]
-)
+@pytest.mark.parametrize("v, width", [(64, 16), (67, 1000), (67, 16), (67, 66), (101, 1)])
 def test_any_chunks_are_dense_in_value_and_gradient(v, width, tied, monkeypatch):
     inputs = arrays(v, tied=tied)
     cut(monkeypatch, width)
-    same(gradients(token_logprobs, 0.7, tied)(*inputs), gradients(dense, 0.7, tied)(*inputs))
+    same(gradients(token_logprobs, 0.7, tied)(*inputs), expected(0.7, tied)(*inputs))
 
 
 @pytest.mark.parametrize("output", [0, 1])
@@ -69,7 +73,7 @@ def test_each_output_has_its_own_gradient(output, monkeypatch):
     inputs = list(arrays(67))
     inputs[4 - output] = np.zeros((B, T), np.float32)
     cut(monkeypatch, 20)
-    same(gradients(token_logprobs)(*inputs), gradients(dense)(*inputs))
+    same(gradients(token_logprobs)(*inputs), expected()(*inputs))
 
 
 @pytest.mark.parametrize("width", [1000, 20])
@@ -82,7 +86,7 @@ def test_sure_of_itself(width, monkeypatch):
     cut(monkeypatch, width)
     for temperature in (1.0, 0.7):
         ours = gradients(token_logprobs, temperature)(hidden, kernel, targets, *weights)
-        same(ours, gradients(dense, temperature)(hidden, kernel, targets, *weights), 2e-3)
+        same(ours, expected(temperature)(hidden, kernel, targets, *weights), 2e-3)
         logprob, entropy = ours[1]
         assert logprob.max() <= 0 and logprob.max() > -1e-3 and logprob.min() < -700
         assert entropy.min() > -1e-6
@@ -104,7 +108,7 @@ def test_bfloat16_is_near_float32(width, tied, monkeypatch):
     for kept in (jnp.float32, jnp.bfloat16):
         (dx, dk), outputs = gradients(token_logprobs, 1.0, tied)(hidden, kernel.astype(kept), *rest)
         assert [x.dtype for x in (dx, dk, *outputs)] == [jnp.bfloat16, kept, jnp.float32, jnp.float32]
-        (exact_dx, exact_dk), exact = gradients(dense, 1.0, tied)(hidden.astype(jnp.float32), kernel, *rest)
+        (exact_dx, exact_dk), exact = expected(1.0, tied)(hidden.astype(jnp.float32), kernel, *rest)
         same(outputs, exact, 0.02)
         same((dx.astype(jnp.float32), dk.astype(jnp.float32)), (exact_dx, exact_dk), 0.05)
 
@@ -124,7 +128,7 @@ def largest(compiled) -> int:
 @pytest.mark.parametrize("v, width", [(152, 1000), (152, 20), (101, 20)])  # 101 is over no tensor axis
 def test_any_mesh_gives_one_device_and_gathers_a_chunk_at_most(v, width, tied, monkeypatch):
     inputs = arrays(v, tied=tied)
-    expected = gradients(dense, 0.7, tied)(*inputs)
+    wanted = expected(0.7, tied)(*inputs)
     mesh = sharding.make_mesh(configs.Mesh(data=2, fsdp=2, tensor=2))
     tensor = "tensor" if v % 2 == 0 else None
     rows, kernel = P(("data", "fsdp")), P(tensor, "fsdp") if tied else P("fsdp", tensor)
@@ -134,7 +138,7 @@ def test_any_mesh_gives_one_device_and_gathers_a_chunk_at_most(v, width, tied, m
         placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs, strict=True)]
         compiled = gradients(token_logprobs, 0.7, tied).lower(*placed).compile()
         outputs = compiled(*placed)
-    same(outputs, expected)
+    same(outputs, wanted)
     (dx, dk), _ = outputs
     assert dk.sharding.is_equivalent_to(NamedSharding(mesh, kernel), 2) and dx.sharding.spec[0] == ("data", "fsdp")
     moves = [line.split(", metadata")[0] for line in compiled.as_text().splitlines() if " all-gather" in line]
@@ -174,6 +178,6 @@ def test_many_tokens_have_narrow_chunks_but_not_too_narrow(monkeypatch):
     monkeypatch.setattr(vocabulary, "ELEMENTS", 64)
     monkeypatch.setattr(vocabulary, "WIDTH", 8)
     inputs = arrays(67)
-    same(gradients(token_logprobs)(*inputs), gradients(dense)(*inputs))
+    same(gradients(token_logprobs)(*inputs), expected()(*inputs))
     compiled = jax.jit(token_logprobs).lower(*inputs[:3]).compile()
     assert f"[{TOKENS},8]" in compiled.as_text() and f"[{TOKENS},67]" not in compiled.as_text()

@@ -67,7 +67,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     init = functools.partial(update.init_state, optimiser=optimiser)
     shapes = sharding.abstract(jax.eval_shape(init, roles.shapes(model, "lm", mesh)), mesh)
     loss = functools.partial(loss_fn, model)
-    train_step, heldout_fn = update.compiled(loss, optimiser), jax.jit(loss)
+    train_step, heldout_fn = update.compiled(loss, optimiser, shapes), jax.jit(loss)
 
     def start():
         params = roles.load(model, "lm", mesh, jax.random.key(config.seed), parents.get("model"))
@@ -75,7 +75,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
 
     def step(state, i):
         parts = [sharding.shard_batch(x, mesh) for x in ahead.get(i)]
-        phases.mark("data")
+        phases.mark("data", parts)
         train, metrics = train_step(state["model"], parts)
         phases.mark("update", train)
         if i % config.sample_every:

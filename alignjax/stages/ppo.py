@@ -181,8 +181,10 @@ class Programs(NamedTuple):
     text_loss: Callable  # (policy parameters, microbatch of text) -> loss, metrics
 
 
-def compiled(config: Config, optimisers: dict, end: int) -> Programs:
-    p, text_loss = config.ppo, functools.partial(lm.loss_fn, config.model)
+def compiled(config: Config, optimisers: dict, end: int, shapes=None) -> Programs:
+    """`shapes`, of the state, says how what is trained comes out of its updates: see update.stepper."""
+    p, text_loss, shapes = config.ppo, functools.partial(lm.loss_fn, config.model), shapes or {}
+    stats = jax.tree.map(lambda x: x.sharding, shapes["stats"]) if shapes else None
 
     def sample(params, batch, key):
         return rollout.generate(config.model, params, batch["prompts"], batch["lengths"], batch["index"], key,
@@ -193,12 +195,12 @@ def compiled(config: Config, optimisers: dict, end: int) -> Programs:
     return Programs(
         jax.jit(sample),
         jax.jit(functools.partial(read, config), donate_argnums=2),
-        jax.jit(functools.partial(make_experience, config)),
+        jax.jit(functools.partial(make_experience, config), out_shardings=(None, stats, None, None)),
         update.adder(functools.partial(policy_loss_fn, config)),
         update.adder(text_loss),
-        jax.jit(functools.partial(policy_step, config, optimisers["policy"]), donate_argnums=0),
+        update.stepper(functools.partial(policy_step, config, optimisers["policy"]), shapes.get("policy")),
         update.adder(functools.partial(value_loss_fn, config)),
-        jax.jit(functools.partial(update.finish, optimisers["value"]), donate_argnums=0),
+        update.stepper(functools.partial(update.finish, optimisers["value"]), shapes.get("value")),
         jax.jit(text_loss),
     )
 
@@ -231,8 +233,8 @@ def self_check(config: Config, programs: Programs, params: dict, experience, sai
     p = few.tokens.shape[1] - few.logprobs.shape[1]
     start = (p - few.prompt_lengths)[:, None]
     tokens = jnp.take_along_axis(few.tokens, (jnp.arange(few.tokens.shape[1]) + start) % few.tokens.shape[1], axis=1)
-    alone = jax.jit(functools.partial(logprobs.score_alone, config.model))
-    found = alone(roles.on_device(params["reward"]), tokens, few.prompt_lengths + few.lengths)
+    alone = jax.jit(lambda params, *x: logprobs.score_alone(config.model, roles.on_device(params), *x))
+    found = alone(params["reward"], tokens, few.prompt_lengths + few.lengths)
     change = jnp.abs(found - said["score"][:CHECKED]).max()
     logprobs.check("the largest change of a score as its row's pads and neighbours change", change, dtype)
 
@@ -338,13 +340,13 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     policy_updates = max(updates - p.value_warmup_steps, 1)
     optimisers = {"policy": update.make_optimiser(config.optimiser, policy_updates),
                   "value": update.make_optimiser(config.value_optimiser, updates)}  # fmt: skip
-    rate = update.learning_rate(config.optimiser, policy_updates)
-    programs = compiled(config, optimisers, chat.end_token(tokenizer))
+    rate = jax.jit(update.learning_rate(config.optimiser, policy_updates))
     trained = {"policy": "lm", "value": "scalar"}
     inits = {role: functools.partial(update.init_state, optimiser=o) for role, o in optimisers.items()}
     shapes = {role: sharding.abstract(jax.eval_shape(inits[role], roles.shapes(model, head, mesh)), mesh)
               for role, head in trained.items()}  # fmt: skip
     shapes["stats"] = sharding.abstract(jax.eval_shape(RunningStats.zero), mesh)
+    programs = compiled(config, optimisers, chat.end_token(tokenizer), shapes)
     # Read from disk for themselves, never shared with what is trained: no update and no donation can reach them.
     frozen = {role: roles.frozen(roles.load(model, head, mesh, key, parents[role]), p.frozen_dtype, p.frozen_memory)
               for role, head in (("reference", "lm"), ("reward", "scalar"))}  # fmt: skip
@@ -361,7 +363,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         params = {role: state[role].params for role in trained} | frozen
         batch = ahead.get(i)
         prompts = sharding.shard_batch(batch, mesh)
-        phases.mark("data")
+        phases.mark("data", prompts)
         sampled = programs.sample(params["policy"], prompts, jax.random.fold_in(key, i))
         phases.mark("rollout", sampled)
         lengths = np.repeat(batch["lengths"], p.samples_per_prompt)

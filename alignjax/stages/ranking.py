@@ -90,7 +90,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     optimiser = update.make_optimiser(config.optimiser, config.steps)
     init = functools.partial(update.init_state, optimiser=optimiser)
     shapes = sharding.abstract(jax.eval_shape(init, roles.shapes(model, "scalar", mesh)), mesh)
-    train_step = update.compiled(functools.partial(loss_fn, model, ranking), optimiser)
+    train_step = update.compiled(functools.partial(loss_fn, model, ranking), optimiser, shapes)
     score_fn = jax.jit(functools.partial(score_pairs, model))
 
     def start():
@@ -99,7 +99,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
 
     def step(state, i):
         parts = [sharding.shard_batch(x, mesh) for x in ahead.get(i)]
-        phases.mark("data")
+        phases.mark("data", parts)
         if i == 0:
             check_packing(config, score_fn, state["model"].params, batches.get(i), mesh)
         sampled = i % config.sample_every == 0
