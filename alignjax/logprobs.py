@@ -5,7 +5,6 @@ row may pack several sequences), and of where to read: `at` [rows k], places of 
 [m], places of last tokens in rows * w.
 """
 
-import jax
 import jax.numpy as jnp
 
 from alignjax import vocabulary

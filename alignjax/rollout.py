@@ -171,7 +171,7 @@ def fill_cache(cache: list, at, kept, samples: int) -> list:
         return [tuple(put(old, fan(old, x)) for old, x in zip(blocks[0], new, strict=True)), *blocks[1:]]
 
     if isinstance(cache[0], list):
-        return [filled(blocks, jax.tree.map(lambda x: x[i], kept)) for i, blocks in enumerate(cache)]
+        return [filled(blocks, transformer.layer_of(kept, i)) for i, blocks in enumerate(cache)]
     return filled(cache, kept)
 
 
@@ -199,7 +199,7 @@ def reader(prompt, clock, count, r: int):
 
         blocks = [blocks[0], *(tuple(write(i, old, x) for old, x in zip(part, (k, v), strict=True))
                                for i, part in enumerate(blocks[1:]))]  # fmt: skip
-        mine = blocks if layer is None else jax.tree.map(lambda x: x[layer], blocks)
+        mine = blocks if layer is None else transformer.layer_of(blocks, layer)
         read = lambda n: lambda: cached_attention(q, mine[: n + 1], masks[: n + 1])
         return jax.lax.switch(jnp.minimum(clock, r - 1) // width, [read(i + 1) for i in range(parts)]), blocks
 

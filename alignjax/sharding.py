@@ -60,9 +60,7 @@ def constrain(tree, axis: int = 0):
         return tree
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     spec = P(*[None] * axis, *BATCH)
-    return jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, spec) if x.shape[axis] % shards == 0 else x, tree
-    )
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec) if x.shape[axis] % shards == 0 else x, tree)
 
 
 def on_host(x) -> np.ndarray:

@@ -3,6 +3,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
+# The TPU compiler, which needs no TPU, in a folder of its own: jax looks for TPUs wherever it can import it.
+if [ ! -d .venv/tpu-compiler/libtpu ]; then
+  python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target .venv/tpu-compiler libtpu
+fi
 ruff check .
 ruff format --check .
 exec python -m pytest -q -n 2 --dist loadfile tests "$@"

@@ -176,7 +176,12 @@ def unrolled(model: Model) -> bool:
 def for_decoding(model: Model, params):
     """The layers' parameters as `decode` takes them."""
     layers = params["layers"]
-    return [jax.tree.map(lambda x: x[i], layers) for i in range(model.layers)] if unrolled(model) else layers
+    return [layer_of(layers, i) for i in range(model.layers)] if unrolled(model) else layers
+
+
+def layer_of(stack, i):
+    """The i-th of arrays [l ...]."""
+    return jax.tree.map(lambda x: x[i], stack)
 
 
 def decode(model: Model, params, layers, tokens, positions, cache, attend):

@@ -46,7 +46,9 @@ def heldout_loss(loss, params, rows, batch: int, budget: int, mesh) -> float:
     total = targets = 0.0
     for part in mixture.in_order(rows, batch):
         count = float((part["mask"][:, 1:] > 0).sum())
-        found = [loss(params, sharding.shard_batch(x, mesh))[0] for x in microbatches(part, budget, sharding.shards(mesh))]
+        found = [
+            loss(params, sharding.shard_batch(x, mesh))[0] for x in microbatches(part, budget, sharding.shards(mesh))
+        ]
         total, targets = total + count * sum(map(float, found)), targets + count
     return total / targets
 

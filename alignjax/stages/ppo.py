@@ -51,7 +51,9 @@ def microbatches(config: Config, prompt_lengths, lengths, rows, shards: int) -> 
     r, m, n = config.ppo.response_length, len(rows), len(lengths)
     longest = config.data.max_length + r
     out = []
-    for layout in packing.pack(prompt_lengths + lengths, [[i] for i in rows], longest, config.microbatch_tokens, shards):
+    for layout in packing.pack(
+        prompt_lengths + lengths, [[i] for i in rows], longest, config.microbatch_tokens, shards
+    ):
         inside = layout.place - prompt_lengths[layout.sequence]  # the place in the response
         at, real = packing.targets(layout.real & (inside >= 0))
         owner, inside = (np.take_along_axis(x, at, axis=1)[real] for x in (layout.sequence, inside))

@@ -6,7 +6,6 @@ Letters: n pairs of a batch, t tokens; rows, w of a microbatch: see `data.packin
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alignjax import logprobs, losses, roles, sharding, update

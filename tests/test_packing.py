@@ -1,0 +1,394 @@
+"""Packing: every sequence once, whole, in few shapes; and a packed minibatch is the unpacked one, sequence by sequence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_models import tiny, words
+
+from alignjax import config as configs
+from alignjax import logprobs, sharding, update
+from alignjax.config import Mesh, Ranking, UserError
+from alignjax.data import packing
+from alignjax.models import transformer
+from alignjax.stages import lm, ranking
+
+CAP = 512
+
+
+def log_normal(seed, n=32):
+    """Lengths of chats: median 96, sigma 0.6."""
+    return np.clip(np.exp(np.random.default_rng(seed).normal(np.log(96), 0.6, n)), 2, CAP).astype(int)
+
+
+def pairs(n=32):
+    return [[i, i + 1] for i in range(0, n, 2)]
+
+
+def assert_is_partition(layouts, lengths, groups):
+    """Every sequence stands in one row of one microbatch, in one piece, first token first; a group's in the same one."""
+    found = {}
+    for number, layout in enumerate(layouts):
+        assert layout.sequence.dtype == layout.place.dtype == np.int32
+        assert not layout.place[~layout.real].any() and layout.real.any()
+        for i in np.unique(layout.sequence[layout.real]):
+            assert i not in found
+            rows, columns = np.nonzero(layout.sequence == i)
+            assert len(set(rows)) == 1 and np.array_equal(columns, columns[0] + np.arange(lengths[i]))
+            assert np.array_equal(layout.place[rows, columns], np.arange(lengths[i]))
+            found[int(i)] = number
+        assert layout.members.tolist() == sorted(i for i, at in found.items() if at == number)
+    assert sorted(found) == sorted(i for group in groups for i in group)
+    assert all(len({found[i] for i in group}) == 1 for group in groups)
+
+
+def shapes_of(longest, budget, shards, group):
+    """All that a microbatch may have: each width with what `rows_of` gives, up to the rows that the budget fills."""
+    out = set()
+    for width in (packing.width_of(n, longest) for n in range(1, longest + 1)):
+        most = max(budget // width // shards * shards, packing.rows_of(group, shards))
+        out |= {(min(packing.rows_of(n, shards), most), width) for n in range(1, most + 1)}
+    return out
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("budget", [4096, 1000, 1])
+def test_a_pack_is_a_partition_in_few_shapes(budget, shards):
+    """A budget of one token gives as many rows as a pair needs."""
+    allowed, seen = shapes_of(CAP, budget, shards, 2), set()
+    assert len(allowed) <= 4 * 20
+    for seed in range(20):
+        lengths = log_normal(seed)
+        for groups, n in ((pairs(), 2), ([[i] for i in range(0, 32, 3)], 1)):
+            layouts = packing.pack(lengths, groups, CAP, budget, shards)
+            assert_is_partition(layouts, lengths, groups)
+            shapes = {layout.sequence.shape for layout in layouts}
+            assert all(rows % shards == 0 and width in (64, 128, 256, 512) for rows, width in shapes)
+            assert all(rows * width <= max(budget, packing.rows_of(n, shards) * width) for rows, width in shapes)
+            seen |= shapes
+    assert seen <= allowed | shapes_of(CAP, budget, shards, 1)
+
+
+@pytest.mark.parametrize("budget, share, worst", [(4096, 0.85, 0.7), (2048, 0.85, 0.7)])
+def test_few_tokens_are_pads(budget, share, worst):
+    """Of 16 pairs, in 200 batches; rows of the longest possible sequence would be filled to a fifth."""
+    filled = []
+    for seed in range(200):
+        lengths = log_normal(seed)
+        filled.append((lengths.sum(), sum(x.sequence.size for x in packing.pack(lengths, pairs(), CAP, budget))))
+    real, all_ = np.array(filled).T
+    assert real.sum() / (200 * 32 * CAP) < 0.25
+    assert real.sum() / all_.sum() > share and (real / all_).min() > worst
+
+
+def test_a_pack_repeats_to_the_bit_and_takes_the_longest_first():
+    lengths = log_normal(0)
+    once, again = (packing.pack(lengths, pairs(), CAP, 1024) for _ in range(2))
+    assert len(once) > 2 and all(map(np.array_equal, jax.tree.leaves(once), jax.tree.leaves(again)))
+    longest = [max(lengths[layout.members]) for layout in once]
+    assert longest == sorted(longest, reverse=True) and longest[0] == lengths.max()
+
+
+@pytest.mark.parametrize("lengths, groups, longest, budget, shards, shapes", [
+    ([500, *[10] * 20], [[i] for i in range(21)], 512, 512, 1, [(1, 512), (3, 64), (1, 64)]),  # 1 beside it, 6 a row of 64
+    ([500, *[10] * 20], [[i] for i in range(21)], 512, 1024, 1, [(2, 512)]),
+    ([30, 30], [[0, 1]], 32, 32, 1, [(2, 32)]),  # a pair that is longer than the budget
+    ([30, 30], [[0], [1]], 32, 32, 1, [(1, 32), (1, 32)]),
+    ([10, 12], [[0, 1]], 32, 32, 1, [(1, 32)]),  # both in one row
+    ([30, 30, 30, 3, 3], [[0, 1, 2], [3, 4]], 32, 32, 2, [(4, 32)]),
+    ([8, 8, 8], [[0], [1], [2]], 64, 0, 1, [(1, 8)] * 3),
+    ([32], [[0]], 32, 4096, 8, [(8, 32)]),
+    ([5, 1, 9], [[2]], 9, 100, 1, [(1, 16)]),  # the others are in no group
+    ([5], [], 9, 100, 1, []),
+])  # fmt: skip
+def test_shapes_by_hand(lengths, groups, longest, budget, shards, shapes):
+    layouts = packing.pack(lengths, groups, longest, budget, shards)
+    assert_is_partition(layouts, lengths, groups)
+    assert [layout.sequence.shape for layout in layouts] == shapes
+
+
+@pytest.mark.parametrize("longest, widths", [(512, (64, 128, 256, 512)), (100, (16, 32, 56, 104)), (9, (8, 16)), (1, (8,))])
+def test_widths_by_hand(longest, widths):
+    found = [packing.width_of(n, longest) for n in range(1, longest + 1)]
+    assert sorted(set(found)) == list(widths) and found == sorted(found)
+    assert all(width >= n for n, width in enumerate(found, 1))
+    assert all(packing.width_of(width, longest) == width for width in widths if width <= longest)
+
+
+def test_numbers_of_rows_by_hand():
+    """Every number up to 8, then four for each doubling; of each device, where there are several."""
+    assert sorted({packing.rows_of(n, 1) for n in range(1, 65)}) == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
+    assert [packing.rows_of(n, 4) for n in (1, 4, 5, 32, 33, 41, 65)] == [4, 4, 8, 32, 40, 48, 80]
+    for shards in (1, 3):
+        assert all(n <= packing.rows_of(n, shards) < 1.25 * n + shards for n in range(1, 2000))
+
+
+LAYOUT = packing.Layout(np.array([[2, 2, 0, -1], [1, 1, 1, 2], [-1, -1, -1, -1]]),
+                        np.array([[0, 1, 0, 0], [0, 1, 2, 0], [0, 0, 0, 0]]))  # fmt: skip
+
+
+def test_a_layout_by_hand():
+    """Sequence 0 of one token, 1 of three that fill up to another's, and 3 that is not here."""
+    layout = packing.Layout(LAYOUT.sequence.copy(), LAYOUT.place)
+    layout.sequence[1, 3] = 4
+    assert layout.members.tolist() == [0, 1, 2, 4]
+    assert layout.ends().tolist() == [2, 6, 1, 7] and layout.ends().dtype == np.int32
+    assert layout.real.tolist() == [[True] * 3 + [False], [True] * 4, [False] * 4]
+    array = np.arange(15).reshape(5, 3) + 100
+    assert layout.take(array).tolist() == [[106, 107, 100, 0], [103, 104, 105, 112], [0, 0, 0, 0]]
+    assert layout.take(array[..., None] > 105)[..., 0].tolist() == [[1, 1, 0, 0], [0, 0, 0, 1], [0] * 4]
+
+
+def test_layouts_of_spots_by_hand():
+    layout = packing.layout([(1, 0, 0), (0, 0, 3), (2, 1, 0)], [2, 3, 1], 2, 6)
+    assert layout.sequence.tolist() == [[1, 1, 1, 0, 0, -1], [2, -1, -1, -1, -1, -1]]
+    assert layout.place.tolist() == [[0, 1, 2, 0, 1, 0], [0] * 6]
+
+
+@pytest.mark.parametrize("most, k", [(0, 3), (3, 3), (4, 5), (6, 8), (9, 10)])
+def test_targets_are_so_many_quarters_of_a_row(most, k):
+    """Widths of ten: a quarter is three, rounded up."""
+    mask = np.zeros((3, 10), bool)
+    mask[0, 10 - most :], mask[1, [1, 4]] = True, most > 1
+    at, real = packing.targets(mask)
+    assert at.shape == real.shape == (3, k) and at.dtype == np.int32
+    assert real.sum(axis=1).tolist() == mask.sum(axis=1).tolist()
+    for row in range(3):
+        assert at[row][real[row]].tolist() == np.flatnonzero(mask[row]).tolist()
+        assert not mask[row][at[row][~real[row]]].any()
+
+
+def test_padded_by_hand():
+    assert packing.padded([[1, 2]], 3, 7).tolist() == [[1, 2], [7, 7], [7, 7]]
+    assert packing.padded(np.array([1.5], np.float32), 2, 0).dtype == np.float32
+
+
+# From a minibatch to its gradient. Lengths are such that rows hold one sequence, several, and pads.
+
+MODEL, PARAMS = tiny()
+_, SCALAR = tiny(1, "scalar")
+T, SIZES = 24, np.array([24, 17, 12, 9, 6, 5, 2])
+DOCUMENTS = [(10, 14), (3, 8, 6), (12,), (9,), (6,), (5,), (2,)]  # of each example
+BUDGETS = [1000, 48, 1]  # one microbatch, several, and a row at a time
+
+
+def text():
+    """Seven examples, the first two of several documents, whose first tokens are no targets; nor is a row's first."""
+    rng = np.random.default_rng(0)
+    segments = np.zeros((7, T), int)
+    mask = rng.integers(0, 2, (7, T))
+    for i, sizes in enumerate(DOCUMENTS):
+        segments[i, : sum(sizes)] = np.repeat(np.arange(len(sizes)) + 1, sizes)
+        mask[i, np.cumsum((0, *sizes))[:-1]] = i == 2
+    mask[6] = 0  # an example without a target
+    return {"tokens": words(1, 7, T), "mask": mask * (segments > 0), "segments": segments}
+
+
+def of_text(batch):
+    """(example, place) [rows k] of a microbatch's targets, and which are real."""
+    take = lambda x: np.take_along_axis(x, batch["at"], axis=1)
+    return take(batch["segments"]) // (T + 1), take(batch["positions"]), batch["weights"] > 0
+
+
+@jax.jit
+def read_text(params, batch):
+    return logprobs.token_logprobs(MODEL, params, batch)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Each document alone in a row: log-probabilities [7 T] of all tokens, and the gradient of their weighted mean."""
+    rows, places = text(), []
+    for i, sizes in enumerate(DOCUMENTS):
+        places += [(i, first + np.arange(n)) for n, first in zip(sizes, np.cumsum((0, *sizes)), strict=False)]
+    take = lambda x: np.stack([np.pad(x[i, at], (0, T - len(at))) for i, at in places])
+    tokens, segments, mask = (take(rows[name]) for name in ("tokens", "segments", "mask"))
+    weights = mask[:, 1:] / mask[:, 1:].sum()
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def mean(params):
+        at = np.tile(np.arange(T), (len(tokens), 1))
+        hidden, _ = transformer.apply(MODEL, params, tokens, at, (segments > 0).astype(int))
+        logp = jax.nn.log_softmax(transformer.logits(MODEL, params, hidden[:, :-1]))
+        logp = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(weights * logp), logp
+
+    grads, logp = mean(PARAMS)
+    out = np.zeros((7, T), np.float32)
+    for (i, at), row in zip(places, np.asarray(logp), strict=True):
+        out[i, at[1:]] = row[: len(at) - 1]
+    return out, grads
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_packed_text_is_each_document_alone(budget, shards, documents):
+    """Its targets, each once, with one weight; their log-probabilities."""
+    rows, seen = text(), []
+    batches = lm.microbatches(rows, budget, shards)
+    for batch in batches:
+        example, place, real = of_text(batch)
+        seen += zip(example[real].tolist(), place[real].tolist(), strict=True)
+        assert set(batch["weights"][real].tolist()) <= {np.float32(1) / (rows["mask"][:, 1:].sum())}
+        assert len(batch["tokens"]) % shards == 0
+        if shards == 1:
+            found = np.asarray(read_text(PARAMS, batch)[0])
+            np.testing.assert_allclose(found[real], documents[0][example, place][real], atol=1e-5)
+    rows["mask"][:, 0] = 0
+    assert sorted(seen) == np.argwhere(rows["mask"]).tolist() or [list(x) for x in sorted(seen)] == np.argwhere(
+        rows["mask"]).tolist()  # fmt: skip
+    assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
+    assert len(batches) > 1 or budget == 1000
+
+
+def gradient(loss_fn, params, batches):
+    return update.total(update.adder(loss_fn), params, batches)
+
+
+def close(ours, theirs):
+    """To float32's rounding of sums of parts in another order."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_packed_text_has_the_gradient_of_each_document_alone(budget, documents):
+    rows = text()
+    grads, metrics = gradient(functools.partial(lm.loss_fn, MODEL), PARAMS, lm.microbatches(rows, budget, 1))
+    close(grads, documents[1])
+    targets = rows["mask"] * (np.arange(T) > 0) > 0
+    assert metrics["loss"] == pytest.approx(-documents[0][targets].mean(), rel=1e-5)
+
+
+def test_what_pads_hold_and_a_neighbour_says_changes_no_text():
+    """Behind an example anything may stand; in a row too. Another example 3 (of 9 tokens) moves its own figures alone."""
+    rows = text()
+    garbage = rows | {"tokens": np.where(rows["segments"] > 0, rows["tokens"], 96)}
+    other = rows | {"tokens": rows["tokens"].copy()}
+    other["tokens"][3] = words(9, T)
+    moved = 0
+    for budget in BUDGETS:
+        parts = [lm.microbatches(x, budget, 1) for x in (rows, garbage, other)]
+        for plain, same, changed in zip(*parts, strict=True):
+            assert all(np.array_equal(plain[name], same[name]) for name in plain)
+            example, _, real = of_text(plain)
+            filled = plain | {"tokens": np.where(plain["segments"] > 0, plain["tokens"], 96)}
+            before, pads, after = (read_text(PARAMS, x) for x in (plain, filled, changed))
+            for a, b, c in zip(before, pads, after, strict=True):
+                a, b, c = (np.asarray(x)[real] for x in (a, b, c))
+                mine = example[real] == 3
+                assert np.array_equal(a, b) and np.array_equal(a[~mine], c[~mine]) and (a[mine] != c[mine]).all()
+                moved += mine.sum()
+    assert moved == 2 * 3 * text()["mask"][3, 1:].sum() > 0
+
+
+def comparisons():
+    """Seven pairs of responses of all sizes."""
+    sizes = {"chosen": SIZES, "rejected": np.roll(SIZES, 2)[::-1]}
+    out = {name: x for i, side in enumerate(ranking.SIDES)
+           for name, x in ((side, words(2 + i, 7, T)), (f"{side}_length", sizes[side]))}  # fmt: skip
+    return out | {"margin": np.linspace(0, 1, 7).astype(np.float32)}
+
+
+@jax.jit
+def read_pairs(params, batch):
+    return jnp.stack(ranking.score_pairs(MODEL, params, batch), axis=1)
+
+
+@pytest.fixture(scope="module")
+def responses():
+    """Each response alone in a row: scores [7 2], and loss, gradient of the ranking loss with margins and centring."""
+    tokens, lengths = ranking.interleaved(comparisons())
+    assert np.array_equal(tokens[2::2], comparisons()["chosen"][1:]) and lengths[1] == comparisons()["rejected_length"][0]
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params):
+        at = np.tile(np.arange(T), (14, 1))
+        hidden, _ = transformer.apply(MODEL, params, tokens, at, (at < lengths[:, None]).astype(int))
+        scores = transformer.scalar(params, hidden)[np.arange(14), lengths - 1].reshape(7, 2)
+        difference = scores[:, 0] - scores[:, 1] - comparisons()["margin"]
+        return jnp.mean(jnp.log1p(jnp.exp(-difference)) + 0.1 * scores.sum(axis=1) ** 2), scores
+
+    (value, scores), grads = loss(SCALAR)
+    return np.asarray(scores), value, grads
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_packed_pairs_are_each_response_alone(budget, responses):
+    """Scores, each pair once and whole, and weights that sum to 1."""
+    batches, seen = ranking.microbatches(comparisons(), budget, 1), []
+    for batch in batches:
+        here = batch["pair"] < 7
+        assert batch["ends"].shape == (7, 2) and np.array_equal(batch["weights"] > 0, here)
+        pair = batch["pair"][here]
+        seen += pair.tolist()
+        assert np.array_equal(batch["margin"][here], comparisons()["margin"][pair])
+        np.testing.assert_allclose(np.asarray(read_pairs(SCALAR, batch))[here], responses[0][pair], atol=1e-5)
+    assert sorted(seen) == list(range(7)) and (len(batches) > 1 or budget == 1000)
+    assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_packed_pairs_have_the_gradient_of_each_response_alone(budget, responses):
+    loss_fn = functools.partial(ranking.loss_fn, MODEL, Ranking(margin=True, centring=0.1))
+    grads, metrics = gradient(loss_fn, SCALAR, ranking.microbatches(comparisons(), budget, 1))
+    scores, total, theirs = responses
+    close(grads, theirs)
+    centring = 0.1 * (scores.sum(axis=1) ** 2).mean()
+    assert metrics["loss"] + centring == pytest.approx(float(total), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx((scores[:, 0] > scores[:, 1]).mean())
+    assert metrics["mean_reward"] == pytest.approx(scores.mean(), rel=1e-4)
+
+
+def test_what_pads_hold_and_a_neighbour_says_changes_no_score():
+    """Another response rejected in pair 2 moves its own score alone, by whatever it shares a row with."""
+    rows, other, garbage = comparisons(), comparisons(), comparisons()
+    other["rejected"][2] = words(9, T)
+    for side in ranking.SIDES:
+        garbage[side] = np.where(np.arange(T) < garbage[f"{side}_length"][:, None], garbage[side], 96)
+    for budget in BUDGETS:
+        parts = [ranking.microbatches(x, budget, 1) for x in (rows, garbage, other)]
+        for plain, same, changed in zip(*parts, strict=True):
+            assert all(np.array_equal(plain[name], same[name]) for name in plain)
+            filled = plain | {"tokens": np.where(plain["segments"] > 0, plain["tokens"], 96)}
+            before, pads, after = (np.asarray(read_pairs(SCALAR, x)) for x in (plain, filled, changed))
+            here = plain["pair"] < 7
+            assert np.array_equal(before[here], pads[here])
+            assert np.argwhere((before != after) & here[:, None]).tolist() == [
+                [i, 1] for i in np.flatnonzero(plain["pair"] == 2)
+            ]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(Mesh())
+
+
+def test_scores_over_all_devices_are_each_response_alone(mesh, responses):
+    """In the order of the pairs, whatever that of the microbatches; and the demonstrations' mean."""
+    score_fn = jax.jit(functools.partial(ranking.score_pairs, MODEL))
+    with jax.set_mesh(mesh):
+        found = ranking.scored(score_fn, SCALAR, comparisons(), 1, mesh)
+        np.testing.assert_allclose(found, responses[0], atol=1e-5)
+        rows = {"tokens": comparisons()["chosen"], "segments": np.arange(T) < comparisons()["chosen_length"][:, None]}
+        mean = ranking.mean_score(score_fn, SCALAR, rows, 7, 1, mesh)
+    assert mean == pytest.approx(responses[0][:, 0].mean(), abs=1e-5)
+
+
+def test_the_self_check_stops_at_a_score_that_reads_pads_or_neighbours(mesh):
+    config = configs.Config(stage="ranking", model=MODEL, microbatch_tokens=1000)
+    score_fn = jax.jit(functools.partial(ranking.score_pairs, MODEL))
+
+    def leaking(params, batch):
+        chosen, rejected = score_fn(params, batch)
+        return chosen, rejected + 2.0
+
+    with jax.set_mesh(mesh):
+        ranking.check_packing(config, score_fn, SCALAR, comparisons(), mesh)
+        with pytest.raises(UserError, match="self-check at step 0: the largest change of a score as its row's pads and "
+                                            "neighbours change is 2, not 0"):  # fmt: skip
+            ranking.check_packing(config, leaking, SCALAR, comparisons(), mesh)
