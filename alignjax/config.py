@@ -226,7 +226,8 @@ def check(config: Config) -> None:
     for key in AT_LEAST_ONE:
         rule(values[key] >= 1, f"{key}={values[key]} must be at least 1")
     for key, value in values.items():
-        rule(not isinstance(value, float) or 0 <= value < math.inf or key == "ppo.truncated_score",
+        below = key == "ppo.truncated_score" or key.startswith("mesh.")  # these may be
+        rule(not isinstance(value, int | float) or 0 <= value < math.inf or below,
              f"{key}={value} must be finite and not below 0")  # fmt: skip
     m, p = config.model, config.ppo
     rule(m.heads % m.kv_heads == 0, f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}")

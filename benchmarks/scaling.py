@@ -8,8 +8,8 @@ seconds    the best of --repeats: what a shared machine disturbs least.
 MB         the compiler's temporaries, in 10^6 bytes (`memory_analysis`); a rollout's include its cache.
 compile    seconds to trace, lower and compile the program, once.
 x          the ratio to the line above.
-depth, scanned     the same models with their layers written out one by one, as a CPU runs them, and in a scan, as others
-                   do; on an accelerator both are the scan.
+depth, scanned     the same models, layers written out one by one, as a CPU runs them, and in a scan, as others
+                   run them; on an accelerator both are the scan.
 """
 
 import argparse

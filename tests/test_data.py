@@ -1,7 +1,6 @@
 """The embedded world, chat tokens, users' files and batches: by hand-worked numbers, and what must agree or differ."""
 
 import gzip
-import itertools
 import json
 import threading
 
@@ -10,7 +9,7 @@ import pytest
 
 from alignjax import sharding
 from alignjax.config import UserError
-from alignjax.data import chat, files, mixture, packing, toy
+from alignjax.data import chat, files, mixture, toy
 from alignjax.stages import lm, ranking
 
 USER = {"role": "user", "content": "last : red cat box"}
@@ -283,106 +282,11 @@ def test_what_is_made_ahead_is_what_was_asked_for():
         ahead.get(9)
 
 
-# Packing: what comes of it is compared with a slow look at every token.
-
-
-@pytest.mark.parametrize("longest, widths", [(40, [8, 16, 24, 40]), (36, [8, 16, 24, 40]), (2048, [256, 512, 1024, 2048]),
-                                             (11, [8, 16]), (64, [8, 16, 32, 64]), (5, [8])])  # fmt: skip
-def test_a_row_is_as_wide_as_the_longest_possible_sequence_or_a_part_of_it(longest, widths):
-    """A half, a quarter, an eighth, in whole eights; the narrowest that holds it."""
-    for length in range(1, longest + 1):
-        assert packing.width_of(length, longest) == min(w for w in widths if w >= length)
-
-
-def test_the_number_of_rows_is_one_of_few():
-    """Each to 8, then four sizes for each doubling; that many on each device that rows lie over."""
-    sizes = [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80]
-    for shards, used in itertools.product((1, 4), range(1, 300)):
-        wanted = next((shards * size for size in sizes if shards * size >= used), None)
-        assert wanted is None or packing.rows_of(used, shards) == wanted
+# What the stages bring back from packed microbatches (the packing itself: test_packing.py).
 
 
 def drawn(seed, n, longest):
     return np.random.default_rng(seed).integers(1, longest + 1, n)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("budget, shards", [(1, 1), (64, 1), (200, 1), (200, 4), (4096, 2)])
-@pytest.mark.parametrize("size", [1, 2])
-def test_every_token_stands_once_and_a_group_stays_together(seed, budget, shards, size):
-    longest, n = 40, 24
-    lengths = drawn(seed, n, longest)
-    groups = [list(range(i, i + size)) for i in range(0, n, size)]
-    layouts = packing.pack(lengths, groups, longest, budget, shards)
-    seen, members = [], []
-    for layout in layouts:
-        rows, width = layout.sequence.shape
-        assert width == packing.width_of(lengths[layout.members].max(), longest) and rows % shards == 0
-        used = int(layout.real.any(axis=1).sum())
-        assert layout.real[:used].all(axis=0).any() and rows <= packing.rows_of(used, shards)
-        assert rows * width <= budget or rows <= max(size, shards)  # a group may ask for more than the budget
-        for sequence, place in zip(layout.sequence, layout.place, strict=True):
-            starts = np.flatnonzero((place == 0) & (sequence >= 0))
-            for start in starts:  # a sequence lies in one row, from its first token to its last
-                length = lengths[sequence[start]]
-                here = slice(start, start + length)
-                assert (sequence[here] == sequence[start]).all() and place[here].tolist() == list(range(length))
-            assert sum(lengths[sequence[start]] for start in starts) == (sequence >= 0).sum()
-            seen += sequence[starts].tolist()
-        assert not layout.place[~layout.real].any()
-        assert layout.members.tolist() == sorted(layout.members)
-        members.append(set(layout.members.tolist()))
-        flat = list(zip(layout.sequence.reshape(-1), layout.place.reshape(-1), strict=True))
-        assert [flat[end] for end in layout.ends()] == [(i, lengths[i] - 1) for i in layout.members]
-    assert sorted(seen) == list(range(n))
-    assert all(sum(set(group) <= mine for mine in members) == 1 for group in groups)
-
-
-def test_a_minibatch_is_packed_the_same_each_time_and_closely():
-    """Longest first, each to the first row with room: what is free in a row holds no sequence of a later one."""
-    lengths = drawn(0, 64, 40)
-    groups = [[i] for i in range(64)]
-    one, two = (packing.pack(lengths, groups, 40, 4096) for _ in "ab")
-    assert len(one) == len(two) == 1 and all(np.array_equal(a, b) for a, b in zip(one[0], two[0], strict=True))
-    used = [row[row >= 0] for row in one[0].sequence if (row >= 0).any()]
-    for earlier, later in itertools.combinations(used, 2):
-        assert 40 - len(earlier) < lengths[later].min()
-    longest = [lengths[layout.members].max() for layout in packing.pack(lengths, groups, 40, 64)]
-    assert longest == sorted(longest, reverse=True)
-
-
-def shapes_of(layouts) -> set:
-    return {layout.sequence.shape for layout in layouts}
-
-
-@pytest.mark.parametrize("budget, shards, number", [(64, 1, 8 + 4 + 2 + 1), (512, 1, 20 + 16 + 14 + 10),
-                                                    (512, 4, 12 + 8 + 5 + 3), (1, 1, 4)])  # fmt: skip
-def test_shapes_are_bounded_whatever_the_lengths(budget, shards, number):
-    """Rows of 8, 16, 24 or 40, as many of them as the budget fills, or one of the few numbers below that."""
-    full = {width: max(budget // width // shards, 1) * shards for width in (8, 16, 24, 40)}
-    possible = {(min(packing.rows_of(used, shards), most), width)
-                for width, most in full.items() for used in range(1, most + 1)}  # fmt: skip
-    assert len(possible) == number
-    for seed in range(60):
-        lengths = drawn(seed, 48, (40, 9, 17, 5)[seed % 4])
-        assert shapes_of(packing.pack(lengths, [[i] for i in range(48)], 40, budget, shards)) <= possible
-
-
-def test_targets_by_hand():
-    """The places that are asked for in front; as many columns as one, two, three or four quarters of a row."""
-    mask = np.zeros((3, 10), bool)
-    mask[0, [2, 5]] = mask[2, [9]] = True
-    at, real = packing.targets(mask)
-    assert at[0, :2].tolist() == [2, 5] and at[2, 0] == 9 and at.dtype == np.int32
-    assert real.tolist() == [[True, True, False], [False] * 3, [True, False, False]]  # a quarter of 10 is 3
-    for count, columns in ((3, 3), (4, 5), (5, 5), (6, 8), (8, 8), (9, 10), (10, 10)):
-        at, real = packing.targets(np.arange(10)[None] >= 10 - count)
-        assert at.shape == real.shape == (1, columns) and at[real].tolist() == list(range(10 - count, 10))
-
-
-def test_padded_fills_behind():
-    assert packing.padded([1, 2], 4, 9).tolist() == [1, 2, 9, 9]
-    assert packing.padded(np.ones((1, 2), np.int32), 2, 0).tolist() == [[1, 1], [0, 0]]
 
 
 def conversations_of(seed, n=12, longest=20):
@@ -395,31 +299,6 @@ def conversations_of(seed, n=12, longest=20):
     return {"tokens": tokens, "mask": (real & (place >= lengths[:, None] // 2)).astype(np.int32), "segments": segments}
 
 
-@pytest.mark.parametrize("budget, shards", [(1, 1), (48, 1), (48, 2), (4096, 1)])
-def test_packed_text_has_every_target_once_behind_its_own_words(budget, shards):
-    """Each target's weight is one over their number; a segment is that of one example, positions count from its start."""
-    rows = conversations_of(1)
-    wanted = rows["tokens"][(rows["mask"] > 0) & (np.arange(20) > 0)]
-    found, total = [], 0.0
-    for part in lm.microbatches(rows, budget, shards):
-        real, segments = part["weights"] > 0, part["segments"]
-        assert part["at"][real].min() > 0 and len(segments) % shards == 0
-        target, before = (np.take_along_axis(part["tokens"], x, axis=1)[real] for x in (part["at"], part["at"] - 1))
-        assert (before == target - 1).all()
-        np.testing.assert_allclose(part["weights"][real], 1 / len(wanted), rtol=1e-6)
-        found, total = found + target.tolist(), total + part["weights"].sum()
-        assert np.array_equal(segments > 0, part["tokens"] > 0)
-        assert (part["tokens"] % 100 == part["positions"])[segments > 0].all()
-        for tokens, mine in zip(part["tokens"], segments, strict=True):
-            for segment in set(mine[mine > 0]):
-                owners, theirs = set(tokens[mine == segment] // 100), tokens[mine == segment] % 100
-                assert len(owners) == 1
-                row = next(iter(owners)) - 1
-                assert len(set(rows["segments"][row][theirs])) == 1  # and no other's of the example
-                assert (rows["segments"][row] == rows["segments"][row][theirs[0]]).sum() == len(theirs)
-    assert sorted(found) == sorted(wanted.tolist()) and abs(total - 1) < 1e-6
-
-
 def comparisons_of(seed, n=9, longest=12):
     """Tokens of 1000 x pair + 100 x side + place."""
     lengths = drawn(seed, 2 * n, longest).reshape(n, 2)
@@ -427,22 +306,6 @@ def comparisons_of(seed, n=9, longest=12):
     tokens = lambda i: 1000 * (1 + np.arange(n)[:, None]) + 100 * i + np.arange(longest)
     rows = {side: np.where(np.arange(longest) < lengths[:, i : i + 1], tokens(i), 0) for i, side in names}
     return rows | {f"{side}_length": lengths[:, i] for i, side in names} | {"margin": np.arange(n).astype(np.float32)}
-
-
-@pytest.mark.parametrize("budget, shards", [(1, 1), (48, 1), (48, 4), (4096, 1)])
-def test_packed_comparisons_have_every_pair_once_and_whole(budget, shards):
-    rows, n, seen = comparisons_of(2), 9, []
-    parts = ranking.microbatches(rows, budget, shards)
-    for part in parts:
-        there = part["pair"] < n
-        pairs = part["pair"][there]
-        assert part["weights"].tolist() == [np.float32(1 / n)] * len(pairs) + [0.0] * (n - len(pairs))
-        assert part["margin"][there].tolist() == pairs.tolist()
-        last = part["tokens"].reshape(-1)[part["ends"][there]]
-        lengths = np.stack([rows[f"{side}_length"][pairs] for side in ("chosen", "rejected")], axis=1)
-        assert last.tolist() == (1000 * (1 + pairs[:, None]) + 100 * np.arange(2) + lengths - 1).tolist()
-        seen += pairs.tolist()
-    assert sorted(seen) == list(range(n)) and (len(parts) > 1 or budget == 4096)
 
 
 def by_last_token(params, part):

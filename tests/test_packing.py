@@ -71,7 +71,7 @@ def test_a_pack_is_a_partition_in_few_shapes(budget, shards):
     assert seen <= allowed | shapes_of(CAP, budget, shards, 1)
 
 
-@pytest.mark.parametrize("budget, share, worst", [(4096, 0.85, 0.7), (2048, 0.85, 0.7)])
+@pytest.mark.parametrize("budget, share, worst", [(4096, 0.9, 0.75), (512, 0.85, 0.75)])
 def test_few_tokens_are_pads(budget, share, worst):
     """Of 16 pairs, in 200 batches; rows of the longest possible sequence would be filled to a fifth."""
     filled = []
@@ -92,11 +92,11 @@ def test_a_pack_repeats_to_the_bit_and_takes_the_longest_first():
 
 
 @pytest.mark.parametrize("lengths, groups, longest, budget, shards, shapes", [
-    ([500, *[10] * 20], [[i] for i in range(21)], 512, 512, 1, [(1, 512), (3, 64), (1, 64)]),  # 1 beside it, 6 a row of 64
+    ([500, *[10] * 20], [[i] for i in range(21)], 512, 512, 1, [(1, 512), (4, 64)]),  # one fits beside it, six in a row of 64
     ([500, *[10] * 20], [[i] for i in range(21)], 512, 1024, 1, [(2, 512)]),
     ([30, 30], [[0, 1]], 32, 32, 1, [(2, 32)]),  # a pair that is longer than the budget
     ([30, 30], [[0], [1]], 32, 32, 1, [(1, 32), (1, 32)]),
-    ([10, 12], [[0, 1]], 32, 32, 1, [(1, 32)]),  # both in one row
+    ([4, 12], [[0, 1]], 32, 32, 1, [(1, 16)]),  # both in one row
     ([30, 30, 30, 3, 3], [[0, 1, 2], [3, 4]], 32, 32, 2, [(4, 32)]),
     ([8, 8, 8], [[0], [1], [2]], 64, 0, 1, [(1, 8)] * 3),
     ([32], [[0]], 32, 4096, 8, [(8, 32)]),
@@ -109,7 +109,9 @@ def test_shapes_by_hand(lengths, groups, longest, budget, shards, shapes):
     assert [layout.sequence.shape for layout in layouts] == shapes
 
 
-@pytest.mark.parametrize("longest, widths", [(512, (64, 128, 256, 512)), (100, (16, 32, 56, 104)), (9, (8, 16)), (1, (8,))])
+@pytest.mark.parametrize(
+    "longest, widths", [(512, (64, 128, 256, 512)), (100, (16, 32, 56, 104)), (9, (8, 16)), (1, (8,))]
+)
 def test_widths_by_hand(longest, widths):
     found = [packing.width_of(n, longest) for n in range(1, longest + 1)]
     assert sorted(set(found)) == list(widths) and found == sorted(found)
@@ -119,26 +121,37 @@ def test_widths_by_hand(longest, widths):
 
 def test_numbers_of_rows_by_hand():
     """Every number up to 8, then four for each doubling; of each device, where there are several."""
-    assert sorted({packing.rows_of(n, 1) for n in range(1, 65)}) == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
+    assert sorted({packing.rows_of(n, 1) for n in range(1, 65)}) == [
+        *range(1, 9),
+        10,
+        12,
+        14,
+        16,
+        20,
+        24,
+        28,
+        32,
+        40,
+        48,
+        56,
+        64,
+    ]
     assert [packing.rows_of(n, 4) for n in (1, 4, 5, 32, 33, 41, 65)] == [4, 4, 8, 32, 40, 48, 80]
     for shards in (1, 3):
         assert all(n <= packing.rows_of(n, shards) < 1.25 * n + shards for n in range(1, 2000))
 
 
-LAYOUT = packing.Layout(np.array([[2, 2, 0, -1], [1, 1, 1, 2], [-1, -1, -1, -1]]),
-                        np.array([[0, 1, 0, 0], [0, 1, 2, 0], [0, 0, 0, 0]]))  # fmt: skip
-
-
 def test_a_layout_by_hand():
-    """Sequence 0 of one token, 1 of three that fill up to another's, and 3 that is not here."""
-    layout = packing.Layout(LAYOUT.sequence.copy(), LAYOUT.place)
-    layout.sequence[1, 3] = 4
+    """Sequences 2 and 0, then 1 up to the token that is 4, which ends with the row, then a row of pads; 3 isn't here."""
+    layout = packing.Layout(
+        np.array([[2, 2, 0, -1], [1, 1, 1, 4], [-1] * 4]), np.array([[0, 1, 0, 0], [0, 1, 2, 0], [0] * 4])
+    )
     assert layout.members.tolist() == [0, 1, 2, 4]
     assert layout.ends().tolist() == [2, 6, 1, 7] and layout.ends().dtype == np.int32
     assert layout.real.tolist() == [[True] * 3 + [False], [True] * 4, [False] * 4]
     array = np.arange(15).reshape(5, 3) + 100
     assert layout.take(array).tolist() == [[106, 107, 100, 0], [103, 104, 105, 112], [0, 0, 0, 0]]
-    assert layout.take(array[..., None] > 105)[..., 0].tolist() == [[1, 1, 0, 0], [0, 0, 0, 1], [0] * 4]
+    assert layout.take(array > 105).tolist() == [[True, True, False, False], [False] * 3 + [True], [False] * 4]
 
 
 def test_layouts_of_spots_by_hand():
@@ -231,15 +244,14 @@ def test_packed_text_is_each_document_alone(budget, shards, documents):
     batches = lm.microbatches(rows, budget, shards)
     for batch in batches:
         example, place, real = of_text(batch)
-        seen += zip(example[real].tolist(), place[real].tolist(), strict=True)
+        seen += np.stack([example[real], place[real]], axis=1).tolist()
         assert set(batch["weights"][real].tolist()) <= {np.float32(1) / (rows["mask"][:, 1:].sum())}
         assert len(batch["tokens"]) % shards == 0
         if shards == 1:
             found = np.asarray(read_text(PARAMS, batch)[0])
             np.testing.assert_allclose(found[real], documents[0][example, place][real], atol=1e-5)
     rows["mask"][:, 0] = 0
-    assert sorted(seen) == np.argwhere(rows["mask"]).tolist() or [list(x) for x in sorted(seen)] == np.argwhere(
-        rows["mask"]).tolist()  # fmt: skip
+    assert sorted(seen) == np.argwhere(rows["mask"]).tolist()
     assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
     assert len(batches) > 1 or budget == 1000
 
@@ -302,7 +314,9 @@ def read_pairs(params, batch):
 def responses():
     """Each response alone in a row: scores [7 2], and loss, gradient of the ranking loss with margins and centring."""
     tokens, lengths = ranking.interleaved(comparisons())
-    assert np.array_equal(tokens[2::2], comparisons()["chosen"][1:]) and lengths[1] == comparisons()["rejected_length"][0]
+    assert (
+        np.array_equal(tokens[2::2], comparisons()["chosen"][1:]) and lengths[1] == comparisons()["rejected_length"][0]
+    )
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)

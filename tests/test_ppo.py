@@ -16,6 +16,7 @@ from alignjax import logprobs, roles, sharding, update
 from alignjax.advantages import RunningStats
 from alignjax.config import UserError
 from alignjax.models import transformer
+from alignjax.profile import Compilations
 from alignjax.stages import lm, ppo
 
 END, R = 3, 6
@@ -405,6 +406,14 @@ def test_slots_give_the_same_experience(world):
     assert equal(experience[1:], world.experience[1:]) and equal((stats, said), (world.scored[1], world.scored[3]))
     differ = {name for name in metrics if metrics[name] != world.scored[2][name]}
     assert differ <= {"sampler/drift_mean", "sampler/drift_max"} and metrics["sampler/drift_max"] < 1e-5
+
+
+def test_a_step_over_shapes_that_have_been_seen_compiles_nothing(packed_world):
+    packed_world.learn()
+    with Compilations() as compilations:
+        packed_world.score()
+        packed_world.learn()
+    assert compilations.programs == []
 
 
 def kinds(params) -> set:

@@ -16,7 +16,7 @@ from alignjax.config import Mesh
 from alignjax.models import transformer
 
 MODEL, PARAMS = tiny(vocab_size=13)  # few words, so that responses end
-END, R = 3, 6
+END, R = 10, 6
 LENGTHS = np.array([5, 4, 1, 2, 3, 5], np.int32)
 REAL = np.random.default_rng(0).integers(1, 13, (6, 5)).astype(np.int32)
 REAL[1, 2] = END
@@ -103,15 +103,13 @@ def test_the_twin_has_ended_and_truncated_responses_of_many_lengths():
 LAYOUTS = {
     "all at once": dict(),
     "reversed": dict(order=ALL[::-1]),
+    "another pad": dict(pad=END),
     "one alone": dict(order=[4]),
     "more pads": dict(p=8, slots=4),
-    "another pad": dict(pad=END),
-    "another pad, refilled": dict(pad=END, slots=6),
     "one prompt at a time": dict(slots=2),
-    "two prompts' slots": dict(slots=4),
-    "three prompts' slots": dict(slots=6),
+    "refilled": dict(slots=6),
     "refilled in reverse": dict(slots=6, order=ALL[::-1]),
-    "slots that samples don't divide": dict(slots=9),
+    "refilled behind another pad": dict(slots=6, pad=END),
 }
 
 
@@ -121,18 +119,17 @@ def test_a_sample_depends_on_seed_step_prompt_and_number_alone(layout):
     assert_is_twin(run(**settings), settings.get("order", ALL))
 
 
-@pytest.mark.parametrize("response_length, slots", [(3, 4), (1, 4), (2, 2)])
+@pytest.mark.parametrize("response_length, slots", [(3, 4), (1, 4)])
 def test_a_ring_that_wraps_many_times_loses_nothing(response_length, slots):
-    """Thirty prompts, two of them at once or one: the clock passes the ring's end again and again."""
+    """Thirty prompts, two of them at once: the clock passes the ring's end again and again."""
     order = np.arange(30) % 6
     out = run(order, slots=slots, response_length=response_length)
     assert_is_twin(out, order, response_length)
     assert response_length == 1 or (out.lengths - 1).sum() / slots > 4 * response_length  # steps of the clock, at least
 
 
-@pytest.mark.parametrize("count, slots, at_once, fills", [(19, 32, 2, 10), (6, 0, 6, 1)])
-def test_each_prompt_is_prefilled_once(count, slots, at_once, fills, monkeypatch):
-    """So many fills of so many rows, in which the last may lack a prompt; n samples ask for no more."""
+def test_each_prompt_is_prefilled_once(monkeypatch):
+    """All at once; or, of nineteen, two in each of ten fills, of which the last lacks one. Samples ask for no more."""
     shapes, calls, plain = [], [], transformer.apply
 
     def counted(model, params, tokens, *rest, **options):
@@ -141,12 +138,13 @@ def test_each_prompt_is_prefilled_once(count, slots, at_once, fills, monkeypatch
         return plain(model, params, tokens, *rest, **options)
 
     monkeypatch.setattr(transformer, "apply", counted)
-    order = np.arange(count) % 6
-    assert rollout.slots_of(count, 2, slots) == (at_once, slots or 2 * count)
-    out = on_host(compiled(slots=slots)(PARAMS, *prompts(order), KEY))
+    jax.eval_shape(compiled(), PARAMS, *prompts(), KEY)
+    assert shapes == [(6, 5)]
+    order = np.arange(19) % 6
+    assert rollout.slots_of(19, 2, 32) == (2, 32)
+    out = on_host(compiled(slots=32)(PARAMS, *prompts(order), KEY))
     jax.effects_barrier()
-    assert set(shapes) == {(at_once, 5)} and calls == [at_once] * fills
-    assert sum(calls) == -(-count // at_once) * at_once
+    assert set(shapes[1:]) == {(2, 5)} and calls == [2] * 10
     monkeypatch.undo()
     assert_is_twin(out, order)
 
@@ -190,15 +188,13 @@ def scored(out, temperature=1.0):
     )
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.7), dict(slots=6)])
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.7, top_p=0.5, slots=6)])
 def test_the_samplers_logprobs_are_those_of_the_full_forward(settings):
+    """At the sampling temperature, and of all words, whatever top-p keeps."""
     out = run(**settings)
+    twins = {name: settings[name] for name in ("temperature", "top_p") if name in settings}
+    assert_is_twin(out, ALL, **twins)
     np.testing.assert_allclose(out.logprobs, scored(out, settings.get("temperature", 1.0)), atol=1e-5)
-
-
-def test_temperature_and_top_p_are_the_twins():
-    assert_is_twin(run(temperature=0.7), ALL, temperature=0.7)
-    assert_is_twin(run(top_p=0.5, slots=6), ALL, top_p=0.5)
 
 
 def test_a_rounded_cache_gives_near_logprobs():
@@ -244,9 +240,8 @@ def test_another_index_gives_other_samples(sampled):
     assert (other.tokens != sampled.tokens).any(axis=1).sum() >= 10
 
 
-@pytest.mark.parametrize("slots", [0, 6])
-def test_other_values_of_the_same_shapes_compile_nothing(slots):
-    generate = compiled(slots=slots)
+def test_other_values_of_the_same_shapes_compile_nothing():
+    generate = compiled(slots=6)
     again = jax.tree.map(lambda x: 0.9 * x, PARAMS)
     for params, order, pad, key in ((PARAMS, ALL, 0, KEY), (again, ALL[::-1], 5, jax.random.key(9))):
         generate(params, *prompts(order, pad=pad), key)
@@ -256,27 +251,24 @@ def test_other_values_of_the_same_shapes_compile_nothing(slots):
 def test_temperature_0_takes_the_most_probable_token():
     out = run(temperature=0.0, samples=1, slots=3)
     places = np.maximum(np.cumsum(out.segments, axis=1) - 1, 0)
-    hidden, _ = jax.jit(functools.partial(transformer.apply, MODEL))(PARAMS, out.tokens, places, out.segments)
-    best = np.asarray(jnp.argmax(transformer.logits(MODEL, PARAMS, hidden), -1))[:, -R - 1 : -1]
+    forward = jax.jit(lambda *x: transformer.logits(MODEL, PARAMS, transformer.apply(MODEL, PARAMS, *x)[0]))
+    best = np.asarray(forward(out.tokens, places, out.segments)).argmax(axis=-1)[:, -R - 1 : -1]
     assert np.array_equal(out.tokens[:, -R:][out.mask], best[out.mask])
     np.testing.assert_allclose(out.logprobs, scored(out), atol=1e-5)
 
 
-SORT = re.compile(r"= (\S+|\(.*?\)) sort\(|= (\S+) custom-call\(.*TopK|= (\S+) topk\(")
-
-
 def sorts(text):
-    """Shapes that a compiled program sorts, or takes the largest of."""
-    return [next(filter(None, found)) for found in SORT.findall(text)]
+    """What comes out of the sorts of a compiled program, and of its choices of the largest."""
+    return re.findall(r"= (\(.*?\)|\S+) (?:sort\(|topk\(|custom-call\(.*TopK)", text)
 
 
 def test_sorts_are_seen():
     for of in (jnp.sort, lambda x: jax.lax.top_k(x, 3)):
-        found = sorts(jax.jit(of).lower(np.zeros((64, 97), np.float32)).compile().as_text())
-        assert any("[64,97]" in shape or "[64,3]" in shape for shape in found)
+        (found,) = sorts(jax.jit(of).lower(np.zeros((64, 97), np.float32)).compile().as_text())
+        assert "[64,97]" in found or "[64,3]" in found
 
 
-@pytest.mark.parametrize("layers, written_out, limit", [(2, True, 1.2), (4, False, 1.2 + 1 / 4)])
+@pytest.mark.parametrize("layers, written_out, limit", [(2, True, 1.3), (4, False, 1.2 + 1 / 4)])
 def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(layers, written_out, limit, monkeypatch):
     """64 slots of 8 + 512 places, for 256 prompts: what the program holds beside its results is little but the cache.
 
@@ -318,7 +310,7 @@ def test_filling_slots_leaves_the_others_alone(written_out, monkeypatch):
     rng = np.random.default_rng(0)
     old = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), rollout.empty_cache(MODEL, 6, 5, 4, ""))
     kept = tuple(rng.normal(size=(2, 2, 2, 5, 8)).astype(np.float32) for _ in range(2))  # two prompts of two samples
-    layers = lambda cache: cache if written_out else [jax.tree.map(lambda x: x[i], cache) for i in range(2)]
+    layers = lambda cache: cache if written_out else [transformer.layer_of(cache, i) for i in range(2)]
     for at in (jnp.array([4, 0, 2, 5]), None):
         slots = np.arange(4) if at is None else np.asarray(at)
         start = jax.tree.map(lambda x: x[..., :4, :, :, :], old) if at is None else old
@@ -332,49 +324,49 @@ def test_filling_slots_leaves_the_others_alone(written_out, monkeypatch):
             assert all(jax.tree.leaves(jax.tree.map(np.array_equal, after[1:], before[1:])))
 
 
-@pytest.mark.parametrize("layer", [None, 1])
-@pytest.mark.parametrize("r", [7, 3])
+def one_query(q, keys, values):
+    """q[h] against keys[s h], values[s h], by numpy."""
+    weights = np.exp(keys @ q / np.sqrt(len(q)))
+    return weights @ values / weights.sum()
+
+
+@pytest.mark.parametrize("r, layer", [(7, None), (7, 1), (3, None)])
 def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
     """Three slots begin anew at different times; parts that the clock has not reached are NaN, and stay so.
 
-    Against a softmax over the prompt and what each slot was given since it began, by numpy.
+    Against one query a time over the prompt's tokens and those that the slot was given since it began.
     """
     rng, s, p, width = np.random.default_rng(0), 3, 5, -(-r // rollout.PARTS)
-    parts = len(range(0, r, width))
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     prompt = np.arange(p) >= p - np.array([[5], [2], [1]])
     lead = () if layer is None else (2,)
-    block = lambda w, fill: (jnp.full((*lead, s, 2, w, 8), fill), jnp.full((*lead, s, 2, w, 8), fill))
-    of_prompt = tuple(rng.normal(size=(*lead, s, 2, p, 8)).astype(np.float32) for _ in range(2))
-    # The part in hand is written to a place at a time, so what lies around it is masked, and must be finite.
-    blocks = [of_prompt, *(block(width, 0.0 if i == 0 else np.nan) for i in range(parts))]
-    step = jax.jit(
-        lambda blocks, clock, count, q, k, v: rollout.reader(prompt, clock, count, r)(blocks, layer, q, k, v)
-    )
-    begun, given = np.zeros(s, int), [[] for _ in range(s)]
+    part = lambda fill: tuple(jnp.full((*lead, s, 2, width, 8), fill) for _ in range(2))
+    stored = [draw(*lead, s, 2, p, 8) for _ in range(2)]
+    mine = stored if layer is None else [x[layer] for x in stored]
+    blocks, seen = [tuple(stored), *(part(np.nan) for _ in range(0, r, width))], [[] for _ in range(s)]
+    step = jax.jit(lambda blocks, clock, count, *x: rollout.reader(prompt, clock, count, r)(blocks, layer, *x))
     for clock in range(3 * r):
+        if clock in range(0, r, width):  # what lies around a place is masked, but it must be finite
+            blocks[1 + clock // width] = part(0.0)
+        q, k, v = draw(s, 4, 8), draw(s, 2, 8), draw(s, 2, 8)
         for slot in range(s):
-            if len(given[slot]) == r or (clock, slot) in ((2, 1), (r + 1, 0)):
-                begun[slot], given[slot] = clock, []
-        if clock < r and clock % width == 0 and clock:
-            blocks[1 + clock // width] = block(width, 0.0)
-        q = rng.normal(size=(s, 4, 8)).astype(np.float32)
-        k, v = (rng.normal(size=(s, 2, 8)).astype(np.float32) for _ in range(2))
-        for slot in range(s):
-            given[slot].append((k[slot], v[slot]))
-        before, count = blocks, clock - begun + 1
-        ours, blocks = step(blocks, jnp.int32(clock), count, q, k, v)
-        for slot, head in np.ndindex(s, 4):
-            own = lambda j: np.concatenate([  # noqa: B023
-                (of_prompt[j] if layer is None else of_prompt[j][layer])[slot, head // 2, prompt[slot]],  # noqa: B023
-                [kv[j][head // 2] for kv in given[slot]]])  # fmt: skip  # noqa: B023
-            scores = own(0) @ q[slot, head] / np.sqrt(8)
-            weights = np.exp(scores - scores.max())
-            np.testing.assert_allclose(ours[slot, head], weights @ own(1) / weights.sum(), atol=1e-5)
-        reached = min(clock, r - 1) // width
-        assert all(np.isnan(x).all() for part in blocks[2 + reached :] for x in part)
-        change = sum(int((np.asarray(a) != np.asarray(b)).sum()) for old, new in zip(before[: 2 + reached],
-                     blocks[: 2 + reached], strict=True) for a, b in zip(old, new, strict=True))  # fmt: skip
-        assert change == 2 * s * 2 * 8  # one place of keys and values, in one layer
+            begins = len(seen[slot]) == r or (clock, slot) in ((2, 1), (r + 1, 0))
+            seen[slot] = [*([] if begins else seen[slot]), (k[slot], v[slot])]
+        before = blocks
+        ours, blocks = step(blocks, jnp.int32(clock), np.array([len(x) for x in seen]), q, k, v)
+        theirs = np.zeros((s, 4, 8))
+        for i, n in np.ndindex(s, 4):
+            keys, values = (
+                np.concatenate([mine[j][i, n // 2, prompt[i]], [kv[j][n // 2] for kv in seen[i]]]) for j in (0, 1)
+            )
+            theirs[i, n] = one_query(q[i, n], keys, values)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        filled = 2 + min(clock, r - 1) // width
+        assert all(np.isnan(x).all() for x in jax.tree.leaves(blocks[filled:]))
+        changed = jax.tree.map(
+            lambda a, b: int((np.asarray(a) != np.asarray(b)).sum()), before[:filled], blocks[:filled]
+        )
+        assert sum(jax.tree.leaves(changed)) == 2 * s * 2 * 8  # a place of keys and values, in one layer
 
 
 # `sample`, by itself.
@@ -392,18 +384,16 @@ def drawn(logits, times, temperature, top_p, seed=0):
 
 def kept(p, top_p):
     """Of one distribution p[v]: the smallest set of the most probable words with mass at least top_p, by a sort."""
-    order = np.argsort(-p, kind="stable")
-    edge = p[order[np.searchsorted(np.cumsum(p[order]), top_p * p.sum())]]
-    return p >= edge
+    falling = np.sort(p)[::-1]
+    mass = np.cumsum(falling)
+    return p >= falling[np.searchsorted(mass, top_p * mass[-1])]
 
 
-@pytest.mark.parametrize(
-    "top_p, count", [(0.3, 1), (0.39, 1), (0.41, 2), (0.75, 3), (0.9, 4), (0.96, 5), (1.0, 5), (1e-6, 1)]
-)
+@pytest.mark.parametrize("top_p, count", [(0.3, 1), (0.39, 1), (0.41, 2), (0.75, 3), (0.9, 4), (0.96, 5), (1e-6, 1)])
 def test_top_p_keeps_the_smallest_set_with_that_mass(top_p, count):
     """Every order of a five-word vocabulary: the words that are drawn are those that are kept."""
     orders = np.array(list(itertools.permutations(range(5))))
-    tokens, _ = drawn(np.log(FIVE)[orders], 300, 1.0, top_p)
+    tokens, _ = drawn(np.log(FIVE)[orders], 150, 1.0, top_p)
     masks = (tokens[:, :, None] == np.arange(5)).any(axis=1)
     assert np.array_equal(masks, orders < count)
 
@@ -429,26 +419,26 @@ def test_draws_stay_in_the_set_that_a_sort_gives(top_p):
 def test_frequencies_are_those_of_the_kept_set_while_logprobs_are_of_all_words(temperature, top_p):
     """One declared convention: drawn in proportion among the kept, and scored by the full distribution.
 
-    20,000 draws from 300 words: each word's count lies within five deviations.
+    20,000 draws from 140 words, which are no multiple of 128: each word's count lies within five deviations.
     """
-    logits = np.random.default_rng(1).normal(size=300) * 3
+    logits = np.random.default_rng(1).normal(size=140) * 3
     p = np.exp(logits / temperature)
     p, n = p / p.sum(), 20000
     tokens, found = drawn(logits[None], n, temperature, top_p)
     np.testing.assert_allclose(found[0], np.log(p)[tokens[0]], atol=1e-5)
     share = np.where(kept(p, top_p), p, 0)
     share /= share.sum()
-    counts = np.bincount(tokens[0], minlength=300)
+    counts = np.bincount(tokens[0], minlength=140)
     assert not counts[share == 0].any()
     assert (np.abs(counts - n * share) <= 5 * np.sqrt(n * share * (1 - share)) + 1).all()
     chi_square, words = ((counts - n * share) ** 2 / (n * share + 1e-9))[n * share > 5], (n * share > 5).sum()
     assert chi_square.sum() < words + 4 * np.sqrt(2 * words)
 
 
-def test_sampling_a_tenth_of_five_words_by_hand():
+def test_frequencies_of_five_words_by_hand():
     """0.7 of the mass is kept: four sevenths and three; temperature 2 brings the logits back to FIVE."""
-    tokens, found = drawn(2 * np.log(FIVE)[None], 20000, 2.0, 0.7)
-    np.testing.assert_allclose(np.bincount(tokens[0], minlength=5) / 20000, [4 / 7, 3 / 7, 0, 0, 0], atol=0.015)
+    tokens, found = drawn(2 * np.log(FIVE)[None], 10000, 2.0, 0.7)
+    np.testing.assert_allclose(np.bincount(tokens[0], minlength=5) / 10000, [4 / 7, 3 / 7, 0, 0, 0], atol=0.015)
     np.testing.assert_allclose(found[0], np.log(FIVE)[tokens[0]], atol=1e-6)
 
 

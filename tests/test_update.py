@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_models import tiny, words
 
-from alignjax import update
-from alignjax.config import Optimiser
+from alignjax import sharding, update
+from alignjax.config import Mesh, Optimiser
 from alignjax.models import transformer
 from alignjax.stages import lm
 
@@ -92,6 +92,29 @@ def test_a_compiled_step_is_one_optimiser_step_whose_state_is_used_up():
     assert metrics["grad_norm"] == pytest.approx(np.hypot(4.5, 1.0)) and metrics["loss"] == 10 and metrics["seen"] == 8
     assert after.params["kernel"] == pytest.approx(1.9) and after.params["bias"] == pytest.approx(0.9)
     assert int(after.updates) == 1 and kernel.is_deleted()
+
+
+def test_a_step_leaves_the_state_laid_out_by_the_table_and_compiles_once():
+    """Gradients come whole on every device; the state that goes in, and comes out, has its rows and columns cut."""
+    if jax.device_count() < 8:
+        pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    mesh = sharding.make_mesh(Mesh(2, 2, 2))
+    optimiser = update.make_optimiser(Optimiser(learning_rate=0.1), 10)
+    init = functools.partial(update.init_state, optimiser=optimiser)
+    params = {"head": {"kernel": np.ones((4, 6), np.float32)}}
+    shapes = sharding.abstract(jax.eval_shape(init, params), mesh)
+    with jax.set_mesh(mesh):
+        state = update.placed(init, jax.device_put(params, sharding.replicated(mesh)), shapes)
+        step = update.stepper(functools.partial(update.finish, optimiser), shapes)
+        for _ in range(2):
+            grads = jax.device_put(params, sharding.replicated(mesh))
+            state, _ = step(state, (grads, {}))
+            kernel = state.params["head"]["kernel"]
+            assert kernel.sharding.spec == ("fsdp", "tensor") and kernel.addressable_shards[0].data.shape == (2, 3)
+            assert jax.tree.map(lambda x, s: x.sharding == s.sharding, state, shapes) == jax.tree.map(
+                lambda x: True, shapes
+            )
+    assert step._cache_size() == 1 and int(state.updates) == 2
 
 
 def test_adamw_by_hand():
