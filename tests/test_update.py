@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from test_models import tiny, words
 
 from alignjax import sharding, update
@@ -104,13 +105,13 @@ def test_a_step_leaves_the_state_laid_out_by_the_table_and_compiles_once():
     params = {"head": {"kernel": np.ones((4, 6), np.float32)}}
     shapes = sharding.abstract(jax.eval_shape(init, params), mesh)
     with jax.set_mesh(mesh):
-        state = update.placed(init, jax.device_put(params, sharding.replicated(mesh)), shapes)
+        state = update.placed(init, jax.device_put(params, sharding.param_shardings(params, mesh)), shapes)
         step = update.stepper(functools.partial(update.finish, optimiser), shapes)
         for _ in range(2):
             grads = jax.device_put(params, sharding.replicated(mesh))
             state, _ = step(state, (grads, {}))
             kernel = state.params["head"]["kernel"]
-            assert kernel.sharding.spec == ("fsdp", "tensor") and kernel.addressable_shards[0].data.shape == (2, 3)
+            assert kernel.sharding.spec == P("fsdp", "tensor") and kernel.addressable_shards[0].data.shape == (2, 3)
             assert jax.tree.map(lambda x, s: x.sharding == s.sharding, state, shapes) == jax.tree.map(
                 lambda x: True, shapes
             )
