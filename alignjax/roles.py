@@ -97,6 +97,11 @@ def frozen(params, dtype: str, memory: str):
     return jax.tree.map(keep, params)
 
 
+def fetched(params):
+    """A copy on the device of what may be in the host's memory."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), params)
+
+
 def on_device(params):
     """Inside jit: parameters where they can be computed with, fetched from the host's memory if they are there."""
     return jax.device_put(params, jax.memory.Space.Device)

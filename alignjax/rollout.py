@@ -65,7 +65,7 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
     """
     (b, p), n, r = prompts.shape, samples, response_length
     at_once, s = slots_of(b, n, slots)
-    g = at_once * n
+    g, whole = at_once * n, at_once == b
     fold = jax.vmap(jax.random.fold_in)
     keys = fold(fold(jnp.broadcast_to(key, (b * n,)), jnp.repeat(index, n)), jnp.tile(jnp.arange(n), b))
     layers = transformer.for_decoding(model, params)
@@ -77,7 +77,7 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
 
     def fill(state: Slots, first) -> Slots:
         """The prompts from `first` on in the first g free slots."""
-        at = jnp.argsort(state.live, stable=True)[:g] if s > g else None
+        at = None if whole else jnp.argsort(state.live, stable=True)[:g]
         rows = first + jnp.arange(at_once)
         new, short = prompts[rows % b], lengths[rows % b]
         real = jnp.arange(p) >= p - short[:, None]
@@ -116,7 +116,7 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
         return jax.lax.while_loop(lambda state: state.live.sum() > enough, step, state), first
 
     carry = empty(model, b * n, s, p, r, cache_dtype), jnp.int32(0)
-    state, _ = turn(carry) if s == g else jax.lax.while_loop(lambda carry: carry[1] < b, turn, carry)
+    state, _ = turn(carry) if whole else jax.lax.while_loop(lambda carry: carry[1] < b, turn, carry)
     tokens, logprobs, count = leave(state, jnp.arange(s))
     last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)[:, 0]
     fan = lambda x: jnp.repeat(x, n, axis=0)
@@ -255,9 +255,13 @@ def sample(keys, logits, temperature, top_p):
 
 
 def pick(weights, target):
-    """(where the running sum of weights[b n] passes target[b], what is left of target there): never a weight of 0."""
-    reached = jnp.cumsum(weights, axis=1)
-    last = jnp.argmax(reached >= reached[:, -1:], axis=1)  # rounding may leave the target at the very end
-    at = jnp.minimum((reached <= target[:, None]).sum(axis=1), last)
+    """(where the running sum of weights[b n] passes target[b], what is left of target there): never a weight of 0.
+
+    A running sum rounds: it may rise where a weight is 0, and end before the target.
+    """
+    reached, some = jnp.cumsum(weights, axis=1), weights > 0
+    passed = some & (reached > target[:, None])
+    last = weights.shape[1] - 1 - jnp.argmax(jnp.flip(some, axis=1), axis=1)
+    at = jnp.where(passed.any(axis=1), jnp.argmax(passed, axis=1), last)
     before = jnp.take_along_axis(reached - weights, at[:, None], axis=1)[:, 0]
     return at, jnp.maximum(target - before, 0.0)

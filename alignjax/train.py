@@ -21,6 +21,7 @@ from alignjax import config as configs
 from alignjax.command import Signals, Stopped, keep_programs, parse, say, start_distributed
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
+from alignjax.models import attention
 from alignjax.profile import Compilations, Phases
 from alignjax.stages import lm, ppo, ranking
 
@@ -63,6 +64,7 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profil
             shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             devices = f"{mesh.size} {jax.default_backend()} device(s) ({shape})"
             say(f"{config.name}: {config.steps} steps on {devices}, in {workdir}")
+            attention.check(config.model)
             tokenizer = tokenizer_of(config, workdir, parents)
             phases = Phases(config.name, profile, workdir / "profile", say)
             stage = STAGES[config.stage](config, mesh, parents, tokenizer, say, phases)

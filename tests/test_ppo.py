@@ -21,6 +21,7 @@ from alignjax.stages import lm, ppo
 
 END, R = 3, 6
 MESH = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+ROWS = np.arange(0, 16, 2)  # of the first minibatch
 PROMPT_LENGTHS = np.random.default_rng(3).integers(2, 6, 8).astype(np.int32)
 
 
@@ -124,8 +125,7 @@ def masked(experience) -> dict:
     return {k: np.asarray(v)[mask] for k, v in experience._asdict().items() if k != "sampled"}
 
 
-@pytest.mark.parametrize("budget", [4096, 16])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature, budget", [(1.0, 4096), (1.0, 16), (0.7, 4096)])
 def test_before_an_update_the_ratio_is_1_and_the_kl_0(temperature, budget):
     """Whatever the temperature. KL is 0 to the bit, as one program scores both; the gradient's program may round apart."""
     mine = World(make(budget, temperature=temperature))
@@ -157,7 +157,7 @@ def test_old_logprobs_stay_those_of_the_rollout(world):
     """A moved policy is measured against the experience, which does not move with it."""
     before = jax.tree.map(np.array, world.experience)
     moved = jax.tree.map(lambda x: x + 0.05, world.params["policy"])
-    _, metrics = world.gradients(moved, np.arange(8))
+    _, metrics = world.gradients(moved, ROWS)
     assert metrics["val/ratio_var"] > 1e-3
     world.learn()
     assert equal(before, world.experience) and equal(before, world.score()[0])
@@ -257,7 +257,7 @@ def test_the_pretraining_gradient_is_added_with_its_coefficient(world, text):
     handed = optax.GradientTransformation(lambda params: params, keep)
     config, state = world.config, update.init_state(world.params["policy"], handed)
     assert config.ppo.pretrain_coef == 0.25
-    alone = world.gradients(state.params, np.arange(8))
+    alone = world.gradients(state.params, ROWS)
     (batch,) = text(4096)
     text_loss = jax.jit(jax.value_and_grad(lambda params: lm.loss_fn(config.model, params, batch)[0]))
     loss, pretrain = text_loss(state.params)
@@ -287,7 +287,7 @@ def whole(world, text):
     return results(world, text)
 
 
-@pytest.mark.parametrize("budget", [16, 32, 64])
+@pytest.mark.parametrize("budget", [16, 64])
 def test_microbatches_change_nothing(budget, whole, text):
     mine = World(make(budget))
     assert len(mine.scored[4][0]) > 1 or budget == 64
@@ -353,16 +353,16 @@ def one_by_one(world):
     return out
 
 
-@pytest.mark.parametrize("budget", [16, 40, 4096])
+@pytest.mark.parametrize("budget", [16, 64, 4096])
 def test_a_reading_is_each_responses_own(world, one_by_one, budget):
     mine = World(make(budget))
     zeros = np.full((16, R), -7.0, np.float32)
     said = ppo.Reading(*map(jnp.asarray, (zeros, zeros, zeros, zeros, zeros[:, 0])))
-    for part in mine.parts(np.arange(12)):
+    for part in mine.parts(ROWS):
         said = mine.programs.read(mine.params, mine.sampled, said, part)
     for i, (logp, entropy, values, score) in enumerate(one_by_one):
         n = len(logp)
-        if i >= 12:  # not among the rows: left as it was
+        if i not in ROWS:  # not among the rows: left as it was
             assert (np.asarray(said.values)[i] == -7).all() and said.scores[i] == -7
             continue
         for found, wanted in zip(said[:4], (logp, entropy, logp, values), strict=True):
@@ -380,16 +380,16 @@ def test_tokens_in_front_of_a_prompt_and_behind_an_end_are_never_read(packed_wor
     experience, *figures, _ = packed_world.score(sampled=other)
     assert equal(tuple(figures), packed_world.scored[1:4])
     assert equal(experience._replace(sampled=None), packed_world.experience._replace(sampled=None))
-    parts, policy = packed_world.parts(np.arange(8)), packed_world.params["policy"]
+    parts, policy = packed_world.parts(ROWS), packed_world.params["policy"]
     grads = update.total(packed_world.programs.policy_add, policy, [(experience, part) for part in parts])
-    assert equal(grads, packed_world.gradients(policy, np.arange(8)))
+    assert equal(grads, packed_world.gradients(policy, ROWS))
 
 
 def test_what_stands_behind_an_end_in_the_experience_is_never_learnt(packed_world):
     """Old log-probabilities, values, advantages and returns of 99 there: gradients of both losses are the same."""
     mask = packed_world.sampled.mask
     marred = ppo.Experience(packed_world.sampled, *(jnp.where(mask, x, 99.0) for x in packed_world.experience[1:]))
-    parts = packed_world.parts(np.arange(8))
+    parts = packed_world.parts(ROWS)
     for add, role in ((packed_world.programs.policy_add, "policy"), (packed_world.programs.value_add, "value")):
         plain, other = (update.total(add, packed_world.params[role], [(experience, part) for part in parts])
                         for experience in (packed_world.experience, marred))  # fmt: skip
@@ -476,7 +476,7 @@ def test_the_self_check_stops_where_a_rows_sequences_see_each_other(monkeypatch)
         return batch | {"segments": jnp.minimum(batch["segments"], 1)}
 
     monkeypatch.setattr(ppo, "packed", leaking)
-    mine = World(make(budget=32), programs_of.__wrapped__(1.0, "float32"))
+    mine = World(make(budget=64), programs_of.__wrapped__(1.0, "float32"))
     experience, _, metrics, said, first = mine.scored
     assert metrics["objective/kl"] == 0
     with pytest.raises(UserError, match=r"as its row's pads and neighbours change is \d*\.\d+"):

@@ -60,6 +60,12 @@ def choose(implementation, backend, dtype, shape, kv_heads, shards=(1, 1)) -> st
     return implementation
 
 
+def check(model) -> None:
+    """Raise UserError where the kernel that `model` asks for can't run on the mesh that is set."""
+    shape = shards()[0], model.max_length, model.heads, model.head_size
+    choose(model.attention, platform(), jnp.dtype(model.dtype), shape, model.kv_heads, shards())
+
+
 def platform() -> str:
     """Of the mesh that is set, whose devices need not be here (the TPU compiler runs anywhere); else this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device

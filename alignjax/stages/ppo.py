@@ -387,7 +387,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
 
     def figures(state):
         out = {"policy_updates": int(state["policy"].updates), "value_updates": int(state["value"].updates)}
-        for name, policy in (("before", frozen["reference"]), ("after", state["policy"].params)):
+        for name, policy in (("before", roles.fetched(frozen["reference"])), ("after", state["policy"].params)):
             params = {"policy": policy, "value": state["value"].params, **frozen}
             found = evaluate(config, programs, tokenizer, mesh, params, state["stats"], rows["heldout"], arrays["heldout"],
                              heldout_text)  # fmt: skip
