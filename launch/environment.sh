@@ -14,7 +14,7 @@ if [ "$(cat .venv/made-from 2>/dev/null)" != "$wanted" ]; then
   echo "making .venv with $("$PYTHON" --version) and the versions of constraints.txt"
   rm -rf .venv
   "$PYTHON" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test${EXTRA:+,$EXTRA}]"
-  echo "$wanted" > .venv/made-from
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test${EXTRA:+,$EXTRA}]" &&
+    echo "$wanted" > .venv/made-from
 fi
 PATH="$PWD/.venv/bin:$PATH"
