@@ -113,13 +113,14 @@ def test_what_sees_nothing_is_finite_with_finite_gradients():
     np.testing.assert_allclose(mean, np.repeat(v.mean(axis=1), 2, axis=1), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("t, parts", [(25, 4), (37, 3)])
-def test_blocks_are_one_piece(t, parts, monkeypatch):
-    """Blocks of 8, the last with pads: four parts of one block each, and five blocks in parts of two."""
+@pytest.mark.parametrize("t, loops", [(25, 0), (37, 3)])
+def test_parts_and_blocks_are_one_piece(t, loops, monkeypatch):
+    """Blocks of 8: four parts of a block at most, the last short; and five blocks, with pads, in parts of two."""
     q, k, v, weights = arrays(4, 3, t, 4, 2, 8)
     whole = value_and_grads(self_attention, q, k, v, layout(t), weights)
+    monkeypatch.setattr(attention, "WHOLE", 8)
     monkeypatch.setattr(attention, "BLOCK", 8)
-    assert str(jax.make_jaxpr(self_attention)(q, k, v, layout(t))).count("scan[") == parts
+    assert str(jax.make_jaxpr(self_attention)(q, k, v, layout(t))).count("scan[") == loops
     assert_same(value_and_grads(self_attention, q, k, v, layout(t), weights), whole, 1e-5)
 
 

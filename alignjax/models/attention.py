@@ -4,6 +4,7 @@ Letters: b batch, t tokens, r queries of a block, s keys, n heads, k key-value h
 Scores and softmax are float32. Repeated keys of grouped queries are never made.
 """
 
+import functools
 import math
 
 import jax
@@ -14,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from alignjax.config import UserError
 from alignjax.sharding import BATCH
 
-BLOCK = 256  # queries whose scores "xla" makes at a time, once a row has more than twice as many
-PARTS = 4  # of the queries, each with its own number of keys: more give fewer scores, and a larger program
+WHOLE = 64  # tokens of a row up to which "xla" takes all queries against all keys
+PARTS = 4  # of the queries of a longer row, each with its own keys: more give fewer scores, and a larger program
+BLOCK = 128  # queries of a part whose scores "xla" makes at a time, and again for the gradient: it never has all
 TILES = (512, 384, 256, 128)  # of "splash": the first that divides t; 512 is MaxText's choice, not measured here
 LANES = 128  # what the tiles, and so t, must be a multiple of
 
@@ -81,20 +83,22 @@ def shards() -> tuple[int, int]:
 
 
 def xla(q, k, v, segments):
-    """In one piece where t is small, else by blocks of queries: not much over half of the scores, and no [b n t t]."""
-    if q.shape[1] <= 2 * BLOCK:
-        return block(q, k, v, segments, segments, 0)
-    return padded(in_blocks, BLOCK, q, k, v, segments)
-
-
-def in_blocks(q, k, v, segments):
-    """A block of a part of the queries sees the keys up to that part's end. t is a multiple of BLOCK."""
+    """By parts of the queries, each against the keys up to its end: not much over half of the scores of a long row."""
     t = q.shape[1]
-    size = math.ceil(t / (PARTS * BLOCK)) * BLOCK
+    if t <= WHOLE:
+        return block(q, k, v, segments, segments, 0)
+    size = math.ceil(t / PARTS)
+    if size <= BLOCK:
+        return in_parts(block, size, q, k, v, segments)
+    return padded(functools.partial(in_parts, scanned, math.ceil(size / BLOCK) * BLOCK), BLOCK, q, k, v, segments)
+
+
+def in_parts(of, size, q, k, v, segments):
+    """of(q, k, v, segments of q, of k, first) for `size` queries at a time, and the keys that they may see."""
     parts = []
-    for i in range(0, t, size):
+    for i in range(0, q.shape[1], size):
         mine, seen = slice(i, i + size), slice(i + size)
-        parts.append(scanned(q[:, mine], k[:, seen], v[:, seen], segments[:, mine], segments[:, seen], i))
+        parts.append(of(q[:, mine], k[:, seen], v[:, seen], segments[:, mine], segments[:, seen], i))
     return jnp.concatenate(parts, axis=1)
 
 
