@@ -47,7 +47,7 @@ def sampling(size: str, repeats: int) -> dict:
 
 
 ROWS = {"ppo-tiny": ppo("tiny", 5), "ppo-small": ppo("small", 3), "ppo-small-random-ends": ppo("small", 3, 24),
-        "rm-tiny": rm("tiny", 30, 512), "rm-small": rm("small", 15, 1024),
+        "rm-tiny": rm("tiny", 30, 2048), "rm-small": rm("small", 12, 2048),
         "sampling-tiny": sampling("tiny", 3), "sampling-small": sampling("small", 2)}  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("size", nargs="?", default="tiny", choices=shapes.MODELS)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--microbatch-tokens", type=int, default=1024)
+    parser.add_argument("--microbatch-tokens", type=int, default=2048)
     a = parser.parse_args()
     model, mesh, rng = shapes.MODELS[a.size], sharding.make_mesh(configs.Mesh()), np.random.default_rng(0)
     n = a.steps * PAIRS
