@@ -59,11 +59,14 @@ class Optimiser:
 
 @dataclass
 class Data:
-    """Where examples come from: "toy/NAME" is the embedded world, anything else a path to JSON lines."""
+    """Where examples come from: "toy/NAME", "tfds/NAME" or a path, several with commas, see `data.mixture`."""
 
     kind: str = "text"  # lm: text, conversations; ranking: comparisons; ppo: prompts
     train: str = "toy/text"
-    heldout: str = "toy/text"  # for ranking, several may be named, with commas between
+    heldout: str = "toy/text"  # ranking gives figures for each source by itself
+    heldout_share: float = 0.0  # of the prompts of a file that is named in train and heldout: held out, by their hash
+    on_bad_row: str = "error"  # of a user's file: error, skip (counted)
+    data_dir: str = ""  # where public sets were prepared; "" is the default of TFDS
     batch: int = 64  # examples (pairs, prompts) in one optimiser step (in one rollout, for PPO)
     max_length: int = 64  # tokens of an example; longer ones are dropped and counted, never cut
     examples: int = 0  # how many examples of each data set to use; 0 is all of them
@@ -92,6 +95,9 @@ class PPO:
     epochs: int = 1  # (i)
     minibatches: int = 1
     value_warmup_steps: int = 50  # the first updates, which touch only the value model
+    reward_fn: str = ""  # module:function(prompts, responses, **columns) -> scores, see `stages.rewards`
+    reward_fn_weight: float = 1.0
+    reward_weight: float = 1.0  # of the reward model's score, to which the function's is added
     normalise_scores: str = "mean"  # by running statistics: none, mean, mean_std
     whiten_advantages: bool = True
     truncated_score: float = -1.0  # takes the place of the (raw) score of a response that did not end
@@ -117,8 +123,11 @@ class Config:
     stage: str = "lm"  # lm, ranking, ppo
     name: str = "lm"
     seed: int = 0
-    steps: int = 100  # of the loop: optimiser steps; for PPO, rollouts
-    parents: dict[str, str] = field(default_factory=dict)  # role -> config (NAME.py), run, or Hugging Face directory
+    steps: int = 100  # of the loop: optimiser steps; for PPO, rollouts; 0, not for PPO, is one pass over the examples
+    # role -> config (NAME.py), run, Hugging Face directory, or hf://ORG/NAME, which is downloaded
+    parents: dict[str, str] = field(default_factory=dict)
+    tokenizer: str = ""  # a directory or hf://ORG/NAME; "" is the parents', without any a new one of the text
+    chat_template: str = ""  # "" is the tokenizer's own; chatml
     microbatch_tokens: int = 4096  # an optimiser step's batch is packed into microbatches of about so many tokens
     model: Model = field(default_factory=Model)
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -141,6 +150,8 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("nothing", "everything", "dots"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "chat_template": ("", "chatml"),
+    "data.on_bad_row": ("error", "skip"),
     "optimiser.schedule": ("constant", "cosine"),
     "value_optimiser.schedule": ("constant", "cosine"),
     "ppo.normalise_scores": ("none", "mean", "mean_std"),
@@ -149,7 +160,7 @@ CHOICES = {
     "ppo.frozen_memory": ("device", "host"),
 }
 AT_LEAST_ONE = (
-    "steps", "microbatch_tokens", "checkpoint_every", "keep_checkpoints", "sample_every",
+    "microbatch_tokens", "checkpoint_every", "keep_checkpoints", "sample_every",
     "model.vocab_size", "model.d_model", "model.layers", "model.heads", "model.kv_heads", "model.head_size", "model.d_ff",
     "model.max_length", "data.batch", "data.max_length",
     "ppo.samples_per_prompt", "ppo.response_length", "ppo.epochs", "ppo.minibatches",
@@ -241,8 +252,13 @@ def check(config: Config) -> None:
     )
     kinds = KINDS[config.stage]
     rule(config.data.kind in kinds, f"data.kind={config.data.kind!r} must be one of {kinds} for stage={config.stage!r}")
+    rule(config.data.heldout_share < 1, f"data.heldout_share={config.data.heldout_share} must be below 1")
     if config.stage == "ppo":
-        rule(set(config.parents) == roles, f"parents={sorted(config.parents)} must be {sorted(roles)} for ppo")
+        rule(config.steps >= 1, f"steps={config.steps} must be at least 1 for ppo")
+        wanted = roles - ({"reward"} if p.reward_fn else set())  # a function may be the whole reward
+        rule(wanted <= set(config.parents), f"parents={sorted(config.parents)} must be {sorted(wanted)} for ppo")
+        module, _, function = p.reward_fn.partition(":")
+        rule(not p.reward_fn or (module and function), f"ppo.reward_fn={p.reward_fn!r} must be module:function")
         responses = config.data.batch * p.samples_per_prompt
         rule(responses % p.minibatches == 0, f"ppo.minibatches={p.minibatches} must divide data.batch x "
              f"ppo.samples_per_prompt={responses}")  # fmt: skip

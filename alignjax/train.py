@@ -23,7 +23,7 @@ from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
 from alignjax.models import attention
 from alignjax.profile import Compilations, Phases
-from alignjax.stages import lm, ppo, ranking
+from alignjax.stages import lm, ppo, ranking, rewards
 
 STAGES = {"lm": lm.build, "ranking": ranking.build, "ppo": ppo.build}
 
@@ -63,11 +63,12 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profil
         with jax.set_mesh(mesh), Compilations() as compilations:
             shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             devices = f"{mesh.size} {jax.default_backend()} device(s) ({shape})"
-            say(f"{config.name}: {config.steps} steps on {devices}, in {workdir}")
+            say(f"{config.name}: on {devices}, in {workdir}")
             attention.check(config.model)
             tokenizer = tokenizer_of(config, workdir, parents)
             phases = Phases(config.name, profile, workdir / "profile", say)
             stage = STAGES[config.stage](config, mesh, parents, tokenizer, say, phases)
+            say(f"{config.name}: {stage.steps} steps")
             keep(config, tokenizer, workdir)  # now that no mistake in config or data can leave it half made
             state = train(config, workdir, stage, signals, phases, compilations)
             say(f"{config.name}: {compilations}")
@@ -75,12 +76,12 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profil
             figures = stage.evaluate(state)
         if jax.process_index() == 0:
             times = (workdir / "timing.jsonl").read_text().splitlines()
-            facts = {"name": config.name, "stage": config.stage, "steps": config.steps, "seed": config.seed,
+            facts = {"name": config.name, "stage": config.stage, "steps": stage.steps, "seed": config.seed,
                      "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1)}  # fmt: skip
             write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
         together("summary")
     found = json.loads(summary.read_text())
-    say(metrics.table(f"{config.name}: {config.steps} steps in {found['training_seconds']:.0f} s", found["table"]))
+    say(metrics.table(f"{config.name}: {found['steps']} steps in {found['training_seconds']:.0f} s", found["table"]))
 
 
 def resolve(config: Config, workdir: Path, signals: Signals) -> dict[str, Path]:
@@ -127,8 +128,11 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals) -> Path:
 
 
 def adopt(config: Config, overrides: dict) -> None:
-    """Give the config the architecture of the directories that its parents begin with, unless the user asks for another."""
-    for directory in filter(None, map(origin, config.parents.values())):
+    """Give the config the architecture of the directories that its parents begin with, unless the user asks for another.
+
+    The reward model's is its own affair: it may be another.
+    """
+    for directory in filter(None, (origin(spec) for role, spec in config.parents.items() if role != "reward")):
         for name, value in dataclasses.asdict(roles.architecture(directory)).items():
             if name in roles.RUNTIME:
                 continue
@@ -157,23 +161,30 @@ def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None
 
 
 def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
-    """The tokenizer that the run has kept, else its parents', else one trained on its text."""
+    """The tokenizer that the run has kept, else its parents', else the one it names, else one trained on its text.
+
+    All roles but the reward share it: see `stages.rewards`.
+    """
+    sources = {role: path for role, path in parents.items() if role != "reward"}
     if (workdir / "config.json").exists():
         tokenizer = chat.load_tokenizer(workdir / "tokenizer")
-    elif parents:
-        sources = {role: path / "tokenizer" if roles.is_run(path) else path for role, path in parents.items()}
-        tokenizers = {role: chat.load_tokenizer(path) for role, path in sources.items()}
+    elif sources:
+        tokenizers = {role: rewards.tokenizer_of(config, path) for role, path in sources.items()}
         first = next(iter(sources))
         tokenizer = tokenizers[first]
         for role in sources:
             if tokenizers[role].get_vocab() != tokenizer.get_vocab():
                 raise UserError(f"the tokenizers of {sources[first]} ({first}) and {sources[role]} ({role}) differ")
+    elif config.tokenizer:
+        tokenizer = chat.load_tokenizer(Path(config.tokenizer), config.chat_template)
     else:
         if config.data.kind != "text":
             raise UserError(f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only")
         texts = toy.tokenizer_texts(config.seed)
-        if not config.data.train.startswith("toy/"):
-            texts = [row["text"] for row in mixture.load(config.data.train, "text", "train", config.seed)]
+        if not all(source.startswith("toy/") for source, _ in mixture.sources(config.data.train)):
+            texts = [
+                row["text"] for rows in mixture.sets(config, "text", config.data.train, "", say).train for row in rows
+            ]
         with tempfile.TemporaryDirectory() as directory:
             tokenizer = chat.train_tokenizer(texts, Path(directory), config.model.vocab_size)
     if len(tokenizer) > config.model.vocab_size:
@@ -200,12 +211,12 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:
             say(f"{config.name}: goes on from step {first}")
-        with contextlib.closing(metrics.Log(workdir, config.name, first, config.steps, stage.shown)) as log:
-            phases.begin(first, config.steps)
-            for i in range(first, config.steps):
+        with contextlib.closing(metrics.Log(workdir, config.name, first, stage.steps, stage.shown)) as log:
+            phases.begin(first, stage.steps)
+            for i in range(first, stage.steps):
                 state, figures, late = stage.step(state, i)
                 log.write(i, figures, late)
-                last, stop = i + 1 == config.steps, signals.anywhere()
+                last, stop = i + 1 == stage.steps, signals.anywhere()
                 if last or stop or (i + 1) % config.checkpoint_every == 0:
                     log.flush()  # stops here at a figure that is not finite, so that no checkpoint holds one
                     phases.mark("other")
@@ -218,7 +229,7 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
                     checkpoints.close()
                     name = signal.Signals(signals.received).name
                     raise Stopped(
-                        f"{name}: {config.name} saved at step {i + 1} of {config.steps}; the same command goes on"
+                        f"{name}: {config.name} saved at step {i + 1} of {stage.steps}; the same command goes on"
                     )
         return state
 

@@ -38,7 +38,7 @@ from scaling import microbatch
 from alignjax import config as configs
 from alignjax import logprobs, update, vocabulary
 from alignjax.models import attention, families
-from alignjax.stages import ppo
+from alignjax.stages import experience
 
 MODELS = shapes.MODELS | {"1.8b": families.PRESETS["qwen-1.8b"]}
 
@@ -78,7 +78,8 @@ def learning(model, state, a, said: list):
     config, pair = microbatch(model, rows, w)
     seen = ((5 * w / 8) ** 2 + (3 * w / 8) ** 2 + w) / (2 * w)
     forward = shapes.operations(model, rows * w, seen, rows * w * 3 // 4)
-    read = jax.jit(lambda params, pair: logprobs.token_logprobs(model, params, ppo.packed(pair[0].sampled, pair[1])))
+    batch = lambda pair: experience.packed(pair[0].sampled, pair[1])
+    read = jax.jit(lambda params, pair: logprobs.token_logprobs(model, params, batch(pair)))
     yield f"scoring {rows} x {w}", forward, 0, median(lambda: read(state.params, pair), a)
 
     compiled = lambda: programs(config).policy_add.lower(None, state.params, pair).compile()

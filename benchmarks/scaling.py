@@ -25,7 +25,7 @@ from sampling import programs, rollout
 from alignjax import config as configs
 from alignjax.models import transformer
 from alignjax.rollout import Rollout
-from alignjax.stages import ppo
+from alignjax.stages import experience
 
 ROWS, LENGTH = 8, 64
 AXES = {"batch": ROWS, "length": LENGTH, "vocabulary": 4096, "depth": 2, "scanned": 2}  # where each begins
@@ -38,12 +38,12 @@ def microbatch(model, rows: int, length: int):
     c.data.max_length = c.ppo.response_length = length // 2
     n, rng = 2 * rows, np.random.default_rng(1)
     prompts, lengths = np.full(n, length // 8, np.int32), np.tile(np.int32([length // 2, length // 4]), rows)
-    (part,) = ppo.microbatches(c, prompts, lengths, np.arange(n), 1)
+    (part,) = experience.microbatches(c, prompts, lengths, np.arange(n), 1)
     assert part["sequence"].shape == (rows, length) and part["sequence"].min() == 0
     fixed = [rng.normal(size=(n, length // 2)).astype(np.float32) for _ in range(5)]
     tokens = rng.integers(2, model.vocab_size, (n, length)).astype(np.int32)
     sampled = Rollout(tokens, prompts, lengths, fixed[0], np.zeros(n, bool))
-    return c, jax.tree.map(jnp.asarray, (ppo.Experience(sampled, *fixed[1:]), part))
+    return c, jax.tree.map(jnp.asarray, (experience.Experience(sampled, *fixed[1:]), part))
 
 
 def cost(program, arguments, repeats: int) -> tuple[float, float, float]:

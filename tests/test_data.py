@@ -2,14 +2,20 @@
 
 import gzip
 import json
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from alignjax import config as configs
 from alignjax import sharding
 from alignjax.config import UserError
-from alignjax.data import chat, files, mixture, toy
+from alignjax.data import chat, encoding, files, mixture, toy
 from alignjax.stages import lm, ranking
 
 USER = {"role": "user", "content": "last : red cat box"}
@@ -182,7 +188,7 @@ def test_one_tokenisation_for_training_and_scoring(tokenizer):
     """Comparison, conversation, and prompt followed by response: the same ids, also where words meet a line's edge."""
     rows = toy.examples("comparisons-clean", "heldout", 0)[:100]
     rows.append({"prompt": turns("a", "b", "c"), "chosen": "\n sure", "rejected": "", "margin": 0.5})
-    arrays, dropped = mixture.encode_comparisons(tokenizer, rows, 48)
+    arrays, dropped = encoding.encode_comparisons(tokenizer, rows, 48)
     assert dropped == 0 and arrays["margin"][-1] == 0.5
     for i, row in enumerate(rows):
         prompt = chat.encode_prompts(tokenizer, [row["prompt"]])[0]
@@ -190,9 +196,9 @@ def test_one_tokenisation_for_training_and_scoring(tokenizer):
             response = chat.encode_responses(tokenizer, [row[side]])[0]
             length = arrays[f"{side}_length"][i]
             assert response[-1] == chat.end_token(tokenizer)
-            assert pair == prompt + response == arrays[side][i, :length].tolist()
+            assert pair == prompt + response == arrays[side][i][:length].tolist()
             assert pair == chat.encode_conversations(tokenizer, [row["prompt"] + turns("", row[side])[1:]])[0][0]
-            assert not arrays[side][i, length:].any()
+            assert not arrays[side][i][length:].any()
             assert chat.decode_response(tokenizer, response) == row[side]
 
 
@@ -201,30 +207,43 @@ def test_text_windows_by_hand(tokenizer):
     rows = [{"text": t} for t in ("cat box sun", "hat cup", "dog map")]
     cat, box, sun, hat, cup, dog = (tokenizer(w)["input_ids"][0] for w in ("cat", " box", " sun", "hat", " cup", "dog"))
     end = tokenizer.pad_token_id
-    arrays, dropped = mixture.encode_text(tokenizer, rows, 4)
+    arrays, dropped = encoding.encode_text(tokenizer, rows, 4)
     assert dropped == 0
     assert arrays["tokens"].tolist() == [[cat, box, sun, end], [hat, cup, end, dog]]
     assert arrays["segments"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 2]]
     assert arrays["mask"].tolist() == [[0, 1, 1, 1], [0, 1, 1, 0]]
     with pytest.raises(UserError, match="data.max_length=64: the text has only 10 tokens"):
-        mixture.encode_text(tokenizer, rows, 64)
+        encoding.encode_text(tokenizer, rows, 64)
 
 
-def test_prompts_are_padded_in_front_and_one_too_long_is_an_error(tokenizer):
+def test_prompts_are_padded_in_front_and_dropped_where_too_long(tokenizer):
     rows = [{"prompt": turns("copy : " + "cat " * n)} for n in (9, 1, 2)]
-    lengths = [len(chat.encode_prompts(tokenizer, [row["prompt"]])[0]) for row in rows]
-    arrays, dropped = mixture.encode_prompts(tokenizer, rows, lengths[0])
-    assert dropped == 0 and arrays["index"].tolist() == [0, 1, 2] and arrays["lengths"].tolist() == lengths
-    for ids, n, row in zip(arrays["prompts"], arrays["lengths"], rows, strict=True):
-        assert ids[-n:].tolist() == chat.encode_prompts(tokenizer, [row["prompt"]])[0] and not ids[:-n].any()
-    rows[0]["where"] = "mine.jsonl:1"
-    with pytest.raises(UserError, match=f"mine.jsonl:1: {lengths[0]} tokens, data.max_length=3"):
-        mixture.encode_prompts(tokenizer, rows, 3)
+    ids = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    for limit, kept in ((len(ids[0]), [0, 1, 2]), (len(ids[2]), [1, 2])):
+        arrays, dropped = encoding.encode_prompts(tokenizer, rows, limit)
+        assert dropped == 3 - len(kept) and arrays["index"].tolist() == kept
+        assert arrays["lengths"].tolist() == [len(ids[i]) for i in kept]
+        assert arrays["prompts"][:].tolist() == [[0] * (limit - len(ids[i])) + ids[i] for i in kept]
+    with pytest.raises(
+        UserError, match=f"max_length=3: all 3 prompts are longer, the shortest has {len(ids[1])} tokens"
+    ):
+        encoding.encode_prompts(tokenizer, rows, 3)
+
+
+def test_ragged_rows_are_those_of_an_array():
+    sequences = [[1, 2, 3], [], [4], [5, 6]]
+    for left in (False, True):
+        ragged, whole = encoding.Ragged(sequences, 4, left), encoding.pad(sequences, 4, left)
+        for at in (2, slice(1, 3), np.array([3, 0, 0]), [1], slice(None), np.array([True, False, False, True])):
+            assert ragged[at].tolist() == whole[at].tolist() and ragged[at].dtype == np.int32
+        assert len(ragged) == 4 and np.asarray(ragged).tolist() == whole.tolist()
+        joined = encoding.join([{"x": ragged, "n": np.arange(4)}, {"x": ragged, "n": np.arange(4)}])
+        assert joined["x"][:].tolist() == whole.tolist() * 2 and joined["n"].tolist() == [0, 1, 2, 3] * 2
 
 
 def test_fixed_shapes_drop_and_never_cut(tokenizer):
     rows = [{"messages": turns("last : cat", "sure , cat .")}, {"messages": turns("a", "b " * 50)}]
-    arrays, dropped = mixture.encode_conversations(tokenizer, rows, 24)
+    arrays, dropped = encoding.encode_conversations(tokenizer, rows, 24)
     tokens, trained = chat.encode_conversations(tokenizer, [rows[0]["messages"]])[0]
     n = len(tokens)
     assert dropped == 1 and arrays["tokens"][0].tolist() == tokens + [0] * (24 - n)
@@ -384,7 +403,11 @@ def test_files_are_read_as_the_world_is(tmp_path):
     ("conversations", '{"messages": "a"}', 'messages: a list of messages wanted, str found: "a"'),
     ("conversations", '{"messages": [{"role": "user", "content": "a"}]}', "role assistant wanted, the roles found are user"),
     ("comparisons", '{"prompt": "a", "chosen": "b"}', "comparisons need a field 'rejected'"),
-    ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": null}', "rejected: text wanted, NoneType found: null"),
+    ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": null}', "rejected: text or a list of messages wanted, NoneType"),
+    ("comparisons", '{"chosen": "b", "rejected": "c"}', "comparisons without a prompt need whole conversations"),
+    ("comparisons", '{"prompt": "a", "chosen": [{"role": "user", "content": "a"}], "rejected": "c"}',
+     "chosen: one message of the role assistant wanted after the prompt, the roles are user"),
+    ("comparisons", json.dumps({"chosen": turns("a", "b"), "rejected": turns("x", "c")}), "one conversation up to the"),
     ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}', 'margin: a number wanted, str found: "1"'),
     ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "margin: a number wanted, float found"),
 ])  # fmt: skip
@@ -394,6 +417,132 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, line, message):
     path.write_text(f"{json.dumps(good)}\n{line}\n")
     with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{message}"):
         files.read(path, kind)
+
+
+def test_comparisons_come_in_every_form(tmp_path):
+    """Prompt and replies as text, as messages, the prompt said again in front of the replies, or implied by them."""
+    system, wanted = {"role": "system", "content": "be kind"}, {"chosen": "b", "rejected": "c", "margin": 0.0}
+    forms = [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, turns("a")),
+        ({"prompt": [system, *turns("a")], "chosen": turns("", "b")[1:], "rejected": "c"}, [system, *turns("a")]),
+        ({"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c")}, turns("a")),
+        ({"chosen": turns("x", "y", "a", "b"), "rejected": turns("x", "y", "a", "c")}, turns("x", "y", "a")),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, turns("a")),
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(value) for value, _ in forms))
+    found = files.read(tmp_path / "rows.jsonl", "comparisons")
+    for i, (row, (_, prompt)) in enumerate(zip(found, forms, strict=True), 1):
+        assert row == wanted | {"prompt": prompt, "where": f"{tmp_path}/rows.jsonl:{i}"}
+
+
+def test_parquet_is_read_as_lines_are(tmp_path):
+    values = [{"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "margin": None},
+              {"prompt": "d", "chosen": turns("d", "e"), "rejected": turns("x", "c"), "margin": 1.5}]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "rows.parquet")
+    found = files.read(tmp_path / "rows.parquet", "comparisons", skip=True, say=lambda text: None)
+    assert [(row["prompt"], row["margin"], row["where"]) for row in found] == [
+        (turns("a"), 0.0, f"{tmp_path}/rows.parquet: row 1")]  # fmt: skip
+    with pytest.raises(UserError, match="rows.parquet: row 2: rejected: one message of the role assistant"):
+        files.read(tmp_path / "rows.parquet", "comparisons")
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match="torn.parquet: Parquet wanted"):
+        files.read(tmp_path / "torn.parquet", "comparisons")
+
+
+def test_bad_rows_are_skipped_and_counted_if_asked(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n{"tex": "b"}\n{"text": "c"}\n')
+    said = []
+    rows = files.read(tmp_path / "a.jsonl", "text", skip=True, say=said.append)
+    assert [row["text"] for row in rows] == ["a", "c"] and len(said) == 1
+    assert re.search(
+        r"a.jsonl: 2 bad rows skipped of 4; the first: .*a.jsonl:2: text: text wanted, int found: 3", said[0]
+    )
+    with pytest.raises(UserError, match=r'a.jsonl:2: text: .*; data.on_bad_row="skip" leaves such rows out'):
+        files.read(tmp_path / "a.jsonl", "text")
+
+
+def test_prompts_keep_their_other_columns(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "2 + 2", "answer": "4", "level": 1}\n')
+    assert files.read(tmp_path / "a.jsonl", "prompts")[0]["columns"] == {"answer": "4", "level": 1}
+
+
+def test_sources_and_their_weights():
+    assert mixture.sources("") == [] and mixture.sources("a*.jsonl, b") == [("a*.jsonl", None), ("b", None)]
+    spec = "0.7*tfds/shp:min_score_ratio=3,pairs_per_post=5/test,.3*mine.jsonl"
+    assert mixture.sources(spec) == [("tfds/shp:min_score_ratio=3,pairs_per_post=5/test", 0.7), ("mine.jsonl", 0.3)]
+    for wrong in ("a,,b", "0*a", "2*a,b"):
+        with pytest.raises(UserError, match="WEIGHT"):
+            mixture.sources(wrong)
+
+
+def test_weights_are_the_shares_of_the_sources():
+    """Drawn 3 to 1 whatever their sizes, each source in epochs of its own; the same for the same seed."""
+    rows = {"x": np.arange(12)}
+    batches = mixture.Batches(rows, 8, 1, sizes=[4, 8], weights=[3.0, 1.0])
+    drawn = np.concatenate([batches.get(i)["x"] for i in range(8)])
+    first, second = drawn[drawn < 4], drawn[drawn >= 4]
+    assert len(first) == 48 and len(second) == 16
+    assert (np.bincount(first) == 12).all() and (np.bincount(second)[4:] == 2).all()
+    again = mixture.Batches(rows, 8, 1, sizes=[4, 8], weights=[3.0, 1.0])
+    assert (again.get(5)["x"] == batches.get(5)["x"]).all() and batches.epoch == 2
+
+
+def write_comparisons(path, prompts):
+    row = lambda i, prompt: json.dumps({"prompt": prompt, "chosen": f"yes {i}", "rejected": "no"})
+    path.write_text("\n".join(row(i, prompt) for i, prompt in enumerate(prompts)))
+    return str(path)
+
+
+def test_no_prompt_is_trained_on_and_held_out(tmp_path):
+    """By name: what a file shares with another is dropped from training. By share: a file is split by its prompts."""
+    config, said = configs.Config(), []
+    a = write_comparisons(tmp_path / "a.jsonl", [f"p{i % 100}" for i in range(300)])
+    b = write_comparisons(tmp_path / "b.jsonl", ["p7", " p8 ", "new"])
+    found = mixture.sets(config, "comparisons", f"2*{a},1*toy/comparisons-clean", b, said.append)
+    assert len(found.train[0]) == 294 and len(found.train[1]) == 1000 and found.weights == [2.0, 1.0]
+    assert said == [f"{a}: 6 of 300 comparisons dropped: their prompt is held out"]
+    with pytest.raises(UserError, match="a.jsonl is to be trained on and held out: .* data.heldout_share"):
+        mixture.sets(config, "comparisons", a, a, said.append)
+    config.data.heldout_share = 0.2
+    found = mixture.sets(config, "comparisons", a, a, said.append)
+    left, right = ({mixture.prompt_of(row) for row in rows} for rows in (found.train[0], found.heldout[a]))
+    assert not left & right and len(left | right) == 100 and 10 < len(right) < 30 and len(said) == 1
+    assert len(found.train[0]) == 3 * len(left) and len(found.heldout[a]) == 3 * len(right)
+    with pytest.raises(UserError, match="every prompt of it is held out"):
+        mixture.sets(
+            config, "comparisons", b, write_comparisons(tmp_path / "c.jsonl", ["p7", "p8", "new"]), said.append
+        )
+
+
+def test_a_number_of_an_index_is_the_rows_among_all_sources(tokenizer):
+    config = configs.Config()
+    rows = [[{"prompt": turns("copy : " + "cat " * n)} for n in some] for some in ((1, 60, 2), (3, 4))]
+    batches = mixture.batches(config, mixture.Sets(rows, None, {}), "prompts", 30, 2, tokenizer, lambda text: None)
+    assert batches.rows["index"].tolist() == [0, 2, 3, 4] and len(batches.rows["prompts"]) == 4
+
+
+def test_a_template_may_be_asked_for(tokenizer, tmp_path):
+    bare = chat.load_tokenizer(Path(tokenizer.name_or_path))
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="no chat template"):
+        chat.encode_prompts(chat.load_tokenizer(tmp_path / "bare"), [turns("a")])
+    asked = chat.load_tokenizer(tmp_path / "bare", "chatml")
+    conversation = [turns("a", "b")]
+    assert chat.encode_conversations(asked, conversation) == chat.encode_conversations(tokenizer, conversation)
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path / "words")
+    with pytest.raises(UserError, match=r"<\|im_start\|>, <\|im_end\|> is no token of"):
+        chat.load_tokenizer(tmp_path / "words", "chatml")
+    settings = json.loads((tmp_path / "bare" / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "QWenTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+    }
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="can't load this tokenizer"):
+        chat.load_tokenizer(tmp_path / "bare")
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -247,8 +247,9 @@ def batches_of(name, runs):
     """The config of a run of three epochs of its 64 examples, and the microbatches of each of its steps."""
     config = configs.load(f"{name.removesuffix('-tiny')}.py:tiny", {"steps": "24", "microbatch_tokens": "128"})
     tokenizer = chat.load_tokenizer(runs / PARENTS[name][0] / "tokenizer")
-    examples = mixture.dataset(config, config.data.train, config.data.kind, "train", tokenizer, print)
-    batches = mixture.Batches(examples, config.data.batch, config.seed)
+    data = config.data
+    found = mixture.sets(config, data.kind, data.train, data.heldout, print)
+    batches = mixture.batches(config, found, data.kind, data.max_length, data.batch, tokenizer, print)
     microbatches = lm.microbatches if name == "sft-tiny" else ranking.microbatches
     return config, [microbatches(batches.get(i), 128, 1) for i in range(24)]
 

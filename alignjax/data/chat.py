@@ -43,11 +43,26 @@ def train_tokenizer(texts: list[str], directory: Path, vocab_size: int):
     return load_tokenizer(directory)
 
 
-def load_tokenizer(directory: Path):
-    """A Hugging Face tokenizer from a local directory; UserError if there is none."""
+def load_tokenizer(directory: Path, template: str = ""):
+    """A Hugging Face tokenizer from a local directory, with its own chat template or "chatml".
+
+    UserError if there is none, if it runs code of its own, and if ChatML's tokens are not in its vocabulary.
+    """
     if not (Path(directory) / "tokenizer_config.json").is_file():
         raise UserError(f"{directory}: no tokenizer there (tokenizer_config.json is missing)")
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (ValueError, OSError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{directory}: transformers can't load this tokenizer ({first}); name another by tokenizer=DIR, "
+                        "for the report's Qwen that of a Qwen2 model, whose tokens are the same") from None  # fmt: skip
+    if template == "chatml":
+        absent = [token for token in (START, END) if token not in tokenizer.get_vocab()]
+        if absent:
+            raise UserError(f"chat_template='chatml', but {', '.join(absent)} is no token of {directory}")
+        tokenizer.add_special_tokens({"additional_special_tokens": [START, END]})
+        tokenizer.chat_template = CHATML
+    return tokenizer
 
 
 @functools.lru_cache(maxsize=8)

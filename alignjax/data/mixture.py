@@ -1,21 +1,60 @@
-"""From examples to batches. A batch is a pure function of its step, so an exact resume needs the step alone."""
+"""Where examples come from, and in which order they go: sources, mixtures, what is held out, batches.
 
+A source is "toy/NAME" (the embedded world), "tfds/NAME" (a public set that `alignjax.data.prepare` has prepared, with its
+options if any: "tfds/shp:min_score_ratio=3", and a split of its own if wanted: "tfds/shp/validation"), or a path of a
+user's files. Several are joined by commas; with weights, "0.7*tfds/shp,0.3*mine.jsonl", each example is drawn from one of
+them with that chance. A batch is a pure function of its step, so an exact resume needs the step alone.
+"""
+
+import json
+import re
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import grain.python as grain
 import numpy as np
 
 from alignjax.config import Config, UserError
-from alignjax.data import chat, files, toy
+from alignjax.data import encoding, files, preferences, toy
 
 
-def load(source: str, kind: str, split: str, seed: int, limit: int = 0) -> list[dict]:
-    """All examples (or at most `limit`) of a kind (text, conversations, comparisons, prompts): of the embedded world, or from JSON lines.
+def sources(text: str) -> list[tuple[str, float | None]]:
+    """(source, weight or None) of each that is named; all have a weight or none has."""
+    out = []
+    for part in re.split(r",(?![a-z_]+=)", text) if text else []:  # a comma before OPTION= is of a set's options
+        weight, source = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\*)?(.*)", part.strip()).groups()
+        if not source or (weight is not None and float(weight) <= 0):
+            raise UserError(
+                f"data {text!r}: sources wanted, with commas between, and WEIGHT* before each or before none"
+            )
+        out.append((source, None if weight is None else float(weight)))
+    if len({weight is None for _, weight in out}) > 1:
+        raise UserError(f"data {text!r}: WEIGHT* is wanted before each source or before none")
+    return out
 
-    The world's comparisons are toy/comparisons-noisy and toy/comparisons-clean. A file has no splits: name two files.
+
+def load(source: str, kind: str, split: str, seed: int, limit: int = 0, data_dir: str = "", skip: bool = False,
+         say=print) -> list[dict]:  # fmt: skip
+    """All examples (or at most `limit`) of a kind (text, conversations, comparisons, prompts) and a split (train, heldout).
+
+    The world's comparisons are toy/comparisons-noisy and toy/comparisons-clean. A public set gives comparisons, their
+    prompts, or their prompts with the chosen reply as conversations. A file has no splits: see `sets`.
     """
+    if source.startswith("tfds/"):
+        spec, _, own = source.removeprefix("tfds/").partition("/")
+        rows = preferences.read(spec, own or split, data_dir, 0 if kind == "prompts" else limit)
+        if kind == "comparisons":
+            return rows
+        if kind == "conversations":
+            reply = lambda row: {"role": "assistant", "content": row["chosen"]}
+            return [{"messages": [*row["prompt"], reply(row)], "where": row["where"]} for row in rows]
+        if kind == "prompts":
+            distinct = {prompt_of(row): {"prompt": row["prompt"], "where": row["where"]} for row in reversed(rows)}
+            return list(distinct.values())[::-1][: limit or None]
+        raise UserError(f"data {source}: this stage takes {kind}, a public set has comparisons; name a path of {kind}")
     if not source.startswith("toy/"):
-        return files.read(source, kind)[: limit or None]
+        return files.read(source, kind, skip, say)[: limit or None]
     rows = toy.examples(source.removeprefix("toy/"), split, seed, limit)
     if not source.startswith(f"toy/{kind}"):
         names = " or ".join(f"toy/{name}" for name in toy.SIZES if name.startswith(kind))
@@ -23,13 +62,81 @@ def load(source: str, kind: str, split: str, seed: int, limit: int = 0) -> list[
     return rows
 
 
-class Batches:
-    """Endless reshuffled epochs over `rows` (a dict of arrays [n ...]); the same in every process."""
+def prompt_of(row: dict) -> str:
+    """What makes two examples one prompt's: the messages before the assistant's last turn, or a document's text."""
+    if "text" in row:
+        return row["text"].strip()
+    messages = row.get("prompt")
+    if messages is None:
+        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+        messages = row["messages"][:last]
+    return json.dumps([[m["role"], m["content"].strip()] for m in messages])
 
-    def __init__(self, rows: dict, batch: int, seed: int):
+
+def is_held_out(row: dict, share: float) -> bool:
+    """By a hash of the prompt: the same whatever the seed, the order and the other rows."""
+    return zlib.crc32(prompt_of(row).encode()) < share * 2**32
+
+
+class Sets(NamedTuple):
+    """Examples as rows: what is learnt from, source by source, and what is held out. No prompt is on both sides."""
+
+    train: list[list[dict]]
+    weights: list[float] | None  # of the sources; None: each example comes once in an epoch
+    heldout: dict[str, list[dict]]
+
+
+def sets(config: Config, kind: str, train: str, heldout: str, say) -> Sets:
+    """The rows of sources to train on and to hold out.
+
+    A file that is named in both is split: `data.heldout_share` of its prompts are held out. Whatever else of `train` has
+    a prompt that is held out is dropped, and counted.
+    """
+    d = config.data
+    learn, held = sources(train), [source for source, _ in sources(heldout)]
+    shared = {source for source, _ in learn if source in held and not source.startswith(("toy/", "tfds/"))}
+    if shared and not d.heldout_share:
+        raise UserError(f"{min(shared)} is to be trained on and held out: name another file, or set data.heldout_share "
+                        "(0 now) to the share of its prompts that is held out")  # fmt: skip
+
+    def get(source: str, split: str) -> list[dict]:
+        rows = load(source, kind, split, config.seed, d.examples, d.data_dir, d.on_bad_row == "skip", say)
+        if source in shared:
+            rows = [row for row in rows if is_held_out(row, d.heldout_share) == (split == "heldout")]
+        if not rows:
+            raise UserError(f"{source}: there are no {kind} to {'hold out' if split == 'heldout' else 'train on'}; "
+                            f"data.heldout_share={d.heldout_share}")  # fmt: skip
+        return rows
+
+    held_out = {source: get(source, "heldout") for source in held}
+    known, found = {prompt_of(row) for rows in held_out.values() for row in rows}, []
+    for source, _ in learn:
+        rows = get(source, "train")
+        found.append([row for row in rows if prompt_of(row) not in known])
+        if len(found[-1]) < len(rows):
+            say(f"{source}: {len(rows) - len(found[-1])} of {len(rows)} {kind} dropped: their prompt is held out")
+        if not found[-1]:
+            raise UserError(f"{source}: every prompt of it is held out, in {heldout}")
+    return Sets(found, [weight for _, weight in learn] if learn[0][1] else None, held_out)
+
+
+class Batches:
+    """Endless reshuffled epochs over `rows` (a dict of arrays [n ...]); the same in every process.
+
+    With weights, rows are those of several data sets of `sizes`, each reshuffled by itself, and drawn from by weight.
+    """
+
+    def __init__(self, rows: dict, batch: int, seed: int, sizes=None, weights=None):
         self.rows, self.batch = rows, batch
         n = len(next(iter(rows.values())))
-        self.index = grain.MapDataset.source(range(n)).seed(seed).shuffle().repeat()
+        self.epoch = -(-n // batch)  # steps in which as many examples go by as there are
+        shuffled = lambda first, n, seed: grain.MapDataset.source(range(first, first + n)).seed(seed).shuffle().repeat()
+        if weights is None:
+            self.index = shuffled(0, n, seed)
+        else:
+            starts = np.cumsum([0, *sizes[:-1]]).tolist()
+            each = [shuffled(first, size, seed + i) for i, (first, size) in enumerate(zip(starts, sizes, strict=True))]
+            self.index = grain.MapDataset.mix(each, weights)
 
     def order(self, step: int) -> np.ndarray:
         """The numbers of the rows in a step's batch."""
@@ -38,6 +145,18 @@ class Batches:
     def get(self, step: int) -> dict:
         chosen = self.order(step)
         return {k: v[chosen] for k, v in self.rows.items()}
+
+
+def batches(config: Config, found: Sets, kind: str, length: int, batch: int, tokenizer, say) -> Batches:
+    """Batches of what is learnt from, as arrays; `index`, of prompts, numbers the rows of all sources as one list."""
+    parts, before = [], 0
+    for rows in found.train:
+        parts.append(encoding.encode(rows, kind, length, tokenizer, say))
+        if "index" in parts[-1]:
+            parts[-1]["index"] += before
+        before += len(rows)
+    sizes = [len(next(iter(part.values()))) for part in parts]
+    return Batches(encoding.join(parts), batch, config.seed, sizes, found.weights)
 
 
 class Ahead:
@@ -57,92 +176,3 @@ def in_order(rows: dict, batch: int):
     n = len(next(iter(rows.values())))
     for start in range(0, n, batch):
         yield {k: v[start : start + batch] for k, v in rows.items()}
-
-
-def pad(sequences, length: int, left: bool = False) -> np.ndarray:
-    """Lists of ids -> [n length] int32, padded with 0, which nothing reads: lengths and segments say what is real."""
-    out = np.zeros((len(sequences), length), np.int32)
-    for row, ids in zip(out, sequences, strict=True):
-        row[length - len(ids) if left else 0 : None if left else len(ids)] = ids
-    return out
-
-
-def fitting(lengths, limit: int, what: str) -> tuple[np.ndarray, int]:
-    """Indices of the examples within the limit, and how many are not; none left is a UserError."""
-    kept = np.flatnonzero(np.array(lengths) <= limit)
-    if not len(kept):
-        shortest = min(lengths, default=0)
-        raise UserError(
-            f"data.max_length={limit}: all {len(lengths)} {what} are longer, the shortest has {shortest} tokens"
-        )
-    return kept, len(lengths) - len(kept)
-
-
-def lengths_of(sequences) -> np.ndarray:
-    return np.array([len(x) for x in sequences], np.int32)
-
-
-def encode_text(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """tokens, mask, segments, each [n length]: documents end to end, each closed by the pad token, cut in windows.
-
-    Segments number a window's documents from 1. The mask is 1 where a token is a target: it follows another of its
-    document in the window, for of a document's first token nothing can be known. The few tokens after the last whole
-    window are left; nothing is dropped (0).
-    """
-    close = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = [x + [close] for x in tokenizer([r["text"] for r in rows], add_special_tokens=False)["input_ids"]]
-    stream = np.concatenate([np.array(x, np.int32) for x in ids])
-    document = np.repeat(np.arange(len(ids), dtype=np.int32), lengths_of(ids))
-    n = len(stream) // length
-    if not n:
-        raise UserError(f"data.max_length={length}: the text has only {len(stream)} tokens in all")
-    tokens, document = (x[: n * length].reshape(n, length) for x in (stream, document))
-    mask = np.pad(document[:, 1:] == document[:, :-1], ((0, 0), (1, 0))).astype(np.int32)
-    return {"tokens": tokens, "mask": mask, "segments": document - document[:, :1] + 1}, 0
-
-
-def encode_conversations(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """tokens, mask (1 on the assistant's tokens: the targets), segments, each [n length]; and the number dropped."""
-    encoded = chat.encode_conversations(tokenizer, [row["messages"] for row in rows])
-    kept, dropped = fitting([len(tokens) for tokens, _ in encoded], length, "conversations")
-    tokens, trained = zip(*(encoded[i] for i in kept), strict=True)
-    segments = (np.arange(length) < lengths_of(tokens)[:, None]).astype(np.int32)
-    return {"tokens": pad(tokens, length), "mask": pad(trained, length), "segments": segments}, dropped
-
-
-def encode_comparisons(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """chosen, rejected, each [n length], their lengths [n], and margin[n]; and the number dropped as too long."""
-    encoded = chat.encode_comparisons(tokenizer, rows)
-    kept, dropped = fitting([max(map(len, pair)) for pair in encoded], length, "comparisons")
-    out = {"margin": np.array([rows[i].get("margin", 0.0) for i in kept], np.float32)}
-    for side, ids in zip(("chosen", "rejected"), zip(*(encoded[i] for i in kept), strict=True), strict=True):
-        out[side], out[f"{side}_length"] = pad(ids, length), lengths_of(ids)
-    return out, dropped
-
-
-def encode_prompts(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """prompts[n length], left-padded, lengths[n] and index[n] (the row's number). One that is too long is a UserError."""
-    ids = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])
-    lengths = lengths_of(ids)
-    for i in np.flatnonzero(lengths > length)[:1]:
-        raise UserError(f"{rows[i].get('where', f'prompt {i}')}: {lengths[i]} tokens, data.max_length={length}")
-    index = np.arange(len(ids), dtype=np.int32)
-    return {"prompts": pad(ids, length, left=True), "lengths": lengths, "index": index}, 0
-
-
-ENCODERS = {"text": encode_text, "conversations": encode_conversations, "comparisons": encode_comparisons,
-            "prompts": encode_prompts}  # fmt: skip
-
-
-def encode(rows: list[dict], kind: str, length: int, tokenizer, say) -> dict:
-    """Rows as arrays of one width; says how many were dropped as longer than that, if any."""
-    arrays, dropped = ENCODERS[kind](tokenizer, rows, length)
-    if dropped:
-        say(f"{dropped} of {len(rows)} {kind} dropped: over {length} tokens")
-    return arrays
-
-
-def dataset(config: Config, source: str, kind: str, split: str, tokenizer, say) -> dict:
-    """The arrays of a data set: `load`, then `encode`."""
-    rows = load(source, kind, split, config.seed, config.data.examples)
-    return encode(rows, kind, config.data.max_length, tokenizer, say)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 class Stage(NamedTuple):
     """State is a dict: role -> TrainState, and whatever else a resume needs. Steps count from 0."""
 
+    steps: int  # of the loop
     shapes: dict  # the state's shapes, types and shardings
     start: Callable  # () -> state, fresh or from the parents
     step: Callable  # (state, step) -> state, metrics (device scalars), late (() -> more metrics, rows of samples)

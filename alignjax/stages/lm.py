@@ -11,7 +11,7 @@ import numpy as np
 
 from alignjax import losses, roles, sharding, update
 from alignjax.config import Config
-from alignjax.data import mixture, packing
+from alignjax.data import encoding, mixture, packing
 from alignjax.logprobs import token_logprobs
 from alignjax.stages import Stage, nothing_late
 
@@ -61,11 +61,12 @@ def sample(tokenizer, rows, at: int) -> dict:
 
 def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     model, data, budget = config.model, config.data, config.microbatch_tokens
-    rows = mixture.dataset(config, data.train, data.kind, "train", tokenizer, say)
-    heldout = mixture.dataset(config, data.heldout, data.kind, "heldout", tokenizer, say)
-    batches = mixture.Batches(rows, data.batch, config.seed)
+    found = mixture.sets(config, data.kind, data.train, data.heldout, say)
+    heldout = encoding.encode(sum(found.heldout.values(), []), data.kind, data.max_length, tokenizer, say)
+    batches = mixture.batches(config, found, data.kind, data.max_length, data.batch, tokenizer, say)
+    steps = config.steps or batches.epoch
     ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.shards(mesh)))
-    optimiser = update.make_optimiser(config.optimiser, config.steps)
+    optimiser = update.make_optimiser(config.optimiser, steps)
     init = functools.partial(update.init_state, optimiser=optimiser)
     shapes = sharding.abstract(jax.eval_shape(init, roles.shapes(model, "lm", mesh)), mesh)
     loss = functools.partial(loss_fn, model)
@@ -82,7 +83,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         phases.mark("update", train)
         if i % config.sample_every:
             return {"model": train}, metrics, nothing_late
-        return {"model": train}, metrics, lambda: ({}, [sample(tokenizer, rows, batches.order(i)[0])])
+        return {"model": train}, metrics, lambda: ({}, [sample(tokenizer, batches.rows, batches.order(i)[0])])
 
     def evaluate(state):
         loss = heldout_loss(heldout_fn, state["model"].params, heldout, data.batch, budget, mesh)
@@ -92,4 +93,4 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         return [("parameters", f"{figures['parameters']:,}"),
                 ("loss on held-out targets", f"{figures['heldout_loss']:.3f} nats a token")]  # fmt: skip
 
-    return Stage({"model": shapes}, start, step, lambda state: state, evaluate, table, ("loss",))
+    return Stage(steps, {"model": shapes}, start, step, lambda state: state, evaluate, table, ("loss",))

@@ -1,6 +1,6 @@
 """Clipped PPO with four roles, section 3.2.2 of the report: rollout -> score -> experience -> update.
 
-Letters: b prompts, n samples of each, r response tokens, m responses of a minibatch; rows, w, k: see `data.packing`.
+Letters: b prompts, n samples of each, r response tokens, m responses of a minibatch.
 """
 
 import functools
@@ -12,120 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignjax import advantages, logprobs, losses, roles, rollout, sharding, update
+from alignjax import logprobs, losses, roles, rollout, sharding, update
 from alignjax.advantages import RunningStats
 from alignjax.config import Config
-from alignjax.data import chat, mixture, packing, toy
+from alignjax.data import chat, encoding, mixture, packing, toy
 from alignjax.rollout import Rollout
-from alignjax.stages import Stage, lm
+from alignjax.stages import Stage, lm, rewards
+from alignjax.stages.experience import Experience, Reading, learnt, make_experience, microbatches, read
 
 SAMPLES = 4  # prompts in an entry of samples.jsonl
 CHECKED = 8  # responses that the check of step 0 scores once more, each alone
-
-
-class Reading(NamedTuple):
-    """What the four roles say of each response."""
-
-    logprobs: jax.Array  # [b*n r]
-    entropy: jax.Array  # [b*n r]
-    ref_logprobs: jax.Array  # [b*n r]
-    values: jax.Array  # [b*n r]: before each token
-    scores: jax.Array  # [b*n]
-
-
-class Experience(NamedTuple):
-    """What the updates of one rollout learn from, all of it fixed before the first of them."""
-
-    sampled: Rollout
-    old_logprobs: jax.Array  # [b*n r] of the policy that sampled, by the scorer
-    old_values: jax.Array  # [b*n r]
-    advantages: jax.Array  # [b*n r], whitened over the whole of it
-    returns: jax.Array  # [b*n r], before whitening
-
-
-def microbatches(config: Config, prompt_lengths, lengths, rows, shards: int) -> list[dict]:
-    """How the responses rows[m] are packed: sequence, place [rows w] of prompt and response, `at` [rows k] of the
-    response's tokens, weights [rows k] that sum to 1 over the minibatch; and the way back: `member` [m] (b*n where
-    there is none), `ends` [m], `source` [m r], places in rows * k. Lengths, [b*n], are the host's.
-    """
-    r, m, n = config.ppo.response_length, len(rows), len(lengths)
-    longest = config.data.max_length + r
-    out = []
-    for layout in packing.pack(
-        prompt_lengths + lengths, [[i] for i in rows], longest, config.microbatch_tokens, shards
-    ):
-        inside = layout.place - prompt_lengths[layout.sequence]  # the place in the response
-        at, real = packing.targets(layout.real & (inside >= 0))
-        owner, inside = (np.take_along_axis(x, at, axis=1)[real] for x in (layout.sequence, inside))
-        source = np.zeros((len(layout.members), r), np.int32)
-        source[np.searchsorted(layout.members, owner), inside] = np.flatnonzero(real)
-        out.append({"sequence": layout.sequence, "place": layout.place, "at": at,
-                    "weights": real.astype(np.float32) / lengths[rows].sum(),
-                    "member": packing.padded(layout.members, m, n), "ends": packing.padded(layout.ends(), m, 0),
-                    "source": packing.padded(source, m, 0)})  # fmt: skip
-    return out
-
-
-def packed(sampled: Rollout, part: dict) -> dict:
-    """The tokens of a part of `microbatches`, as `logprobs` reads them."""
-    owner = jnp.maximum(part["sequence"], 0)
-    start = sampled.tokens.shape[1] - sampled.logprobs.shape[1] - sampled.prompt_lengths
-    real = part["sequence"] >= 0
-    tokens = jnp.where(real, sampled.tokens[owner, start[owner] + part["place"]], 0)
-    return sharding.constrain({"tokens": tokens, "positions": part["place"], "segments": part["sequence"] + 1,
-                               "at": part["at"]}) | {"ends": part["ends"]}  # fmt: skip
-
-
-def read(config: Config, params: dict, sampled: Rollout, said: Reading, part: dict) -> Reading:
-    """`said` with what the roles (params: role -> parameters) say of a part of `microbatches`."""
-    model, temperature, batch = config.model, config.ppo.temperature, packed(sampled, part)
-    logprob, entropy = logprobs.token_logprobs(model, params["policy"], batch, temperature)
-    reference, _ = logprobs.token_logprobs(model, roles.on_device(params["reference"]), batch, temperature)
-    values = logprobs.token_values(model, params["value"], batch)
-    scores = logprobs.scores(model, roles.on_device(params["reward"]), batch)
-    put = lambda old, x: old.at[part["member"]].set(x, mode="drop")
-    tokens = (x.reshape(-1)[part["source"]] for x in (logprob, entropy, reference, values))
-    return Reading(*(put(old, x) for old, x in zip(said, (*tokens, scores), strict=True)))
-
-
-def make_experience(config: Config, stats: RunningStats, sampled: Rollout, said: Reading):
-    """Experience, the running statistics with its scores, metrics, and figures of each response [b*n]."""
-    p, mask = config.ppo, sampled.mask
-    scores = jnp.where(sampled.truncated, p.truncated_score, said.scores)
-    stats = stats.update(scores)
-    normalised = advantages.normalise(scores, stats, p.normalise_scores)
-    rewards = advantages.shape_rewards(normalised, said.logprobs, said.ref_logprobs, mask, p.kl_coef)
-    gains, returns = advantages.gae(rewards, said.values, mask, p.gamma, p.lam)
-    gains = advantages.whiten(gains, mask) if p.whiten_advantages else gains
-    experience = Experience(sampled, said.logprobs, said.values, gains, returns)
-    log_ratio = jnp.where(mask, said.logprobs - said.ref_logprobs, 0.0)
-    tokens, length = mask.sum(), sampled.lengths
-    per_response = {"score": said.scores, "kl": log_ratio.sum(1), "entropy": jnp.where(mask, said.entropy, 0.0).sum(1),
-                    "length": length, "truncated": sampled.truncated}  # fmt: skip
-    kl, drift = per_response["kl"].mean(), jnp.where(mask, jnp.abs(sampled.logprobs - said.logprobs), 0.0)
-    metrics = {
-        "objective/scores": scores.mean(), "objective/scores_std": scores.std(), "objective/kl": kl,
-        "objective/kl_per_token": log_ratio.sum() / tokens, "objective/non_score_reward": -p.kl_coef * kl,
-        "objective/rlhf_reward": normalised.mean() - p.kl_coef * kl,
-        "objective/entropy": -jnp.where(mask, said.logprobs, 0.0).sum(1).mean(),
-        "policy/entropy_avg": per_response["entropy"].sum() / tokens,
-        "value/explained_variance": advantages.explained_variance(said.values, returns, mask),
-        "response/length_mean": length.mean(), "response/length_max": length.max(),
-        "response/truncated": sampled.truncated.mean(), "val/num_eos_tokens": (~sampled.truncated).sum(),
-        "sampler/drift_mean": drift.sum() / tokens, "sampler/drift_max": drift.max(),
-        "reward/running_mean": stats.mean, "reward/running_std": stats.std,
-    }  # fmt: skip
-    return experience, stats, metrics, per_response
-
-
-def learnt(experience: Experience, part: dict) -> dict:
-    """The batch of a part: its tokens, and what is fixed of its targets, each [rows k]."""
-    batch = packed(experience.sampled, part)
-    owner, place = (jnp.take_along_axis(part[x], part["at"], axis=1) for x in ("sequence", "place"))
-    owner = jnp.maximum(owner, 0)
-    inside = jnp.maximum(place - experience.sampled.prompt_lengths[owner], 0)
-    fixed = {name: x[owner, inside] for name, x in experience._asdict().items() if name != "sampled"}
-    return batch | sharding.constrain(fixed | {"weights": part["weights"]})
 
 
 def policy_loss_fn(config: Config, params, experience_and_part):
@@ -183,8 +79,9 @@ class Programs(NamedTuple):
     text_loss: Callable  # (policy parameters, microbatch of text) -> loss, metrics
 
 
-def compiled(config: Config, optimisers: dict, end: int, shapes=None) -> Programs:
-    """`shapes`, of the state, says how what is trained comes out of its updates: see update.stepper."""
+def compiled(config: Config, optimisers: dict, end: int, reward_model=None, shapes=None) -> Programs:
+    """`reward_model`, if it isn't config.model; `shapes`, of the state, says how it comes out of its updates, see
+    update.stepper."""
     p, text_loss, shapes = config.ppo, functools.partial(lm.loss_fn, config.model), shapes or {}
     stats = jax.tree.map(lambda x: x.sharding, shapes["stats"]) if shapes else None
 
@@ -196,7 +93,7 @@ def compiled(config: Config, optimisers: dict, end: int, shapes=None) -> Program
 
     return Programs(
         jax.jit(sample),
-        jax.jit(functools.partial(read, config), donate_argnums=2),
+        jax.jit(functools.partial(read, config, reward_model or config.model), donate_argnums=2),
         jax.jit(functools.partial(make_experience, config), out_shardings=(None, stats, None, None)),
         update.adder(functools.partial(policy_loss_fn, config)),
         update.adder(text_loss),
@@ -207,8 +104,10 @@ def compiled(config: Config, optimisers: dict, end: int, shapes=None) -> Program
     )
 
 
-def score(config: Config, programs: Programs, params: dict, stats, sampled: Rollout, prompt_lengths, mesh):
+def score(config: Config, programs: Programs, params: dict, stats, sampled: Rollout, prompt_lengths, mesh, judged=None):
     """As make_experience, and the parts of the first epoch's minibatches, which the scorer reads.
+
+    `judged` [b*n] is what the readers of text say, see `rewards`; the reward model's score is added, if there is one.
 
     They are the same arrays, so that the first ratio is 1: a matrix product rounds a row according to its neighbours.
     This waits for the rollout, whose lengths (prompt_lengths[b*n] are known) decide on shapes.
@@ -218,26 +117,30 @@ def score(config: Config, programs: Programs, params: dict, stats, sampled: Roll
                         for part in microbatches(config, prompt_lengths, lengths, rows, sharding.shards(mesh))]  # fmt: skip
     first = [cut(np.arange(k, len(lengths), p.minibatches)) for k in range(p.minibatches)]
     tokens = np.zeros((len(lengths), p.response_length), np.float32)
-    said = Reading(*sharding.shard_batch((tokens, tokens, tokens, tokens, tokens[:, 0]), mesh))
+    judged = tokens[:, 0] if judged is None else judged
+    said = Reading(*sharding.shard_batch((tokens, tokens, tokens, tokens, judged), mesh))
     for part in (part for parts in first for part in parts):
         said = programs.read(params, sampled, said, part)
     return *programs.experience(stats, sampled, said), first, cut
 
 
-def self_check(config: Config, programs: Programs, params: dict, experience, said: dict, parts) -> None:
+def self_check(config: Config, programs: Programs, reward_model, params: dict, experience, said: dict, parts,
+               judged=None) -> None:  # fmt: skip
     """Step 0: the ratio is 1, the KL to the reference 0 if the policy starts there, and a row's pads change nothing."""
     _, metrics = update.total(programs.policy_add, params["policy"], [(experience, part) for part in parts])
     dtype = config.model.dtype
     logprobs.check("|ratio - 1| of the policy", abs(metrics["val/ratio"] - 1) + metrics["val/ratio_var"], dtype)
     if config.parents["policy"] == config.parents["reference"]:
         logprobs.check("the largest KL of a response to the reference", jnp.abs(said["kl"]).max(), dtype)
+    if "reward" not in params:
+        return
     few = jax.tree.map(lambda x: x[:CHECKED], experience.sampled)
     p = few.tokens.shape[1] - few.logprobs.shape[1]
     start = (p - few.prompt_lengths)[:, None]
     tokens = jnp.take_along_axis(few.tokens, (jnp.arange(few.tokens.shape[1]) + start) % few.tokens.shape[1], axis=1)
-    alone = jax.jit(lambda params, *x: logprobs.score_alone(config.model, roles.on_device(params), *x))
-    found = alone(params["reward"], tokens, few.prompt_lengths + few.lengths)
-    change = jnp.abs(found - said["score"][:CHECKED]).max()
+    alone = jax.jit(lambda params, *x: logprobs.score_alone(reward_model, roles.on_device(params), *x))
+    found = config.ppo.reward_weight * alone(params["reward"], tokens, few.prompt_lengths + few.lengths)
+    change = jnp.abs(found - said["score"][:CHECKED] + (0.0 if judged is None else judged[:CHECKED])).max()
     logprobs.check("the largest change of a score as its row's pads and neighbours change", change, dtype)
 
 
@@ -265,19 +168,30 @@ def averaged(logs: list[dict]) -> dict:
     return {k: sum(log[k] for log in logs if k in log) / sum(k in log for log in logs) for k in names}
 
 
+def texts_of(tokenizer, sampled: Rollout) -> list[str]:
+    """The responses [b*n] as text, without their end tokens."""
+    tokens, lengths = sharding.on_host(sampled.tokens), sharding.on_host(sampled.lengths)
+    r = sampled.logprobs.shape[1]
+    return [chat.decode_response(tokenizer, row[-r:][:length]) for row, length in zip(tokens, lengths, strict=True)]
+
+
+def judged(config: Config, reward: rewards.Reward, tokenizer, rows: list[dict], index, sampled: Rollout):
+    """[b*n]: what the readers of text say of the responses to the prompts rows[index[b]]; None if there are none."""
+    if not reward.judges:
+        return None
+    mine = [rows[i] for i in np.repeat(index, config.ppo.samples_per_prompt)]
+    return reward.judged(mine, texts_of(tokenizer, sampled))
+
+
 def describe(config: Config, tokenizer, rows: list[dict], index, sampled, said) -> list[dict]:
     """Each prompt with its responses as text and their figures; the true score where the world has one."""
-    tokens, lengths = sharding.on_host(sampled.tokens), sharding.on_host(sampled.lengths)
     figures = {k: sharding.on_host(v).tolist() for k, v in said.items()}
-    n, r = config.ppo.samples_per_prompt, config.ppo.response_length
-    out = []
+    n, texts, out = config.ppo.samples_per_prompt, texts_of(tokenizer, sampled), []
     for i, number in enumerate(index):
-        prompt = rows[number]["prompt"][-1]["content"]
-        mine = range(i * n, (i + 1) * n)
-        texts = [chat.decode_response(tokenizer, tokens[j, -r:][: lengths[j]]) for j in mine]
-        out.append({"prompt": prompt, "responses": texts, **{k: [v[j] for j in mine] for k, v in figures.items()}})
+        prompt, mine = rows[number]["prompt"][-1]["content"], slice(i * n, (i + 1) * n)
+        out.append({"prompt": prompt, "responses": texts[mine], **{k: v[mine] for k, v in figures.items()}})
         if config.data.train.startswith("toy/"):
-            out[-1]["true_score"] = [toy.true_score(prompt, text) for text in texts]
+            out[-1]["true_score"] = [toy.true_score(prompt, text) for text in texts[mine]]
     return out
 
 
@@ -291,7 +205,9 @@ def narrowed(rows: dict) -> dict:
     return rows | {"prompts": rows["prompts"][:, -width:]}
 
 
-def evaluate(config: Config, programs: Programs, tokenizer, mesh, params: dict, stats, rows, arrays, text) -> dict:
+def evaluate(
+    config: Config, programs: Programs, reward, tokenizer, mesh, params: dict, stats, rows, arrays, text
+) -> dict:
     """Figures of params["policy"] on held-out prompts, sampled as in training, and on held-out text if there is any."""
     entries, n, size = [], len(arrays["index"]), config.data.batch
     key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
@@ -299,7 +215,8 @@ def evaluate(config: Config, programs: Programs, tokenizer, mesh, params: dict, 
         batch = narrowed({name: x[np.arange(first, first + size) % n] for name, x in arrays.items()})
         sampled = programs.sample(params["policy"], sharding.shard_batch(batch, mesh), key)
         lengths = np.repeat(batch["lengths"], config.ppo.samples_per_prompt)
-        said = score(config, programs, params, stats, sampled, lengths, mesh)[3]
+        texts = judged(config, reward, tokenizer, rows, batch["index"], sampled)
+        said = score(config, programs, params, stats, sampled, lengths, mesh, texts)[3]
         entries += describe(config, tokenizer, rows, batch["index"], sampled, said)[: n - first]
     figures = {name: mean(entries, name) for name in entries[0] if name not in ("prompt", "responses")}
     figures["entropy"] /= figures["length"]
@@ -323,20 +240,22 @@ def table(figures: dict) -> list[tuple[str, str]]:
 def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     model, data, p = config.model, config.data, config.ppo
     key, total = jax.random.key(config.seed), data.max_length + p.response_length
-    load = functools.partial(mixture.load, seed=config.seed, limit=data.examples)
-    encode = functools.partial(mixture.encode, tokenizer=tokenizer, say=say)
-    rows = {"train": load(data.train, "prompts", "train"), "heldout": load(data.heldout, "prompts", "heldout")}
-    arrays = {split: encode(some, "prompts", data.max_length) for split, some in rows.items()}
-    batches, texts, heldout_text = mixture.Batches(arrays["train"], data.batch, config.seed), None, None
+    found = mixture.sets(config, "prompts", data.train, data.heldout, say)
+    rows = {"train": sum(found.train, []), "heldout": sum(found.heldout.values(), [])}
+    held_out = encoding.encode(rows["heldout"], "prompts", data.max_length, tokenizer, say)
+    batches = mixture.batches(config, found, "prompts", data.max_length, data.batch, tokenizer, say)
+    texts = heldout_text = None
     ahead = mixture.Ahead(lambda i: narrowed(batches.get(i)))
+    if p.pretrain_coef or p.pretrain_heldout:
+        found = mixture.sets(config, "text", p.pretrain_data if p.pretrain_coef else "", p.pretrain_heldout, say)
     if p.pretrain_coef:
         volume = int(p.pretrain_ratio * (data.batch * p.samples_per_prompt // p.minibatches))
-        of_text = mixture.Batches(encode(load(p.pretrain_data, "text", "train"), "text", total), volume, config.seed)
+        of_text = mixture.batches(config, found, "text", total, volume, tokenizer, say)
         texts = mixture.Ahead(
             lambda i: lm.microbatches(of_text.get(i), config.microbatch_tokens, sharding.shards(mesh))
         )
     if p.pretrain_heldout:
-        heldout_text = encode(load(p.pretrain_heldout, "text", "heldout"), "text", total)
+        heldout_text = encoding.encode(sum(found.heldout.values(), []), "text", total, tokenizer, say)
 
     updates = config.steps * p.epochs * p.minibatches
     policy_updates = max(updates - p.value_warmup_steps, 1)
@@ -348,10 +267,11 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     shapes = {role: sharding.abstract(jax.eval_shape(inits[role], roles.shapes(model, head, mesh)), mesh)
               for role, head in trained.items()}  # fmt: skip
     shapes["stats"] = sharding.abstract(jax.eval_shape(RunningStats.zero), mesh)
-    programs = compiled(config, optimisers, chat.end_token(tokenizer), shapes)
+    reward = rewards.build(config, mesh, parents, tokenizer)
+    programs = compiled(config, optimisers, chat.end_token(tokenizer), reward.model, shapes)
     # Read from disk for themselves, never shared with what is trained: no update and no donation can reach them.
-    frozen = {role: roles.frozen(roles.load(model, head, mesh, key, parents[role]), p.frozen_dtype, p.frozen_memory)
-              for role, head in (("reference", "lm"), ("reward", "scalar"))}  # fmt: skip
+    reference = roles.load(model, "lm", mesh, key, parents["reference"])
+    frozen = {"reference": roles.frozen(reference, p.frozen_dtype, p.frozen_memory), **reward.params}
 
     def start():
         state = {role: update.placed(inits[role], roles.load(model, head, mesh, key, parents[role]), shapes[role])
@@ -369,11 +289,12 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         sampled = programs.sample(params["policy"], prompts, jax.random.fold_in(key, i))
         phases.mark("rollout", sampled)
         lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
+        said_of_texts = judged(config, reward, tokenizer, rows["train"], batch["index"], sampled)
         experience, stats, metrics, said, first, cut = score(config, programs, params, state["stats"], sampled, lengths,
-                                                             mesh)  # fmt: skip
+                                                             mesh, said_of_texts)  # fmt: skip
         phases.mark("score", experience)
         if i == 0:
-            self_check(config, programs, params, experience, said, first[0])
+            self_check(config, programs, reward.model, params, experience, said, first[0], said_of_texts)
         state, more = learn(config, programs, rate, {**state, "stats": stats}, experience, i, first, cut, pretraining)
         phases.mark("update", state)
         metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
@@ -389,7 +310,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         out = {"policy_updates": int(state["policy"].updates), "value_updates": int(state["value"].updates)}
         for name, policy in (("before", roles.fetched(frozen["reference"])), ("after", state["policy"].params)):
             params = {"policy": policy, "value": state["value"].params, **frozen}
-            found = evaluate(config, programs, tokenizer, mesh, params, state["stats"], rows["heldout"], arrays["heldout"],
+            found = evaluate(config, programs, reward, tokenizer, mesh, params, state["stats"], rows["heldout"], held_out,
                              heldout_text)  # fmt: skip
             out |= {f"{k}/{name}": v for k, v in found.items()}
         if "true_score/after" in out:
@@ -397,4 +318,5 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
             out["gap_closed"] = (after - before) / (1 - before)
         return out
 
-    return Stage(shapes, start, step, lambda state: state, figures, table, ("objective/scores", "objective/kl"))
+    shown = "objective/scores", "objective/kl"
+    return Stage(config.steps, shapes, start, step, lambda state: state, figures, table, shown)

@@ -10,7 +10,7 @@ import numpy as np
 
 from alignjax import logprobs, losses, roles, sharding, update
 from alignjax.config import Config
-from alignjax.data import mixture, packing
+from alignjax.data import encoding, mixture, packing
 from alignjax.stages import Stage, nothing_late
 
 SIDES = ("chosen", "rejected")
@@ -80,13 +80,18 @@ def mean_score(score_fn, params, rows, batch: int, budget: int, mesh) -> float:
 
 def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     model, data, ranking, budget = config.model, config.data, config.ranking, config.microbatch_tokens
-    dataset = functools.partial(mixture.dataset, config, tokenizer=tokenizer, say=say)
-    rows = dataset(data.train, "comparisons", "train")
-    heldout = {name: dataset(name, "comparisons", "heldout") for name in data.heldout.split(",")}
-    demonstrations = dataset(ranking.demonstrations, "conversations", "heldout") if ranking.demonstrations else None
-    batches = mixture.Batches(rows, data.batch, config.seed)
+    found = mixture.sets(config, "comparisons", data.train, data.heldout, say)
+    encode = functools.partial(encoding.encode, length=data.max_length, tokenizer=tokenizer, say=say)
+    heldout = {name: encode(rows, "comparisons") for name, rows in found.heldout.items()}
+    batches = mixture.batches(config, found, "comparisons", data.max_length, data.batch, tokenizer, say)
+    demonstrations = None
+    if ranking.demonstrations:
+        rows = mixture.load(ranking.demonstrations, "conversations", "heldout", config.seed, data.examples, data.data_dir,
+                            data.on_bad_row == "skip", say)  # fmt: skip
+        demonstrations = encode(rows, "conversations")
+    steps = config.steps or batches.epoch
     ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.shards(mesh)))
-    optimiser = update.make_optimiser(config.optimiser, config.steps)
+    optimiser = update.make_optimiser(config.optimiser, steps)
     init = functools.partial(update.init_state, optimiser=optimiser)
     shapes = sharding.abstract(jax.eval_shape(init, roles.shapes(model, "scalar", mesh)), mesh)
     train_step = update.compiled(functools.partial(loss_fn, model, ranking), optimiser, shapes)
@@ -110,7 +115,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         def late():
             chosen, rejected, pair = map(sharding.on_host, (*scores, parts[0]["pair"]))
             row = batches.order(i)[pair[0]]
-            return {}, [sample(tokenizer, rows, row, (chosen[0], rejected[0]))]
+            return {}, [sample(tokenizer, batches.rows, row, (chosen[0], rejected[0]))]
 
         return {"model": train}, metrics, late if sampled else nothing_late
 
@@ -138,7 +143,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
             lines.append(("mean score of demonstrations", f"{figures['demonstrations/score']:.4f}, after the shift"))
         return lines
 
-    return Stage({"model": shapes}, start, step, finish, evaluate, table, ("loss", "accuracy"))
+    return Stage(steps, {"model": shapes}, start, step, finish, evaluate, table, ("loss", "accuracy"))
 
 
 def check_packing(config: Config, score_fn, params, rows, mesh) -> None:
