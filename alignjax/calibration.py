@@ -4,8 +4,11 @@ Letters: n pairs. difference[n] is the chosen response's score less the rejected
 0, and a tie, which is not right, if it is 0.
 """
 
+import itertools
+
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 Z = 1.959963984540054  # of 95 %, two-sided
 EDGES = np.linspace(0.5, 1, 11)  # of the bins of probability
@@ -62,29 +65,40 @@ def picture(sets: dict[str, dict[str, dict]]) -> Figure:
     A dot stands at the mean probability and the accuracy of a bin, as large as the bin's share of the pairs, with the
     accuracy's interval. A calibrated model's dots lie on the diagonal; below it, a model is too sure of itself.
     """
+    runs = list(next(iter(sets.values())))
+    colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
     columns = min(COLUMNS, len(sets))
     rows = -(-len(sets) // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.4, 3.5 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(max(3.4 * columns + 0.4, 5), 3.5 * rows + 0.7), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for panel in panels[len(sets) :]:
         panel.remove()
-    for panel, (name, runs) in zip(panels, sets.items(), strict=False):
-        panel.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", linewidth=1, zorder=1)
-        for i, (run, found) in enumerate(runs.items()):
-            colour, bins = COLOURS[i % len(COLOURS)], [b for b in found["bins"] if b["pairs"]]
-            at, height = ([b[key] for b in bins] for key in ("probability", "accuracy"))
-            total = sum(b["pairs"] for b in bins)
-            panel.vlines(at, *zip(*(b["interval"] for b in bins), strict=True), color=colour, linewidth=1, alpha=0.6)
-            panel.plot(at, height, color=colour, linewidth=1, alpha=0.6)
-            panel.scatter(at, height, [14 + 160 * b["pairs"] / total for b in bins], color=colour, alpha=0.85,
-                          linewidths=0, zorder=3)  # fmt: skip
-            panel.scatter([], [], 30, color=colour, label=f"{run}, error {100 * found['error']:.1f} %")
-        panel.set_title(name, fontsize=10)
-        panel.legend(loc="lower right", fontsize=8, frameon=False)
+    for panel, (name, curves) in zip(panels, sets.items(), strict=False):
+        panel.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", linewidth=1)
+        for run, found in curves.items():
+            dots(panel, [b for b in found["bins"] if b["pairs"]], colours[run])
+        errors = ", ".join(f"{100 * found['error']:.1f}" for found in curves.values())
+        panel.text(0.97, 0.04, f"error {errors} %", transform=panel.transAxes, ha="right", fontsize=8, color="0.3")
+        panel.set_title(name if len(name) <= 36 else f"...{name[-33:]}", fontsize=10)
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlim(0.49, 1.01)
+        panel.tick_params(labelbottom=True)
+    keys = [Line2D([], [], color=colours[run], marker="o", linewidth=1, label=run) for run in runs]
+    keys.append(
+        Line2D([], [], color="0.6", linestyle="--", linewidth=1, label="calibrated; a dot's area: share of pairs")
+    )
+    figure.legend(handles=keys, loc="outside upper left", fontsize=8, frameon=False)
     figure.supxlabel("mean predicted probability of being right", fontsize=10)
     figure.supylabel("accuracy, with its 95 % interval", fontsize=10)
     return figure
+
+
+def dots(panel, bins: list[dict], colour: str) -> None:
+    """One curve of a panel, of bins with pairs in them."""
+    at, height, pairs = (np.array([b[key] for b in bins]) for key in ("probability", "accuracy", "pairs"))
+    ends = np.array([b["interval"] for b in bins]).reshape(-1, 2).T
+    panel.vlines(at, *ends, color=colour, linewidth=1, alpha=0.6)
+    panel.plot(at, height, color=colour, linewidth=1, alpha=0.6)
+    panel.scatter(at, height, 14 + 160 * pairs / max(pairs.sum(), 1), color=colour, alpha=0.85, linewidths=0, zorder=3)

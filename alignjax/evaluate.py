@@ -104,7 +104,7 @@ def evaluate(arguments) -> None:
     train.write(out, json.dumps(facts | {"figures": found, "report": report}, indent=1))
     curves = {name: {label: found[label][name]["calibration"] for label in runs} for name in sets}
     calibration.picture(curves).savefig(picture, dpi=150)
-    say("\n\n".join(tables(found, list(sets), f"{arguments.split} pairs of up to {length} tokens")))
+    say("\n\n".join(tables(found, list(sets), f"split {arguments.split}, up to {length} tokens")))
     say(f"figures in {out}, calibration in {picture}")
 
 
@@ -119,7 +119,10 @@ def runs_of(given: list[Path]) -> dict[str, Path]:
         if not (run / "summary.json").exists():
             raise UserError(f"--run {run}: this run is not complete; the command that began it goes on")
     parent = pmp_of(given[0]) if len(given) == 1 else None
-    return {"PMP": parent, "RM": given[0]} if parent else {str(run): run for run in given}
+    if parent is None:
+        return {str(run): run for run in given}
+    say(f"PMP is {parent}, RM is {given[0]}")
+    return {"PMP": parent, "RM": given[0]}
 
 
 def pmp_of(run: Path) -> Path | None:
@@ -238,9 +241,10 @@ def tables(found: dict[str, dict], names: list[str], what: str) -> list[str]:
 
 def grid(title: str, head, lines) -> str:
     """A table of several columns, each line (name, cells)."""
-    widths = [max(map(len, cells)) for cells in zip(*(cells for _, cells in [head, *lines]), strict=True)]
-    return metrics.table(title, [(name, "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)))
-                                 for name, cells in [head, *lines]])  # fmt: skip
+    rows = [head, *lines]
+    widths = [max(map(len, cells)) for cells in zip(*(cells for _, cells in rows), strict=True)]
+    line = lambda cells: "  ".join(map(str.ljust, cells, widths)).rstrip()
+    return metrics.table(title, [(name, line(cells)) for name, cells in rows])
 
 
 if __name__ == "__main__":
