@@ -14,7 +14,7 @@ Z = 1.959963984540054  # of 95 %, two-sided
 EDGES = np.linspace(0.5, 1, 11)  # of the bins of probability
 RATIOS = (1.0, 1.5, 2.0, 3.0, 5.0)  # where the buckets of a score ratio begin
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
-COLUMNS = 4  # of the picture's panels
+COLUMNS = 4  # at most, of the picture's panels
 
 
 def interval(right: int, n: int) -> tuple[float, float]:
@@ -67,18 +67,18 @@ def picture(sets: dict[str, dict[str, dict]]) -> Figure:
     """
     runs = list(next(iter(sets.values())))
     colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
-    columns = min(COLUMNS, len(sets))
-    rows = -(-len(sets) // columns)
+    rows = -(-len(sets) // COLUMNS)
+    columns = -(-len(sets) // rows)
     figure = Figure(figsize=(max(3.4 * columns + 0.4, 5), 3.5 * rows + 0.7), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for panel in panels[len(sets) :]:
         panel.remove()
     for panel, (name, curves) in zip(panels, sets.items(), strict=False):
         panel.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", linewidth=1)
-        for run, found in curves.items():
+        for i, (run, found) in enumerate(curves.items()):
             dots(panel, [b for b in found["bins"] if b["pairs"]], colours[run])
-        errors = ", ".join(f"{100 * found['error']:.1f}" for found in curves.values())
-        panel.text(0.97, 0.04, f"error {errors} %", transform=panel.transAxes, ha="right", fontsize=8, color="0.3")
+            panel.text(0.04, 0.93 - 0.06 * i, f"calibration error {100 * found['error']:.1f} %", fontsize=8,
+                       transform=panel.transAxes, color=colours[run])  # fmt: skip
         panel.set_title(name if len(name) <= 36 else f"...{name[-33:]}", fontsize=10)
         panel.grid(color="0.92")
         panel.set_axisbelow(True)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import glob
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -86,26 +87,33 @@ def evaluate(arguments) -> None:
                 raise UserError(
                     f"--max_length {length}: all {len(rows)} pairs of {name} are longer in tokens of {label}"
                 )
-    mesh, found = sharding.make_mesh(configs.Mesh()), {}
+    mesh = sharding.make_mesh(configs.Mesh())
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        for label, run in runs.items():
-            model = dataclasses.replace(roles.architecture(run), dtype=arguments.dtype, attention="auto")
-            params = restore_role(run, "model", roles.shapes(model, "scalar", mesh))
-            score_fn = jax.jit(functools.partial(ranking.score_pairs, model))
-            found[label] = {}
-            for name, rows in sets.items():
-                with tqdm(total=len(rows), desc=f"{label}: {name}", unit="pair", dynamic_ncols=True, file=sys.stderr,
-                          mininterval=0.5 if sys.stderr.isatty() else 15) as bar:  # fmt: skip
-                    scored = differences(score_fn, params, tokenizers[label], rows, length, budget, mesh, bar)
-                found[label][name] = figures(*scored, np.array([row.get("ratio", 0.0) for row in rows]))
+        found = {label: measured(label, run, tokenizers[label], sets, arguments.dtype, length, budget, mesh)
+                 for label, run in runs.items()}  # fmt: skip
+    say("\n\n".join(tables(found, list(sets), f"split {arguments.split}, up to {length} tokens")))
     facts = {"split": arguments.split, "max_length": length, "dtype": arguments.dtype,
              "runs": {label: str(run) for label, run in runs.items()}}  # fmt: skip
     report = {name: dict(zip(("PMP", "RM"), REPORT[name], strict=True)) for name in sets if name in REPORT}
     train.write(out, json.dumps(facts | {"figures": found, "report": report}, indent=1))
     curves = {name: {label: found[label][name]["calibration"] for label in runs} for name in sets}
     calibration.picture(curves).savefig(picture, dpi=150)
-    say("\n\n".join(tables(found, list(sets), f"split {arguments.split}, up to {length} tokens")))
     say(f"figures in {out}, calibration in {picture}")
+
+
+def measured(
+    label: str, run: Path, tokenizer, sets: dict, dtype: str, length: int, budget: int, mesh
+) -> dict[str, dict]:
+    """{set: its figures} of one run, whose parameters are let go at the end, before the next run's come."""
+    model = dataclasses.replace(roles.architecture(run), dtype=dtype, attention="auto")
+    params = restore_role(run, "model", roles.shapes(model, "scalar", mesh))
+    score_fn, found = jax.jit(functools.partial(ranking.score_pairs, model)), {}
+    for name, rows in sets.items():
+        with tqdm(total=len(rows), desc=f"{label}: {name}", unit="pair", dynamic_ncols=True, file=sys.stderr,
+                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:  # fmt: skip
+            difference, kept = differences(score_fn, params, tokenizer, rows, length, budget, mesh, bar)
+        found[name] = figures(difference, kept, np.array([row.get("ratio", 0.0) for row in rows]))
+    return found
 
 
 def runs_of(given: list[Path]) -> dict[str, Path]:
@@ -145,12 +153,12 @@ def pmp_of(run: Path) -> Path | None:
 
 def places(out: str | None, run: Path) -> tuple[Path, Path]:
     """Where the figures and the picture go."""
-    if out is None:
-        return run / "evaluation.json", run / "calibration.png"
-    path = Path(out)
+    path = run / "evaluation.json" if out is None else Path(out)
     if path.suffix != ".json" or not path.parent.is_dir():
         raise UserError(f"--out {out}: the name of a .json file in a directory that exists is wanted")
-    return path, path.with_suffix(".png")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: can't be written there; name another place by --out FILE.json")
+    return path, run / "calibration.png" if out is None else path.with_suffix(".png")
 
 
 def load(name: str, arguments, seed: int) -> list[dict]:

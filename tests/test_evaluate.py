@@ -126,7 +126,7 @@ def test_the_picture_shows_what_the_curves_hold():
         assert len(dots) == 2
         np.testing.assert_allclose(dots[0], [[0.77, 0.5], [0.88, 1]])
         np.testing.assert_allclose(dots[1], [[0.52, 1]])
-        assert [text.get_text() for text in panel.texts] == ["error 19.5, 48.0 %"]
+        assert [text.get_text() for text in panel.texts] == ["calibration error 19.5 %", "calibration error 48.0 %"]
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["PMP", "RM"]
 
 
@@ -250,3 +250,13 @@ def test_an_empty_split_is_one_line(runs, capsys, monkeypatch):
     monkeypatch.setattr(mixture, "load", lambda *_: [])
     assert run("--run", runs / "rm-tiny", "--sets", "shp") == 2
     assert "alignjax: --sets shp: there are no comparisons in its split 'heldout'" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_written_to_is_told_before_anything_is_scored(runs, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: path != runs / "rm-tiny")
+    assert run("--run", runs / "rm-tiny", "--sets", CLEAN) == 2
+    printed = capsys.readouterr()
+    assert (
+        "evaluation.json: can't be written there; name another place by --out" in printed.err
+        and "%|" not in printed.err
+    )
