@@ -14,6 +14,7 @@ import functools
 import glob
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def parse(argv):
     parser.add_argument("--run", required=True, nargs="+", metavar="DIR",
                         help="a ranking run, measured after its PMP parent; or several, measured as they are")  # fmt: skip
     parser.add_argument("--sets", required=True, metavar="SET,SET",
-                        help=f"of {', '.join(PUBLIC)}, toy/comparisons-clean, or paths of JSON lines")  # fmt: skip
+                        help=f"of {', '.join(PUBLIC)} (with options as NAME:OPTION=VALUE), "
+                             "toy/comparisons-clean, or paths of JSON lines")  # fmt: skip
     parser.add_argument("--data_dir", default="", help="where the public sets have been prepared")
     parser.add_argument("--split", default="heldout", choices=("heldout", "train"), help="default: heldout")
     parser.add_argument("--examples", type=int, help="how many pairs of each set; default: all")
@@ -79,7 +81,8 @@ def evaluate(arguments) -> None:
     stored = roles.stored(first)
     length = arguments.max_length or stored["data.max_length"]
     budget = arguments.microbatch_tokens or stored["microbatch_tokens"]
-    sets = {name: load(name, arguments, stored["seed"]) for name in arguments.sets.split(",")}
+    names = re.split(r",(?!\w+=)", arguments.sets)  # but for the commas between a public set's own options
+    sets = {name: load(name, arguments, stored["seed"]) for name in names}
     tokenizers = {label: chat.load_tokenizer(run / "tokenizer") for label, run in runs.items()}
     for label, tokenizer in tokenizers.items():
         for name, rows in sets.items():
@@ -94,7 +97,7 @@ def evaluate(arguments) -> None:
     say("\n\n".join(tables(found, list(sets), f"split {arguments.split}, up to {length} tokens")))
     facts = {"split": arguments.split, "max_length": length, "dtype": arguments.dtype,
              "runs": {label: str(run) for label, run in runs.items()}}  # fmt: skip
-    report = {name: dict(zip(("PMP", "RM"), REPORT[name], strict=True)) for name in sets if name in REPORT}
+    report = {name: dict(zip(("PMP", "RM"), REPORT[base(name)], strict=True)) for name in sets if base(name) in REPORT}
     train.write(out, json.dumps(facts | {"figures": found, "report": report}, indent=1))
     curves = {name: {label: found[label][name]["calibration"] for label in runs} for name in sets}
     calibration.picture(curves).savefig(picture, dpi=150)
@@ -161,9 +164,14 @@ def places(out: str | None, run: Path) -> tuple[Path, Path]:
     return path, run / "calibration.png" if out is None else path.with_suffix(".png")
 
 
+def base(name: str) -> str:
+    """A public set's name without its options."""
+    return name.partition(":")[0]
+
+
 def load(name: str, arguments, seed: int) -> list[dict]:
     """The pairs of a set; the seed is that of the embedded world."""
-    source = f"tfds/{name}" if name in PUBLIC else name
+    source = f"tfds/{name}" if base(name) in PUBLIC else name
     if not source.startswith(("tfds/", "toy/")) and not glob.glob(source):
         known = [*PUBLIC, *(f"toy/{size}" for size in toy.SIZES if size.startswith("comparisons"))]
         raise UserError(f"--sets {name}: no such set, and no such file{configs.nearest(name, known)}")
@@ -235,7 +243,9 @@ def tables(found: dict[str, dict], names: list[str], what: str) -> list[str]:
         counts = [(x["comparisons"], round(x["ties"] * x["comparisons"]), x["dropped"]) for x in map(sets.get, names)]
         lines.append(("  pairs, ties, too long", [", ".join(map(str, three)) for three in counts]))
     for i, label in enumerate(("PMP", "RM")):
-        lines.append((f"the report's {label}", [f"{REPORT[n][i]:.2f}" if n in REPORT else "-" for n in names]))
+        lines.append(
+            (f"the report's {label}", [f"{REPORT[n][i]:.2f}" if n in REPORT else "-" for n in map(base, names)])
+        )
     out = [grid(f"accuracy in % [95 % interval], {what}", ("", names), lines)]
     for name in names:
         some = {label: sets[name]["by_ratio"] for label, sets in found.items() if "by_ratio" in sets[name]}

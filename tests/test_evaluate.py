@@ -246,6 +246,18 @@ def test_a_mistake_is_one_line(directory, arguments, message, runs, tmp_path, ca
     assert message in printed.err and "accuracy" not in printed.out
 
 
+def test_options_of_a_public_set_stay_with_it(runs, tmp_path, monkeypatch):
+    asked, rows = [], mixed()
+    monkeypatch.setattr(mixture, "load", lambda source, *_: asked.append(source) or rows)
+    out = tmp_path / "table.json"
+    sets = f"shp:min_score_ratio=1,pairs=5,summarize,{CLEAN},prm800k:a=b"
+    assert run("--run", runs / "rm-tiny", "--sets", sets, "--out", out) == 0
+    assert asked == ["tfds/shp:min_score_ratio=1,pairs=5", "tfds/summarize", CLEAN, "tfds/prm800k:a=b"]
+    report = json.loads(out.read_text())["report"]
+    assert report == {"shp:min_score_ratio=1,pairs=5": {"PMP": 60.05, "RM": 60.10},
+                      "summarize": {"PMP": 69.60, "RM": 69.99}, "prm800k:a=b": {"PMP": 70.59, "RM": 70.52}}  # fmt: skip
+
+
 def test_an_empty_split_is_one_line(runs, capsys, monkeypatch):
     monkeypatch.setattr(mixture, "load", lambda *_: [])
     assert run("--run", runs / "rm-tiny", "--sets", "shp") == 2
