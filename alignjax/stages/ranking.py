@@ -62,9 +62,13 @@ def scored(score_fn, params, rows, budget: int, mesh) -> np.ndarray:
 
 
 def accuracy(score_fn, params, rows, batch: int, budget: int, mesh) -> dict[str, float]:
-    """Accuracy, share of ties and mean loss over all rows."""
+    """The figures of all rows."""
     found = [scored(score_fn, params, part, budget, mesh) for part in mixture.in_order(rows, batch)]
-    difference = -np.diff(np.concatenate(found).astype(np.float64), axis=1)[:, 0]
+    return figures(-np.diff(np.concatenate(found).astype(np.float64), axis=1)[:, 0])
+
+
+def figures(difference: np.ndarray) -> dict[str, float]:
+    """Of difference[n], chosen less rejected score: share that is right, share of ties (not right), mean loss, and n."""
     return {"accuracy": (difference > 0).mean(), "ties": (difference == 0).mean(),
             "loss": np.logaddexp(0, -difference).mean(), "comparisons": len(difference)}  # fmt: skip
 

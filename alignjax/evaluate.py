@@ -1,0 +1,269 @@
+"""Table 4 of the report: python -m alignjax.evaluate --run runs/rm --sets hh_helpful_base,summarize,shp,prm800k
+
+A run of the ranking stage, and the PMP that it began with, on sets of comparisons: the share of the pairs whose chosen
+response scores strictly higher, in %, with its 95 % interval. A tie is not right; ties are told beside, and so are the
+pairs left out as too long. Then accuracy by score ratio, where a set has it (SHP), and calibration, as a picture.
+
+Scores are computed in float32 whatever the run's own type, so that neither the batch nor the number of devices
+changes more of them than the last digits; of two equal responses the scores are equal.
+"""
+
+import argparse
+import dataclasses
+import functools
+import glob
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from alignjax import calibration, metrics, roles, sharding, train
+from alignjax import config as configs
+from alignjax.checkpoint import restore_role
+from alignjax.command import keep_programs, say
+from alignjax.config import UserError
+from alignjax.data import chat, mixture, toy
+from alignjax.stages import ranking
+
+REPORT = {"hh_helpful_base": (76.52, 73.98), "hh_helpful_online": (65.43, 64.57), "summarize": (69.60, 69.99),
+          "shp": (60.05, 60.10), "prm800k": (70.59, 70.52)}  # the report's Table 4: PMP, RM  # fmt: skip
+PUBLIC = (*REPORT, "hh_helpful_rejection_sampled", "hh_harmless_base")
+PAIRS = 256  # tokenised and scored at a time: enough to fill microbatches
+
+
+def main(argv=None) -> int:
+    """The exit code: 0, or 2 after a mistake of the user's."""
+    try:
+        arguments = parse(argv)
+        keep_programs()
+        evaluate(arguments)
+    except UserError as error:
+        print(f"alignjax: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m alignjax.evaluate", allow_abbrev=False,
+                                     description="Accuracy and calibration of ranking runs.")  # fmt: skip
+    parser.add_argument("--run", required=True, nargs="+", metavar="DIR",
+                        help="a ranking run, measured after its PMP parent; or several, measured as they are")  # fmt: skip
+    parser.add_argument("--sets", required=True, metavar="SET,SET",
+                        help=f"of {', '.join(PUBLIC)} (with options as NAME:OPTION=VALUE), "
+                             "toy/comparisons-clean, or paths of JSON lines")  # fmt: skip
+    parser.add_argument("--data_dir", default="", help="where the public sets have been prepared")
+    parser.add_argument("--split", default="heldout", choices=("heldout", "train"), help="default: heldout")
+    parser.add_argument("--examples", type=int, help="how many pairs of each set; default: all")
+    parser.add_argument("--max_length", type=int, help="longer pairs are left out; default: as in the run's training")
+    parser.add_argument("--microbatch_tokens", type=int, help="tokens at a time; default: as in the run's training")
+    parser.add_argument("--dtype", default="float32", choices=configs.CHOICES["model.dtype"],
+                        help="of the computation; in bfloat16 close calls depend on how a batch is laid out")  # fmt: skip
+    parser.add_argument("--out", metavar="FILE.json",
+                        help="default: DIR/evaluation.json, with DIR/calibration.png; else with FILE.png")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    for name in ("examples", "max_length", "microbatch_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    return arguments
+
+
+def evaluate(arguments) -> None:
+    """Everything that can be asked wrongly is looked at before the first score."""
+    first = Path(arguments.run[0])
+    runs = runs_of([Path(run) for run in arguments.run])
+    out, picture = places(arguments.out, first)
+    stored = roles.stored(first)
+    length = arguments.max_length or stored["data.max_length"]
+    budget = arguments.microbatch_tokens or stored["microbatch_tokens"]
+    names = re.split(r",(?!\w+=)", arguments.sets)  # but for the commas between a public set's own options
+    sets = {name: load(name, arguments, stored["seed"]) for name in names}
+    tokenizers = {label: chat.load_tokenizer(run / "tokenizer") for label, run in runs.items()}
+    for label, tokenizer in tokenizers.items():
+        for name, rows in sets.items():
+            if not any(fitting(tokenizer, rows[i : i + PAIRS], length)[0] for i in range(0, len(rows), PAIRS)):
+                raise UserError(
+                    f"--max_length {length}: all {len(rows)} pairs of {name} are longer in tokens of {label}"
+                )
+    mesh = sharding.make_mesh(configs.Mesh())
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        found = {label: measured(label, run, tokenizers[label], sets, arguments.dtype, length, budget, mesh)
+                 for label, run in runs.items()}  # fmt: skip
+    say("\n\n".join(tables(found, list(sets), f"split {arguments.split}, up to {length} tokens")))
+    facts = {"split": arguments.split, "max_length": length, "dtype": arguments.dtype,
+             "runs": {label: str(run) for label, run in runs.items()}}  # fmt: skip
+    report = {name: dict(zip(("PMP", "RM"), REPORT[base(name)], strict=True)) for name in sets if base(name) in REPORT}
+    train.write(out, json.dumps(facts | {"figures": found, "report": report}, indent=1))
+    curves = {name: {label: found[label][name]["calibration"] for label in runs} for name in sets}
+    calibration.picture(curves).savefig(picture, dpi=150)
+    say(f"figures in {out}, calibration in {picture}")
+
+
+def measured(
+    label: str, run: Path, tokenizer, sets: dict, dtype: str, length: int, budget: int, mesh
+) -> dict[str, dict]:
+    """{set: its figures} of one run, whose parameters are let go at the end, before the next run's come."""
+    model = dataclasses.replace(roles.architecture(run), dtype=dtype, attention="auto")
+    params = restore_role(run, "model", roles.shapes(model, "scalar", mesh))
+    score_fn, found = jax.jit(functools.partial(ranking.score_pairs, model)), {}
+    for name, rows in sets.items():
+        with tqdm(total=len(rows), desc=f"{label}: {name}", unit="pair", dynamic_ncols=True, file=sys.stderr,
+                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:  # fmt: skip
+            difference, kept = differences(score_fn, params, tokenizer, rows, length, budget, mesh, bar)
+        found[name] = figures(difference, kept, np.array([row.get("ratio", 0.0) for row in rows]))
+    return found
+
+
+def runs_of(given: list[Path]) -> dict[str, Path]:
+    """What the rows are called -> the run: PMP and RM if one run is given that began with another of its stage."""
+    for run in given:
+        if not (run / "config.json").is_file():
+            raise UserError(f"--run {run}: no config.json there, so this is not a run")
+        stage = roles.stored(run).get("stage")
+        if stage != "ranking":
+            raise UserError(f"--run {run}: a run of stage 'ranking' (PMP, RM) wanted, its stage is {stage!r}")
+        if not (run / "summary.json").exists():
+            raise UserError(f"--run {run}: this run is not complete; the command that began it goes on")
+    parent = pmp_of(given[0]) if len(given) == 1 else None
+    if parent is None:
+        return {str(run): run for run in given}
+    say(f"PMP is {parent}, RM is {given[0]}")
+    return {"PMP": parent, "RM": given[0]}
+
+
+def pmp_of(run: Path) -> Path | None:
+    """The ranking run that this one began with, complete; None, and why is said, if it is not where it was."""
+    spec = roles.stored(run)["parents"].get("model")
+    if spec is None:
+        return None
+    try:
+        home = run.parent if run.name else run.absolute().parent
+        parent = home / configs.load(spec).name if train.is_config(spec) else Path(spec)
+        if roles.stored(parent).get("stage") != "ranking":
+            return None
+        if not (parent / "summary.json").exists():
+            raise UserError(f"parent {parent}: this run is not complete")
+    except UserError as error:
+        say(f"{run} alone, for of what it began with: {error}")
+        return None
+    return parent
+
+
+def places(out: str | None, run: Path) -> tuple[Path, Path]:
+    """Where the figures and the picture go."""
+    path = run / "evaluation.json" if out is None else Path(out)
+    if path.suffix != ".json" or not path.parent.is_dir():
+        raise UserError(f"--out {out}: the name of a .json file in a directory that exists is wanted")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: can't be written there; name another place by --out FILE.json")
+    return path, run / "calibration.png" if out is None else path.with_suffix(".png")
+
+
+def base(name: str) -> str:
+    """A public set's name without its options."""
+    return name.partition(":")[0]
+
+
+def load(name: str, arguments, seed: int) -> list[dict]:
+    """The pairs of a set; the seed is that of the embedded world."""
+    source = f"tfds/{name}" if base(name) in PUBLIC else name
+    if not source.startswith(("tfds/", "toy/")) and not glob.glob(source):
+        known = [*PUBLIC, *(f"toy/{size}" for size in toy.SIZES if size.startswith("comparisons"))]
+        raise UserError(f"--sets {name}: no such set, and no such file{configs.nearest(name, known)}")
+    where = {"data_dir": arguments.data_dir} if arguments.data_dir else {}
+    rows = mixture.load(source, "comparisons", arguments.split, seed, arguments.examples or 0, **where)
+    if not rows:
+        raise UserError(f"--sets {name}: there are no comparisons in its split {arguments.split!r}")
+    return rows
+
+
+def fitting(tokenizer, rows: list[dict], length: int) -> tuple[list[int], list[tuple]]:
+    """Which of the rows are no longer than `length` tokens, and the (chosen, rejected) tokens of each of those."""
+    encoded = chat.encode_comparisons(tokenizer, rows)
+    kept = [i for i, pair in enumerate(encoded) if max(map(len, pair)) <= length]
+    return kept, [encoded[i] for i in kept]
+
+
+def arrays(pairs: list[tuple], length: int) -> dict:
+    """As `mixture.encode_comparisons`, for PAIRS pairs: what lacks is made up by pairs of one token, so that shapes stay."""
+    out = {"margin": np.zeros(PAIRS, np.float32)}
+    filled = [*pairs, *[([0], [0])] * (PAIRS - len(pairs))]
+    for side, ids in zip(ranking.SIDES, zip(*filled, strict=True), strict=True):
+        out[side], out[f"{side}_length"] = mixture.pad(ids, length), mixture.lengths_of(ids)
+    return out
+
+
+def differences(score_fn, params, tokenizer, rows, length: int, budget: int, mesh, bar):
+    """(difference[n] float64 of the scores of each pair that fits, kept[n], its row's number).
+
+    A few rows at a time are in memory as tokens, those to come being read on another thread.
+    """
+
+    def read(i):
+        part = rows[i * PAIRS : (i + 1) * PAIRS]
+        return fitting(tokenizer, part, length) if part else None
+
+    ahead, found, numbers = mixture.Ahead(read), [], []
+    for i, start in enumerate(range(0, len(rows), PAIRS)):
+        kept, pairs = ahead.get(i)
+        if kept:
+            scores = ranking.scored(score_fn, params, arrays(pairs, length), budget, mesh)[: len(kept)]
+            same = np.array([chosen == rejected for chosen, rejected in pairs])
+            found.append(np.where(same, 0, -np.diff(scores.astype(np.float64), axis=1)[:, 0]))
+            numbers.append(start + np.array(kept))
+        bar.update(min(PAIRS, len(rows) - start))
+    return np.concatenate(found), np.concatenate(numbers)
+
+
+def figures(difference: np.ndarray, kept: np.ndarray, ratio: np.ndarray) -> dict:
+    """Of the pairs of a set that fit: accuracy, ties, loss, interval, by_ratio, calibration; ratio is of all its rows."""
+    out = ranking.figures(difference)
+    out |= {"interval": calibration.interval(int((difference > 0).sum()), len(difference)),
+            "dropped": len(ratio) - len(kept)}  # fmt: skip
+    if (ratio > 0).any():
+        out["by_ratio"] = calibration.by_ratio(difference, ratio[kept])
+    return out | {"calibration": calibration.curve(difference)}
+
+
+def percent(found: dict) -> str:
+    low, high = found["interval"]
+    return f"{100 * found['accuracy']:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def tables(found: dict[str, dict], names: list[str], what: str) -> list[str]:
+    """Table 4 of {run: {set: figures}}, and one for each set that has score ratios."""
+    lines = []
+    for label, sets in found.items():
+        lines.append((label, [percent(sets[name]) for name in names]))
+        counts = [(x["comparisons"], round(x["ties"] * x["comparisons"]), x["dropped"]) for x in map(sets.get, names)]
+        lines.append(("  pairs, ties, too long", [", ".join(map(str, three)) for three in counts]))
+    for i, label in enumerate(("PMP", "RM")):
+        lines.append(
+            (f"the report's {label}", [f"{REPORT[n][i]:.2f}" if n in REPORT else "-" for n in map(base, names)])
+        )
+    out = [grid(f"accuracy in % [95 % interval], {what}", ("", names), lines)]
+    for name in names:
+        some = {label: sets[name]["by_ratio"] for label, sets in found.items() if "by_ratio" in sets[name]}
+        for label, parts in some.items():
+            heads = [f"{b['from']:g} to {b['to']:g}" if b["to"] else f"{b['from']:g} or more" for b in parts]
+            lines = [(label, [percent(b) if b["pairs"] else "-" for b in parts]),
+                     ("  pairs", [str(b["pairs"]) for b in parts])]  # fmt: skip
+            out.append(grid(f"{name} by score ratio, {label}", ("", heads), lines))
+    return out
+
+
+def grid(title: str, head, lines) -> str:
+    """A table of several columns, each line (name, cells)."""
+    rows = [head, *lines]
+    widths = [max(map(len, cells)) for cells in zip(*(cells for _, cells in rows), strict=True)]
+    line = lambda cells: "  ".join(map(str.ljust, cells, widths)).rstrip()
+    return metrics.table(title, [(name, line(cells)) for name, cells in rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
