@@ -14,7 +14,6 @@ import functools
 import glob
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -27,12 +26,11 @@ from alignjax import config as configs
 from alignjax.checkpoint import restore_role
 from alignjax.command import keep_programs, say
 from alignjax.config import UserError
-from alignjax.data import chat, mixture, toy
+from alignjax.data import chat, encoding, mixture, preferences, toy
 from alignjax.stages import ranking
 
 REPORT = {"hh_helpful_base": (76.52, 73.98), "hh_helpful_online": (65.43, 64.57), "summarize": (69.60, 69.99),
           "shp": (60.05, 60.10), "prm800k": (70.59, 70.52)}  # the report's Table 4: PMP, RM  # fmt: skip
-PUBLIC = (*REPORT, "hh_helpful_rejection_sampled", "hh_harmless_base")
 PAIRS = 256  # tokenised and scored at a time: enough to fill microbatches
 
 
@@ -54,7 +52,7 @@ def parse(argv):
     parser.add_argument("--run", required=True, nargs="+", metavar="DIR",
                         help="a ranking run, measured after its PMP parent; or several, measured as they are")  # fmt: skip
     parser.add_argument("--sets", required=True, metavar="SET,SET",
-                        help=f"of {', '.join(PUBLIC)} (with options as NAME:OPTION=VALUE), "
+                        help=f"of {', '.join(preferences.SETS)} (with options as NAME:OPTION=VALUE), "
                              "toy/comparisons-clean, or paths of JSON lines")  # fmt: skip
     parser.add_argument("--data_dir", default="", help="where the public sets have been prepared")
     parser.add_argument("--split", default="heldout", choices=("heldout", "train"), help="default: heldout")
@@ -81,7 +79,7 @@ def evaluate(arguments) -> None:
     stored = roles.stored(first)
     length = arguments.max_length or stored["data.max_length"]
     budget = arguments.microbatch_tokens or stored["microbatch_tokens"]
-    names = re.split(r",(?!\w+=)", arguments.sets)  # but for the commas between a public set's own options
+    names = [name for name, _ in mixture.sources(arguments.sets)]
     sets = {name: load(name, arguments, stored["seed"]) for name in names}
     tokenizers = {label: chat.load_tokenizer(run / "tokenizer") for label, run in runs.items()}
     for label, tokenizer in tokenizers.items():
@@ -171,12 +169,11 @@ def base(name: str) -> str:
 
 def load(name: str, arguments, seed: int) -> list[dict]:
     """The pairs of a set; the seed is that of the embedded world."""
-    source = f"tfds/{name}" if base(name) in PUBLIC else name
+    source = f"tfds/{name}" if base(name) in preferences.SETS else name
     if not source.startswith(("tfds/", "toy/")) and not glob.glob(source):
-        known = [*PUBLIC, *(f"toy/{size}" for size in toy.SIZES if size.startswith("comparisons"))]
+        known = [*preferences.SETS, *(f"toy/{size}" for size in toy.SIZES if size.startswith("comparisons"))]
         raise UserError(f"--sets {name}: no such set, and no such file{configs.nearest(name, known)}")
-    where = {"data_dir": arguments.data_dir} if arguments.data_dir else {}
-    rows = mixture.load(source, "comparisons", arguments.split, seed, arguments.examples or 0, **where)
+    rows = mixture.load(source, "comparisons", arguments.split, seed, arguments.examples or 0, arguments.data_dir)
     if not rows:
         raise UserError(f"--sets {name}: there are no comparisons in its split {arguments.split!r}")
     return rows
@@ -190,11 +187,11 @@ def fitting(tokenizer, rows: list[dict], length: int) -> tuple[list[int], list[t
 
 
 def arrays(pairs: list[tuple], length: int) -> dict:
-    """As `mixture.encode_comparisons`, for PAIRS pairs: what lacks is made up by pairs of one token, so that shapes stay."""
+    """As `encoding.encode_comparisons`, for PAIRS pairs: what lacks is made up by pairs of one token, so that shapes stay."""
     out = {"margin": np.zeros(PAIRS, np.float32)}
     filled = [*pairs, *[([0], [0])] * (PAIRS - len(pairs))]
     for side, ids in zip(ranking.SIDES, zip(*filled, strict=True), strict=True):
-        out[side], out[f"{side}_length"] = mixture.pad(ids, length), mixture.lengths_of(ids)
+        out[side], out[f"{side}_length"] = encoding.pad(ids, length), encoding.lengths_of(ids)
     return out
 
 

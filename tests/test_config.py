@@ -11,7 +11,8 @@ from alignjax import config as configs
 from alignjax.config import CONFIGS, Config, UserError
 
 FILES = sorted(CONFIGS.glob("*.py"))
-VARIANTS = [(path.name, variant) for path in FILES for variant in runpy.run_path(str(path))["VARIANTS"]]
+VARIANTS = [(str(path.relative_to(CONFIGS)), variant) for path in sorted(CONFIGS.rglob("*.py"))
+            for variant in runpy.run_path(str(path)).get("VARIANTS", ("",))]  # fmt: skip
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -19,7 +20,7 @@ VARIANTS = [(path.name, variant) for path in FILES for variant in runpy.run_path
     ("model.dtype", "float16", "model.dtype='float16' must be one of 'float32', 'bfloat16'"),
     ("optimiser.schedule", "step", "optimiser.schedule='step' must be one of"),
     ("ppo.normalise_scores", "max", "ppo.normalise_scores='max' must be one of"),
-    ("steps", "0", "steps=0 must be at least 1"),
+    ("steps", "0", "steps=0 must be at least 1 for ppo"),
     ("ppo.epochs", "0", "ppo.epochs=0 must be at least 1"),
     ("model.kv_heads", "3", "model.kv_heads=3 must divide model.heads=4"),
     ("model.head_size", "7", "model.head_size=7 must be even"),
@@ -32,6 +33,9 @@ VARIANTS = [(path.name, variant) for path in FILES for variant in runpy.run_path
     ("ppo.slots", "1.5", "--config.ppo.slots=1.5: int wanted, float given"),
     ("ppo.pretrain_ratio", "0.3", "ppo.pretrain_ratio=0.3 times the minibatch=32 must be whole"),
     ("ppo.pretrain_coef", "0", "ppo.pretrain_coef=0.0 and ppo.pretrain_ratio=0.25: both or neither must be 0"),
+    ("data.heldout_share", "1", "data.heldout_share=1.0 must be below 1"),
+    ("data.on_bad_row", "drop", "data.on_bad_row='drop' must be one of 'error', 'skip'"),
+    ("chat_template", "alpaca", "chat_template='alpaca' must be one of '', 'chatml'"),
     ("ppo.top_p", "1.5", r"ppo.top_p=1.5 must lie in \(0, 1\]"),
     ("model.kv_heads", "0", "model.kv_heads=0 must be at least 1"),
     ("ppo.temperature", "0", "ppo.temperature=0.0 must be above 0"),
@@ -55,6 +59,8 @@ CHOICES = {
     "ppo.cache_dtype": "'', 'float32', 'bfloat16'",
     "ppo.frozen_dtype": "'', 'float32', 'bfloat16'",
     "ppo.frozen_memory": "'device', 'host'",
+    "chat_template": "'', 'chatml'",
+    "data.on_bad_row": "'error', 'skip'",
 }
 
 
@@ -73,7 +79,7 @@ def test_counts_are_every_whole_number_of_which_0_would_be_none():
     """The others mean something at 0 or below it: all of them, none yet, the rest of the devices."""
     whole = {key for key, value in configs.flatten(Config()) if type(value) is int}
     assert whole - set(configs.AT_LEAST_ONE) == {
-        "seed", "data.examples", "ppo.slots", "ppo.value_warmup_steps", "optimiser.warmup_steps",
+        "seed", "steps", "data.examples", "ppo.slots", "ppo.value_warmup_steps", "optimiser.warmup_steps",
         "value_optimiser.warmup_steps", "model.rope_original_length", "mesh.data", "mesh.fsdp", "mesh.tensor",
     }  # fmt: skip
     assert set(configs.AT_LEAST_ONE) <= whole
@@ -239,27 +245,30 @@ def test_every_variant_of_every_config_passes(name, variant):
     docstring = ast.get_docstring(ast.parse(text))
     assert f"python -m alignjax.train --config {name}" in docstring
     imported = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [getattr(node, "module", None) for node in imported] == ["alignjax.config"]
+    modules = {getattr(node, "module", None) or node.names[0].name for node in imported}
+    assert modules - {"re", "decimal"} == {"alignjax.config"}  # those two: of a reward that a config brings along
 
 
 def test_every_config_has_a_tiny_variant():
     assert all((path.name, "tiny") in VARIANTS for path in FILES)
 
 
-def test_the_qwen_variants_have_the_reports_numbers():
-    p = configs.load("ppo.py:qwen")
+@pytest.mark.parametrize("size", ["1_8b", "7b", "14b"])
+def test_the_qwen_configs_have_the_reports_numbers(size):
+    p = configs.load(f"qwen_{size}/ppo.py")
     assert (p.optimiser.learning_rate, p.value_optimiser.learning_rate) == (1e-6, 5e-6)
     assert (p.ppo.kl_coef, p.ppo.value_clip, p.ppo.top_p, p.ppo.samples_per_prompt) == (0.04, 0.15, 0.9, 2)
     assert p.ppo.value_warmup_steps == 50 and p.ppo.normalise_scores == "mean" and p.ppo.pretrain_coef > 0
-    for name in ("pmp.py:qwen", "rm.py:qwen"):
-        c = configs.load(name)
-        assert (c.optimiser.learning_rate, c.optimiser.schedule, c.data.batch, c.data.max_length) == (
-            3e-6,
-            "constant",
-            64,
-            2048,
-        )
-    s = configs.load("sft.py:qwen")
+    for name in ("pmp", "rm"):
+        c = configs.load(f"qwen_{size}/{name}.py")
+        assert (c.optimiser.learning_rate, c.optimiser.schedule, c.optimiser.warmup_steps) == (3e-6, "constant", 0)
+        assert (c.data.batch, c.data.max_length, c.steps) == (64, 2048, 0)  # 0 steps: one epoch
+    s = configs.load(f"qwen_{size}/sft.py")
     o = s.optimiser
     assert (s.steps, s.data.batch, s.data.max_length, o.warmup_steps, o.learning_rate) == (4000, 128, 2048, 1430, 2e-6)
     assert (o.weight_decay, o.clip_norm, o.b1, o.b2, o.eps) == (0.1, 1.0, 0.9, 0.95, 1e-8)
+    # Each stands on its own size's, down to the checkpoint.
+    assert set(p.parents.values()) == {f"qwen_{size}/sft.py", f"qwen_{size}/rm.py"}
+    assert configs.load(f"qwen_{size}/rm.py").parents == {"model": f"qwen_{size}/pmp.py"}
+    for name in ("pmp", "sft"):
+        assert configs.load(f"qwen_{size}/{name}.py").parents == {"model": f"hf://Qwen/Qwen-{size.upper()}"}

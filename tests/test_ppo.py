@@ -185,7 +185,7 @@ def test_the_50_updates_of_the_report_are_50():
     c = make(value_warmup_steps=50)
     numbers = [number for step in range(20) for number, _ in ppo.minibatches(c, step)]
     assert numbers == list(range(80)) and sum(n < 50 for n in numbers) == 50
-    assert configs.load("ppo.py:qwen").ppo.value_warmup_steps == 50
+    assert configs.load("qwen_1_8b/ppo.py").ppo.value_warmup_steps == 50
 
 
 def test_each_epoch_has_its_own_order_and_a_rerun_the_same(world):

@@ -116,8 +116,9 @@ def sets(config: Config, kind: str, train: str, heldout: str, say) -> Sets:
         if len(found[-1]) < len(rows):
             say(f"{source}: {len(rows) - len(found[-1])} of {len(rows)} {kind} dropped: their prompt is held out")
         if not found[-1]:
-            raise UserError(f"{source}: every prompt of it is held out, in {heldout}")
-    return Sets(found, [weight for _, weight in learn] if learn[0][1] else None, held_out)
+            raise UserError(f"{source}: every prompt of it is held out, by {heldout}")
+    weights = [weight for _, weight in learn if weight]
+    return Sets(found, weights or None, held_out)
 
 
 class Batches:

@@ -237,25 +237,32 @@ def table(figures: dict) -> list[tuple[str, str]]:
     return lines
 
 
+def pretraining(config: Config, mesh, tokenizer, say):
+    """(text(number) -> an update's microbatches, none without a pretraining gradient; held-out text as arrays or None)."""
+    data, p = config.data, config.ppo
+    if not p.pretrain_coef and not p.pretrain_heldout:
+        return lambda number: [], None
+    found = mixture.sets(config, "text", p.pretrain_data if p.pretrain_coef else "", p.pretrain_heldout, say)
+    length, heldout, text = data.max_length + p.response_length, None, lambda number: []
+    if p.pretrain_heldout:
+        heldout = encoding.encode(sum(found.heldout.values(), []), "text", length, tokenizer, say)
+    if p.pretrain_coef:
+        volume = int(p.pretrain_ratio * (data.batch * p.samples_per_prompt // p.minibatches))
+        batches = mixture.batches(config, found, "text", length, volume, tokenizer, say)
+        cut = lambda i: lm.microbatches(batches.get(i), config.microbatch_tokens, sharding.shards(mesh))
+        ahead = mixture.Ahead(cut)
+        text = lambda number: [sharding.shard_batch(x, mesh) for x in ahead.get(number)]
+    return text, heldout
+
+
 def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
-    model, data, p = config.model, config.data, config.ppo
-    key, total = jax.random.key(config.seed), data.max_length + p.response_length
+    model, data, p, key = config.model, config.data, config.ppo, jax.random.key(config.seed)
     found = mixture.sets(config, "prompts", data.train, data.heldout, say)
     rows = {"train": sum(found.train, []), "heldout": sum(found.heldout.values(), [])}
     held_out = encoding.encode(rows["heldout"], "prompts", data.max_length, tokenizer, say)
     batches = mixture.batches(config, found, "prompts", data.max_length, data.batch, tokenizer, say)
-    texts = heldout_text = None
     ahead = mixture.Ahead(lambda i: narrowed(batches.get(i)))
-    if p.pretrain_coef or p.pretrain_heldout:
-        found = mixture.sets(config, "text", p.pretrain_data if p.pretrain_coef else "", p.pretrain_heldout, say)
-    if p.pretrain_coef:
-        volume = int(p.pretrain_ratio * (data.batch * p.samples_per_prompt // p.minibatches))
-        of_text = mixture.batches(config, found, "text", total, volume, tokenizer, say)
-        texts = mixture.Ahead(
-            lambda i: lm.microbatches(of_text.get(i), config.microbatch_tokens, sharding.shards(mesh))
-        )
-    if p.pretrain_heldout:
-        heldout_text = encoding.encode(sum(found.heldout.values(), []), "text", total, tokenizer, say)
+    text, heldout_text = pretraining(config, mesh, tokenizer, say)
 
     updates = config.steps * p.epochs * p.minibatches
     policy_updates = max(updates - p.value_warmup_steps, 1)
@@ -278,9 +285,6 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
                  for role, head in trained.items()}  # fmt: skip
         return state | {"stats": jax.device_put(RunningStats.zero(), sharding.replicated(mesh))}
 
-    def pretraining(number):
-        return [sharding.shard_batch(x, mesh) for x in texts.get(number)] if texts else []
-
     def step(state, i):
         params = {role: state[role].params for role in trained} | frozen
         batch = ahead.get(i)
@@ -295,7 +299,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         phases.mark("score", experience)
         if i == 0:
             self_check(config, programs, reward.model, params, experience, said, first[0], said_of_texts)
-        state, more = learn(config, programs, rate, {**state, "stats": stats}, experience, i, first, cut, pretraining)
+        state, more = learn(config, programs, rate, {**state, "stats": stats}, experience, i, first, cut, text)
         phases.mark("update", state)
         metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
 

@@ -1,0 +1,15 @@
+"""PPO of Qwen 14B: all as in qwen_1_8b/ppo.py, whose docstring says what the report states and what to expect.
+
+python -m alignjax.train --config qwen_14b/ppo.py
+
+The reference and the reward model are kept in bfloat16.
+"""
+
+from alignjax.config import Config, load
+
+
+def config(variant: str) -> Config:
+    c = load("qwen_1_8b/ppo.py")
+    c.name, c.parents = "qwen-14b-ppo", {role: spec.replace("1_8b", "14b") for role, spec in c.parents.items()}
+    c.ppo.frozen_dtype = "bfloat16"
+    return c

@@ -1,0 +1,12 @@
+"""The reward model of Qwen 14B: all as in qwen_1_8b/rm.py, whose docstring says what the report states and what to expect.
+
+python -m alignjax.train --config qwen_14b/rm.py
+"""
+
+from alignjax.config import Config, load
+
+
+def config(variant: str) -> Config:
+    c = load("qwen_1_8b/rm.py")
+    c.name, c.parents = "qwen-14b-rm", {"model": "qwen_14b/pmp.py"}
+    return c
