@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import checkpoint, metrics, train
+from alignjax import checkpoint, logprobs, metrics, roles, sharding, train
 from alignjax import config as configs
 from alignjax.data import chat, mixture, packing
 from alignjax.stages import lm, ranking
+from configs import arithmetic
 
 ROOT = Path(__file__).resolve().parent.parent
 PARENTS = {"lm-tiny": [], "sft-tiny": ["lm-tiny"], "rm-tiny": ["pmp-tiny"], "ppo-tiny": ["sft-tiny", "rm-tiny"]}
@@ -278,6 +279,46 @@ def test_programs_are_compiled_for_new_shapes_alone(name, chain, tmp_path):
     assert {dict(key)["tokens"] for _, key in seen} <= sizes
     columns = {dict(key).get("at", (0, 0))[1] / dict(key)["tokens"][1] for _, key in seen}
     assert columns <= {0, 0.25, 0.5, 0.75, 1} and len(sizes) == 12 + 8 + 4
+
+
+def test_ppo_of_a_function_and_of_a_reward_model_with_its_own_tokenizer(chain, tmp_path):
+    """Scores are those of each text, by hand; the value model starts from the policy; prompts are a user's file, split."""
+    runs = tmp_path
+    for name in ("sft-tiny", "rm-tiny"):
+        shutil.copytree(chain[0] / name, runs / name)
+    shutil.rmtree(runs / "rm-tiny" / "tokenizer")
+    own = chat.train_tokenizer(["sure , four cat box ."] * 50, runs / "rm-tiny" / "tokenizer", 300)
+    sums = [{"prompt": f"count : {i % 40} + {i}", "answer": i % 7} for i in range(80)]
+    (runs / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in sums))
+    asked = {"data.train": runs / "sums.jsonl", "data.heldout": runs / "sums.jsonl", "parents.reward": runs / "rm-tiny",
+             "ppo.reward_fn_weight": 2.0, "ppo.reward_weight": 0.5, "ppo.samples_per_prompt": 2}  # fmt: skip
+    arguments = [f"--config.{key}={value}" for key, value in asked.items()]
+    name = "arithmetic-tiny"
+    assert train.main(["--config", "arithmetic.py:tiny", "--workdir", str(runs / name), *arguments]) == 0
+    model = roles.architecture(runs / "rm-tiny")
+    mesh = sharding.make_mesh(configs.Mesh())
+    params = checkpoint.restore_role(runs / "rm-tiny", "model", roles.shapes(model, "scalar", mesh))
+    answers, found = {row["prompt"]: row["answer"] for row in sums}, []
+    for entry in (entry for row in rows(runs / name / "samples.jsonl") for entry in row["samples"]):
+        for text, score in zip(entry["responses"], entry["score"], strict=True):
+            said = [{"role": "user", "content": entry["prompt"]}, {"role": "assistant", "content": text}]
+            tokens = np.array(chat.encode_conversations(own, [said])[0][0])[None]
+            alone = logprobs.score_alone(model, params, tokens, np.array([tokens.shape[1]]))[0]
+            right = arithmetic.reward(None, [text], [answers[entry["prompt"]]])[0]
+            np.testing.assert_allclose(score, 2 * right + 0.5 * alone, atol=1e-4)
+            found.append(score)
+    assert len(found) == 2 * 4 * 2 and len(set(found)) > 4
+    assert (
+        json.loads((runs / name / "summary.json").read_text())["policy_updates"] == 5
+    )  # of 8, less 3 of the value alone
+
+
+def test_no_steps_are_one_pass(chain, tmp_path):
+    runs = with_parents("rm-tiny", chain[0], tmp_path)
+    assert train.main(command("rm-tiny", runs, "--config.steps=0", "--config.data.examples=36")) == 0
+    assert len(rows(runs / "rm-tiny" / "metrics.jsonl")) == 5  # of 8 pairs
+    assert json.loads((runs / "rm-tiny" / "summary.json").read_text())["steps"] == 5
+    assert train.main(command("rm-tiny", runs, "--config.steps=0", "--config.data.examples=36")) == 0  # it is complete
 
 
 def fails(capsys, *arguments) -> str:

@@ -75,7 +75,7 @@ def figures(difference: np.ndarray) -> dict[str, float]:
 
 def mean_score(score_fn, params, rows, batch: int, budget: int, mesh) -> float:
     """Mean score of conversations, read at their last tokens: each is a pair with itself."""
-    lengths = (rows["segments"] > 0).sum(axis=1)
+    lengths = (rows["segments"][:] > 0).sum(axis=1)
     twice = {name: x for side in SIDES for name, x in ((side, rows["tokens"]), (f"{side}_length", lengths))}
     twice["margin"] = np.zeros(len(lengths), np.float32)
     found = [scored(score_fn, params, part, budget, mesh)[:, 0] for part in mixture.in_order(twice, batch)]
