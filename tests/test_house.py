@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = [{"config"}, {"sharding", "command"}, {"models", "checkpoint", "data", "metrics", "profile"},
+FLOORS = [{"config"}, {"sharding", "command", "safetensors"}, {"models", "checkpoint", "data", "metrics", "profile"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
           {"train"}]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
