@@ -70,16 +70,15 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
         tokenizer.pad_token_id = tokens["pad_token_id"]
         tokenizer.save_pretrained(partial)
     if head == "lm":
-        ends = list(dict.fromkeys((tokens["eos_token_id"], tokenizer.eos_token_id)))
-        text = json.dumps(tokens | {"eos_token_id": [end for end in ends if end is not None]}, indent=1)
+        ends = [end for end in dict.fromkeys((tokens["eos_token_id"], tokenizer.eos_token_id)) if end is not None]
+        text = json.dumps(tokens | {"eos_token_id": ends or None}, indent=1)
         (partial / "generation_config.json").write_text(text, encoding="utf-8")
     size = write_hf(model_from_json(values), head, read, partial, dtype, tokens=tokens)
     partial.replace(out)
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e9:.3g} GB of {dtype}")
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
     if bias:
-        print(f"score.bias={bias:.6g} is in the file, but transformers leaves it unread: its scores are ours minus that, "
-              "the same in order and differences")  # fmt: skip
+        print(f"score.bias={bias:.6g} is written, but transformers leaves it unread: its scores are smaller by that")
 
 
 def stored_run(run: Path) -> dict:

@@ -128,7 +128,8 @@ def read_hf(model: Model, head: str, mesh, directory: Path):
                 parts[str(index)] = convert.cut(views[sharding.path_name(path)], index)
             return parts[str(index)]
 
-        return jax.make_array_from_callback(x.shape, x.sharding, part)
+        placed = jax.make_array_from_callback(x.shape, x.sharding, part)
+        return placed.block_until_ready()  # its parts on the host go before the next are read
 
     return jax.tree_util.tree_map_with_path(place, wanted)
 

@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from test_convert import GOLDEN, same
-from test_models import tiny
-from transformers import AutoTokenizer
+from test_models import error, tiny
+from test_models import run as forward
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from alignjax import checkpoint, convert, sharding
 from alignjax import config as configs
@@ -82,10 +83,11 @@ def test_a_run_goes_out_whole(family, tokenizer, tmp_path, capsys):
 
 def test_each_role_of_ppo_goes_out(ppo, tmp_path, capsys):
     run, model, policy, value = ppo
+    (tmp_path / "default").mkdir()  # an empty directory may be there
     assert to_hf(run, tmp_path / "default") == to_hf(run, tmp_path / "policy", "--role=policy") == 0
     assert "score.bias" not in capsys.readouterr().out
     assert to_hf(run, tmp_path / "value", "--role=value", "--dtype=bfloat16") == 0
-    assert "score.bias=0.75 is in the file, but transformers leaves it unread" in capsys.readouterr().out
+    assert "score.bias=0.75 is written, but transformers leaves it unread" in capsys.readouterr().out
     assert same(convert.load_hf(tmp_path / "default", "lm")[1], policy)
     assert same(convert.load_hf(tmp_path / "policy", "lm")[1], policy)
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), value)
@@ -94,6 +96,34 @@ def test_each_role_of_ppo_goes_out(ppo, tmp_path, capsys):
     assert config["architectures"] == ["Qwen2ForSequenceClassification"] and len(config["id2label"]) == 1
     assert config["pad_token_id"] == 0 and config["torch_dtype"] == "bfloat16"
     assert not (tmp_path / "value/generation_config.json").exists()
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_transformers_computes_the_same_and_saves_what_we_wrote(family, head, tokenizer, tmp_path):
+    """Live, with torch. It has no class for "qwen", only code that comes with the checkpoints and isn't run here."""
+    torch = pytest.importorskip("torch")
+    bias, norm = families.SHAPES[family]
+    model, params = small(head, family=family, qkv_bias=bias, qk_norm=norm)
+    stage, kind = ("lm", AutoModelForCausalLM) if head == "lm" else ("ranking", AutoModelForSequenceClassification)
+    assert to_hf(run_of(tmp_path / "run", tokenizer, stage, model, {"model": params}), tmp_path / "out") == 0
+    theirs, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and set(report["unexpected_keys"]) <= {"score.bias"}
+    tokens = np.random.default_rng(2).integers(3, 300, (3, 40)).astype(np.int32)
+    segments = (np.arange(40) < np.array([[40], [17], [29]])).astype(np.int32)
+    tokens[segments == 0], tokens[np.arange(3), segments.sum(1) - 1] = 0, 2  # pads, after an end token
+    with torch.no_grad():
+        logits = theirs.eval()(torch.tensor(tokens).long(), attention_mask=torch.tensor(segments)).logits.numpy()
+    ours = forward(model, params, tokens, segments)  # of a scalar head, without its bias
+    if head == "lm":
+        assert theirs.generation_config.eos_token_id == [2]
+        assert error(ours[segments > 0], logits[segments > 0]) < 2e-5
+    else:
+        assert theirs.config.num_labels == 1
+        assert error(ours[np.arange(3), segments.sum(1) - 1], logits) < 2e-5
+        params["head"]["bias"] = np.zeros(1, np.float32)  # theirs has none
+    theirs.save_pretrained(tmp_path / "saved")
+    assert same(convert.load_hf(tmp_path / "saved", head)[1], params)
 
 
 def test_a_reward_model_never_pads_with_its_end_token(tokenizer, tmp_path):
