@@ -75,7 +75,7 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
         (partial / "generation_config.json").write_text(text, encoding="utf-8")
     size = write_hf(model_from_json(values), head, read, partial, dtype, tokens=tokens)
     partial.replace(out)
-    print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e9:.3g} GB of {dtype}")
+    print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
     if bias:
         print(f"score.bias={bias:.6g} is written, but transformers leaves it unread: its scores are smaller by that")
