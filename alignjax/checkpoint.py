@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from alignjax.config import UserError
@@ -80,3 +81,28 @@ def restore_role(workdir: Path, item: str, shapes):
         return checkpoints.read(step, {item: shapes})[item]
     finally:
         checkpoints.close()
+
+
+def newest(workdir: Path) -> Path:
+    """The directory of a run's newest checkpoint, named by its step; an item is a directory in it."""
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=None)
+    step = checkpoints.latest()
+    checkpoints.close()
+    if step is None:
+        raise UserError(f"{workdir}: no checkpoint there")
+    return checkpoints.directory / str(step)
+
+
+def restore_array(item: Path, path: str) -> np.ndarray:
+    """One array of an item's directory by its path, such as "layers/norm1/scale", whole; no other is read."""
+    wanted = 0  # the value of a leaf is not looked at
+    for name in reversed(path.split("/")):
+        wanted = {name: wanted}
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            found = reader.restore(item, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True))
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{item}: {path} can't be read ({reason})") from error
+    return jax.tree.leaves(found)[0]

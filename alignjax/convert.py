@@ -1,103 +1,215 @@
 """Hugging Face checkpoints in and out, as safetensors, never pickle; bit exact both ways in float32 and bfloat16.
 
+    python -m alignjax.convert --to_hf runs/ppo --out DIR [--role policy|value] [--dtype float32|bfloat16]
+
+Both ways stream: in memory are the parameters that share a tensor of the file, or a device's part of one parameter.
 Letters: d model, n heads, h head size, l layers, v words.
 """
 
+import argparse
+import functools
+import itertools
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 
-from alignjax.config import Model, UserError
+from alignjax import checkpoint
+from alignjax.config import Model, UserError, model_from_json
+from alignjax.data import chat
 from alignjax.models import families, transformer
+from alignjax.safetensors import DTYPES, INDEX, open_tensors, write_tensors
 from alignjax.sharding import path_name
 
-# safetensors' names of the types that weights come in. Its own numpy reader and writer hold whole files in memory.
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # computed, yet stored by old versions
+# (stage, --role) -> (item of the checkpoint, head)
+EXPORTS = {("lm", None): ("model", "lm"), ("ranking", None): ("model", "scalar"), ("ppo", None): ("policy", "lm"),
+           ("ppo", "policy"): ("policy", "lm"), ("ppo", "value"): ("value", "scalar")}  # fmt: skip
 
 
-def load_hf(directory, head: str, key=None) -> tuple[Model, dict]:
-    """(Model, params as nested dicts of float32 numpy arrays) from config.json and safetensors in `directory`.
+def main(argv=None) -> int:
+    """The exit code: 0, or 2 after a mistake of the user's or a file that can't be read or written."""
+    parser = argparse.ArgumentParser(prog="python -m alignjax.convert", allow_abbrev=False,
+                                     description="Write a run's model as a Hugging Face checkpoint.")  # fmt: skip
+    parser.add_argument("--to_hf", required=True, type=Path, metavar="RUN", help="a run's work directory")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty directory")
+    parser.add_argument("--role", choices=("policy", "value"), help="of a PPO run; default: policy")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    arguments = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave an accelerator to those who do
+    try:
+        export(arguments.to_hf, arguments.out, arguments.role, arguments.dtype)
+    except (UserError, OSError) as error:
+        print(f"alignjax: {error}", file=sys.stderr)
+        return 2
+    return 0
 
-    head="scalar" takes `score.weight` (and `score.bias`, else 0) where the checkpoint has it; a checkpoint without gets
-    a fresh head from `key`. UserError for what we can't run, and for a missing, extra or misshapen tensor.
+
+def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
+    """Write a complete run's model, tokenizer and template to `out`, which appears when all of it is there."""
+    values = stored_run(run)
+    stage, out = values["stage"], out.absolute()
+    if (stage, role) not in EXPORTS:
+        raise UserError(f"--role {role}: {run} is of stage {stage!r}, which has one model and no roles")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out}: there is something already; name a new or empty directory")
+    item, head = EXPORTS[stage, role]
+    newest = checkpoint.newest(run)
+    read = functools.partial(checkpoint.restore_array, newest / item)
+    tokenizer = chat.load_tokenizer(run / "tokenizer")
+    tokens = special_tokens(tokenizer, head)
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():  # of an export that was interrupted
+        shutil.rmtree(partial)
+    shutil.copytree(run / "tokenizer", partial)
+    if tokens["pad_token_id"] != tokenizer.pad_token_id:  # a classifier's users pad as its config says
+        tokenizer.pad_token_id = tokens["pad_token_id"]
+        tokenizer.save_pretrained(partial)
+    if head == "lm":
+        ends = [end for end in dict.fromkeys((tokens["eos_token_id"], tokenizer.eos_token_id)) if end is not None]
+        text = json.dumps(tokens | {"eos_token_id": ends or None}, indent=1)
+        (partial / "generation_config.json").write_text(text, encoding="utf-8")
+    size = write_hf(model_from_json(values), head, read, partial, dtype, tokens=tokens)
+    partial.replace(out)
+    print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
+    bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
+    if bias:
+        print(f"score.bias={bias:.6g} is written, but transformers leaves it unread: its scores are smaller by that")
+
+
+def stored_run(run: Path) -> dict:
+    """config.json of a complete run; UserError for any other directory."""
+    path = run / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--to_hf {run}: no config.json there, so not a run") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if "stage" not in values:
+        raise UserError(f"--to_hf {run}: config.json names no stage, so not a run (a Hugging Face checkpoint?)")
+    if not (run / "summary.json").exists():
+        raise UserError(f"--to_hf {run}: this run is not complete (no summary.json)")
+    return values
+
+
+def special_tokens(tokenizer, head: str) -> dict:
+    """config.json's ids: the end token is what ends the assistant's turn, for that is what a response was trained to.
+
+    A classifier scores the last token that isn't the pad, so that its pad must not be the end token.
+    """
+    end = chat.end_token(tokenizer) if tokenizer.chat_template else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    if head == "scalar" and pad in (None, end):
+        others = [token for token in sorted(tokenizer.all_special_ids) if token != end]
+        if not others:
+            raise UserError(f"{tokenizer.name_or_path}: a classifier's pad must be a special token other than {end}")
+        pad = others[0]
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": pad}
+
+
+def open_hf(directory, head: str) -> tuple[Model, dict]:
+    """(Model, views) from config.json and safetensors in `directory`; nothing is read until `cut` cuts a view.
+
+    A view is a parameter as it lies in the mapped file: an array, or of a stacked parameter one array for each layer.
+    head="scalar" takes `score.weight` (and `score.bias`, else 0); a checkpoint without has no views of a head.
+    UserError for what we can't run, and for a missing, extra or misshapen tensor.
     """
     directory = Path(directory)
     path = directory / "config.json"
     try:
-        model = families.model_from_hf(json.loads(path.read_text()), str(path))
+        model = families.model_from_hf(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: {error}") from error
     tensors = open_tensors(directory)
     shapes, weights = layout(model, head)
-    params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    absent = [name for name, _, _ in weights if name not in tensors]
-    if head == "scalar" and "score.weight" in absent:
-        if key is None:
-            raise UserError(
-                f"{directory}: there is no tensor score.weight, and no key to make a fresh scalar head from"
-            )
-        fresh = jax.jit(lambda key: transformer.init(model, key, "scalar")["head"])(key)
-        params |= {f"head/{name}": np.asarray(x) for name, x in fresh.items()}
-    elif "score.bias" in absent:
-        params["head/bias"][:] = 0
+    views = {}
     for name, paths, layer in weights:
-        if head == "scalar" and name in absent and name.startswith("score."):
+        if name.startswith("score.") and name not in tensors:
             continue
-        want = hf_shape(name, paths, layer, shapes)
-        if name in absent:
+        want = hf_shape(paths, layer, shapes)
+        if name not in tensors:
             raise UserError(f"{directory}: there is no tensor {name} {list(want)}")
         if tensors[name].shape != want:
             raise UserError(f"{directory}: tensor {name} is {list(tensors[name].shape)}, {list(want)} wanted")
-        fill(params, tensors[name], paths, layer)
+        for path, view in split(tensors[name], paths, layer, shapes):
+            if layer is None:
+                views[path] = view
+            else:
+                views.setdefault(path, []).append(view)
     check_extra(directory, tensors, {name for name, _, _ in weights}, model, head)
-    return model, nest(params)
+    if "head/kernel" in views and head == "scalar":
+        views.setdefault("head/bias", np.zeros(1, np.float32))
+    return model, views
+
+
+def cut(view, index=(slice(None),)) -> np.ndarray:
+    """params[index] in float32, from a view of `open_hf`: no other part of the file is read."""
+    if isinstance(view, list):
+        return np.stack([layer[index[1:]] for layer in view[index[0]]], dtype=np.float32)
+    return np.array(view[index], np.float32)
+
+
+def load_hf(directory, head: str) -> tuple[Model, dict]:
+    """(Model, params as nested dicts of float32 numpy arrays) of a whole checkpoint, as `open_hf` finds it."""
+    model, views = open_hf(directory, head)
+    return model, nest({path: cut(view) for path, view in views.items()})
 
 
 def save_hf(model: Model, params, directory, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write config.json and model.safetensors (several with an index above `max_shard_bytes`), tensor by tensor.
+    """`write_hf` of nested dicts of arrays that this process can read; their head tells which."""
+    flat = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    head = "scalar" if "head/bias" in flat else "lm"
+    shapes, _ = layout(model, head)
+    odd = sorted({*shapes} ^ {*flat})
+    if odd:
+        raise UserError(f"{directory}: parameter {odd[0]} is {'absent' if odd[0] in shapes else 'one too many'}")
+    write_hf(model, head, lambda path: np.asarray(flat[path]), directory, dtype, max_shard_bytes)
 
-    `params`, nested dicts of arrays that this process can read, tells by its head whether it is a language model or a
-    scalar one. `dtype` of the file is "float32" or "bfloat16".
+
+def write_hf(model: Model, head: str, read, directory, dtype="float32", max_shard_bytes=5 * 10**9, tokens=()) -> int:
+    """Write model.safetensors (several with an index above `max_shard_bytes`), then config.json; the bytes of data.
+
+    read(path) gives one parameter as an array; it is asked for those that share a tensor, and they are let go before
+    the next are asked for. `dtype` of the file is "float32" or "bfloat16". `tokens` are ids for config.json.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    flat = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    head = "scalar" if "head/bias" in flat else "lm"
-    config = families.hf_from_model(model, head, dtype)
+    config = families.hf_from_model(model, head, dtype) | dict(tokens)
     shapes, weights = layout(model, head)
-    for path in sorted({*shapes, *flat}):
-        given, wanted = (list(x[path]) if path in x else "absent" for x in (jax.tree.map(np.shape, flat), shapes))
-        if given != wanted:
-            raise UserError(f"{directory}: parameter {path} is {given}, {wanted} wanted")
     kind = {"float32": "F32", "bfloat16": "BF16"}[dtype]
     shards = [[]]
     room = max_shard_bytes
-    for weight in weights:
-        size = int(np.prod(hf_shape(*weight, shapes))) * DTYPES[kind].itemsize
+    for name, paths, layer in weights:
+        shape = hf_shape(paths, layer, shapes)
+        size = int(np.prod(shape)) * DTYPES[kind].itemsize
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes
-        shards[-1].append(weight)
+        shards[-1].append((name, (kind, shape)))
         room -= size
+    tensors = joined(read, weights, shapes, directory)
     index, total = {}, 0
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        header = {name: (kind, hf_shape(name, paths, layer, shapes)) for name, paths, layer in shard}
-        total += write_tensors(directory / file, header, (gather(flat, *weight) for weight in shard))
-        index |= dict.fromkeys(header, file)
+        total += write_tensors(directory / file, dict(shard), tensors)
+        index |= {name: file for name, _ in shard}
     if len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-        (directory / "model.safetensors.index.json").write_text(text)
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
+        (directory / INDEX).write_text(text, encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return total
 
 
 def layout(model: Model, head: str):
-    """({path: shape}, [(tensor name, paths, layer or None)]): all parameters, and the tensors that hold them."""
+    """({path: shape}, [(tensor name, paths, layer or None)]): all parameters, and the tensors that hold them.
+
+    Tensors of the same parameters, which are those of all layers, follow each other, from the first layer to the last.
+    """
     tree = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
     shapes = {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     names = families.weight_names(model, head)
@@ -107,19 +219,17 @@ def layout(model: Model, head: str):
     groups = {}
     for path, name in names.items():
         groups.setdefault(name, []).append(path)
-    weights = [(name, tuple(paths), None) for name, paths in groups.items() if "{}" not in name]
-    weights += [(name.format(i), tuple(paths), i)
-                for i in range(model.layers) for name, paths in groups.items() if "{}" in name]  # fmt: skip
+    weights = []
+    for name, paths in groups.items():
+        layers = range(model.layers) if "{}" in name else (None,)
+        weights += [(name.format(layer), tuple(paths), layer) for layer in layers]
     return shapes, weights
 
 
-def hf_shape(name: str, paths, layer, shapes) -> tuple:
-    """The shape in the file of the tensor made of `paths`."""
-    return sum_rows([matrix_shape(path, shapes[path] if layer is None else shapes[path][1:]) for path in paths])
-
-
-def sum_rows(shapes) -> tuple:
-    return (sum(s[0] for s in shapes), *shapes[0][1:])
+def hf_shape(paths, layer, shapes) -> tuple:
+    """The shape in the file of the tensor made of `paths`, joined along its first axis."""
+    parts = [matrix_shape(path, shapes[path] if layer is None else shapes[path][1:]) for path in paths]
+    return (sum(part[0] for part in parts), *parts[0][1:])
 
 
 def matrix_shape(path: str, shape: tuple) -> tuple:
@@ -130,25 +240,36 @@ def matrix_shape(path: str, shape: tuple) -> tuple:
     return (int(np.prod(shape)),) if path.endswith("bias") else shape
 
 
-def fill(params, tensor, paths, layer) -> None:
-    """Copy the file's tensor to where its parts belong."""
+def split(tensor, paths, layer, shapes):
+    """(path, view) of each parameter, or of its layer, that the file's tensor is made of, in the parameter's shape."""
     row = 0
     for path in paths:
-        target = params[path] if layer is None else params[path][layer]
-        rows = matrix_shape(path, target.shape)[0]
+        shape = shapes[path] if layer is None else shapes[path][1:]
+        rows = matrix_shape(path, shape)[0]
         part = tensor[row : row + rows]
-        target[...] = (part.T if path.endswith("kernel") else part).reshape(target.shape)
+        yield path, (part.T if path.endswith("kernel") else part).reshape(shape)
         row += rows
 
 
-def gather(flat, name, paths, layer):
-    """The tensor `name` as the file wants it, put together from its parts: what `fill` undoes."""
-    parts = []
-    for path in paths:
-        x = np.asarray(flat[path] if layer is None else flat[path][layer])
+def joined(read, weights, shapes, directory):
+    """The tensors of `weights` as the file wants them, put together from their parts: what `split` undoes."""
+    for paths, group in itertools.groupby(weights, lambda weight: weight[1]):
+        params = [read(path) for path in paths]
+        for path, x in zip(paths, params, strict=True):
+            if x.shape != shapes[path]:
+                raise UserError(f"{directory}: parameter {path} is {list(x.shape)}, {list(shapes[path])} wanted")
+        for _, _, layer in group:
+            yield join(paths, params if layer is None else [x[layer] for x in params])
+        del params, x  # before the next are read
+
+
+def join(paths, parts):
+    """One tensor of the file, from its parts along the first axis."""
+    matrices = []
+    for path, x in zip(paths, parts, strict=True):
         shape = matrix_shape(path, x.shape)
-        parts.append(x.reshape(shape[::-1]).T if path.endswith("kernel") else x.reshape(shape))
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        matrices.append(x.reshape(shape[::-1]).T if path.endswith("kernel") else x.reshape(shape))
+    return np.concatenate(matrices) if len(matrices) > 1 else matrices[0]
 
 
 def check_extra(directory, tensors, known, model: Model, head: str) -> None:
@@ -160,57 +281,9 @@ def check_extra(directory, tensors, known, model: Model, head: str) -> None:
         if name != "lm_head.weight" or not model.tied:
             raise UserError(f"{directory}: tensor {name} {list(tensors[name].shape)} has no place in {model.family!r}, "
                             f"head {head!r}")  # fmt: skip
-        if not np.array_equal(tensors[name], tensors[embedding]):
+        rows = zip(tensors[name], tensors[embedding], strict=False)  # one by one, for they may be large
+        if tensors[name].shape != tensors[embedding].shape or not all(itertools.starmap(np.array_equal, rows)):
             raise UserError(f"{directory}: lm_head.weight differs from {embedding}, but tie_word_embeddings=True")
-
-
-def open_tensors(directory: Path) -> dict:
-    """Name -> array, mapped from the file and not yet read, of all safetensors of a checkpoint."""
-    index = directory / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    tensors = {}
-    for file in files:
-        # An index is a stranger's text: no name of its may lead out of the directory.
-        if Path(file).name != file or not (directory / file).is_file():
-            raise UserError(f"{directory}: there is no file {file} (pickled .bin files are not read)")
-        tensors |= read_tensors(directory / file)
-    return tensors
-
-
-def read_tensors(path: Path) -> dict:
-    """One safetensors file: eight bytes with the header's length, a JSON header, then the bytes of the tensors."""
-    data = np.memmap(path, np.uint8, "r")
-    try:
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            low, high = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                raise UserError(f"{path}: tensor {name} is of type {entry['dtype']}, one of {sorted(DTYPES)} wanted")
-            tensors[name] = data[start + low : start + high].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-    return tensors
-
-
-def write_tensors(path: Path, header: dict, tensors) -> int:
-    """Write `tensors`, an iterable in the order of header {name: (type, shape)}, one at a time; the bytes of data."""
-    offset, entries = 0, {"__metadata__": {"format": "pt"}}  # transformers refuses files without a format
-    for name, (kind, shape) in header.items():
-        end = offset + int(np.prod(shape)) * DTYPES[kind].itemsize
-        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor, (kind, _) in zip(tensors, header.values(), strict=True):
-            file.write(np.ascontiguousarray(tensor, DTYPES[kind]).view(np.uint8).data)
-    return offset
 
 
 def nest(flat: dict) -> dict:

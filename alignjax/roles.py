@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
+import huggingface_hub
 import jax
-import jax.numpy as jnp
 
 from alignjax import convert, sharding
 from alignjax.checkpoint import restore_role
@@ -17,6 +18,34 @@ from alignjax.models import families, transformer
 RUNTIME = ("dtype", "remat", "attention", "max_length")
 ITEMS = {("lm", "lm"): "model", ("lm", "scalar"): "model", ("ranking", "scalar"): "model", ("ppo", "lm"): "policy",
          ("ppo", "scalar"): "value"}  # fmt: skip
+# What is taken from the hub: no pickles, no code, and no second copy of the weights in another format.
+FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
+         "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+         "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+         "chat_template.json")  # fmt: skip
+
+
+@functools.cache
+def local(spec: str, weights: bool = True) -> Path:
+    """The directory that a spec names; hf://ORG/NAME[@REVISION] is brought to the hub's usual cache, once.
+
+    Without `weights`, what a tokenizer needs is enough.
+    """
+    if not spec.startswith("hf://"):
+        return Path(spec)
+    found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?", spec)
+    if not found:
+        raise UserError(f"{spec}: hf://ORG/NAME or hf://ORG/NAME@REVISION wanted")
+    name, revision = found.groups()
+    files = [file for file in FILES if weights or "safetensors" not in file]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as error:  # whatever the hub, its client or the network below it raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{spec}: neither in the hub's cache nor to be had from it ({type(error).__name__}: {reason}); see to "
+            "its name, your access (hf auth login) and the network, or name a directory that holds it"
+        ) from error
 
 
 def stored(directory: Path) -> dict:
@@ -72,10 +101,8 @@ def load(model: Model, head: str, mesh, key, directory: Path | None):
         return fresh(model, head, mesh, key)
     check_model(model, directory)
     if not is_run(directory):
-        _, params = convert.load_hf(directory, head, key)
-        layout = sharding.param_shardings(params, mesh)
-        return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, functools.partial(part_of, x)),
-                            params, layout)  # fmt: skip
+        params = read_hf(model, head, mesh, directory)
+        return params if head == "lm" or "head" in params else params | fresh(model, head, mesh, key, "head")
     stage = stored(directory)["stage"]
     if (stage, head) not in ITEMS:
         raise UserError(f"parent {directory}: a language model is wanted, this run's stage is {stage!r}")
@@ -85,6 +112,30 @@ def load(model: Model, head: str, mesh, key, directory: Path | None):
         return params
     params.pop("head", None)
     return params | fresh(model, head, mesh, key, "head")
+
+
+def read_hf(model: Model, head: str, mesh, directory: Path):
+    """A Hugging Face checkpoint's parameters on the mesh, without a `head` where a scalar one is wanted and not there.
+
+    A process reads of the files what its devices hold, one parameter after the other.
+    """
+    _, views = convert.open_hf(directory, head)
+    wanted = shapes(model, head, mesh)
+    if "head" in wanted and "head/kernel" not in views:
+        del wanted["head"]
+
+    def place(path, x):
+        parts = {}  # devices that hold the same part share it
+
+        def part(index):
+            if str(index) not in parts:
+                parts[str(index)] = convert.cut(views[sharding.path_name(path)], index)
+            return parts[str(index)]
+
+        placed = jax.make_array_from_callback(x.shape, x.sharding, part)
+        return placed.block_until_ready()  # its parts on the host go before the next are read
+
+    return jax.tree_util.tree_map_with_path(place, wanted)
 
 
 def frozen(params, dtype: str, memory: str):
@@ -105,7 +156,3 @@ def fetched(params):
 def on_device(params):
     """Inside jit: parameters where they can be computed with, fetched from the host's memory if they are there."""
     return jax.device_put(params, jax.memory.Space.Device)
-
-
-def part_of(x, index):
-    return jnp.asarray(x[index])

@@ -92,7 +92,7 @@ def resolve(config: Config, workdir: Path, signals: Signals) -> dict[str, Path]:
     found, asked = {}, {}
     for role, spec in config.parents.items():
         if not is_config(spec):
-            found[role] = Path(spec)
+            found[role] = roles.local(spec)
             if roles.is_run(found[role]) and not (found[role] / "summary.json").exists():
                 raise UserError(f"parents.{role}={spec}: this run is not complete")
     for role, spec in config.parents.items():
@@ -146,7 +146,7 @@ def adopt(config: Config, overrides: dict) -> None:
 def origin(spec: str) -> Path | None:
     """The directory that a parent is, or that its own first parent begins with; None if all starts from a key."""
     if not is_config(spec):
-        return Path(spec)
+        return roles.local(spec)
     return next(map(origin, configs.load(spec).parents.values()), None)
 
 
@@ -176,7 +176,7 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
             if tokenizers[role].get_vocab() != tokenizer.get_vocab():
                 raise UserError(f"the tokenizers of {sources[first]} ({first}) and {sources[role]} ({role}) differ")
     elif config.tokenizer:
-        tokenizer = chat.load_tokenizer(Path(config.tokenizer), config.chat_template)
+        tokenizer = chat.load_tokenizer(roles.local(config.tokenizer, weights=False), config.chat_template)
     else:
         if config.data.kind != "text":
             raise UserError(f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only")

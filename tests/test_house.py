@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = [{"config"}, {"sharding", "command"}, {"models", "checkpoint", "data", "metrics", "profile",
-           "calibration"},
+FLOORS = [{"config"}, {"sharding", "command", "safetensors"},
+          {"models", "checkpoint", "data", "metrics", "profile", "calibration"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
           {"train", "evaluate"}]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -67,7 +67,8 @@ def tokenizer_of(config: Config, path: Path):
     """A parent's tokenizer: the one that a run has kept; for a Hugging Face directory as the config says."""
     if roles.is_run(path):
         return chat.load_tokenizer(path / "tokenizer")
-    return chat.load_tokenizer(Path(config.tokenizer or path), config.chat_template)
+    named = roles.local(config.tokenizer, weights=False) if config.tokenizer else path
+    return chat.load_tokenizer(named, config.chat_template)
 
 
 def function(spec: str) -> Callable:
