@@ -4,14 +4,16 @@ import argparse
 import contextlib
 import fcntl
 import io
+import logging
 import os
 import shutil
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import logging as absl_logging
 from tensorflow_datasets.core.download import downloader
 
 from alignjax.config import UserError
@@ -22,10 +24,10 @@ from alignjax.data.preferences.base import instructions
 def main(argv=None) -> int:
     """The exit code: 0, 2 after a mistake of the user's, 128 + the signal after one that stopped it."""
     parser = argparse.ArgumentParser(prog="python -m alignjax.data.prepare", description=__doc__, allow_abbrev=False,
-                                     epilog=f"sets: {', '.join(preferences.SETS)}; their options are in "
-                                            "alignjax/data/preferences/")  # fmt: skip
+                                     epilog=options(), formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("name", metavar="NAME[:OPTION=VALUE,...]", help="the set")
-    parser.add_argument("--manual_dir", default="", help="a directory with the set's files, in place of a download")
+    parser.add_argument("--manual_dir", default="", help="a directory with the set's files, in place of a download; "
+                        "default: downloads/manual below DATA_DIR, if they are there")  # fmt: skip
     parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR, or ~/tensorflow_datasets")
     arguments = parser.parse_args(argv)
     try:
@@ -35,6 +37,14 @@ def main(argv=None) -> int:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def options() -> str:
+    """Every set with its options and their defaults; alignjax/data/preferences says what they mean."""
+    lines = ["sets, and their options with the defaults (alignjax/data/preferences says what they mean):"]
+    for name, builder in preferences.FAMILIES.items():
+        lines += [f"  {name:30}{','.join(f'{k}={v}'.lower() for k, v in asdict(builder.Options()).items())}"]
+    return "\n".join(lines)
 
 
 def say(text: str) -> None:
@@ -48,29 +58,42 @@ def prepare(spec: str, manual_dir: str = "", data_dir: str = "") -> None:
     """
     builder, config = preferences.find(spec)
     target = preferences.directory(spec, data_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / ".lock", "w") as lock:
+    family = target.parent.parent
+    if preferences.report(spec, data_dir) is not None:
+        return
+    with alone(family, spec):
+        downloads = family.parent / "downloads" / family.name
+        for path in (*target.parent.glob("incomplete.*"), *downloads.glob("*.tmp.*")):  # of a process that was killed
+            shutil.rmtree(path)
+        absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS warns of options that aren't the default
+        made = builder(config=config, data_dir=family.parent)
+        if manual_dir:
+            sources = made.files()
+            absent = {name: x for name, x in sources.items() if not (Path(manual_dir).expanduser() / name).is_file()}
+            if absent:
+                raise UserError(
+                    f"{spec}: {manual_dir} lacks {len(absent)} of {len(sources)} files; {instructions(absent)}"
+                )
+        tfds.enable_progress_bar()
+        downloader.MAX_RETRIES = 3  # TFDS's 10 take minutes to find that there is no network
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS would say in bold that the sizes are unknown
+            made.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None),
+            )
+
+
+@contextlib.contextmanager
+def alone(directory: Path, spec: str):
+    """Nobody else prepares a set of this family meanwhile, so that what lies about half made is nobody's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{spec}: another process is preparing {target}") from None
-        if preferences.report(spec, data_dir) is not None:
-            return
-        for path in target.parent.glob(f"incomplete.*_{target.name}"):  # of a process that was killed
-            shutil.rmtree(path)
-        logging.set_verbosity(logging.ERROR)
-        tfds.enable_progress_bar()
-        downloader.MAX_RETRIES = 3  # TFDS's 10 take minutes to find that there is no network
-        made = builder(config=config, data_dir=target.parent.parent.parent)
-        if manual_dir:
-            sources = {name: source for split in made.sources().values() for name, source in split.items()}
-            absent = {name: x for name, x in sources.items() if not (Path(manual_dir).expanduser() / name).is_file()}
-            if absent:
-                raise UserError(f"{spec}: {manual_dir} lacks {len(absent)} of {len(sources)} files; "
-                                f"{instructions(absent)}")  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS would say in bold that the sizes are unknown
-            made.download_and_prepare(file_format="array_record",
-                                      download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None))  # fmt: skip
+            raise UserError(f"{spec}: another process is preparing a set in {directory}") from None
+        yield
 
 
 def table(spec: str, data_dir: str = "") -> str:
@@ -81,20 +104,22 @@ def table(spec: str, data_dir: str = "") -> str:
     for split, counts in counted["splits"].items():
         lines += [f"  {split:12}{counts['rows']:12,}{sum(counts['dropped'].values()):12,}{counts['pairs']:12,}"]
         lines += [f"  {'':24}{number:12,}  {reason}" for reason, number in counts["dropped"].items()]
-    builder, config = preferences.find(spec)
-    published = {name: source.sha256 for split in builder(config=config, data_dir=data_dir or None).sources().values()
-                 for name, source in split.items()}  # fmt: skip
-    verdict = lambda name, found: ("as published" if found == published[name] else "not the published file"
-                                   if published[name] else "none published")  # fmt: skip
-    lines += [f"  sha256 {found}  {name} ({verdict(name, found)})" for name, found in counted["files"].items()]
+    for name, (found, published) in counted["files"].items():
+        verdict = "as published" if found == published else f"published: {published or 'no checksum'}"
+        lines += [f"  sha256 {found}  {name} ({verdict})"]
     return "\n".join(lines)
 
 
+def stop(number: int, frame) -> None:
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         code = main()
-    except KeyboardInterrupt:
-        print("alignjax: stopped; nothing is left half made, the same command starts again", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)  # a plain exit would wait for the threads of a download
+    except KeyboardInterrupt as stopped:
+        print("alignjax: stopped, and nothing is half made; the same command starts again", file=sys.stderr, flush=True)
+        os._exit(128 + stopped.args[0])  # a plain exit would wait for the threads of a download
     sys.exit(code)

@@ -7,21 +7,19 @@ import json
 import math
 import os
 import typing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from alignjax.config import UserError, nearest, parse
-from alignjax.data.preferences import hh, prm800k, shp, summarize
 from alignjax.data.preferences.base import Comparisons, Config
+from alignjax.data.preferences.hh import HH, SUBSETS
+from alignjax.data.preferences.prm800k import PRM800K
+from alignjax.data.preferences.shp import SHP
+from alignjax.data.preferences.summarize import Summarize
 
-FAMILIES = dict.fromkeys(hh.SUBSETS, (hh.HH, hh.Options)) | {
-    "summarize": (summarize.Summarize, summarize.Options),
-    "shp": (shp.SHP, shp.Options),
-    "prm800k": (prm800k.PRM800K, prm800k.Options),
-}
+FAMILIES = dict.fromkeys(SUBSETS, HH) | {"summarize": Summarize, "shp": SHP, "prm800k": PRM800K}
 SETS = tuple(FAMILIES)
 SPLITS = {"train": "train", "heldout": "test"}
 
@@ -31,16 +29,16 @@ def find(spec: str) -> tuple[type[Comparisons], Config]:
     name, colon, given = spec.partition(":")
     if name not in FAMILIES:
         raise UserError(f"{spec}: there is no set {name!r}{nearest(name, SETS)}")
-    builder, kind = FAMILIES[name]
-    options, types = kind(), typing.get_type_hints(kind)
+    builder = FAMILIES[name]
+    default = builder.Options()
+    options, types = default, typing.get_type_hints(builder.Options)
     for part in given.split(",") if colon else []:
         key, equals, text = part.partition("=")
         if key not in types:
             raise UserError(f"{spec}: {name} has no option {key!r}{nearest(key, list(types))}")
         options = replace(options, **{key: value(text, types[key], f"{spec}: {key}")})
-    default = asdict(kind())
-    spelt = [f"{key}_{text}" for key, text in asdict(options).items() if text != default[key]]
-    base = name.removeprefix("hh_") if name in hh.SUBSETS else ""
+    spelt = [f"{key}_{text}".lower() for key, text in asdict(options).items() if text != getattr(default, key)]
+    base = name.removeprefix("hh_") if builder is HH else ""
     full = "-".join(filter(None, [base, *spelt])) or "default"
     return builder, builder.builder_configs.get(full) or Config(name=full, dataset=name, options=options)
 
@@ -66,8 +64,10 @@ def directory(spec: str, data_dir: str = "") -> Path:
 
 
 def report(spec: str, data_dir: str = "") -> dict | None:
-    """What was counted when a set was prepared: {"files": {name: sha256}, "splits": {split: {"rows", "pairs",
-    "dropped": {reason: rows}}}}. None if it isn't prepared."""
+    """What was counted when a set was prepared; None if it isn't.
+
+    {"files": {name: [sha256, the published one or ""]}, "splits": {split: {"rows", "pairs", "dropped": {reason: rows}}}}.
+    """
     path = directory(spec, data_dir) / "metadata.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -86,10 +86,10 @@ def read(spec: str, split: str, data_dir: str = "", limit: int = 0) -> list[dict
     name = SPLITS.get(split, split)
     if name not in counted["splits"]:
         raise UserError(f"{spec}: there is no split {split!r}{nearest(split, list(counted['splits']))}")
-    logging.set_verbosity(logging.ERROR)
     source = tfds.builder_from_directory(directory(spec, data_dir)).as_data_source(name)
     count = min(limit or len(source), len(source))
-    return [from_disk(source[i], f"{spec}/{name}") for i in range(count)]
+    examples = (x for at in range(0, count, 1024) for x in source.__getitems__(range(at, min(at + 1024, count))))
+    return [from_disk(example, f"{spec}/{name}") for example in examples]
 
 
 def from_disk(example: dict, where: str) -> dict:

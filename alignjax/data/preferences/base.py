@@ -49,12 +49,17 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "python -m alignjax.data.prepare says which files go where."
+    Options: type  # a dataclass: each option with its default
     url_infos = None  # `download` compares checksums; TFDS's own table of them wants importlib_resources
     HOMEPAGE = ""
 
     def sources(self) -> dict[str, dict[str, Source]]:
         """{split: {path below the manual directory: where it is published}}."""
         raise NotImplementedError
+
+    def files(self) -> dict[str, Source]:
+        """The sources of all splits."""
+        return {name: source for split in self.sources().values() for name, source in split.items()}
 
     def of_split(self, row: Row, split: str) -> bool:
         """Whether a row belongs to the split, for files that hold several."""
@@ -78,10 +83,11 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                                      homepage=self.HOMEPAGE, metadata=tfds.core.MetadataDict())  # fmt: skip
 
     def _split_generators(self, dl_manager):
-        sources = {name: source for split in self.sources().values() for name, source in split.items()}
+        sources = self.files()
         paths = self.manual(dl_manager, sources) or self.download(dl_manager, sources)
         tfds.disable_progress_bar()  # three at once, from here on; `read` has one that knows how much there is
-        self.info.metadata.update(files={name: digest(path) for name, path in paths.items()}, splits={})
+        self.info.metadata.update(files={name: [digest(path), sources[name].sha256] for name, path in paths.items()},
+                                  splits={})  # fmt: skip
         return {split: self._generate_examples(split, {name: paths[name] for name in names})
                 for split, names in self.sources().items()}  # fmt: skip
 
@@ -117,8 +123,9 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         try:
             paths = dl_manager.download({name: source.url for name, source in sources.items()})
         except (OSError, tfds.core.download.DownloadError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"{self.builder_config.dataset}: {reason}\n{instructions(sources)}") from None
+            reason = getattr(next(iter(error.args), None), "reason", error)  # of requests' error, what urllib3 found
+            raise UserError(f"{self.builder_config.dataset}: the download failed: {reason}\n"
+                            f"try again, or {instructions(sources)}") from None  # fmt: skip
         for name, path in paths.items():
             published, found = sources[name].sha256, digest(path)
             if published and found != published:
@@ -130,7 +137,7 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def instructions(sources: dict[str, Source]) -> str:
     """What a user does to fill a manual directory: one line for each file."""
     width = max(map(len, sources))
-    lines = [f"  DIR/{name:{width}}  from {source.url}" for name, source in sources.items()]
+    lines = [f"  DIR/{name:{width}}  from {source.url}" for name, source in sorted(sources.items())]
     return "\n".join(["put these files into a directory DIR and give --manual_dir DIR:", *lines])
 
 
@@ -141,7 +148,9 @@ def digest(path) -> str:
 
 def read(paths: dict[str, Path], what: str):
     """The rows of files of JSON lines, gzipped if so named, with a bar over their bytes."""
-    with tqdm(total=sum(Path(path).stat().st_size for path in paths.values()), desc=what, unit="B", unit_scale=True,
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    before = 0
+    with tqdm(total=sum(sizes.values()), desc=what, unit="B", unit_scale=True,
               leave=False, mininterval=0.5) as bar:  # fmt: skip
         for name, path in paths.items():
             number = 0
@@ -154,10 +163,10 @@ def read(paths: dict[str, Path], what: str):
                         if line.strip():
                             yield row(line, f"{name.partition('.')[0]}/{number}", f"{path}:{number}")
                         if number % 256 == 0:
-                            bar.update(raw.tell() - bar.n)
+                            bar.update(before + raw.tell() - bar.n)
                 except (OSError, EOFError, zlib.error) as error:
                     raise UserError(f"{path}:{number + 1}: JSON lines wanted, {error}") from None
-                bar.update(0)
+            before += sizes[name]
 
 
 def row(line: bytes, key: str, where: str) -> Row:
@@ -187,7 +196,9 @@ def field(row: Row, path: str, kind: type, optional: bool = False):
             raise UserError(f"{row.where}: a field {'.'.join([*passed, part])!r} wanted{nearest(part, sorted(value))}")
         else:
             below = ".".join(passed)
-            raise UserError(f"{row.where}: {below}: {path.removeprefix(below)[1:]!r} in it wanted, {files.found(value)}")
+            raise UserError(
+                f"{row.where}: {below}: {path.removeprefix(below)[1:]!r} in it wanted, {files.found(value)}"
+            )
         passed.append(part)
     if value is None and optional:
         return None
@@ -199,6 +210,6 @@ def field(row: Row, path: str, kind: type, optional: bool = False):
 
 def fault(chosen: str, rejected: str) -> str:
     """Why two replies are no comparison, or ""."""
-    if not chosen.strip() or not rejected.strip():
-        return "an empty reply"
-    return "two equal replies" if chosen == rejected else ""
+    if chosen == rejected:
+        return "two equal replies"
+    return "" if chosen.strip() and rejected.strip() else "an empty reply"

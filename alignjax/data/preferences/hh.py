@@ -38,6 +38,7 @@ class HH(Comparisons):
     """
 
     name = "hh"
+    Options = Options
     HOMEPAGE = "https://github.com/anthropics/hh-rlhf"
     BUILDER_CONFIGS = [Config(name=subset.replace("-", "_"), dataset=name, options=Options())
                        for name, subset in SUBSETS.items()]  # fmt: skip

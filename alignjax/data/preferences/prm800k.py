@@ -35,6 +35,7 @@ class PRM800K(Comparisons):
     """
 
     name = "prm800k"
+    Options = Options
     HOMEPAGE = "https://github.com/openai/prm800k"
 
     def sources(self):

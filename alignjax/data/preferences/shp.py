@@ -32,6 +32,7 @@ class SHP(Comparisons):
     """
 
     name = "shp"
+    Options = Options
     HOMEPAGE = "https://huggingface.co/datasets/stanfordnlp/SHP"
 
     def sources(self):

@@ -9,8 +9,8 @@ from alignjax.data.preferences.base import Comparisons, Source, fault, field
 
 # No checksum of these is published: the sha256 that is found is recorded with the prepared set.
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons/"
-TLDR = [f"batch{i}.json" for i in (*range(3, 21), 22)] + ["edit_b2_eval_test.json"]
-CNNDM = ["batch0_cnndm.json", "cnndm0.json", "cnndm2.json"]
+FILES = [f"batch{i}.json" for i in (*range(3, 21), 22)] + [
+    "edit_b2_eval_test.json", "batch0_cnndm.json", "cnndm0.json", "cnndm2.json"]  # fmt: skip
 SPLITS = {"train": "train", "validation": "valid1", "test": "valid2"}  # final figures are on valid2, says the README
 SUP4 = {f"batch{i}" for i in range(3, 11)}
 
@@ -31,11 +31,11 @@ class Summarize(Comparisons):
     """
 
     name = "summarize"
+    Options = Options
     HOMEPAGE = "https://github.com/openai/summarize-from-feedback"
 
     def sources(self):
-        names = TLDR + (CNNDM if self.builder_config.options.cnndm == "keep" else [])
-        return {split: {name: Source(URL + name) for name in names} for split in SPLITS}
+        return {split: {name: Source(URL + name) for name in FILES} for split in SPLITS}
 
     def of_split(self, row, split: str) -> bool:
         found = field(row, "split", str)
