@@ -453,27 +453,29 @@ def test_an_interrupted_preparation_leaves_nothing_and_starts_again(hh_files, tm
     assert not any(path.exists() for path in left)
 
 
+def command(patch, *arguments):
+    """The command in a process of its own, with some lines of Python run before it."""
+    lines = ["import runpy, time", "from alignjax.data.preferences import hh", patch]
+    code = "\n".join([*lines, "runpy.run_module('alignjax.data.prepare', run_name='__main__')"])
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"})  # fmt: skip
+
+
 @pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_killed_preparation_leaves_nothing_and_the_same_command_completes(sent, code, tmp_path):
-    for split, rows in (("train", 6000), ("test", 1)):
-        write(tmp_path / f"helpful-base/{split}.jsonl.gz", [GOOD["hh_helpful_base"]] * rows)
+def test_a_killed_preparation_leaves_nothing_and_the_same_command_completes(sent, code, hh_files, tmp_path):
     home = tmp_path / "out/hh/helpful_base"
-    command = [sys.executable, "-m", "alignjax.data.prepare", "hh_helpful_base", "--manual_dir", str(tmp_path),
-               "--data_dir", str(tmp_path / "out")]  # fmt: skip
-    with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
-    ) as child:
-        while child.poll() is None and not list(home.glob("incomplete.*/*")):
-            time.sleep(0.002)
+    stuck = "compare = hh.HH.compare\nhh.HH.compare = lambda *a: ((x, time.sleep(600))[0] for x in compare(*a))"
+    with command(stuck, "hh_helpful_base", "--manual_dir", hh_files, "--data_dir", tmp_path / "out") as child:
+        while child.poll() is None and not list(home.glob("incomplete.*")):
+            time.sleep(0.01)
         with pytest.raises(UserError, match="another process is preparing"):
-            prepare.prepare("hh_helpful_base", str(tmp_path), str(tmp_path / "out"))
+            prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
         child.send_signal(sent)
-        told = child.stderr.read().decode()
+        told = child.stderr.read()
     assert child.returncode == code, told
     assert "Traceback" not in told and prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
-    prepare.prepare("hh_helpful_base", str(tmp_path), str(tmp_path / "out"))
+    assert prepared("hh_helpful_base", hh_files, tmp_path / "out")[0]["train"]["pairs"] == 1
     assert [path.name for path in home.iterdir()] == ["1.0.0"]
-    assert len(prefs.read("hh_helpful_base", "train", str(tmp_path / "out"))) == 6000
 
 
 # ------------------------------------------------------------------------------------------------ downloads
@@ -481,25 +483,28 @@ def test_a_killed_preparation_leaves_nothing_and_the_same_command_completes(sent
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """(its address, the paths that were asked of it): a server of tmp_path, on this machine."""
-    asked = []
+    """(address, paths asked, an event: clear it, and answers wait) of a server of tmp_path on this machine."""
+    asked, going = [], threading.Event()
+    going.set()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, form, *values):
             asked.append(self.path)
+            going.wait()
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
-    thread = threading.Thread(target=served.serve_forever)
+    thread = threading.Thread(target=partial(served.serve_forever, 0.01))
     thread.start()
-    yield f"http://127.0.0.1:{served.server_port}/", asked
+    yield f"http://127.0.0.1:{served.server_port}/", asked, going
+    going.set()
     served.shutdown()
     thread.join()
     served.server_close()
 
 
 def test_files_are_fetched_once_and_compared_with_the_published_checksum(hh_files, tmp_path, server, monkeypatch):
-    url, asked = server
+    url, asked, _ = server
     monkeypatch.setattr(hh, "GITHUB", {"helpful": url})
     sums = {f"helpful-base/{s}": hashlib.sha256((hh_files / f"helpful-base/{s}.jsonl.gz").read_bytes()).hexdigest()
             for s in ("train", "test")}  # fmt: skip
@@ -526,3 +531,17 @@ def test_a_failed_download_says_what_to_do_by_hand(tmp_path, server, monkeypatch
     monkeypatch.setattr(prm800k, "URL", "http://127.0.0.1:9/")
     assert prepare.main(["prm800k:phases=2", "--data_dir", str(tmp_path / "out")]) == 2
     assert "Connection refused" in capsys.readouterr().err
+
+
+def test_an_interrupted_download_ends_at_once_and_leaves_nothing(hh_files, tmp_path, server):
+    url, asked, going = server
+    going.clear()
+    with command(f"hh.GITHUB = dict(helpful={url!r})", "hh_helpful_base", "--data_dir", tmp_path / "out") as child:
+        while child.poll() is None and len(asked) < 2:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        told = child.stderr.read()
+    assert child.returncode == 130 and "Traceback" not in told, told
+    assert prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
+    prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
+    assert list((tmp_path / "out/downloads/hh").iterdir()) == []
