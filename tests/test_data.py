@@ -407,7 +407,7 @@ def test_files_are_read_as_the_world_is(tmp_path):
     ("comparisons", '{"chosen": "b", "rejected": "c"}', "comparisons without a prompt need whole conversations"),
     ("comparisons", '{"prompt": "a", "chosen": [{"role": "user", "content": "a"}], "rejected": "c"}',
      "chosen: one message of the role assistant wanted after the prompt, the roles are user"),
-    ("comparisons", json.dumps({"chosen": turns("a", "b"), "rejected": turns("x", "c")}), "one conversation up to the"),
+    ("comparisons", json.dumps({"chosen": turns("a", "b"), "rejected": turns("x", "c")}), "the conversations differ"),
     ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}', 'margin: a number wanted, str found: "1"'),
     ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "margin: a number wanted, float found"),
 ])  # fmt: skip

@@ -16,7 +16,7 @@ from PIL import Image
 from alignjax import calibration, evaluate, logprobs, roles, sharding, train
 from alignjax.checkpoint import restore_role
 from alignjax.config import Mesh
-from alignjax.data import chat, mixture
+from alignjax.data import chat, encoding, mixture
 from alignjax.stages import ranking
 
 CLEAN = "toy/comparisons-clean"
@@ -147,7 +147,9 @@ def test_scores_are_those_of_each_response_alone_whatever_the_batch_and_the_devi
     with jax.set_mesh(ONE):
         params = restore_role(runs / "rm-tiny", "model", roles.shapes(model, "scalar", ONE))
         alone = jax.jit(functools.partial(logprobs.score_alone, model))
-        scores = [alone(params, mixture.pad(side, LENGTH), mixture.lengths_of(side)) for side in zip(*fit, strict=True)]
+        scores = [
+            alone(params, encoding.pad(side, LENGTH), encoding.lengths_of(side)) for side in zip(*fit, strict=True)
+        ]
     expected = np.asarray(scores[0], np.float64) - np.asarray(scores[1])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found[9] == 0 and (np.sort(np.abs(found))[1] > 2e-5)  # so that no rounding could change a verdict

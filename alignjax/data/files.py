@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from alignjax.config import UserError, nearest
-from alignjax.data.preferences import transcripts
+from alignjax.data import transcripts
 
 FIELDS = {"text": ("text",), "conversations": ("messages",), "comparisons": ("chosen", "rejected"),
           "prompts": ("prompt",)}  # fmt: skip
@@ -109,16 +109,18 @@ def comparison(value: dict, where: str) -> dict:
     sides = [value[name] for name in ("chosen", "rejected")]
     if "prompt" not in value:
         if all(isinstance(side, str) for side in sides):
-            sides = [transcripts.parse(side) for side in sides]
+            sides = [transcripts.transcript(side) for side in sides]
             if None in sides:
                 raise UserError(f"{where}: comparisons without a prompt need whole conversations as chosen and rejected: "
                                 "messages, or a transcript with '\\n\\nHuman: ' and '\\n\\nAssistant: ' before its turns")  # fmt: skip
         both = [messages(side, f"{where}: {name}", text=False)
                 for side, name in zip(sides, ("chosen", "rejected"), strict=True)]  # fmt: skip
-        found_pair = transcripts.split(*both)
-        if found_pair is None:
-            raise UserError(f"{where}: chosen and rejected must be one conversation up to the assistant's last turn")
-        return dict(zip(("prompt", "chosen", "rejected"), found_pair, strict=True))
+        parts = transcripts.split(*both)
+        if isinstance(parts, str):
+            raise UserError(
+                f"{where}: chosen and rejected must be one conversation but for the assistant's last turn: {parts}"
+            )
+        return dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))
     prompt = messages(value["prompt"], f"{where}: prompt", text=True)
     replies = [reply(side, prompt, f"{where}: {name}")
                for side, name in zip(sides, ("chosen", "rejected"), strict=True)]  # fmt: skip

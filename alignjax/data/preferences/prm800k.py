@@ -97,7 +97,10 @@ def step_taken(row, i: int) -> str | None:
     """The text that the labeler went on from: a completion, or their own where none is chosen."""
     place = field(row, f"label.steps.{i}.chosen_completion", int, optional=True)
     if place is None:
-        written = field(row, f"label.steps.{i}.human_completion", str, optional=True)
+        at = f"label.steps.{i}.human_completion"
+        if isinstance(row.value["label"]["steps"][i].get("human_completion"), dict):
+            at += ".text"  # as a completion is: both forms are about
+        written = field(row, at, str, optional=True)
         return None if written is None else written.strip()
     return field(row, f"label.steps.{i}.completions.{place}.text", str).strip()
 
