@@ -161,7 +161,7 @@ def test_summarize_options(summarize_files, tmp_path):
     assert splits["train"]["dropped"]["not of batches 3 to 10"] == 1 and splits["train"]["pairs"] == 1
     assert rows["train"]["batch3/1"]["prompt"] == user("Post \n\nmore\n\nTL;DR:")
     news = rows["test"]["cnndm0/1"]
-    assert (news["prompt"], news["chosen"]) == (user("Article:\n\nNews\n\nTL;DR:"), "second")
+    assert (news["prompt"], news["chosen"]) == (user("Article:\nNews\n\nTL;DR:"), "second")
 
 
 # ------------------------------------------------------------------------------------------------ SHP

@@ -24,7 +24,7 @@ SUBSETS = {"hh_helpful_base": "helpful-base", "hh_helpful_online": "helpful-onli
 
 @dataclass(frozen=True)
 class Options:
-    """Rows that published filters drop (RLHFlow's HH-RLHF-Helpful-standard) and DPO's own code keeps."""
+    """Rows that published filters drop (RLHFlow's HH-RLHF-Helpful-standard) and the DPO authors' get_hh keeps."""
 
     same_role: Literal["drop", "keep"] = "drop"  # two turns of one role in a row, which many chat templates refuse
     empty: Literal["drop", "keep"] = "drop"  # a reply without text

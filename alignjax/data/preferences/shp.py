@@ -17,7 +17,7 @@ SUBREDDITS = (
 
 @dataclass(frozen=True)
 class Options:
-    """The first two are the dataset card's advice, for training alone: validation and test are never filtered."""
+    """The first two are the dataset card's advice ("Evaluating"), for training alone: other splits are never filtered."""
 
     min_score_ratio: float = 2.0  # the higher comment's score over the lower's, in train; 1 is every row
     pairs_per_post: int = 5  # of a post's rows that pass, the first so many in the file's order, in train; 0 is all

@@ -17,7 +17,7 @@ SUP4 = {f"batch{i}" for i in range(3, 11)}
 
 @dataclass(frozen=True)
 class Options:
-    """The layout is the one of the authors' own policies (Stienon et al. 2020, appendix B)."""
+    """The layouts are the authors' own: tldr_task and cnndm_task in utils/experiment_helpers.py of their repository."""
 
     cnndm: Literal["drop", "keep"] = "drop"  # rows about news articles, which are evaluations, in valid1 and valid2
     layout: Literal["full", "post"] = "full"  # subreddit, title and post; or the post alone; then "TL;DR:"
@@ -50,7 +50,7 @@ class Summarize(Comparisons):
             if choice not in (0, 1):
                 raise UserError(f"{row.where}: choice: 0 or 1 wanted, {choice} found")
             article = field(row, "info.article", str, optional=True)
-            prompt = prompt_of(row, options.layout) if article is None else f"Article:\n\n{article.strip()}\n\nTL;DR:"
+            prompt = prompt_of(row, options.layout) if article is None else f"Article:\n{article.strip()}\n\nTL;DR:"
             texts = [field(row, f"summaries.{i}.text", str).strip() for i in (0, 1)]
             chosen, rejected = texts[choice], texts[1 - choice]
             reason = fault(chosen, rejected)
