@@ -15,18 +15,22 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",  # without tensorflow
+        "pyarrow",
         "transformers>=5",
         "tokenizers",
         "Jinja2",  # apply_chat_template needs it, and transformers doesn't ask for it
         "tensorboardX",
         "tqdm",
+        "matplotlib",
+        "huggingface_hub",
         "numpy",
         "ml_dtypes",
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest", "pytest-xdist", "ruff", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "ruff"],
         "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch
     },
 )

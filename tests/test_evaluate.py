@@ -186,15 +186,16 @@ def test_the_command_prints_and_writes_pmp_and_rm(runs, capsys):
 def test_public_sets_come_from_tfds_with_the_reports_figures_and_shp_by_ratio(runs, tmp_path, capsys, monkeypatch):
     asked, rows = [], mixed()
 
-    def load(source, kind, split, seed, limit=0, **where):
-        asked.append((source, kind, split, seed, limit, where))
+    def load(*where):
+        asked.append(where)
+        source = where[0]
         return [{**row, "ratio": 2.5 * (source == "tfds/shp")} for row in rows]
 
     monkeypatch.setattr(mixture, "load", load)
     out = tmp_path / "table.json"
     more = ("--data_dir", "somewhere", "--split", "train", "--out", out)
     assert run("--run", runs / "pmp-tiny", runs / "rm-tiny", "--sets", "shp,hh_harmless_base", *more) == 0
-    assert asked == [(f"tfds/{name}", "comparisons", "train", 0, 0, {"data_dir": "somewhere"})
+    assert asked == [(f"tfds/{name}", "comparisons", "train", 0, 0, "somewhere")
                      for name in ("shp", "hh_harmless_base")]  # fmt: skip
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert found["report"] == {"shp": {"PMP": 60.05, "RM": 60.10}} and out.with_suffix(".png").exists()

@@ -38,21 +38,21 @@ def load(source: str, kind: str, split: str, seed: int, limit: int = 0, data_dir
          say=print) -> list[dict]:  # fmt: skip
     """All examples (or at most `limit`) of a kind (text, conversations, comparisons, prompts) and a split (train, heldout).
 
-    The world's comparisons are toy/comparisons-noisy and toy/comparisons-clean. A public set gives comparisons, their
-    prompts, or their prompts with the chosen reply as conversations. A file has no splits: see `sets`.
+    The world's comparisons are toy/comparisons-noisy and toy/comparisons-clean. A public set gives comparisons; or their
+    prompts; or these with the chosen reply, as conversations or as text. A file has no splits: see `sets`.
     """
     if source.startswith("tfds/"):
         spec, _, own = source.removeprefix("tfds/").partition("/")
         rows = preferences.read(spec, own or split, data_dir, 0 if kind == "prompts" else limit)
         if kind == "comparisons":
             return rows
-        if kind == "conversations":
-            reply = lambda row: {"role": "assistant", "content": row["chosen"]}
-            return [{"messages": [*row["prompt"], reply(row)], "where": row["where"]} for row in rows]
         if kind == "prompts":
             distinct = {prompt_of(row): {"prompt": row["prompt"], "where": row["where"]} for row in reversed(rows)}
             return list(distinct.values())[::-1][: limit or None]
-        raise UserError(f"data {source}: this stage takes {kind}, a public set has comparisons; name a path of {kind}")
+        said = [[*row["prompt"], {"role": "assistant", "content": row["chosen"]}] for row in rows]
+        if kind == "conversations":
+            return [{"messages": turns, "where": row["where"]} for turns, row in zip(said, rows, strict=True)]
+        return [{"text": "\n\n".join(m["content"] for m in turns)} for turns in said]
     if not source.startswith("toy/"):
         return files.read(source, kind, skip, say)[: limit or None]
     rows = toy.examples(source.removeprefix("toy/"), split, seed, limit)
