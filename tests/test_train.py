@@ -278,7 +278,7 @@ def test_programs_are_compiled_for_new_shapes_alone(name, chain, tmp_path):
     sizes = {(packing.rows_of(n, 1), width) for width in widths for n in range(1, max(128 // width, 2) + 1)}
     assert {dict(key)["tokens"] for _, key in seen} <= sizes
     columns = {dict(key).get("at", (0, 0))[1] / dict(key)["tokens"][1] for _, key in seen}
-    assert columns <= {0, 0.5, 1} and len(sizes) == 8 + 6 + 4
+    assert columns <= {0, 0.25, 0.5, 0.75, 1} and len(sizes) == 12 + 8 + 4
 
 
 def test_ppo_of_a_function_and_of_a_reward_model_with_its_own_tokenizer(chain, tmp_path):

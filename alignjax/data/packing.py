@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 WIDTHS = (8, 4, 2, 1)  # a row is the longest possible sequence's length over one of these
-FINE = 4  # up to so many rows every number is a shape, then two shapes for each doubling
+FINE = 8  # up to so many rows every number is a shape, then four shapes for each doubling
 
 
 class Layout(NamedTuple):
@@ -50,7 +50,7 @@ def rows_of(used: int, shards: int) -> int:
     """The number of rows that `used` of them are given: a multiple of the devices that rows lie over."""
     share = -(-used // shards)
     if share > FINE:
-        step = 2 ** (share - 1).bit_length() // 4  # a power of two and the next have one size between them
+        step = 2 ** (share - 1).bit_length() // 8  # four sizes between a power of two and the next
         share = -(-share // step) * step
     return share * shards
 
@@ -98,10 +98,10 @@ def layout(spots, lengths, rows: int, width: int) -> Layout:
 def targets(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(places [rows k] int32 of the tokens in each row where mask[rows w] holds, which of them are real [rows k]).
 
-    k is w or half of it: logits are made for few tokens that are no targets, by few programs.
+    k is w or one, two or three quarters of it, so that logits are made for targets alone.
     """
     width, most = mask.shape[1], int(mask.sum(axis=1).max())
-    k = next(k for k in (-(-width // 2), width) if k >= most)
+    k = next(k for k in (-(-width * quarters // 4) for quarters in (1, 2, 3, 4)) if k >= most)
     at = np.argsort(~mask, axis=1, kind="stable")[:, :k].astype(np.int32)
     return at, np.take_along_axis(mask, at, axis=1)
 
