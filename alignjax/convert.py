@@ -296,3 +296,7 @@ def nest(flat: dict) -> dict:
             node = node.setdefault(part, {})
         node[last] = x
     return tree
+
+
+if __name__ == "__main__":
+    sys.exit(main())

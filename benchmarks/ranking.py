@@ -1,6 +1,6 @@
 """Real tokens a second of reward-model training: pairs of log-normal lengths (median 96, sigma 0.6, 8 to 512), 16 a batch, AdamW.
 
-python benchmarks/ranking.py [tiny|small] [--steps N] [--microbatch-tokens N]
+python benchmarks/ranking.py [tiny|small] [--steps N] [--microbatch-tokens N] [--padded]   the last: each in a row of its own
 """
 
 import argparse
@@ -13,10 +13,17 @@ import shapes
 
 from alignjax import config as configs
 from alignjax import sharding, update
-from alignjax.data import mixture
+from alignjax.data import mixture, packing
 from alignjax.stages import ranking
 
 PAIRS, LONGEST, WARM = 16, 512, 5
+
+
+def pad(lengths, groups, longest: int, budget: int, shards: int = 1) -> list[packing.Layout]:
+    """As `packing.pack`, but each sequence alone in a row as wide as the longest may be."""
+    each = max(budget // longest // len(groups[0]), 1)
+    parts = [sum(groups[i : i + each], []) for i in range(0, len(groups), each)]
+    return [packing.layout([(i, row, 0) for row, i in enumerate(part)], lengths, len(part), longest) for part in parts]
 
 
 def main() -> None:
@@ -24,7 +31,10 @@ def main() -> None:
     parser.add_argument("size", nargs="?", default="tiny", choices=shapes.MODELS)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--microbatch-tokens", type=int, default=2048)
+    parser.add_argument("--padded", action="store_true")
     a = parser.parse_args()
+    if a.padded:
+        packing.pack = pad
     model, mesh, rng = shapes.MODELS[a.size], sharding.make_mesh(configs.Mesh()), np.random.default_rng(0)
     n = a.steps * PAIRS
     lengths = np.clip(np.exp(rng.normal(np.log(96), 0.6, (n, 2))).round().astype(np.int32), 8, LONGEST)
@@ -57,7 +67,7 @@ def main() -> None:
         took = time.perf_counter() - start
     real = lengths[WARM * PAIRS :].sum()
     slots = sum(x["tokens"].size for parts in every[WARM:] for x in parts)
-    print("ours rm", a.size, "microbatch_tokens", a.microbatch_tokens, "seconds", round(took, 2), "real_tokens_per_s",
+    print("ours rm", a.size, "padded" if a.padded else "packed", "microbatch_tokens", a.microbatch_tokens, "seconds", round(took, 2), "real_tokens_per_s",
           round(real / took, 1), "real_share_of_slots", round(real / slots, 3), "first pass", round(compiling, 1))  # fmt: skip
 
 

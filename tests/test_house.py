@@ -1,6 +1,7 @@
 """The house's own rules: imports run downwards, files and functions stay short, flax stays in models/."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,17 @@ def test_one_import_alone_is_not_at_the_top_of_its_file():
         below = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and n not in tree.body]
         inner += [(module(path), ast.unparse(node)) for node in below]
     assert inner == [("alignjax.data.toy", "from pydoc_data.topics import topics")]
+
+
+def test_every_command_of_the_docs_is_one():
+    """A module with a `main` runs it as `python -m`, and nothing that is said to be run so lacks one."""
+    named = {x for p in [*FILES, *ROOT.glob("*.md"), *(ROOT / "configs").rglob("*.py"), *(ROOT / "launch").iterdir()]
+             for x in re.findall(r"python -m (alignjax[\w.]+)", p.read_text())}  # fmt: skip
+    runs = {
+        module(p) for p in FILES if "def main(" in p.read_text() and '\nif __name__ == "__main__":\n' in p.read_text()
+    }
+    assert {x.rstrip(".") for x in named} == runs >= {"alignjax.train", "alignjax.convert"}
+    assert {module(p) for p in FILES if "def main(" in p.read_text()} == runs
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)

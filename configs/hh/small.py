@@ -4,9 +4,9 @@ python -m alignjax.data.prepare hh_harmless_base                  with --manual_
 python -m alignjax.train --config hh/small.py --workdir runs/hh/ppo      lm, sft, pmp and rm come first, beside it
 python -m alignjax.evaluate --run runs/hh/hh-rm --sets hh_harmless_base
 
-It shows that everything runs on real text. A model of 2M parameters that has read some hundred thousand words can't tell
-which of two replies is the less harmful: expect a falling loss on what it trains on, and a held-out accuracy whose interval
-holds 50 %.
+It shows that everything runs on real text, not that 1.3M parameters and some hundred thousand words can tell which of two
+replies is the less harmful. On 1,200 + 300 of the set's rows: loss on what it trains on 0.69 -> 0.57 (PMP), 0.65 -> 0.35 (RM);
+held-out accuracy of the RM 54.6 % [47.8, 61.3] of 205 pairs; PPO takes its score from 0.20 to 0.31 at a KL of 0.4 nats.
 """
 
 from alignjax.config import PPO, Config, Data, Model, Optimiser
