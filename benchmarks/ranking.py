@@ -67,7 +67,8 @@ def main() -> None:
         took = time.perf_counter() - start
     real = lengths[WARM * PAIRS :].sum()
     slots = sum(x["tokens"].size for parts in every[WARM:] for x in parts)
-    print("ours rm", a.size, "padded" if a.padded else "packed", "microbatch_tokens", a.microbatch_tokens, "seconds", round(took, 2), "real_tokens_per_s",
+    layout = "padded" if a.padded else "packed"
+    print("ours rm", a.size, layout, "microbatch_tokens", a.microbatch_tokens, "seconds", round(took, 2), "real_tokens_per_s",
           round(real / took, 1), "real_share_of_slots", round(real / slots, 3), "first pass", round(compiling, 1))  # fmt: skip
 
 

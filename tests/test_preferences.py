@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+from alignjax import config as configs
 from alignjax.config import UserError
+from alignjax.data import mixture, prepare, transcripts
 from alignjax.data import preferences as prefs
-from alignjax.data import prepare, transcripts
 from alignjax.data.preferences import base, hh, prm800k, shp, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,12 +235,15 @@ def judged(problem, steps, finish, generated=None, control=False, screening=Fals
 
 @pytest.fixture
 def prm_files(tmp_path):
-    first = judged("2+2?", [
+    first = lambda written: judged("2+2?", [
         step(("add", 1), ("hm", 0), ("subtract", -1), ("sum", 1), ("odd", None), chosen=0),
-        step(human="by hand"),  # completions null, and the labeler wrote the step
+        step(human=written),  # completions null, and the labeler wrote the step
         step(("4", 1), ("5", -1), chosen=0),
     ], "solution")  # fmt: skip
-    write(tmp_path / "phase1_train.jsonl", [first, judged("bad", [step(("x", -1))], "give_up")])
+    write(
+        tmp_path / "phase1_train.jsonl",
+        [first({"text": "by hand", "rating": None, "source": "human"}), judged("bad", [step(("x", -1))], "give_up")],
+    )
     wrong = judged(
         "2+2?", [step(("go", 1), chosen=0), step(("5", -1), ("6", 0))], "found_error", ["go", "5", "# Answer\n\n5"]
     )
@@ -247,7 +251,7 @@ def prm_files(tmp_path):
     write(tmp_path / "phase2_train.jsonl", [wrong, judged("2+2?", [], "solution", control=True), right, wrong,
                                             judged("2+2?", [], "solution", screening=True), wrong])  # fmt: skip
     write(tmp_path / "phase2_test.jsonl", [right, wrong])
-    write(tmp_path / "phase1_test.jsonl", [first])
+    write(tmp_path / "phase1_test.jsonl", [first("by hand")])
     return tmp_path
 
 
@@ -271,6 +275,7 @@ def test_prm800k_options(prm_files, tmp_path):
     splits, rows = prepared("prm800k:phases=1,solutions=false", prm_files, tmp_path / "out")
     assert splits["train"] == {"rows": 2, "pairs": 3, "dropped": {"no pair in it": 1}}
     assert splits["test"]["rows"] == 1 and "phase1_test/1/0/0-2" in rows["test"]
+    assert rows["test"]["phase1_test/1/2/0-1"]["prompt"] == user("2+2?\n\nadd\nby hand")
 
 
 # ------------------------------------------------------------------------------------------------ every set
@@ -545,3 +550,33 @@ def test_an_interrupted_download_ends_at_once_and_leaves_nothing(hh_files, tmp_p
     assert prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
     prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
     assert list((tmp_path / "out/downloads/hh").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ as training data
+
+
+def test_a_public_set_gives_every_kind_of_example(hh_files, tmp_path):
+    """Comparisons; distinct prompts; the chosen replies as conversations and as text; the held-out split is its test."""
+    spec, out = "hh_helpful_base:empty=keep,same_role=keep", str(tmp_path / "out")
+    prepare.prepare(spec, str(hh_files), out)
+    load = lambda kind, split="train": mixture.load(f"tfds/{spec}", kind, split, 0, data_dir=out)
+    comparisons = load("comparisons")
+    assert [row["chosen"] for row in comparisons] == [row["chosen"] for row in prefs.read(spec, "train", out)]
+    assert sorted(row["prompt"][-1]["content"] for row in load("prompts")) == ["Hello", "Two"]  # two rows say Hello
+    for row, turns, text in zip(comparisons, load("conversations"), load("text"), strict=True):
+        assert turns["messages"] == [*row["prompt"], {"role": "assistant", "content": row["chosen"]}]
+        assert text == {"text": "\n\n".join(m["content"] for m in turns["messages"])}
+    assert len(load("comparisons", "heldout")) == 2
+    assert mixture.load(f"tfds/{spec}/test", "prompts", "train", 0, data_dir=out)[0]["prompt"] == user("Hello")
+
+
+def test_what_is_held_out_is_not_trained_on(hh_files, tmp_path):
+    config, said = configs.Config(), []
+    config.data.data_dir = str(tmp_path / "out")
+    spec = "hh_helpful_base:empty=keep,same_role=keep"
+    prepare.prepare(spec, str(hh_files), config.data.data_dir)
+    found = mixture.sets(config, "comparisons", f"tfds/{spec}", f"tfds/{spec}", said.append)
+    assert {row["prompt"][-1]["content"] for row in found.train[0]} == {"Two"} and len(
+        found.heldout[f"tfds/{spec}"]
+    ) == 2
+    assert said == [f"tfds/{spec}: 2 of 3 comparisons dropped: their prompt is held out"]
