@@ -137,7 +137,7 @@ def runs_of(given: list[Path]) -> dict[str, Path]:
 def pmp_of(run: Path) -> Path | None:
     """The ranking run that this one began with, complete; None, and why is said, if it is not where it was."""
     spec = roles.stored(run)["parents"].get("model")
-    if spec is None:
+    if spec is None or spec.startswith("hf://"):
         return None
     try:
         home = run.parent if run.name else run.absolute().parent

@@ -169,6 +169,9 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
     if (workdir / "config.json").exists():
         tokenizer = chat.load_tokenizer(workdir / "tokenizer")
     elif sources:
+        if (config.tokenizer or config.chat_template) and all(map(roles.is_run, sources.values())):
+            raise UserError(f"tokenizer={config.tokenizer!r}, chat_template={config.chat_template!r}: the parents "
+                            f"{sorted(map(str, set(sources.values())))} are runs, which have their own")  # fmt: skip
         tokenizers = {role: rewards.tokenizer_of(config, path) for role, path in sources.items()}
         first = next(iter(sources))
         tokenizer = tokenizers[first]

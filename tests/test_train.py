@@ -299,10 +299,10 @@ def test_ppo_of_a_function_and_of_a_reward_model_with_its_own_tokenizer(chain, t
     mesh = sharding.make_mesh(configs.Mesh())
     params = checkpoint.restore_role(runs / "rm-tiny", "model", roles.shapes(model, "scalar", mesh))
     answers, found = {row["prompt"]: row["answer"] for row in sums}, []
-    for entry in (entry for row in rows(runs / name / "samples.jsonl") for entry in row["samples"]):
+    for entry in rows(runs / name / "samples.jsonl"):
         for text, score in zip(entry["responses"], entry["score"], strict=True):
             said = [{"role": "user", "content": entry["prompt"]}, {"role": "assistant", "content": text}]
-            tokens = np.array(chat.encode_conversations(own, [said])[0][0])[None]
+            tokens = np.array(chat.encode_conversations(own, [said])[0][0][-model.max_length :])[None]
             alone = logprobs.score_alone(model, params, tokens, np.array([tokens.shape[1]]))[0]
             right = arithmetic.reward(None, [text], [answers[entry["prompt"]]])[0]
             np.testing.assert_allclose(score, 2 * right + 0.5 * alone, atol=1e-4)
@@ -356,15 +356,23 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments, message, capsys, t
     ("sft-tiny", ['{"messages": 3}'], r"data.jsonl:1: messages: a list of messages wanted, int found: 3"),
     ("sft-tiny", [], "data.jsonl: empty"),
     ("rm-tiny", ['{"prompt": "a", "chosen": "b", "rejected": "c"}', '{"prompt": "a"'], "data.jsonl:2: not JSON"),
-    ("ppo-tiny", ['{"prompt": "a"}', json.dumps({"prompt": "word " * 99})], "data.jsonl:2: "),
+    ("ppo-tiny", ['{"prompt": "a"}', '{"prompt": 1}'], "data.jsonl:2: prompt: text or a list of messages wanted"),
+    ("ppo-tiny", [json.dumps({"prompt": "word " * 99})], "data.max_length=22: all 1 prompts are longer"),
 ])  # fmt: skip
-def test_a_mistake_in_the_data_names_file_and_line(name, lines, message, chain, tmp_path, capsys):
+def test_a_mistake_in_the_data_is_named(name, lines, message, chain, tmp_path, capsys):
     for run in chain[0].iterdir():
         (tmp_path / run.name).symlink_to(run)
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     more = (f"--config.data.train={tmp_path / 'data.jsonl'}", "--workdir", str(tmp_path / "mine"))
     assert message in fails(capsys, *command(name, tmp_path), *more)
     assert not (tmp_path / "mine").exists()  # so the command, put right, finds nothing in its way
+
+
+def test_a_tokenizer_beside_that_of_a_run_is_refused(chain, tmp_path, capsys):
+    line = fails(
+        capsys, *command("rm-tiny", with_parents("rm-tiny", chain[0], tmp_path), "--config.chat_template=chatml")
+    )
+    assert "chat_template='chatml': the parents" in line and "are runs, which have their own" in line
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
