@@ -61,14 +61,13 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profil
     else:
         parents = resolve(config, workdir, signals)
         with jax.set_mesh(mesh), Compilations() as compilations:
-            shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-            devices = f"{mesh.size} {jax.default_backend()} device(s) ({shape})"
-            say(f"{config.name}: on {devices}, in {workdir}")
             attention.check(config.model)
             tokenizer = tokenizer_of(config, workdir, parents)
             phases = Phases(config.name, profile, workdir / "profile", say)
             stage = STAGES[config.stage](config, mesh, parents, tokenizer, say, phases)
-            say(f"{config.name}: {stage.steps} steps")
+            shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+            devices = f"{mesh.size} {jax.default_backend()} device(s) ({shape})"
+            say(f"{config.name}: {stage.steps} steps on {devices}, in {workdir}")
             keep(config, tokenizer, workdir)  # now that no mistake in config or data can leave it half made
             state = train(config, workdir, stage, signals, phases, compilations)
             say(f"{config.name}: {compilations}")

@@ -93,7 +93,7 @@ def run_ppo(mesh):
             experience, stats, metrics, said, first, cut = ppo.score(config, programs, params, state["stats"], sampled,
                                                                      np.repeat(lengths, 2), mesh)  # fmt: skip
             if i == 0:
-                ppo.self_check(config, programs, params, experience, said, first[0])
+                ppo.self_check(config, programs, config.model, params, experience, said, first[0])
             state = {**state, "stats": stats}
             state, more = ppo.learn(config, programs, lambda n: 0.0, state, experience, i, first, cut, text)
             found.append(
