@@ -110,10 +110,10 @@ def encode_conversations(tokenizer, rows: list[dict], length: int) -> tuple[dict
 
 
 def encode_comparisons(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """chosen, rejected, each [n length], their lengths, margin and index (the row's number), each [n]; the number dropped."""
+    """chosen, rejected, each [n length], their lengths [n], and margin[n]; and the number dropped as too long."""
     encoded = by_chunks(lambda some: chat.encode_comparisons(tokenizer, some), rows)
     kept, dropped = fitting([max(map(len, pair)) for pair in encoded], length, "comparisons")
-    out = {"margin": np.array([rows[i].get("margin", 0.0) for i in kept], np.float32), "index": kept.astype(np.int32)}
+    out = {"margin": np.array([rows[i].get("margin", 0.0) for i in kept], np.float32)}
     for side, ids in zip(("chosen", "rejected"), zip(*(encoded[i] for i in kept), strict=True), strict=True):
         out[side], out[f"{side}_length"] = Ragged(ids, length), lengths_of(ids)
     return out, dropped
