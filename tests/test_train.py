@@ -1,77 +1,18 @@
 """Whole runs of the tiny chain: what they leave behind, that they resume to the bit, and how they answer mistakes."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from runs import PARENTS, STEPS, command, fails, files_of, rows, with_parents
 
-from alignjax import checkpoint, logprobs, metrics, roles, sharding, train
+from alignjax import checkpoint, logprobs, roles, sharding, train
 from alignjax import config as configs
 from alignjax.data import chat, mixture, packing
 from alignjax.stages import lm, ranking
 from configs import arithmetic
-
-ROOT = Path(__file__).resolve().parent.parent
-PARENTS = {"lm-tiny": [], "sft-tiny": ["lm-tiny"], "rm-tiny": ["pmp-tiny"], "ppo-tiny": ["sft-tiny", "rm-tiny"]}
-STEPS = 4
-
-
-def command(name, runs, *more):
-    return ["--config", f"{name.removesuffix('-tiny')}.py:tiny", "--workdir", str(runs / name), *more]
-
-
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """All five stages, run by one command without interruption; what it printed."""
-    runs = tmp_path_factory.mktemp("runs")
-    printed, write = [], train.say
-    train.say = printed.append
-    try:
-        assert train.main(command("ppo-tiny", runs)) == 0
-    finally:
-        train.say = write
-    return runs, printed
-
-
-def files_of(run: Path) -> dict:
-    """What must repeat to the bit: metrics, samples, summary (less its seconds), every array of the last checkpoint."""
-    out = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "config.json")}
-    out["summary"] = {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if "seconds" not in k}
-    checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)
-    assert checkpoints.latest() == STEPS
-    items = [p.name for p in (run / "checkpoints" / str(STEPS)).iterdir() if p.is_dir() and p.name != "metrics"]
-    restored = checkpoints.manager.restore(STEPS, args=checkpoint.ocp.args.Composite(
-        **{item: checkpoint.ocp.args.StandardRestore() for item in items}))  # fmt: skip
-    checkpoints.close()
-    for item in items:
-        for path, x in jax.tree_util.tree_leaves_with_path(restored[item]):
-            out[item + jax.tree_util.keystr(path)] = np.asarray(x).tobytes()
-    return out
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def with_parents(name, chain_runs: Path, runs: Path) -> Path:
-    for parent in PARENTS[name]:
-        shutil.copytree(chain_runs / parent, runs / parent)
-    return runs
 
 
 def test_one_command_runs_the_chain_in_order(chain):
@@ -119,103 +60,6 @@ def test_the_same_command_again_says_complete(chain, capsys):
     printed = capsys.readouterr().out
     assert "rm-tiny: complete" in printed and "held-out accuracy" in printed
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == before
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_in(step, act):
-    """A Log.write that acts when it is handed a step."""
-    write = metrics.Log.write
-
-    def wrapped(self, at, *rest):
-        write(self, at, *rest)
-        if at == step:
-            act()
-
-    return wrapped
-
-
-@pytest.mark.parametrize("name", ["lm-tiny", "rm-tiny", "ppo-tiny"])
-def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path, monkeypatch, capsys):
-    """SIGTERM in the first step, an exception in the last one, then to the end: all is as if nothing had been."""
-    runs = with_parents(name, chain[0], tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics.Log, "write", crash_in(0, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        assert train.main(command(name, runs)) == 128 + signal.SIGTERM
-    assert f"SIGTERM: {name} saved at step 1 of 4" in capsys.readouterr().err
-
-    def crash():
-        raise Crash
-
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics.Log, "write", crash_in(3, crash))
-        with pytest.raises(Crash):
-            train.main(command(name, runs))
-    assert len(rows(runs / name / "metrics.jsonl")) == 3  # one past the checkpoint: to be dropped and written again
-    assert train.main(command(name, runs)) == 0
-    assert f"{name}: goes on from step 2" in capsys.readouterr().out
-    assert files_of(runs / name) == files_of(chain[0] / name)
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = ["tests", "."]
-import conftest
-from test_train import crash_in
-from alignjax import metrics, train
-metrics.Log.write = crash_in(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
-train.main(sys.argv[1:])
-"""
-
-
-def test_resume_is_exact_after_a_sigkill(chain, tmp_path):
-    runs = with_parents("ppo-tiny", chain[0], tmp_path)
-    asked = command("ppo-tiny", runs)
-    killed = subprocess.run([sys.executable, "-c", KILLED, *asked], cwd=ROOT, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (runs / "ppo-tiny" / "summary.json").exists()
-    assert train.main(asked) == 0
-    assert files_of(runs / "ppo-tiny") == files_of(chain[0] / "ppo-tiny")
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(chain, tmp_path, capsys):
-    shutil.copytree(chain[0] / "lm-tiny", tmp_path / "lm-tiny")
-    (tmp_path / "lm-tiny" / "summary.json").unlink()
-    for file in (tmp_path / "lm-tiny" / "checkpoints" / "4" / "model").rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert train.main(command("lm-tiny", tmp_path)) == 0
-    printed = capsys.readouterr().out
-    assert "is damaged" in printed and "goes on from step 2" in printed
-    assert files_of(tmp_path / "lm-tiny") == files_of(chain[0] / "lm-tiny")
-
-
-def test_two_processes_give_the_result_of_one(chain, tmp_path):
-    """Of every kind of stage: each process has the whole batch, its devices their rows; the mesh spans both."""
-    runs = tmp_path
-    for parent in ("pmp-tiny", "sft-tiny"):
-        shutil.copytree(chain[0] / parent, runs / parent)
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    }
-    for name in ("lm-tiny", "rm-tiny", "ppo-tiny"):
-        asked = [sys.executable, "-m", "alignjax.train", *command(name, runs, "--config.mesh.data=2")]
-        port = 20000 + os.getpid() % 20000
-        both = [subprocess.Popen([*asked, f"--distributed=127.0.0.1:{port},2,{i}"], cwd=ROOT, env=environment,
-                                 stderr=subprocess.PIPE, text=True) for i in range(2)]  # fmt: skip
-        for process in both:
-            errors = process.communicate()[1]
-            assert process.returncode == 0, errors
-        for mine, alone in zip(
-            rows(runs / name / "metrics.jsonl"), rows(chain[0] / name / "metrics.jsonl"), strict=True
-        ):
-            for key, value in alone.items():
-                assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
-        texts = [[{k: v for k, v in row.items() if "score" not in k and k != "kl" and k != "entropy"} for row in rows(path)]
-                 for path in (runs / name / "samples.jsonl", chain[0] / name / "samples.jsonl")]  # fmt: skip
-        assert texts[0] == texts[1]
 
 
 def test_a_profiled_run_gives_the_same_result_with_phases_and_a_trace(chain, tmp_path, capsys):
@@ -321,15 +165,6 @@ def test_no_steps_are_one_pass(chain, tmp_path):
     assert train.main(command("rm-tiny", runs, "--config.steps=0", "--config.data.examples=36")) == 0  # it is complete
 
 
-def fails(capsys, *arguments) -> str:
-    """The one line on standard error of a command that a mistake stops."""
-    assert train.main(list(arguments)) == 2
-    printed = capsys.readouterr().err
-    lines = [line for line in printed.splitlines() if line and "%|" not in line]  # but for the bar
-    assert len(lines) == 1 and lines[0].startswith("alignjax: "), printed
-    return lines[0]
-
-
 @pytest.mark.parametrize("arguments, message", [
     (["--config", "pro.py"], "did you mean 'ppo.py'"),
     (["--config", "ppo.py:tiney"], "no variant 'tiney'; did you mean 'tiny'"),
@@ -380,15 +215,6 @@ def test_a_kernel_that_this_machine_cannot_run_is_one_line_and_leaves_the_workdi
     line = fails(capsys, *command("lm-tiny", tmp_path, f"--config.model.attention={kernel}"))
     assert line.startswith(f"alignjax: model.attention='{kernel}' needs a ") and ", not cpu" in line
     assert not (tmp_path / "lm-tiny").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
-    asked = command("lm-tiny", tmp_path, "--config.optimiser.learning_rate=1e38", "--config.optimiser.warmup_steps=3")
-    line = fails(capsys, *asked)
-    assert "loss is nan at step" in line
-    steps = [int(p.name) for p in (tmp_path / "lm-tiny" / "checkpoints").iterdir()]
-    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / "lm-tiny" / "metrics.jsonl"))
-    assert not (tmp_path / "lm-tiny" / "summary.json").exists() and steps in ([], [2])
 
 
 def test_a_workdir_of_another_config_is_left_alone(chain, capsys):
