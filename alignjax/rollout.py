@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from alignjax.models import transformer
-from alignjax.models.attention import cached_attention
+from alignjax.models.attention import cached_attention, shards
 from alignjax.sharding import constrain
 
 PARTS = 4  # of a cache's ring: a step reads the parts that hold something
@@ -90,7 +91,8 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
         live = (number < b * n) & (token != end) & (r > 1)
         return Slots(put(state.number, number), put(state.live, live), put(state.count, jnp.ones(g, jnp.int32)),
                      put(state.tokens, begun(token)), put(state.logprobs, begun(logprob)),
-                     put(state.prompt_lengths, jnp.repeat(short, n)), fill_cache(state.cache, at, kept, n), state.clock,
+                     put(state.prompt_lengths, jnp.repeat(short, n)),
+                     fill_cache(state.cache, at, kept, n), state.clock,
                      state.left if at is None else leave(state, at))  # fmt: skip
 
     def step(state: Slots) -> Slots:
@@ -99,14 +101,17 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
         prompt = jnp.arange(p) >= p - state.prompt_lengths[:, None]
         attend = reader(prompt, state.clock, state.count, r)
         places = state.prompt_lengths + state.count - 1
-        hidden, cache = transformer.decode(model, params, layers, last, places, state.cache, attend)
+        hidden, kept = transformer.decode(model, params, layers, last, places, state.cache, attend)
         token, logprob = draw(state.number, state.count, hidden)
+        # Always so; but XLA sees that the cache is written to only after all of it has been read, and makes no copy.
+        kept = jax.tree.map(lambda x: jnp.where((token >= 0)[:, None, None], x, 0), kept)
         here = (jnp.arange(r) == state.count[:, None]) & state.live[:, None]
         count = state.count + state.live
         return state._replace(
             live=state.live & (token != end) & (count < r), count=count, clock=state.clock + 1,
             tokens=jnp.where(here, token[:, None], state.tokens),
-            logprobs=jnp.where(here, logprob[:, None], state.logprobs), cache=cache)  # fmt: skip
+            logprobs=jnp.where(here, logprob[:, None], state.logprobs),
+            cache=write(state.cache, state.clock, kept, r))  # fmt: skip
 
     def turn(carry):
         """Fill g slots and decode until as many are free, or to the end once nothing is left to fill them with."""
@@ -162,46 +167,74 @@ def empty_cache(model, s: int, p: int, r: int, dtype: str) -> list:
     return [blocks() for _ in range(model.layers)] if transformer.unrolled(model) else blocks()
 
 
+def in_order(x):
+    """An array of the cache with its axes in memory as they are named: where a step writes and where it reads, the TPU
+    compiler would choose different orders, and copy the cache from one into the other at every step."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 def fill_cache(cache: list, at, kept, samples: int) -> list:
     """The cache with the prompts' keys and values, `kept` [l g/n k p h], in slots at[g] (None: in all), for each sample."""
 
-    def filled(blocks, new):
-        fan = lambda old, x: jnp.repeat(x, samples, axis=x.ndim - 4).astype(old.dtype)
-        put = lambda old, x: x if at is None else old.at[..., at, :, :, :].set(x)
-        return [tuple(put(old, fan(old, x)) for old, x in zip(blocks[0], new, strict=True)), *blocks[1:]]
+    def put(old, x):
+        x = x.astype(old.dtype)
+        if at is None or shards()[0] == 1:
+            x = jnp.repeat(x, samples, axis=-4)
+            return x if at is None else old.at[..., at, :, :, :].set(x)
+        # Chosen slot by slot, not scattered: GSPMD would gather the whole cache, to scatter into its slots.
+        whose = jnp.full(old.shape[-4], -1).at[at].set(jnp.arange(len(at)))
+        mine = jnp.take(x, jnp.maximum(whose, 0) // samples, axis=-4)
+        return in_order(jnp.where((whose >= 0)[:, None, None, None], mine, old))
+
+    def filled(blocks, kept):
+        return [tuple(put(old, x) for old, x in zip(blocks[0], kept, strict=True)), *blocks[1:]]
 
     if isinstance(cache[0], list):
         return [filled(blocks, transformer.layer_of(kept, i)) for i, blocks in enumerate(cache)]
     return filled(cache, kept)
 
 
-def reader(prompt, clock, count, r: int):
-    """attend(blocks, layer, q, k, v) of a step: the new token goes to its place of the ring, then all is read that is
-    filled: the prompt's block by its mask [s p], and of the ring as many parts as the clock has reached.
-
-    A slot sees as many of the last places as it has tokens there, count[s], the one in hand included.
-    """
+def write(cache: list, clock, kept, r: int) -> list:
+    """The cache with a step's keys and values, `kept` as `transformer.decode` gives them, in their place of the ring."""
     place = clock % r
-    ring = (place - jnp.arange(r)) % r < count[:, None]
+
+    def put(blocks, kept):
+        width = blocks[-1][0].shape[-2]
+
+        def one(part, old, x):
+            # Parts without the place are given what they hold: every part is then written where it lies, never copied.
+            start = (0,) * (old.ndim - 2) + (place % width, 0)
+            has = jax.lax.dynamic_slice(old, start, (*old.shape[:-2], 1, old.shape[-1]))
+            new = jnp.where(place // width == part, x[..., None, :].astype(old.dtype), has)
+            return in_order(jax.lax.dynamic_update_slice(old, new, start))
+
+        return [blocks[0], *(tuple(one(i, old, x) for old, x in zip(part, kept, strict=True))
+                             for i, part in enumerate(blocks[1:]))]  # fmt: skip
+
+    if isinstance(cache[0], list):
+        return [put(*both) for both in zip(cache, kept, strict=True)]
+    return put(cache, kept)
+
+
+def reader(prompt, clock, count, r: int):
+    """attend(blocks, layer, q, k, v) of a step: of the cache all is read that is filled, the prompt's block by its mask
+    [s p] and of the ring as many parts as the clock has reached, and the token in hand, which is not written yet.
+
+    A slot sees as many of the last places as it has tokens there: count[s] less the one in hand.
+    """
+    ring = (clock - 1 - jnp.arange(r)) % r < count[:, None] - 1
 
     def attend(blocks, layer, q, k, v):
         parts, width = len(blocks) - 1, blocks[-1][0].shape[-2]
         masks = [prompt, *jnp.split(jnp.pad(ring, ((0, 0), (0, parts * width - r))), parts, axis=1)]
+        here, sees = (k[:, :, None], v[:, :, None]), jnp.ones((len(q), 1), bool)
 
-        def write(part, old, x):
-            # Parts without the place are given what they hold: every part is then written where it lies, never copied.
-            start, size = (0, 0, place % width, 0), (*x.shape[:2], 1, x.shape[2])
-            if layer is not None:
-                start, size = (layer, *start), (1, *size)
-            has = jax.lax.dynamic_slice(old, start, size)
-            new = jnp.where(place // width == part, x[:, :, None].astype(old.dtype), has)
-            return jax.lax.dynamic_update_slice(old, new, start)
+        def read(n):
+            mine = blocks[:n] if layer is None else transformer.layer_of(blocks[:n], layer)
+            return cached_attention(q, [*mine, here], [*masks[:n], sees])
 
-        blocks = [blocks[0], *(tuple(write(i, old, x) for old, x in zip(part, (k, v), strict=True))
-                               for i, part in enumerate(blocks[1:]))]  # fmt: skip
-        mine = blocks if layer is None else transformer.layer_of(blocks, layer)
-        read = lambda n: lambda: cached_attention(q, mine[: n + 1], masks[: n + 1])
-        return jax.lax.switch(jnp.minimum(clock, r - 1) // width, [read(i + 1) for i in range(parts)]), blocks
+        filled = jnp.minimum(clock - 1, r - 1) // width  # parts, less one; before the first write there are none
+        return jax.lax.switch(filled + 1, [lambda n=n: read(n) for n in range(1, parts + 2)])
 
     return attend
 

@@ -106,8 +106,8 @@ def test_decoding_gives_torchs_logits(name, form, monkeypatch):
     @jax.jit
     def step(tokens, places, cache, clock, count):
         layers, attend = transformer.for_decoding(model, params), rollout.reader(prompt, clock, count, r)
-        hidden, cache = transformer.decode(model, params, layers, tokens, places, cache, attend)
-        return transformer.logits(model, params, hidden), cache
+        hidden, kept = transformer.decode(model, params, layers, tokens, places, cache, attend)
+        return transformer.logits(model, params, hidden), rollout.write(cache, clock, kept, r)
 
     assert transformer.unrolled(model) == (form == "unrolled")
     assert error(prefill()[0][mask[:, :p] > 0], theirs[:, :p][mask[:, :p] > 0]) < 2e-5

@@ -344,7 +344,12 @@ def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
     stored = [draw(*lead, s, 2, p, 8) for _ in range(2)]
     mine = stored if layer is None else [x[layer] for x in stored]
     blocks, seen = [tuple(stored), *(part(np.nan) for _ in range(0, r, width))], [[] for _ in range(s)]
-    step = jax.jit(lambda blocks, clock, count, *x: rollout.reader(prompt, clock, count, r)(blocks, layer, *x))
+
+    @jax.jit
+    def step(blocks, clock, count, q, k, v):
+        kept = (k, v) if layer is None else tuple(jnp.stack([jnp.zeros_like(x), x]) for x in (k, v))
+        return rollout.reader(prompt, clock, count, r)(blocks, layer, q, k, v), rollout.write(blocks, clock, kept, r)
+
     for clock in range(3 * r):
         if clock in range(0, r, width):  # what lies around a place is masked, but it must be finite
             blocks[1 + clock // width] = part(0.0)
@@ -366,7 +371,7 @@ def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
         changed = jax.tree.map(
             lambda a, b: int((np.asarray(a) != np.asarray(b)).sum()), before[:filled], blocks[:filled]
         )
-        assert sum(jax.tree.leaves(changed)) == 2 * s * 2 * 8  # a place of keys and values, in one layer
+        assert sum(jax.tree.leaves(changed)) == 2 * s * 2 * 8  # a place of keys and values; the other layer's are 0
 
 
 # `sample`, by itself.

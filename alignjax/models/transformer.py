@@ -185,18 +185,19 @@ def layer_of(stack, i):
 
 
 def decode(model: Model, params, layers, tokens, positions, cache, attend):
-    """hidden[b d] of one more token in each row, tokens[b], and the cache with it.
+    """hidden[b d] of one more token in each row, tokens[b], and its (keys, values) in all layers, each [l b k h], or in a
+    list of the layers' own.
 
     `layers` are the parameters as `for_decoding` gives them, and `cache` is what attend(cache, layer, q[b n h],
-    k[b k h], v[b k h]) -> (y[b n h], cache) writes to and reads: a list of the layers' own, or all layers' together,
-    of which attend is to use the one whose number it is given.
+    k[b k h], v[b k h]) -> y[b n h] reads: a list of the layers' own, or all layers' together, of which attend is to use
+    the one whose number it is given. Nothing is written to it here: that would have XLA copy it, layer after layer.
     """
     rotation = rope(model, positions[:, None])
 
     def step(x, cache, number, layer):
         def one(q, k, v):
-            y, new = attend(cache, number, q[:, 0], k[:, 0], v[:, 0])
-            return y[:, None], new
+            q, k, v = q[:, 0], k[:, 0], v[:, 0]
+            return attend(cache, number, q, k, v)[:, None], (k, v)
 
         return run_layer(model, layer, x, rotation, one)
 
@@ -204,13 +205,11 @@ def decode(model: Model, params, layers, tokens, positions, cache, attend):
     if isinstance(layers, list):
         new = []
         for layer, mine in zip(layers, cache, strict=True):
-            x, written = step(x, mine, None, layer)
-            new.append(written)
-        cache = new
+            x, kept = step(x, mine, None, layer)
+            new.append(kept)
     else:
-        (x, cache), _ = jax.lax.scan(lambda carry, layer: (step(*carry, *layer), None), (x, cache),
-                                     (jnp.arange(model.layers), layers))  # fmt: skip
-    return rms_norm(x[:, 0], params["norm"]["scale"], model.norm_eps), cache
+        x, new = jax.lax.scan(lambda x, layer: step(x, cache, *layer), x, (jnp.arange(model.layers), layers))
+    return rms_norm(x[:, 0], params["norm"]["scale"], model.norm_eps), new
 
 
 def rms_norm(x, scale, eps):
