@@ -28,6 +28,11 @@ def parse(argv):
     parser.add_argument("--profile", action="store_true",
                         help="say where each step's time goes; a trace of a few steps goes to WORKDIR/profile")  # fmt: skip
     arguments, rest = parser.parse_known_args(argv)
+    return arguments, fields(rest)
+
+
+def fields(rest: list[str]) -> dict[str, str]:
+    """{dotted field: text} of arguments --config.FIELD=VALUE; UserError for others."""
     overrides = {}
     while rest:
         name, equals, value = rest.pop(0).partition("=")
@@ -38,7 +43,7 @@ def parse(argv):
                 raise UserError(f"{name}: a value is missing")
             value = rest.pop(0)
         overrides[name.removeprefix("--config.")] = value
-    return arguments, overrides
+    return overrides
 
 
 def start_distributed(value: str | None) -> None:

@@ -106,6 +106,7 @@ class PPO:
     pretrain_coef: float = 0.0
     pretrain_ratio: float = 0.0  # pretraining sequences for each response
     slots: int = 0  # responses that are sampled at once, each ended one making room for the next; 0 is all of them
+    rollout_tensor: int = 0  # devices along mesh.tensor in sampling, the others along mesh.data; 0 is the mesh as it is
     cache_dtype: str = ""  # of keys and values in sampling; "" is model.dtype
     frozen_dtype: str = ""  # of the reference's and reward model's parameters; "" is float32
     frozen_memory: str = "device"  # where they are kept: device, host (pinned, fetched when they are used)

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import jax
 
-from alignjax import convert, sharding
+from alignjax import convert, sharding, update
 from alignjax.checkpoint import restore_role
 from alignjax.config import Model, UserError, model_from_json
 from alignjax.models import families, transformer
@@ -82,6 +82,12 @@ def check_model(model: Model, directory: Path) -> None:
 def shapes(model: Model, head: str, mesh):
     """Shapes, types and shardings of a role's parameters; `head` is "lm" or "scalar"."""
     return sharding.abstract(jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head)), mesh)
+
+
+def trained(model: Model, head: str, optimiser, mesh):
+    """(init(params) -> TrainState, what it makes: shapes, types and shardings) of a role that is trained."""
+    init = functools.partial(update.init_state, optimiser=optimiser)
+    return init, sharding.abstract(jax.eval_shape(init, shapes(model, head, mesh)), mesh)
 
 
 def fresh(model: Model, head: str, mesh, key, part=None):

@@ -162,7 +162,7 @@ def empty_cache(model, s: int, p: int, r: int, dtype: str) -> list:
     shapes = [(s, model.kv_heads, w, model.head_size) for w in (p, *(width for _ in range(0, r, width)))]
     layers = () if transformer.unrolled(model) else (model.layers,)
     axis = len(layers)
-    block = lambda shape: constrain(jnp.zeros((*layers, *shape), dtype or model.dtype), axis)
+    block = lambda shape: constrain(jnp.zeros((*layers, *shape), dtype or model.dtype), axis, heads=axis + 1)
     blocks = lambda: [(block(shape), block(shape)) for shape in shapes]
     return [blocks() for _ in range(model.layers)] if transformer.unrolled(model) else blocks()
 

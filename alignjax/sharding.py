@@ -27,10 +27,10 @@ TABLE = (
 )
 
 
-def make_mesh(mesh: configs.Mesh) -> jax.sharding.Mesh:
-    """A mesh over all devices; an axis of -1 takes what the others leave."""
+def make_mesh(mesh: configs.Mesh, these=None) -> jax.sharding.Mesh:
+    """A mesh over all devices, or over `these`; an axis of -1 takes what the others leave."""
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
-    devices = jax.device_count()
+    devices = jax.device_count() if these is None else len(these)
     fixed = int(np.prod([s for s in sizes if s != -1]))
     if (
         sizes.count(-1) > 1
@@ -43,24 +43,42 @@ def make_mesh(mesh: configs.Mesh) -> jax.sharding.Mesh:
             f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} must make {devices} devices"
         )
     sizes = [devices // fixed if s == -1 else s for s in sizes]
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=these)
+
+
+def with_tensor(mesh, tensor: int) -> jax.sharding.Mesh:
+    """A mesh of the same devices in the same order, `tensor` of them along tensor and the others along data; 0: `mesh`."""
+    if not tensor:
+        return mesh
+    if mesh.size % tensor:
+        raise configs.UserError(f"ppo.rollout_tensor={tensor} must divide the {mesh.size} devices")
+    return jax.sharding.Mesh(mesh.devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def constrain(tree, axis: int = 0):
-    """Inside jit: the rows of each array (its `axis`) over data and fsdp, where a mesh is set and they divide.
+def constrain(tree, axis: int = 0, heads: int | None = None):
+    """Inside jit: the rows of each array (its `axis`) over data and fsdp, where a mesh is set and they divide; and an axis
+    of `heads` over tensor, where that divides too.
 
     GSPMD would else replicate what comes out of an embedding or a gather.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "fsdp" not in mesh.axis_names:
         return tree
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    spec = P(*[None] * axis, *BATCH)
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec) if x.shape[axis] % shards == 0 else x, tree)
+
+    def one(x):
+        if x.shape[axis] % shards(mesh):
+            return x
+        spec = [None] * x.ndim
+        spec[axis] = BATCH[0]
+        if heads is not None and x.shape[heads] % mesh.shape["tensor"] == 0:
+            spec[heads] = "tensor"
+        return jax.lax.with_sharding_constraint(x, P(*spec))
+
+    return jax.tree.map(one, tree)
 
 
 def on_host(x) -> np.ndarray:
@@ -102,15 +120,22 @@ def shards(mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def shard_batch(batch, mesh):
-    """Host arrays, the same in every process -> global arrays, rows over data and fsdp; each device takes its part.
+def row_layout(shape, mesh) -> NamedSharding:
+    """Rows over data and fsdp; where the axes don't divide them they are replicated: right, and no slower for the small
+    arrays where this happens."""
+    return NamedSharding(mesh, BATCH) if shape and shape[0] % shards(mesh) == 0 else replicated(mesh)
 
-    Rows that the axes don't divide are replicated: right, and no slower for the small arrays where this happens.
-    """
+
+def abstract_batch(batch, mesh):
+    """The shapes, types and shardings of what `shard_batch` makes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_layout(x.shape, mesh)), batch)
+
+
+def shard_batch(batch, mesh):
+    """Host arrays, the same in every process -> global arrays, laid out by `row_layout`; each device takes its part."""
 
     def put(x):
         x = np.asarray(x)
-        layout = NamedSharding(mesh, BATCH) if x.ndim and x.shape[0] % shards(mesh) == 0 else replicated(mesh)
-        return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, row_layout(x.shape, mesh), lambda index: x[index])
 
     return jax.tree.map(put, batch)

@@ -126,26 +126,26 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals) -> Path:
     return directory
 
 
-def adopt(config: Config, overrides: dict) -> None:
-    """Give the config the architecture of the directories that its parents begin with, unless the user asks for another.
+def adopt(config: Config, overrides: dict, architecture=lambda spec: roles.architecture(roles.local(spec))) -> None:
+    """Give the config the architecture of what its parents begin with, unless the user asks for another.
 
     The reward model's is its own affair: it may be another.
     """
-    for directory in filter(None, (origin(spec) for role, spec in config.parents.items() if role != "reward")):
-        for name, value in dataclasses.asdict(roles.architecture(directory)).items():
+    for parent in filter(None, (origin(spec) for role, spec in config.parents.items() if role != "reward")):
+        for name, value in dataclasses.asdict(architecture(parent)).items():
             if name in roles.RUNTIME:
                 continue
             mine = getattr(config.model, name)
             if f"model.{name}" in overrides and mine != value:
-                raise UserError(f"model.{name}={mine!r}, but the parent {directory} has {value!r}")
+                raise UserError(f"model.{name}={mine!r}, but the parent {parent} has {value!r}")
             setattr(config.model, name, value)
     configs.check(config)
 
 
-def origin(spec: str) -> Path | None:
-    """The directory that a parent is, or that its own first parent begins with; None if all starts from a key."""
+def origin(spec: str) -> str | None:
+    """The directory or hub name that a parent is, or that its own first parent begins with; None if that is a key."""
     if not is_config(spec):
-        return roles.local(spec)
+        return spec
     return next(map(origin, configs.load(spec).parents.values()), None)
 
 

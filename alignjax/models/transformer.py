@@ -179,6 +179,12 @@ def for_decoding(model: Model, params):
     return [layer_of(layers, i) for i in range(model.layers)] if unrolled(model) else layers
 
 
+def rounded(model: Model, params):
+    """Parameters with matrices in the type that they are computed in: half of the bytes that sampling reads a token."""
+    matrix = lambda path: path[-1].key in ("kernel", "embedding")
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(model.dtype) if matrix(path) else x, params)
+
+
 def layer_of(stack, i):
     """The i-th of arrays [l ...]."""
     return jax.tree.map(lambda x: x[i], stack)

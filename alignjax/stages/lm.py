@@ -67,8 +67,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     steps = config.steps or batches.epoch
     ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.shards(mesh)))
     optimiser = update.make_optimiser(config.optimiser, steps)
-    init = functools.partial(update.init_state, optimiser=optimiser)
-    shapes = sharding.abstract(jax.eval_shape(init, roles.shapes(model, "lm", mesh)), mesh)
+    init, shapes = roles.trained(model, "lm", optimiser, mesh)
     loss = functools.partial(loss_fn, model)
     train_step, heldout_fn = update.compiled(loss, optimiser, shapes), jax.jit(loss)
 

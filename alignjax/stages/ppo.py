@@ -3,6 +3,7 @@
 Letters: b prompts, n samples of each, r response tokens, m responses of a minibatch.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,11 +17,13 @@ from alignjax import logprobs, losses, roles, rollout, sharding, update
 from alignjax.advantages import RunningStats
 from alignjax.config import Config
 from alignjax.data import chat, encoding, mixture, packing, toy
+from alignjax.models import transformer
 from alignjax.rollout import Rollout
 from alignjax.stages import Stage, lm, rewards
 from alignjax.stages.experience import Experience, Reading, learnt, make_experience, microbatches, read
 
 SAMPLES = 4  # prompts in an entry of samples.jsonl
+HEADS = {"policy": "lm", "value": "scalar"}  # of the roles that are trained
 CHECKED = 8  # responses that the check of step 0 scores once more, each alone
 
 
@@ -68,6 +71,7 @@ def minibatches(config: Config, step: int):
 class Programs(NamedTuple):
     """The compiled functions of a run. Frozen parameters are arguments: closed over, they would become constants."""
 
+    place: Callable  # policy parameters -> as `sample` takes them, in its layout and type
     sample: Callable  # (policy parameters, batch of prompts, key) -> Rollout
     read: Callable  # (role -> parameters, Rollout, Reading, part) -> Reading
     experience: Callable  # (statistics, Rollout, Reading) -> as make_experience
@@ -79,19 +83,40 @@ class Programs(NamedTuple):
     text_loss: Callable  # (policy parameters, microbatch of text) -> loss, metrics
 
 
-def compiled(config: Config, optimisers: dict, end: int, reward_model=None, shapes=None) -> Programs:
+def trained(config: Config, mesh):
+    """Of the roles that are trained: optimisers, functions parameters -> TrainState, the state's shapes; and how many
+    updates the policy gets."""
+    p, optimisers, inits, shapes = config.ppo, {}, {}, {}
+    updates = config.steps * p.epochs * p.minibatches
+    counts = {"policy": max(updates - p.value_warmup_steps, 1), "value": updates}
+    for role, o in (("policy", config.optimiser), ("value", config.value_optimiser)):
+        optimisers[role] = update.make_optimiser(o, counts[role])
+        inits[role], shapes[role] = roles.trained(config.model, HEADS[role], optimisers[role], mesh)
+    shapes["stats"] = sharding.abstract(jax.eval_shape(RunningStats.zero), mesh)
+    return optimisers, inits, shapes, counts["policy"]
+
+
+def compiled(config: Config, optimisers: dict, end: int, reward_model=None, shapes=None, mesh=None) -> Programs:
     """`reward_model`, if it isn't config.model; `shapes`, of the state, says how it comes out of its updates, see
-    update.stepper."""
+    update.stepper; `mesh` is wanted for a rollout in a layout of its own."""
     p, text_loss, shapes = config.ppo, functools.partial(lm.loss_fn, config.model), shapes or {}
     stats = jax.tree.map(lambda x: x.sharding, shapes["stats"]) if shapes else None
+    own = sharding.with_tensor(mesh, p.rollout_tensor) if p.rollout_tensor else None
+    place = lambda params: params
+    if own or config.model.dtype != "float32":
+        layout = sharding.param_shardings(shapes["policy"].params, own) if own else None
+        place = jax.jit(functools.partial(transformer.rounded, config.model), out_shardings=layout)
 
     def sample(params, batch, key):
-        return rollout.generate(config.model, params, batch["prompts"], batch["lengths"], batch["index"], key,
-                                samples=p.samples_per_prompt, response_length=p.response_length,
-                                temperature=p.temperature, top_p=p.top_p, end=end, slots=p.slots,
-                                cache_dtype=p.cache_dtype)  # fmt: skip
+        with jax.sharding.use_abstract_mesh(own.abstract_mesh) if own else contextlib.nullcontext():
+            found = rollout.generate(config.model, params, batch["prompts"], batch["lengths"], batch["index"], key,
+                                     samples=p.samples_per_prompt, response_length=p.response_length,
+                                     temperature=p.temperature, top_p=p.top_p, end=end, slots=p.slots,
+                                     cache_dtype=p.cache_dtype)  # fmt: skip
+        return sharding.constrain(found) if own else found
 
     return Programs(
+        place,
         jax.jit(sample),
         jax.jit(functools.partial(read, config, reward_model or config.model), donate_argnums=2),
         jax.jit(functools.partial(make_experience, config), out_shardings=(None, stats, None, None)),
@@ -213,7 +238,7 @@ def evaluate(
     key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
     for first in range(0, n, size):
         batch = narrowed({name: x[np.arange(first, first + size) % n] for name, x in arrays.items()})
-        sampled = programs.sample(params["policy"], sharding.shard_batch(batch, mesh), key)
+        sampled = programs.sample(programs.place(params["policy"]), sharding.shard_batch(batch, mesh), key)
         lengths = np.repeat(batch["lengths"], config.ppo.samples_per_prompt)
         texts = judged(config, reward, tokenizer, rows, batch["index"], sampled)
         said = score(config, programs, params, stats, sampled, lengths, mesh, texts)[3]
@@ -264,33 +289,25 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     ahead = mixture.Ahead(lambda i: narrowed(batches.get(i)))
     text, heldout_text = pretraining(config, mesh, tokenizer, say)
 
-    updates = config.steps * p.epochs * p.minibatches
-    policy_updates = max(updates - p.value_warmup_steps, 1)
-    optimisers = {"policy": update.make_optimiser(config.optimiser, policy_updates),
-                  "value": update.make_optimiser(config.value_optimiser, updates)}  # fmt: skip
+    optimisers, inits, shapes, policy_updates = trained(config, mesh)
     rate = jax.jit(update.learning_rate(config.optimiser, policy_updates))
-    trained = {"policy": "lm", "value": "scalar"}
-    inits = {role: functools.partial(update.init_state, optimiser=o) for role, o in optimisers.items()}
-    shapes = {role: sharding.abstract(jax.eval_shape(inits[role], roles.shapes(model, head, mesh)), mesh)
-              for role, head in trained.items()}  # fmt: skip
-    shapes["stats"] = sharding.abstract(jax.eval_shape(RunningStats.zero), mesh)
     reward = rewards.build(config, mesh, parents, tokenizer)
-    programs = compiled(config, optimisers, chat.end_token(tokenizer), reward.model, shapes)
+    programs = compiled(config, optimisers, chat.end_token(tokenizer), reward.model, shapes, mesh)
     # Read from disk for themselves, never shared with what is trained: no update and no donation can reach them.
     reference = roles.load(model, "lm", mesh, key, parents["reference"])
     frozen = {"reference": roles.frozen(reference, p.frozen_dtype, p.frozen_memory), **reward.params}
 
     def start():
         state = {role: update.placed(inits[role], roles.load(model, head, mesh, key, parents[role]), shapes[role])
-                 for role, head in trained.items()}  # fmt: skip
+                 for role, head in HEADS.items()}  # fmt: skip
         return state | {"stats": jax.device_put(RunningStats.zero(), sharding.replicated(mesh))}
 
     def step(state, i):
-        params = {role: state[role].params for role in trained} | frozen
+        params = {role: state[role].params for role in HEADS} | frozen
         batch = ahead.get(i)
         prompts = sharding.shard_batch(batch, mesh)
         phases.mark("data", prompts)
-        sampled = programs.sample(params["policy"], prompts, jax.random.fold_in(key, i))
+        sampled = programs.sample(programs.place(params["policy"]), prompts, jax.random.fold_in(key, i))
         phases.mark("rollout", sampled)
         lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
         said_of_texts = judged(config, reward, tokenizer, rows["train"], batch["index"], sampled)

@@ -96,8 +96,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     steps = config.steps or batches.epoch
     ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.shards(mesh)))
     optimiser = update.make_optimiser(config.optimiser, steps)
-    init = functools.partial(update.init_state, optimiser=optimiser)
-    shapes = sharding.abstract(jax.eval_shape(init, roles.shapes(model, "scalar", mesh)), mesh)
+    init, shapes = roles.trained(model, "scalar", optimiser, mesh)
     train_step = update.compiled(functools.partial(loss_fn, model, ranking), optimiser, shapes)
     score_fn = jax.jit(functools.partial(score_pairs, model))
 
