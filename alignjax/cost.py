@@ -29,7 +29,7 @@ class Chip(NamedTuple):
 
 # By the beginning of jax's device_kind: cloud.google.com/tpu/docs (system architecture), and NVIDIA's data sheets, dense.
 CHIPS = {
-    "TPU v4": Chip(30.75, 275e12, 1228e9, 300e9),
+    "TPU v4": Chip(15.25, 137.5e12, 614e9, 150e9),  # jax's device is one of a chip's two cores
     "TPU v5 lite": Chip(15.75, 197e12, 819e9, 200e9),
     "TPU v5": Chip(95.74, 459e12, 2765e9, 600e9),
     "TPU v6 lite": Chip(31.25, 918e12, 1640e9, 448e9),

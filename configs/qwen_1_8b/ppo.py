@@ -26,6 +26,7 @@ def config(variant: str) -> Config:
     c.ppo.clip, c.ppo.gamma, c.ppo.lam, c.ppo.temperature = 0.2, 1.0, 0.95, 1.0  # (i); all four not stated
     c.ppo.epochs, c.ppo.minibatches = 1, 8  # (i): minibatches of 64; not stated
     c.ppo.response_length = 1024  # not stated; ours, to fill the context of 2048
+    c.ppo.slots = 64  # of 512 responses: what the cache has room for
     c.ppo.pretrain_data = c.ppo.pretrain_heldout = "data/text.jsonl"
     c.ppo.pretrain_ratio = 8.0  # (i); the report: "significantly larger" than the volume of PPO data
     c.ppo.pretrain_coef = 0.5  # not stated; ours
