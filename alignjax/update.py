@@ -77,15 +77,32 @@ def accumulate(loss_fn, total, params, batch):
     return found if total is None else jax.tree.map(jnp.add, total, found)
 
 
-def apply_gradients(optimiser, state: TrainState, grads) -> TrainState:
+def finite(tree):
+    """Whether all numbers of a tree of arrays are finite, a bool scalar."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def apply_gradients(optimiser, state: TrainState, grads, figures: dict):
+    """state, skipped: one optimiser step, 0; or the state to the bit as it was, 1, if a figure is not finite.
+
+    Figures are scalars, the loss and the gradient's norm among them. The choice is the device's, number by number as the
+    new state is written over the old one: no second state is kept, and the host is not asked.
+    """
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
-    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+    moved = TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+    applied = finite(figures)
+    return jax.tree.map(lambda new, old: jnp.where(applied, new, old), moved, state), 1.0 - applied
 
 
 def finish(optimiser, state: TrainState, total):
-    """One optimiser step by a whole minibatch's (gradient, metrics) -> state, metrics with grad_norm, before the clip."""
+    """One optimiser step by a whole minibatch's (gradient, metrics) -> state, metrics.
+
+    They come with grad_norm, before the clip, and skipped, 1 if one of them is not finite and the state is as it was.
+    """
     grads, metrics = total
-    return apply_gradients(optimiser, state, grads), {**metrics, "grad_norm": optax.tree.norm(grads)}
+    metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+    state, skipped = apply_gradients(optimiser, state, grads, metrics)
+    return state, {**metrics, "skipped": skipped}
 
 
 def adder(loss_fn):
