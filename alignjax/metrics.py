@@ -112,9 +112,9 @@ class Log:
         if self.main:
             self.put_lines(step, {k: v for k, v in metrics.items() if k not in bad}, samples, seconds)
         if bad and self.skipped > self.max_skipped:
-            raise UserError(f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}, and so are figures of "
-                            f"{self.skipped - 1} steps before (max_skipped={self.max_skipped}); stopped, the last checkpoint "
-                            f"is whole, the batches are in {self.kept}")  # fmt: skip
+            raise UserError(f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}, {self.skipped} such so far, "
+                            f"max_skipped={self.max_skipped}; stopped, the last checkpoint is whole, what these steps learnt "
+                            f"from is in {self.kept}")  # fmt: skip
 
     def keep(self, step: int, metrics: dict, name: str, batch: dict) -> None:
         """Count a step whose metric `name` is not finite, keep its batch and all its metrics, and say so."""
