@@ -18,11 +18,12 @@ class RunningStats(NamedTuple):
         return RunningStats(*jnp.zeros((3,), jnp.float32))
 
     def update(self, x):
-        """Statistics with the batch x[b] added (Chan et al. 1979)."""
+        """Statistics with the batch x[b] added (Chan et al. 1979); as they were if a score is not finite."""
         n = x.size
         delta, total = x.mean() - self.mean, self.count + n
         m2 = self.m2 + jnp.sum((x - x.mean()) ** 2) + delta**2 * self.count * n / total
-        return RunningStats(total, self.mean + delta * n / total, m2)
+        found = RunningStats(total, self.mean + delta * n / total, m2)
+        return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(x).all(), new, old), found, self)
 
     @property
     def std(self):

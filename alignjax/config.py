@@ -139,6 +139,7 @@ class Config:
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    max_skipped: int = 3  # steps whose loss or gradient is not finite, which are not applied; one more stops the run
     sample_every: int = 10  # steps between entries of samples.jsonl
 
 

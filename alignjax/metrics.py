@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from alignjax import command
 from alignjax.config import UserError
 
 
@@ -18,15 +20,25 @@ class Log:
     """One line a step. Wall-clock figures go to timing.jsonl, so that metrics.jsonl repeats to the bit on a rerun.
 
     A step's figures are read when the next step has been dispatched, so the host is never more than one step ahead of
-    the device: enough to keep it busy, and a signal or a NaN still stops a run soon. To decode and write them is the
+    the device: enough to keep it busy, and a signal still stops a run soon. To decode and write them is the
     work of one other thread, which has until the step after that. What goes wrong there is raised here, by the next
     write, flush or close. With several processes `late` is a collective, whose place among the others only the main
     thread can keep, and is called there.
+
+    A figure that is not finite is left out of its line. Its step, which the device has not applied if it was a loss or a
+    gradient (`update.apply_gradients`), leaves all figures and its batch in skipped/STEP.npz, and one more such step than
+    `max_skipped` in the whole run is a UserError. `stages` says how to replay one.
     """
 
-    def __init__(self, workdir: Path, name: str, start: int, steps: int, shown: tuple[str, ...]):
-        """Lines of steps from `start` on, written by a run that was cut off after its last checkpoint, are dropped."""
+    def __init__(self, workdir: Path, name: str, start: int, steps: int, shown: tuple[str, ...], max_skipped=0,
+                 say=print):  # fmt: skip
+        """What is there of steps from `start` on, of a run that was cut off after its last checkpoint, is dropped."""
         self.name, self.shown, self.last_time = name, shown, time.perf_counter()
+        self.max_skipped, self.say, self.kept = max_skipped, say, workdir / "skipped"
+        steps_kept = [int(path.stem) for path in self.kept.glob("*.npz")]
+        self.skipped = sum(step < start for step in steps_kept)
+        if jax.process_count() > 1:  # a shared directory may still look to one as it did before the last file
+            self.skipped = int(command.largest(self.skipped))
         self.pending = self.ready = None  # the last step, until the next is there; the Future of when it was computed
         self.writing = None  # the Future of the step that is being written
         self.timing, self.costs = None, {}  # the last row of timing.jsonl, until its step ends; what the ends have told
@@ -34,6 +46,9 @@ class Log:
         self.main = jax.process_index() == 0
         if not self.main:
             return
+        for step in steps_kept:
+            if step >= start:
+                self.file_of(step).unlink()
         self.files = {}
         for kind in ("metrics", "samples", "timing"):
             path = workdir / f"{kind}.jsonl"
@@ -43,13 +58,14 @@ class Log:
         self.bar = tqdm(total=steps, initial=start, desc=f"{name:>4}", unit="step", dynamic_ncols=True,
                         file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
 
-    def write(self, step: int, metrics: dict, late) -> None:
-        """Take a step's metrics (device scalars) and late() -> (more metrics, rows of samples); write the step before's.
+    def write(self, step: int, metrics: dict, late, batch=dict) -> None:
+        """Take a step's metrics (device scalars), late() -> (more metrics, rows of samples) and batch() -> {name: array},
+        what it learnt from; write the step before's.
 
-        Whatever `late` reads must be host data that stays as it is, or arrays that no later step donates.
+        Whatever these two read must be host data that stays as it is, or arrays that no later step donates.
         """
         self.hand_over()
-        self.pending, self.ready = (step, metrics, late), self.thread.submit(ready, metrics)
+        self.pending, self.ready = (step, metrics, late, batch), self.thread.submit(ready, metrics)
 
     def end_step(self, step: int, costs: dict) -> None:
         """Take what else timing.jsonl is to say of a step, its save included."""
@@ -59,7 +75,7 @@ class Log:
                 self.put_timing()
 
     def flush(self) -> None:
-        """Wait until what is pending is written. Raises UserError at a figure that is not finite."""
+        """Wait until what is pending is written. Raises UserError where that is a step too many that is not finite."""
         self.hand_over()
         self.wait()
 
@@ -86,22 +102,45 @@ class Log:
             self.pending = None
             raise
 
-    def put(self, step: int, metrics: dict, late, seconds: float) -> None:
+    def put(self, step: int, metrics: dict, late, batch, seconds: float) -> None:
         """Write a step."""
-        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        self.finite(step, metrics)
         more, samples = late()
-        self.finite(step, more)
+        metrics = {k: float(v) for k, v in jax.device_get(metrics).items()} | more
+        bad = not_finite(metrics)
+        if bad:
+            self.keep(step, metrics, bad[0], batch())
+        if self.main:
+            self.put_lines(step, {k: v for k, v in metrics.items() if k not in bad}, samples, seconds)
+        if bad and self.skipped > self.max_skipped:
+            raise UserError(f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}, {self.skipped} such so far, "
+                            f"max_skipped={self.max_skipped}; stopped, the last checkpoint is whole, what these steps learnt "
+                            f"from is in {self.kept}")  # fmt: skip
+
+    def keep(self, step: int, metrics: dict, name: str, batch: dict) -> None:
+        """Count a step whose metric `name` is not finite, keep its batch and all its metrics, and say so."""
+        self.skipped += 1
         if not self.main:
             return
-        metrics |= more
+        self.kept.mkdir(exist_ok=True)
+        path = self.file_of(step)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, **batch, **{f"metrics/{k}": v for k, v in metrics.items()})
+        partial.replace(path)
+        self.say(f"{self.name}: {name} is {metrics[name]} at step {step} ({self.skipped} such so far, max_skipped="
+                 f"{self.max_skipped}); what it learnt from is in {path}, see the module alignjax.stages")  # fmt: skip
+
+    def file_of(self, step: int) -> Path:
+        return self.kept / f"{step}.npz"
+
+    def put_lines(self, step: int, metrics: dict, samples: list[dict], seconds: float) -> None:
         self.put_timing()
         self.timing = {"step": step, "seconds": round(seconds, 4)}
         if "episode" in metrics:
             self.timing["eps"] = round(metrics["episode"] / (step + 1) / seconds, 2)
         self.line("metrics", {"step": step, **metrics})
         for row in samples:
-            self.line("samples", {"step": step, **row})
+            self.line("samples", {"step": step, **row})  # lists of figures, in which null is one that is not finite
         self.chart(step, metrics)
         self.bar.update(1)
         self.bar.set_postfix({k.split("/")[-1]: f"{metrics[k]:.3g}" for k in self.shown if k in metrics}, refresh=False)
@@ -115,15 +154,8 @@ class Log:
             self.line("timing", timing)
             self.chart(step, {k: v for k, v in timing.items() if k != "step"})
 
-    def finite(self, step: int, metrics: dict) -> None:
-        bad = sorted((k for k, v in metrics.items() if not math.isfinite(v)), key=lambda k: "loss" not in k)
-        if bad:
-            raise UserError(
-                f"{self.name}: {bad[0]} is {metrics[bad[0]]} at step {step}; stopped, the last checkpoint is whole"
-            )
-
     def line(self, kind: str, row: dict) -> None:
-        self.files[kind].write(json.dumps(row) + "\n")
+        self.files[kind].write(json.dumps(null(row), allow_nan=False) + "\n")
         self.files[kind].flush()
 
     def chart(self, step: int, figures: dict) -> None:
@@ -142,6 +174,20 @@ class Log:
                 self.board.close()
                 for file in self.files.values():
                     file.close()
+
+
+def not_finite(figures: dict) -> list[str]:
+    """Names of the figures that are not finite, losses first."""
+    return sorted((k for k, v in figures.items() if not math.isfinite(v)), key=lambda k: "loss" not in k)
+
+
+def null(x):
+    """What JSON can say of x: None for a number that is not finite."""
+    if isinstance(x, dict):
+        return {k: null(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [null(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def ready(metrics: dict) -> float:

@@ -73,6 +73,8 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profil
             say(f"{config.name}: {compilations}")
             say(f"{config.name}: evaluating")
             figures = stage.evaluate(state)
+            if bad := metrics.not_finite(figures):
+                raise UserError(f"{config.name}: {bad[0]} is {figures[bad[0]]} in the evaluation; not complete")
         if jax.process_index() == 0:
             times = (workdir / "timing.jsonl").read_text().splitlines()
             facts = {"name": config.name, "stage": config.stage, "steps": stage.steps, "seed": config.seed,
@@ -152,7 +154,8 @@ def origin(spec: str) -> str | None:
 def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None:
     """See that a work directory is free, or holds this run: nothing is overwritten. Another mesh may resume a run."""
     if (workdir / "config.json").exists():
-        differs = configs.difference(config, roles.stored(workdir), ("mesh.", "keep_checkpoints", *ignore))
+        free = ("mesh.", "keep_checkpoints", "max_skipped", *ignore)
+        differs = configs.difference(config, roles.stored(workdir), free)
         if differs:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
     elif workdir.exists() and {path.name for path in workdir.iterdir()} - {"tokenizer", "tokenizer.partial"}:
@@ -208,21 +211,27 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
 def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    finite = jax.jit(update.finite)
     with contextlib.closing(checkpoints), contextlib.closing(phases):
         found = checkpoints.restore(update.to_items(stage.shapes), say)
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:
             say(f"{config.name}: goes on from step {first}")
-        with contextlib.closing(metrics.Log(workdir, config.name, first, stage.steps, stage.shown)) as log:
+        with contextlib.closing(
+            metrics.Log(workdir, config.name, first, stage.steps, stage.shown, config.max_skipped, say)
+        ) as log:
             phases.begin(first, stage.steps)
             for i in range(first, stage.steps):
-                state, figures, late = stage.step(state, i)
-                log.write(i, figures, late)
+                state, figures, late, batch = stage.step(state, i)
+                log.write(i, figures, late, batch)
                 last, stop = i + 1 == stage.steps, signals.anywhere()
                 if last or stop or (i + 1) % config.checkpoint_every == 0:
-                    log.flush()  # stops here at a figure that is not finite, so that no checkpoint holds one
+                    log.flush()  # stops here if too many steps were skipped
                     phases.mark("other")
                     state = stage.finish(state) if last else state
+                    if not finite(state):  # a step by finite gradients may still overflow
+                        raise UserError(f"{config.name}: parameters or optimiser state are not finite after step {i}; stopped, "
+                                        "the last checkpoint is whole")  # fmt: skip
                     checkpoints.save(i + 1, update.to_items(state))
                     phases.mark("save")
                 costs = {f"phases/{name}": round(seconds, 4) for name, seconds in phases.end_step(i).items()}

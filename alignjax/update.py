@@ -32,10 +32,30 @@ def make_optimiser(o: configs.Optimiser, steps: int) -> optax.GradientTransforma
     matrices = lambda params: jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
-    return optax.chain(
-        optax.clip_by_global_norm(o.clip_norm),
-        optax.adamw(learning_rate(o, steps), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=matrices),
+    adamw = optax.chain(
+        adam(o.b1, o.b2, o.eps),
+        optax.add_decayed_weights(o.weight_decay, matrices),
+        optax.scale_by_learning_rate(learning_rate(o, steps)),
     )
+    return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
+
+
+def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """optax.scale_by_adam, but that the state stays as it was if `applied`, a bool of the update's, does not hold.
+
+    What is chosen afterwards would have to be kept twice, as it was and as it would be: the parameters move by moments
+    that have been chosen, which XLA writes over the old ones.
+    """
+
+    def update(grads, state, params=None, *, applied):
+        choose = functools.partial(jax.tree.map, lambda new, old: jnp.where(applied, new, old))
+        mu = choose(optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
+        nu = choose(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
+        count = choose(optax.safe_increment(state.count), state.count)
+        mean, square = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def init_state(params, optimiser) -> TrainState:
@@ -77,15 +97,35 @@ def accumulate(loss_fn, total, params, batch):
     return found if total is None else jax.tree.map(jnp.add, total, found)
 
 
-def apply_gradients(optimiser, state: TrainState, grads) -> TrainState:
-    updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
-    return TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1)
+def finite(tree):
+    """Whether all numbers of a tree of arrays are finite, a bool scalar."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def apply_gradients(optimiser, state: TrainState, grads, figures: dict):
+    """state, skipped: one optimiser step, 0; or the state to the bit as it was, 1, if a figure is not finite.
+
+    Figures are scalars, the loss and the gradient's norm among them. The choice is the device's, number by number as the
+    new state is written over the old one: no second state is kept, and the host is not asked.
+    """
+    applied = finite(figures)
+    updates, opt_state = optimiser.update(grads, state.opt_state, state.params, applied=applied)
+    choose = lambda new, old: jnp.where(applied, new, old)
+    params = jax.tree.map(choose, optax.apply_updates(state.params, updates), state.params)
+    # Of the optimiser's state `adam` has chosen the moments; counts are left.
+    opt_state = jax.tree.map(lambda new, old: new if new.ndim else choose(new, old), opt_state, state.opt_state)
+    return TrainState(params, opt_state, choose(state.updates + 1, state.updates)), 1.0 - applied
 
 
 def finish(optimiser, state: TrainState, total):
-    """One optimiser step by a whole minibatch's (gradient, metrics) -> state, metrics with grad_norm, before the clip."""
+    """One optimiser step by a whole minibatch's (gradient, metrics) -> state, metrics.
+
+    They come with grad_norm, before the clip, and skipped, 1 if one of them is not finite and the state is as it was.
+    """
     grads, metrics = total
-    return apply_gradients(optimiser, state, grads), {**metrics, "grad_norm": optax.tree.norm(grads)}
+    metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+    state, skipped = apply_gradients(optimiser, state, grads, metrics)
+    return state, {**metrics, "skipped": skipped}
 
 
 def adder(loss_fn):

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import math
 import threading
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from alignjax import metrics
@@ -228,30 +230,56 @@ def test_a_file_that_is_not_there_is_not_made(tmp_path):
     ({"grad_norm": float("nan"), "loss": 1.0}, "grad_norm is nan"),
     ({"loss": float("-inf"), "episode": 1.0}, "loss is -inf"),
     ({"grad_norm": float("inf"), "policy/loss": float("nan"), "kl": float("nan")}, "policy/loss is nan"),
+    ({"loss": 1.0, "late": float("inf")}, "late is inf"),
 ])  # fmt: skip
-def test_the_figure_that_is_not_finite_is_named_a_loss_before_others(tmp_path, figures, name):
-    written, seen = metrics.Log(tmp_path, "run", 0, 9, ()), []
-    written.write(5, figures, lambda: seen.append("late"))
+def test_a_step_too_many_that_is_not_finite_stops_the_run_a_loss_named_before_others(tmp_path, figures, name):
+    written, late = metrics.Log(tmp_path, "run", 0, 9, ()), {k: v for k, v in figures.items() if k == "late"}
+    written.write(5, {k: v for k, v in figures.items() if k != "late"}, lambda: (late, []))
     with pytest.raises(UserError) as raised:
         written.flush()
     written.flush()
     written.close()
-    assert str(raised.value) == f"run: {name} at step 5; stopped, the last checkpoint is whole"
-    assert rows(tmp_path / "metrics.jsonl") == rows(tmp_path / "samples.jsonl") == [] and not seen
+    assert str(raised.value) == (
+        f"run: {name} at step 5, 1 such so far, max_skipped=0; stopped, the last checkpoint is whole, what these steps "
+        f"learnt from is in {tmp_path / 'skipped'}"
+    )
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 5, **{k: v for k, v in figures.items() if math.isfinite(v)}}]
 
 
-def test_a_late_figure_that_is_not_finite_stops_the_run_too(tmp_path):
-    written = metrics.Log(tmp_path, "run", 0, 9, ())
-    written.write(5, {"loss": 1.0}, lambda: ({"objective/true_score": float("nan")}, []))
-    with pytest.raises(UserError, match="objective/true_score is nan at step 5"):
+def skipping(tmp_path, start, end, bad, most, said):
+    """Steps from `start` on, of which those of `bad` are NaN; their batches are their numbers."""
+    written = metrics.Log(tmp_path, "run", start, 9, ("loss",), most, said.append)
+    try:
+        for i in range(start, end):
+            loss = float("nan") if i in bad else 0.5
+            written.write(i, {"loss": jnp.float32(loss), "skipped": i in bad},
+                          lambda loss=loss: ({}, [{"score": [loss, 1]}]), lambda i=i: {"tokens": np.array([i])})  # fmt: skip
         written.flush()
+    finally:
+        written.close()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_figure_that_is_not_finite_stops_the_run_with_its_name_and_step(tmp_path, bad):
-    with pytest.raises(UserError, match=rf"run: loss is {bad} at step 2; stopped"):
-        log(tmp_path, values=[0.5, 0.25, bad, 0.1])
-    assert [row["loss"] for row in rows(tmp_path / "metrics.jsonl")] == [0.5, 0.25]
+def test_steps_that_are_not_finite_are_kept_and_counted_over_the_whole_run(tmp_path):
+    """Those from the restored step on are dropped, and come anew; the last of them may be torn."""
+    said, found = [], lambda: sorted(path.name for path in (tmp_path / "skipped").iterdir())
+    skipping(tmp_path, 0, 6, {1, 4, 5}, 3, said)
+    assert found() == ["1.npz", "4.npz", "5.npz"]
+    (tmp_path / "skipped" / "5.npz").rename(tmp_path / "skipped" / "5.partial")
+    with pytest.raises(UserError, match="loss is nan at step 4, 2 such so far, max_skipped=1"):
+        skipping(tmp_path, 3, 6, {4, 5}, 1, said)
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    skipping(tmp_path, 3, 6, {4, 5}, 3, said)
+    assert found() == ["1.npz", "4.npz", "5.npz"]
+    kept = dict(np.load(tmp_path / "skipped" / "4.npz"))
+    assert set(kept) == {"tokens", "metrics/loss", "metrics/skipped"}
+    assert kept["tokens"] == [4] and np.isnan(kept["metrics/loss"]) and kept["metrics/skipped"] == 1
+    assert said[-1] == (f"run: loss is nan at step 5 (3 such so far, max_skipped=3); what it learnt from is in "
+                        f"{tmp_path}/skipped/5.npz, see the module alignjax.stages")  # fmt: skip
+    assert [("loss" in row, row["skipped"]) for row in rows(tmp_path / "metrics.jsonl")] == [
+        (i not in (1, 4, 5), i in (1, 4, 5)) for i in range(6)
+    ]
+    assert [row["score"][0] for row in rows(tmp_path / "samples.jsonl")] == [0.5, None, 0.5, 0.5, None, None]
+    assert "NaN" not in (tmp_path / "samples.jsonl").read_text() + (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_a_table_lines_up():

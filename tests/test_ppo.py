@@ -255,7 +255,7 @@ def text():
 
 def test_the_pretraining_gradient_is_added_with_its_coefficient(world, text):
     """By an optimiser whose state is the gradient that it was handed."""
-    keep = lambda grads, *_: (optax.tree.zeros_like(grads), grads)
+    keep = lambda grads, *_, applied: (optax.tree.zeros_like(grads), grads)
     handed = optax.GradientTransformation(lambda params: params, keep)
     config, state = world.config, update.init_state(world.params["policy"], handed)
     assert config.ppo.pretrain_coef == 0.25

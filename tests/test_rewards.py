@@ -51,8 +51,8 @@ def test_a_function_gets_messages_texts_and_columns():
 
 @pytest.mark.parametrize("given, message", [
     ([1.0], "m:f: 1 scores for 2 responses"),
-    ([float("nan"), 1.0], "score nan for the response '4' to the prompt of sums.jsonl:1: a finite number wanted"),
-    (["1", 2], "score '1' for the response '4'"),
+    (["1", 2], "score '1' for the response '4' to the prompt of sums.jsonl:1: a number wanted"),
+    ([1.0, None], "score None for the response 'y'"),
     ([[1], [2]], r"score \[1\] for the response"),
 ])  # fmt: skip
 def test_scores_that_are_none_are_named(given, message):

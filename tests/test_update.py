@@ -122,10 +122,10 @@ def test_adamw_by_hand():
     optimiser = update.make_optimiser(o, 10)
     state = update.init_state({"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}, optimiser)
     grads = {"kernel": jnp.array([3.0]), "bias": jnp.array([4.0])}
-    state = update.apply_gradients(optimiser, state, grads)
+    state, _ = update.apply_gradients(optimiser, state, grads, {"loss": jnp.ones(())})
     assert state.params["kernel"] == pytest.approx(2 - 0.1 * (1 + 0.5 * 2), rel=1e-5)  # first step: m / sqrt(v) = 1
     assert state.params["bias"] == pytest.approx(2 - 0.1, rel=1e-5) and int(state.updates) == 1
-    state = update.apply_gradients(optimiser, state, jax.tree.map(lambda x: -x, grads))
+    state, _ = update.apply_gradients(optimiser, state, jax.tree.map(lambda x: -x, grads), {"loss": jnp.ones(())})
     m, v = 0.9 * 0.06 - 0.1 * 0.6, 0.6**2
     step = (m / (1 - 0.9**2)) / np.sqrt(v)
     assert state.params["kernel"] == pytest.approx(1.8 - 0.1 * (step + 0.5 * 1.8), rel=1e-4)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import advantages, logprobs, roles, sharding
+from alignjax import advantages, logprobs, roles, sharding, update
 from alignjax.advantages import RunningStats
 from alignjax.config import Config
 from alignjax.data import packing
@@ -96,7 +96,6 @@ def make_experience(config: Config, stats: RunningStats, sampled: Rollout, said:
     rewards = advantages.shape_rewards(normalised, said.logprobs, said.ref_logprobs, mask, p.kl_coef)
     gains, returns = advantages.gae(rewards, said.values, mask, p.gamma, p.lam)
     gains = advantages.whiten(gains, mask) if p.whiten_advantages else gains
-    experience = Experience(sampled, said.logprobs, said.values, gains, returns)
     log_ratio = jnp.where(mask, said.logprobs - said.ref_logprobs, 0.0)
     tokens, length = mask.sum(), sampled.lengths
     per_response = {"score": said.scores, "kl": log_ratio.sum(1), "entropy": jnp.where(mask, said.entropy, 0.0).sum(1),
@@ -114,7 +113,16 @@ def make_experience(config: Config, stats: RunningStats, sampled: Rollout, said:
         "sampler/drift_mean": drift.sum() / tokens, "sampler/drift_max": drift.max(),
         "reward/running_mean": stats.mean, "reward/running_std": stats.std,
     }  # fmt: skip
+    sound = update.finite(metrics)  # if not, nothing is learnt from it: every loss is NaN, and no update is applied
+    gains, returns = (jnp.where(sound, x, jnp.nan) for x in (gains, returns))
+    experience = Experience(sampled, said.logprobs, said.values, gains, returns)
     return experience, stats, metrics, per_response
+
+
+def kept(experience: Experience, said: dict) -> dict:
+    """Name -> array, on the host: figures of each response, and the fields of an Experience and its Rollout."""
+    return {k: sharding.on_host(v) for k, v in (said | experience._asdict() | experience.sampled._asdict()).items()
+            if k != "sampled"}  # fmt: skip
 
 
 def learnt(experience: Experience, part: dict) -> dict:

@@ -80,9 +80,9 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         phases.mark("data", parts)
         train, metrics = train_step(state["model"], parts)
         phases.mark("update", train)
-        if i % config.sample_every:
-            return {"model": train}, metrics, nothing_late
-        return {"model": train}, metrics, lambda: ({}, [sample(tokenizer, batches.rows, batches.order(i)[0])])
+        late = lambda: ({}, [sample(tokenizer, batches.rows, batches.order(i)[0])])
+        late = late if i % config.sample_every == 0 else nothing_late
+        return {"model": train}, metrics, late, functools.partial(batches.get, i)
 
     def evaluate(state):
         loss = heldout_loss(heldout_fn, state["model"].params, heldout, data.batch, budget, mesh)

@@ -20,7 +20,7 @@ from alignjax.data import chat, encoding, mixture, packing, toy
 from alignjax.models import transformer
 from alignjax.rollout import Rollout
 from alignjax.stages import Stage, lm, rewards
-from alignjax.stages.experience import Experience, Reading, learnt, make_experience, microbatches, read
+from alignjax.stages.experience import Experience, Reading, kept, learnt, make_experience, microbatches, read
 
 SAMPLES = 4  # prompts in an entry of samples.jsonl
 HEADS = {"policy": "lm", "value": "scalar"}  # of the roles that are trained
@@ -40,16 +40,18 @@ def value_loss_fn(config: Config, params, experience_and_part):
 
 
 def policy_step(config: Config, optimiser, state, total, pretrain):
-    """One optimiser step by (gradient, metrics) of the clipped objective, with the pretraining gradient if there is one."""
+    """One optimiser step by (gradient, metrics) of the clipped objective, with the pretraining gradient if there is one;
+    none if either is not finite."""
     grads, metrics = total
     metrics |= {"policy/grad_norm": optax.tree.norm(grads)}
     if pretrain is not None:
         more = jax.tree.map(lambda x: config.ppo.pretrain_coef * x, pretrain[0])
-        norm = optax.tree.norm(more)
-        metrics |= {"loss/pretrain_avg": pretrain[1]["loss"], "pretrain/grad_norm": norm,
-                    "pretrain/grad_norm_ratio": norm / metrics["policy/grad_norm"]}  # fmt: skip
+        metrics |= {"loss/pretrain_avg": pretrain[1]["loss"], "pretrain/grad_norm": optax.tree.norm(more)}
         grads = jax.tree.map(jnp.add, grads, more)
-    return update.apply_gradients(optimiser, state, grads), metrics
+    state, skipped = update.apply_gradients(optimiser, state, grads, metrics)
+    if pretrain is not None:
+        metrics |= {"pretrain/grad_norm_ratio": metrics["pretrain/grad_norm"] / metrics["policy/grad_norm"]}
+    return state, metrics | {"policy/skipped": skipped}
 
 
 def minibatches(config: Config, step: int):
@@ -165,7 +167,8 @@ def self_check(config: Config, programs: Programs, reward_model, params: dict, e
     tokens = jnp.take_along_axis(few.tokens, (jnp.arange(few.tokens.shape[1]) + start) % few.tokens.shape[1], axis=1)
     alone = jax.jit(lambda params, *x: logprobs.score_alone(reward_model, roles.on_device(params), *x))
     found = config.ppo.reward_weight * alone(params["reward"], tokens, few.prompt_lengths + few.lengths)
-    change = jnp.abs(found - said["score"][:CHECKED] + (0.0 if judged is None else judged[:CHECKED])).max()
+    texts = np.zeros(len(found)) if judged is None else judged[:CHECKED]
+    change = jnp.where(jnp.isfinite(texts), jnp.abs(found - said["score"][:CHECKED] + texts), 0.0).max()
     logprobs.check("the largest change of a score as its row's pads and neighbours change", change, dtype)
 
 
@@ -175,7 +178,7 @@ def learn(config: Config, programs: Programs, rate, state: dict, experience: Exp
     for k, (number, rows) in enumerate(minibatches(config, step)):
         parts = [(experience, part) for part in (first[k] if k < len(first) else cut(rows))]
         value, log = programs.value(value, update.total(programs.value_add, value.params, parts))
-        log["value/grad_norm"] = log.pop("grad_norm")
+        log |= {f"value/{name}": log.pop(name) for name in ("grad_norm", "skipped")}
         if number >= config.ppo.value_warmup_steps:
             log["lr"] = rate(policy.updates)
             total = update.total(programs.policy_add, policy.params, parts)
@@ -263,12 +266,13 @@ def table(figures: dict) -> list[tuple[str, str]]:
 
 
 def pretraining(config: Config, mesh, tokenizer, say):
-    """(text(number) -> an update's microbatches, none without a pretraining gradient; held-out text as arrays or None)."""
+    """(text(number) -> an update's microbatches, none without a pretraining gradient; rows(number) -> the same text as
+    arrays, by name; held-out text as arrays or None)."""
     data, p = config.data, config.ppo
     if not p.pretrain_coef and not p.pretrain_heldout:
-        return lambda number: [], None
+        return lambda number: [], lambda number: {}, None
     found = mixture.sets(config, "text", p.pretrain_data if p.pretrain_coef else "", p.pretrain_heldout, say)
-    length, heldout, text = data.max_length + p.response_length, None, lambda number: []
+    length, heldout, text, rows = data.max_length + p.response_length, None, lambda number: [], lambda number: {}
     if p.pretrain_heldout:
         heldout = encoding.encode(sum(found.heldout.values(), []), "text", length, tokenizer, say)
     if p.pretrain_coef:
@@ -276,8 +280,8 @@ def pretraining(config: Config, mesh, tokenizer, say):
         batches = mixture.batches(config, found, "text", length, volume, tokenizer, say)
         cut = lambda i: lm.microbatches(batches.get(i), config.microbatch_tokens, sharding.shards(mesh))
         ahead = mixture.Ahead(cut)
-        text = lambda number: [sharding.shard_batch(x, mesh) for x in ahead.get(number)]
-    return text, heldout
+        text, rows = lambda number: [sharding.shard_batch(x, mesh) for x in ahead.get(number)], batches.get
+    return text, rows, heldout
 
 
 def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
@@ -287,7 +291,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     held_out = encoding.encode(rows["heldout"], "prompts", data.max_length, tokenizer, say)
     batches = mixture.batches(config, found, "prompts", data.max_length, data.batch, tokenizer, say)
     ahead = mixture.Ahead(lambda i: narrowed(batches.get(i)))
-    text, heldout_text = pretraining(config, mesh, tokenizer, say)
+    text, text_rows, heldout_text = pretraining(config, mesh, tokenizer, say)
 
     optimisers, inits, shapes, policy_updates = trained(config, mesh)
     rate = jax.jit(update.learning_rate(config.optimiser, policy_updates))
@@ -325,7 +329,12 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
             scores = {"objective/true_score": mean(entries, "true_score")} if "true_score" in entries[0] else {}
             return scores, entries[:SAMPLES] if i % config.sample_every == 0 else []
 
-        return state, metrics, late
+        def examples():
+            texts = {f"text/{number}/{name}": x for number, _ in minibatches(config, i) if number >= p.value_warmup_steps
+                     for name, x in text_rows(number).items()}  # fmt: skip
+            return kept(experience, said) | {"index": batch["index"]} | texts
+
+        return state, metrics, late, examples
 
     def figures(state):
         out = {"policy_updates": int(state["policy"].updates), "value_updates": int(state["value"].updates)}

@@ -120,7 +120,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
             row = batches.order(i)[pair[0]]
             return {}, [sample(tokenizer, batches.rows, row, (chosen[0], rejected[0]))]
 
-        return {"model": train}, metrics, late if sampled else nothing_late
+        return {"model": train}, metrics, late if sampled else nothing_late, functools.partial(batches.get, i)
 
     def finish(state):
         if demonstrations is None:

@@ -7,9 +7,9 @@ function reads text too:
     def reward(prompts, responses, **columns) -> scores
 
 prompts are lists of messages, responses texts without their end token, columns the other fields of each prompt's row, all
-lists of one length, n. The n scores are finite numbers. It must be a pure function (a run that resumes calls it again, and
-each process of several calls it), and accept columns that it doesn't use. A response that has not ended gets
-`ppo.truncated_score` all the same.
+lists of one length, n. The n scores are numbers; nothing is learnt from a rollout with one that is not finite. It must be
+a pure function (a run that resumes calls it again, and each process of several calls it), and accept columns that it
+doesn't use. A response that has not ended gets `ppo.truncated_score` all the same.
 """
 
 import dataclasses
@@ -87,9 +87,9 @@ def called(spec: str, reward_fn: Callable, weight: float, rows: list[dict], resp
     if len(scores) != len(rows):
         raise UserError(f"ppo.reward_fn={spec}: {len(scores)} scores for {len(rows)} responses")
     for row, response, score in zip(rows, responses, scores, strict=True):
-        if not np.isscalar(score) or isinstance(score, str) or not np.isfinite(score):
+        if not np.isscalar(score) or isinstance(score, str):
             raise UserError(f"ppo.reward_fn={spec}: score {score!r} for the response {response[:80]!r} to the prompt of "
-                            f"{row.get('where', 'the embedded world')}: a finite number wanted")  # fmt: skip
+                            f"{row.get('where', 'the embedded world')}: a number wanted")  # fmt: skip
     return weight * np.asarray(scores, np.float32)
 
 
