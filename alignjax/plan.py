@@ -86,7 +86,9 @@ def devices_of(topology: str) -> list:
         raise UserError(f"--topology {topology}: the TPU compiler is missing; pip install 'alignjax[plan]'")
     # The compiler is told not to look for a TPU around it; and jax not to take it for this machine's backend.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # any: it only keeps the compiler from saying that there is none
+    os.environ.setdefault(
+        "TPU_ACCELERATOR_TYPE", "v5p-8"
+    )  # any: it only keeps the compiler from saying that there is none
     jax.config.update("jax_platforms", "cpu")
     kind, _, shape = topology.partition(":")
     if kind not in SLICES or not shape:
@@ -111,7 +113,8 @@ def plan(config: Config, topology: str, stop: bool = False) -> dict:
         resident = {name: cost.device_bytes(tree) for name, tree in work.resident.items()}
         rows, kept = [], sum(resident.values())
         for job in work.jobs:
-            rows += compiled(job, work.resident, kept, chip, config)
+            with jax.set_mesh(job.mesh or mesh):
+                rows += compiled(job, work.resident, kept, chip, config)
             if stop and not rows[-1]["fits"]:
                 break
     peak = max(rows, key=lambda row: row["peak"])

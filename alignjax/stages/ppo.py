@@ -3,7 +3,6 @@
 Letters: b prompts, n samples of each, r response tokens, m responses of a minibatch.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,10 +17,12 @@ from alignjax.advantages import RunningStats
 from alignjax.config import Config
 from alignjax.data import chat, encoding, mixture, packing, toy
 from alignjax.models import transformer
+from alignjax.profile import Phases
 from alignjax.rollout import Rollout
 from alignjax.stages import Stage, lm, rewards
 from alignjax.stages.experience import Experience, Reading, kept, learnt, make_experience, microbatches, read
 
+UNTIMED = Phases()
 SAMPLES = 4  # prompts in an entry of samples.jsonl
 HEADS = {"policy": "lm", "value": "scalar"}  # of the roles that are trained
 CHECKED = 8  # responses that the check of step 0 scores once more, each alone
@@ -73,8 +74,10 @@ def minibatches(config: Config, step: int):
 class Programs(NamedTuple):
     """The compiled functions of a run. Frozen parameters are arguments: closed over, they would become constants."""
 
+    own: jax.sharding.Mesh | None  # the rollout's, where it has a layout of its own
     place: Callable  # policy parameters -> as `sample` takes them, in its layout and type
     sample: Callable  # (policy parameters, batch of prompts, key) -> Rollout
+    back: Callable  # Rollout -> Rollout, laid out as training has it
     read: Callable  # (role -> parameters, Rollout, Reading, part) -> Reading
     experience: Callable  # (statistics, Rollout, Reading) -> as make_experience
     policy_add: Callable  # (total, policy parameters, (Experience, part)) -> total, as update.accumulate
@@ -104,22 +107,24 @@ def compiled(config: Config, optimisers: dict, end: int, reward_model=None, shap
     p, text_loss, shapes = config.ppo, functools.partial(lm.loss_fn, config.model), shapes or {}
     stats = jax.tree.map(lambda x: x.sharding, shapes["stats"]) if shapes else None
     own = sharding.with_tensor(mesh, p.rollout_tensor) if p.rollout_tensor else None
-    place = lambda params: params
+    place = back = lambda x: x
     if own or config.model.dtype != "float32":
         layout = sharding.param_shardings(shapes["policy"].params, own) if own else None
         place = jax.jit(functools.partial(transformer.rounded, config.model), out_shardings=layout)
+    if own:
+        back = jax.jit(back, out_shardings=sharding.row_layout((config.data.batch * p.samples_per_prompt,), mesh))
 
     def sample(params, batch, key):
-        with jax.sharding.use_abstract_mesh(own.abstract_mesh) if own else contextlib.nullcontext():
-            found = rollout.generate(config.model, params, batch["prompts"], batch["lengths"], batch["index"], key,
-                                     samples=p.samples_per_prompt, response_length=p.response_length,
-                                     temperature=p.temperature, top_p=p.top_p, end=end, slots=p.slots,
-                                     cache_dtype=p.cache_dtype)  # fmt: skip
-        return sharding.constrain(found) if own else found
+        return rollout.generate(config.model, params, batch["prompts"], batch["lengths"], batch["index"], key,
+                                samples=p.samples_per_prompt, response_length=p.response_length,
+                                temperature=p.temperature, top_p=p.top_p, end=end, slots=p.slots,
+                                cache_dtype=p.cache_dtype)  # fmt: skip
 
     return Programs(
+        own,
         place,
         jax.jit(sample),
+        back,
         jax.jit(functools.partial(read, config, reward_model or config.model), donate_argnums=2),
         jax.jit(functools.partial(make_experience, config), out_shardings=(None, stats, None, None)),
         update.adder(functools.partial(policy_loss_fn, config)),
@@ -129,6 +134,18 @@ def compiled(config: Config, optimisers: dict, end: int, reward_model=None, shap
         update.stepper(functools.partial(update.finish, optimisers["value"]), shapes.get("value")),
         jax.jit(text_loss),
     )
+
+
+def sample(config: Config, programs: Programs, params, rows: dict, step: int, mesh, phases=UNTIMED) -> Rollout:
+    """A step's responses to a batch of prompts on the host, by the policy's parameters; it is laid out on `mesh`."""
+    own = programs.own or mesh
+    with jax.set_mesh(own):
+        key, prompts = jax.random.fold_in(jax.random.key(config.seed), step), sharding.shard_batch(rows, own)
+        phases.mark("data", prompts)
+        sampled = programs.sample(programs.place(params), prompts, key)
+    sampled = programs.back(sampled)
+    phases.mark("rollout", sampled)
+    return sampled
 
 
 def score(config: Config, programs: Programs, params: dict, stats, sampled: Rollout, prompt_lengths, mesh, judged=None):
@@ -238,10 +255,9 @@ def evaluate(
 ) -> dict:
     """Figures of params["policy"] on held-out prompts, sampled as in training, and on held-out text if there is any."""
     entries, n, size = [], len(arrays["index"]), config.data.batch
-    key = jax.random.fold_in(jax.random.key(config.seed), config.steps)
     for first in range(0, n, size):
         batch = narrowed({name: x[np.arange(first, first + size) % n] for name, x in arrays.items()})
-        sampled = programs.sample(programs.place(params["policy"]), sharding.shard_batch(batch, mesh), key)
+        sampled = sample(config, programs, params["policy"], batch, config.steps, mesh)
         lengths = np.repeat(batch["lengths"], config.ppo.samples_per_prompt)
         texts = judged(config, reward, tokenizer, rows, batch["index"], sampled)
         said = score(config, programs, params, stats, sampled, lengths, mesh, texts)[3]
@@ -309,10 +325,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     def step(state, i):
         params = {role: state[role].params for role in HEADS} | frozen
         batch = ahead.get(i)
-        prompts = sharding.shard_batch(batch, mesh)
-        phases.mark("data", prompts)
-        sampled = programs.sample(programs.place(params["policy"]), prompts, jax.random.fold_in(key, i))
-        phases.mark("rollout", sampled)
+        sampled = sample(config, programs, params["policy"], batch, i, mesh, phases)
         lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
         said_of_texts = judged(config, reward, tokenizer, rows["train"], batch["index"], sampled)
         experience, stats, metrics, said, first, cut = score(config, programs, params, state["stats"], sampled, lengths,

@@ -28,7 +28,8 @@ class Job(NamedTuple):
     function: Callable  # jitted
     arguments: tuple  # shapes with shardings
     beside: tuple = ()  # what else is there meanwhile, that is neither resident nor an argument
-    loops: cost.Loops = cost.Loops()
+    loops: cost.Loops = cost.ONCE
+    mesh: jax.sharding.Mesh | None = None  # where it isn't the one that is set
 
 
 class Work(NamedTuple):
@@ -98,16 +99,17 @@ def four_roles(config: Config, mesh) -> Work:
     if "reward" in config.parents:  # its architecture is taken to be the others'
         resident["reward"] = frozen(value.params, p.frozen_dtype, p.frozen_memory)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    own = programs.own or mesh
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(own))
     full = lambda n, length: np.full(n, length, np.int32)
     batch = {"prompts": np.zeros((b, packing.width_of(data.max_length, data.max_length)), np.int32),
              "lengths": full(b, data.max_length), "index": full(b, 0)}  # fmt: skip
-    batch = sharding.abstract_batch(batch, mesh)
+    batch = sharding.abstract_batch(batch, own)
     placed = policy.params
     if isinstance(programs.place, jax.stages.Wrapped):
-        own = sharding.with_tensor(mesh, p.rollout_tensor)
         placed = sharding.abstract(jax.eval_shape(programs.place, policy.params), own)
-    sampled = sharding.abstract_batch(jax.eval_shape(programs.sample, placed, batch, key), mesh)
+    with jax.set_mesh(own):
+        sampled = sharding.abstract_batch(jax.eval_shape(programs.sample, placed, batch, key), mesh)
     tokens = np.zeros((n, r), np.float32)
     said = sharding.abstract_batch(Reading(tokens, tokens, tokens, tokens, tokens[:, 0]), mesh)
     experience = jax.eval_shape(programs.experience, shapes["stats"], sampled, said)[0]
@@ -120,7 +122,7 @@ def four_roles(config: Config, mesh) -> Work:
     learnt, gradients = (experience, part), {}
     for role, add in (("policy", programs.policy_add), ("value", programs.value_add)):
         gradients[role] = total(add, shapes[role].params, learnt, mesh)
-    jobs = [Job("rollout", 1, programs.sample, (placed, batch, key), loops=loops_of(config)),
+    jobs = [Job("rollout", 1, programs.sample, (placed, batch, key), loops=loops_of(config), mesh=programs.own),
             Job("scoring", len(cut) * p.minibatches, programs.read, (params, sampled, said, part)),
             Job("experience", 1, programs.experience, (shapes["stats"], sampled, said)),
             Job("value gradient", len(cut) * updates, programs.value_add, (gradients["value"], value.params, learnt)),
