@@ -143,9 +143,11 @@ def judge(leaving) -> None:
         signs |= new
         named = {i: f"process {i} on {json.loads(sign)[1]}" for i, sign in signs.items()}
         for i in named.keys() - missed:
-            if now - seen[i] > HEARTBEAT / 2:  # no error yet: if it is gone, jax's heartbeats will end the run
+            if now - seen[i] > HEARTBEAT / 2:  # busy or gone: jax's heartbeats, of another thread, decide
                 missed.add(i)
-                print(f"alignjax: nothing heard of {named[i]} for {HEARTBEAT // 2} s", file=sys.stderr, flush=True)
+                print(f"\nalignjax: nothing heard of {named[i]} for {HEARTBEAT // 2} s; if it is gone, jax ends the run in "
+                      f"{HEARTBEAT // 2} s more, and the same command goes on from the last checkpoint",
+                      file=sys.stderr, flush=True)  # fmt: skip
         first = first or (now if errors else None)
         if first and (len(closed) == count or now - first > PATIENCE):
             break
@@ -156,8 +158,8 @@ def judge(leaving) -> None:
     lines = [f"{named[i]} is gone; the same command goes on from the last checkpoint" for i in gone]
     same = len(errors) == count and all(told[0] == text for _, told in others)
     lines.append(text if same else f"{named[culprit]}: {text}")
-    for line in lines:
-        print(f"alignjax: {line}", file=sys.stderr, flush=True)
+    bar = "" if 0 in closed else "\n"  # while it stands, its line has no end
+    print(bar + "\n".join(f"alignjax: {line}" for line in lines), file=sys.stderr, flush=True)
     client.key_value_set(END, str(1 if gone else code))
     for _ in range(50):  # until all have heard it, for the service goes with this process
         if len(read(LEFT)) >= count - 1 - len(gone):
