@@ -208,8 +208,8 @@ def test_a_process_that_is_gone_or_fails_ends_all_and_both_go_on_exactly(shared,
     assert not (tmp_path / "sft-tiny" / "summary.json").exists()
     (code, out, err), (other, _, traceback) = pair(AGAIN, tmp_path)
     assert code == other == 1 and "sft-tiny: goes on from step 2" in out
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert (tmp_path / "sft-tiny" / name).read_bytes() == (shared[0] / "sft-tiny" / name).read_bytes()
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / "sft-tiny" / file).read_bytes() == (shared[0] / "sft-tiny" / file).read_bytes()
     mine = arrays(tmp_path / "sft-tiny")
     assert len(mine) > 20 and mine == arrays(shared[0] / "sft-tiny")
     assert told(err) == [f"alignjax: {name}: ValueError: a crash"]
