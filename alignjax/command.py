@@ -1,10 +1,13 @@
-"""What a command line and the operating system tell a run: arguments, several processes, the cache, signals."""
+"""What a command line and the machine tell a run: arguments, the cache, signals, that the machine is about to go."""
 
 import argparse
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -46,17 +49,6 @@ def fields(rest: list[str]) -> dict[str, str]:
     return overrides
 
 
-def start_distributed(value: str | None) -> None:
-    if value == "auto":
-        jax.distributed.initialize()
-    elif value:
-        try:
-            address, count, index = value.split(",")
-            jax.distributed.initialize(address, int(count), int(index))
-        except ValueError:
-            raise UserError(f"--distributed={value}: HOST:PORT,PROCESSES,INDEX wanted") from None
-
-
 def keep_programs() -> None:
     """Keep compiled programs from run to run in $XDG_CACHE_HOME/alignjax, or ~/.cache/alignjax; before the first compile.
 
@@ -79,10 +71,6 @@ def keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
-class Stopped(Exception):
-    """A signal ended the run after a save."""
-
-
 class Signals:
     """Remembers SIGTERM or the first SIGINT, so that the loop can save before it stops; a second SIGINT interrupts."""
 
@@ -92,7 +80,7 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
-    def remember(self, number, frame):
+    def remember(self, number, frame=None):
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received = number
@@ -108,6 +96,33 @@ class Signals:
         number = 0 if before is None else int(before)
         self.received = number or self.received
         return number > 0
+
+
+def notices(tell) -> None:
+    """On a cloud TPU, see to it that tell() is called once its machine is to be taken away; elsewhere nothing happens.
+
+    That is when the metadata server of Google Cloud says so; $GCE_METADATA_HOST names another server, on any machine.
+    """
+    host = os.environ.get("GCE_METADATA_HOST")
+    if host or jax.default_backend() == "tpu":
+        threading.Thread(target=watch, args=(host or "metadata.google.internal", tell), daemon=True).start()
+
+
+def watch(host: str, tell, every: float = 5.0) -> None:
+    """Ask a metadata server every few seconds, until it says that this machine is preempted or must be stopped."""
+    instance = f"http://{host}/computeMetadata/v1/instance"
+    signs = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+    while True:
+        for name, sign in signs.items():
+            asked = urllib.request.Request(f"{instance}/{name}", headers={"Metadata-Flavor": "Google"})
+            try:
+                with urllib.request.urlopen(asked, timeout=every) as answer:
+                    if answer.read().decode().strip() == sign:
+                        tell()
+                        return
+            except OSError:  # of URLError too: no such server, or no answer this time
+                pass
+        time.sleep(every)
 
 
 def largest(number: int) -> jax.Array:

@@ -16,12 +16,13 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from alignjax import checkpoint, metrics, roles, sharding, update
+from alignjax import checkpoint, metrics, processes, roles, sharding, update
 from alignjax import config as configs
-from alignjax.command import Signals, Stopped, keep_programs, parse, say, start_distributed
+from alignjax.command import Signals, keep_programs, notices, parse, say
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
 from alignjax.models import attention
+from alignjax.processes import Stopped
 from alignjax.profile import Compilations, Phases
 from alignjax.stages import lm, ppo, ranking, rewards
 
@@ -29,21 +30,26 @@ STAGES = {"lm": lm.build, "ranking": ranking.build, "ppo": ppo.build}
 
 
 def main(argv=None) -> int:
-    """The exit code: 0, 2 after a mistake of the user's, 128 + the signal after one that stopped the run."""
+    """The exit code: 0, also after SIGTERM and a save; 2 after a mistake of the user's; 130 after an interrupt and a save.
+
+    Where there are several processes, an error in one ends all of them, with its code.
+    """
     try:
         arguments, overrides = parse(argv)
-        start_distributed(arguments.distributed)
-        signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
-        keep_programs()
-        config = configs.load(arguments.config, overrides)
-        workdir = Path(arguments.workdir or Path("runs") / config.name)
-        run(config, workdir, overrides, signals, arguments.profile)
+        with processes.one_run(arguments.distributed):
+            signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
+            keep_programs()
+            config = configs.load(arguments.config, overrides)
+            workdir = Path(arguments.workdir or Path("runs") / config.name)
+            notices(lambda: signals.remember(signal.SIGTERM))
+            run(config, workdir, overrides, signals, arguments.profile)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"alignjax: {stopped}", file=sys.stderr)
-        return 128 + signals.received
+        if jax.process_index() == 0:
+            print(f"alignjax: {stopped}", file=sys.stderr)
+        return 0 if signals.received == signal.SIGTERM else 128 + signals.received
     return 0
 
 
@@ -212,7 +218,7 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     finite = jax.jit(update.finite)
-    with contextlib.closing(checkpoints), contextlib.closing(phases):
+    with contextlib.closing(checkpoints), contextlib.closing(phases), processes.telling():
         found = checkpoints.restore(update.to_items(stage.shapes), say)
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:

@@ -34,7 +34,7 @@ def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path,
     runs = with_parents(name, chain[0], tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(metrics.Log, "write", crash_in(0, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        assert train.main(command(name, runs)) == 128 + signal.SIGTERM
+        assert train.main(command(name, runs)) == 0
     assert f"SIGTERM: {name} saved at step 1 of 4" in capsys.readouterr().err
 
     def crash():

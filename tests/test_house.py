@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = [{"config"}, {"sharding", "command", "safetensors", "cost"},
+FLOORS = [{"config"}, {"sharding", "command", "processes", "safetensors", "cost"},
           {"models", "checkpoint", "data", "metrics", "profile", "calibration"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
           {"train", "evaluate"}, {"plan"}]  # fmt: skip

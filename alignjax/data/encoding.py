@@ -6,7 +6,7 @@ Letters: n examples, t tokens.
 import numpy as np
 
 from alignjax.config import UserError
-from alignjax.data import chat
+from alignjax.data import chat, shares
 
 CHUNK = 4096  # rows that are tokenised at a time: lists of ids take many times the memory of arrays
 
@@ -74,11 +74,11 @@ def lengths_of(sequences) -> np.ndarray:
 
 
 def by_chunks(encode, rows: list) -> list:
-    """encode(rows), a list of tuples of ids, CHUNK rows at a time, as arrays."""
-    out = []
-    for first in range(0, len(rows), CHUNK):
-        out += [tuple(np.asarray(ids, np.int32) for ids in found) for found in encode(rows[first : first + CHUNK])]
-    return out
+    """encode(rows), a list of tuples of ids, CHUNK rows at a time, as arrays; of several processes each has its share."""
+    out, mine = [], shares.mine(rows)
+    for first in range(0, len(mine), CHUNK):
+        out += [tuple(np.asarray(ids, np.int32) for ids in found) for found in encode(mine[first : first + CHUNK])]
+    return shares.whole(shares.exchange_ids(out))
 
 
 def encode_text(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
@@ -89,8 +89,9 @@ def encode_text(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
     window are left; nothing is dropped (0).
     """
     close = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = [x + [close] for x in tokenizer([r["text"] for r in rows], add_special_tokens=False)["input_ids"]]
-    stream = np.concatenate([np.array(x, np.int32) for x in ids])
+    tokens = lambda some: tokenizer([row["text"] for row in some], add_special_tokens=False)["input_ids"]
+    ids = [ids for (ids,) in by_chunks(lambda some: [([*ids, close],) for ids in tokens(some)], rows)]
+    stream = np.concatenate(ids)
     document = np.repeat(np.arange(len(ids), dtype=np.int32), lengths_of(ids))
     n = len(stream) // length
     if not n:

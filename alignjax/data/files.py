@@ -11,11 +11,12 @@ import math
 import zlib
 from collections.abc import Iterator
 
+import jax
 import pyarrow
 import pyarrow.parquet
 
 from alignjax.config import UserError, nearest
-from alignjax.data import transcripts
+from alignjax.data import shares, transcripts
 
 FIELDS = {"text": ("text",), "conversations": ("messages",), "comparisons": ("chosen", "rejected"),
           "prompts": ("prompt",)}  # fmt: skip
@@ -25,51 +26,77 @@ def read(pattern: str, kind: str, skip: bool = False, say=print) -> list[dict]:
     """The rows of all files that match `pattern`, each with the fields of its kind and `where` it stands.
 
     text: text; conversations: messages; comparisons: prompt (messages), chosen, rejected (text), margin (0 unless
-    given); prompts: prompt (messages), and `columns`, whatever else the row has. Raises UserError naming file, line,
-    field, and what was found and wanted; with `skip`, bad rows are left out instead, and their number and the first are
-    said. A file that can't be read, or has no good row, is an error in any case.
+    given); prompts: prompt (messages), and `columns`, whatever else the row has, in JSON's types: a time is text. Raises
+    UserError naming file, line, field, and what was found and wanted; with `skip`, bad rows are left out instead, and
+    their number and the first are said. A file that can't be read, or has no good row, is an error in any case. Of
+    several processes each reads its share, and all come to the same.
     """
     paths = sorted(glob.glob(str(pattern)))
     if not paths:
         raise UserError(f"{pattern}: no such file")
-    rows = []
+    for i, theirs in enumerate(shares.exchange(paths)):
+        if theirs != paths:
+            raise UserError(f"{pattern}: process {i} finds {theirs}, process {jax.process_index()} {paths}; all processes "
+                            "must see the same files")  # fmt: skip
+    out = []
     for path in paths:
-        before, bad = len(rows), []
-        for where, value in (parquet if path.endswith(".parquet") else lines)(path):
-            try:
-                rows.append(row(value, where, kind))
-            except UserError as error:
-                if not skip:
-                    raise UserError(f'{error}; data.on_bad_row="skip" leaves such rows out') from None
-                bad.append(error)
+        found = zip(*shares.exchange(share(path, kind, skip)), strict=True)
+        rows, bad, fatal = ([x for part in parts for x in part] for parts in found)
+        if fatal:
+            raise UserError(min(fatal)[1])
         if bad:
-            say(f"{path}: {len(bad)} bad rows skipped of {len(bad) + len(rows) - before}; the first: {bad[0]}")
-        if len(rows) == before:
+            say(f"{path}: {len(bad)} bad rows skipped of {len(bad) + len(rows)}; the first: {min(bad)[1]}")
+        if not rows:
             raise UserError(f"{path}: empty, there are no {kind} in it")
-    return rows
+        out += [row for _, row in sorted(rows, key=lambda numbered: numbered[0])]
+    return out
 
 
-def lines(path: str) -> Iterator[tuple[str, str]]:
-    """(where, text) of each line that is not empty."""
-    number = 0
+def share(path: str, kind: str, skip: bool) -> tuple[list, list, list]:
+    """This process's share of a file: good rows, what is wrong with bad ones, and what it stopped at, all numbered."""
+    rows, bad = [], []
+    try:
+        for number, where, value in (parquet if path.endswith(".parquet") else lines)(path):
+            try:
+                rows.append((number, row(value, where, kind)))
+            except UserError as error:
+                bad.append((number, str(error)))
+                if not skip:
+                    return rows, bad, [(number, f'{error}; data.on_bad_row="skip" leaves such rows out')]
+    except Unreadable as error:
+        return rows, bad, [error.args]
+    return rows, bad, []
+
+
+class Unreadable(Exception):
+    """(number of the row, message): from there on a file can't be read."""
+
+
+def lines(path: str) -> Iterator[tuple[int, str, str]]:
+    """(number, where, text) of this process's share of the lines; of those that are not empty."""
+    number, count, index = 0, jax.process_count(), jax.process_index()
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
+                if number % count == index and line.strip():
+                    yield number, f"{path}:{number}", line
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}:{number + 1}: JSON lines in UTF-8 wanted, {error}") from None
+        raise Unreadable(number + 1, f"{path}:{number + 1}: JSON lines in UTF-8 wanted, {error}") from None
 
 
-def parquet(path: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) of each row, columns that are null left out."""
+def parquet(path: str) -> Iterator[tuple[int, str, dict]]:
+    """(number, where, row) of this process's share of the rows, columns that are null left out."""
+    before, count, index = 0, jax.process_count(), jax.process_index()
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
-            for number, value in enumerate(values, 1):
-                yield f"{path}: row {number}", {k: v for k, v in value.items() if v is not None}
+            for batch in file.iter_batches():
+                numbers = range(before + (index - before - 1) % count + 1, before + len(batch) + 1, count)
+                mine = batch.take(pyarrow.array([number - before - 1 for number in numbers], pyarrow.int32()))
+                for number, value in zip(numbers, (mine if count > 1 else batch).to_pylist(), strict=True):
+                    yield number, f"{path}: row {number}", {k: v for k, v in value.items() if v is not None}
+                before += len(batch)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: Parquet wanted, {error}") from None
+        raise Unreadable(before + 1, f"{path}: Parquet wanted, {error}") from None
 
 
 def row(value, where: str, kind: str) -> dict:
@@ -91,7 +118,8 @@ def row(value, where: str, kind: str) -> dict:
         return out | {"text": value["text"]}
     if kind == "prompts":
         prompt = messages(value["prompt"], f"{where}: prompt", text=True)
-        return out | {"prompt": prompt, "columns": {k: v for k, v in value.items() if k != "prompt"}}
+        columns = json.dumps({k: v for k, v in value.items() if k != "prompt"}, default=str)  # Parquet has more types
+        return out | {"prompt": prompt, "columns": json.loads(columns)}
     if kind == "conversations":
         turns = messages(value["messages"], f"{where}: messages", text=False)
         if not any(m["role"] == "assistant" for m in turns):

@@ -13,6 +13,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from alignjax.config import UserError, nearest, parse
+from alignjax.data import shares
 from alignjax.data.preferences.base import Comparisons, Config
 from alignjax.data.preferences.hh import HH, SUBSETS
 from alignjax.data.preferences.prm800k import PRM800K
@@ -76,7 +77,7 @@ def read(spec: str, split: str, data_dir: str = "", limit: int = 0) -> list[dict
     """At most `limit` rows (0: all) of a prepared set, in the order on disk, which is that of a hash of their ids.
 
     As of `files.read`: prompt (messages), chosen, rejected, margin, where; and id, dataset, ratio. The split is
-    "train", "heldout" (the set's test), or one of the set's own.
+    "train", "heldout" (the set's test), or one of the set's own. Each of several processes reads its share.
     """
     counted = report(spec, data_dir)
     if counted is None:
@@ -88,8 +89,9 @@ def read(spec: str, split: str, data_dir: str = "", limit: int = 0) -> list[dict
         raise UserError(f"{spec}: there is no split {split!r}{nearest(split, list(counted['splits']))}")
     source = tfds.builder_from_directory(directory(spec, data_dir)).as_data_source(name)
     count = min(limit or len(source), len(source))
-    examples = (x for at in range(0, count, 1024) for x in source.__getitems__(range(at, min(at + 1024, count))))
-    return [from_disk(example, f"{spec}/{name}") for example in examples]
+    numbers = shares.mine(range(count))
+    examples = (x for at in range(0, len(numbers), 1024) for x in source.__getitems__(numbers[at : at + 1024]))
+    return shares.whole(shares.exchange([from_disk(example, f"{spec}/{name}") for example in examples]))
 
 
 def from_disk(example: dict, where: str) -> dict:
