@@ -7,12 +7,10 @@ workdir=$1 && shift
 ${SLURM_JOB_ID:+srun --kill-on-bad-exit} python -m alignjax.train --distributed "$@" &
 run=$!
 trap '[ -n "$SLURM_JOB_ID" ] || kill -TERM "$run"' TERM # SLURM tells the tasks by itself
-code=1
-while kill -0 "$run" 2>/dev/null; do # a trap ends a wait before its time
-  wait "$run"
-  code=$?
-done
-[ "$code" = 0 ] || exit "$code"
+while kill -0 "$run" 2> /dev/null; do wait "$run"; done # a trap ends a wait before its time
+wait "$run"
+code=$?
+case $code in 0 | 143) ;; *) exit "$code" ;; esac # 143: a SIGTERM that came before the run could take it
 python -c 'import sys; from etils import epath; sys.exit(0 if epath.Path(sys.argv[1], "summary.json").exists() else 42)' "$workdir"
 code=$?
 if [ "$code" = 42 ] && [ -n "$SLURM_JOB_ID" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
