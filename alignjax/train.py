@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from alignjax import checkpoint, metrics, roles, sharding, update
 from alignjax import config as configs
+from alignjax import workdir as workdirs
 from alignjax.command import Signals, Stopped, keep_programs, parse, say, start_distributed
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
@@ -36,7 +37,7 @@ def main(argv=None) -> int:
         signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
         keep_programs()
         config = configs.load(arguments.config, overrides)
-        workdir = Path(arguments.workdir or Path("runs") / config.name)
+        workdir = workdirs.place(arguments.workdir or Path("runs") / config.name)
         run(config, workdir, overrides, signals, arguments.profile)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
@@ -197,10 +198,14 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
 def keep(config: Config, tokenizer, workdir: Path) -> None:
     """Claim the work directory: the run's own copy of the tokenizer, then config.json."""
     if jax.process_index() == 0 and not (workdir / "config.json").exists():
-        for name in ("tokenizer", "tokenizer.partial"):
-            shutil.rmtree(workdir / name, ignore_errors=True)
-        tokenizer.save_pretrained(workdir / "tokenizer.partial")
-        (workdir / "tokenizer.partial").rename(workdir / "tokenizer")
+        if workdirs.is_local(workdir):
+            for name in ("tokenizer", "tokenizer.partial"):
+                shutil.rmtree(workdir / name, ignore_errors=True)
+            tokenizer.save_pretrained(workdir / "tokenizer.partial")
+            (workdir / "tokenizer.partial").rename(workdir / "tokenizer")
+        else:
+            with workdirs.staged(workdir / "tokenizer") as (local, _):
+                tokenizer.save_pretrained(local)
         write(workdir / "config.json", configs.to_json(config))
     together("keep")
 
@@ -208,12 +213,12 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
 def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    with contextlib.closing(checkpoints), contextlib.closing(phases):
+    with contextlib.closing(checkpoints), contextlib.closing(phases), workdirs.staged(workdir) as (local, send):
         found = checkpoints.restore(update.to_items(stage.shapes), say)
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:
             say(f"{config.name}: goes on from step {first}")
-        with contextlib.closing(metrics.Log(workdir, config.name, first, stage.steps, stage.shown)) as log:
+        with contextlib.closing(metrics.Log(local, config.name, first, stage.steps, stage.shown)) as log:
             phases.begin(first, stage.steps)
             for i in range(first, stage.steps):
                 state, figures, late = stage.step(state, i)
@@ -221,6 +226,7 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
                 last, stop = i + 1 == stage.steps, signals.anywhere()
                 if last or stop or (i + 1) % config.checkpoint_every == 0:
                     log.flush()  # stops here at a figure that is not finite, so that no checkpoint holds one
+                    send()
                     phases.mark("other")
                     state = stage.finish(state) if last else state
                     checkpoints.save(i + 1, update.to_items(state))
@@ -237,7 +243,10 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
 
 
 def write(path: Path, text: str) -> None:
-    """Write a small file at once or not at all."""
+    """Write a small file at once or not at all, as an object of a bucket always is."""
+    if not workdirs.is_local(path):
+        path.write_text(text + "\n")
+        return
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)

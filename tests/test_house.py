@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = [{"config"}, {"sharding", "command", "safetensors"},
+FLOORS = [{"config"}, {"sharding", "command", "safetensors", "workdir"},
           {"models", "checkpoint", "data", "metrics", "profile", "calibration"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
           {"train", "evaluate"}]  # fmt: skip
