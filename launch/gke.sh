@@ -3,7 +3,7 @@
 #   launch/gke.sh [--dry-run] run CLUSTER WORKLOAD ZONE TYPE [--spot, other options of xpk] -- --workdir gs://... --config ...
 #   launch/gke.sh [--dry-run] tail|delete CLUSTER WORKLOAD ZONE
 # `run` hands the code, the working tree less what .dockerignore names, and the command to the cluster, which starts it
-# again (--max-restarts) where machines were taken away.
+# again where machines were taken away, but not after a mistake of yours (exit code 2).
 set -eo pipefail
 . "$(dirname "$0")/common.sh"
 [ ${#arguments[@]} -ge 4 ] || usage
@@ -16,7 +16,7 @@ case ${arguments[0]} in
   run)
     [[ ${#arguments[@]} -ge 5 && $workdir == gs://* ]] || usage
     run "${xpk[@]}" create "${where[@]}" --tpu-type "${arguments[4]}" --base-docker-image python:3.11 --script-dir . \
-      --max-restarts 100 --termination-grace-period-seconds 300 "${arguments[@]:5}" --command "exec env EXTRA=tpu,gcs launch/job.sh $(quoted "$workdir" "${train[@]}")"
+      --max-restarts 20 --restart-on-exit-codes 1 --termination-grace-period-seconds 300 "${arguments[@]:5}" --command "exec env EXTRA=tpu,gcs launch/job.sh $(quoted "$workdir" "${train[@]}")"
     ;;
   *) usage ;;
 esac

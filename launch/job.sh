@@ -4,9 +4,9 @@
 set -o pipefail
 workdir=$1 && shift
 . launch/environment.sh || exit
+trap '[ -n "$SLURM_JOB_ID" ] || kill -TERM $! || exit 143' TERM # SLURM tells the tasks by itself
 ${SLURM_JOB_ID:+srun --kill-on-bad-exit} python -m alignjax.train --distributed "$@" &
 run=$!
-trap '[ -n "$SLURM_JOB_ID" ] || kill -TERM "$run"' TERM # SLURM tells the tasks by itself
 while kill -0 "$run" 2> /dev/null; do wait "$run"; done # a trap ends a wait before its time
 wait "$run"
 code=$?

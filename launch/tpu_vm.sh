@@ -35,7 +35,7 @@ case ${arguments[0]} in
     until complete; do
       case $(state || true) in
         "") create ;;
-        ACTIVE) attempt || { code=$? && sleep 60 && [ "$(state)" != ACTIVE ] || exit "$code"; } ;;
+        ACTIVE) attempt || { code=$? && sleep 120 && [ "$(state)" != ACTIVE ] || exit "$code"; } ;;
         SUSPENDED | FAILED) remove ;;
         *) sleep 30 ;;
       esac

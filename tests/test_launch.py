@@ -1,6 +1,7 @@
 """The launchers: what they would run, and that they start a run again until it is complete."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -88,8 +89,8 @@ def test_dry_run_of_gke(nothing_runs):
     where = ["--cluster", "c", "--workload", "w", "--zone", "z"]
     [create] = launch("gke.sh", "--dry-run", "run", "c", "w", "z", "v5p-16", "--spot", "--", *TRAIN, path=nothing_runs)
     assert create[:-1] == ["xpk", "workload", "create", *where, "--tpu-type", "v5p-16", "--base-docker-image", "python:3.11",
-                           "--script-dir", ".", "--max-restarts", "100", "--termination-grace-period-seconds", "300", "--spot",
-                           "--command"]  # fmt: skip
+                           "--script-dir", ".", "--max-restarts", "20", "--restart-on-exit-codes", "1",
+                           "--termination-grace-period-seconds", "300", "--spot", "--command"]  # fmt: skip
     assert shlex.split(create[-1]) == ["exec", "env", "EXTRA=tpu,gcs", "launch/job.sh", "gs://bucket/runs/a b", *TRAIN]
     [deleted] = launch("gke.sh", "--dry-run", "delete", "c", "w", "z", path=nothing_runs)
     assert deleted == ["xpk", "workload", "delete", *where]
@@ -101,6 +102,14 @@ def test_dry_run_of_slurm(nothing_runs):
     [submit] = launch("slurm.sh", "--dry-run", "--nodes", "2", "--comment", "x y", "--", *TRAIN, path=nothing_runs)
     assert submit == ["sbatch", "--requeue", "--open-mode", "append", "--output", "slurm-%j.log", "--signal", "TERM@300",
                       "--nodes", "2", "--comment", "x y", "launch/job.sh", "gs://bucket/runs/a b", *TRAIN]  # fmt: skip
+
+
+def test_launchers_take_the_commands_of_the_docs(nothing_runs):
+    asked = re.findall(r"^(?:\w+=\w+ )*launch/(.+)$", (ROOT / "docs" / "pods.md").read_text(), re.MULTILINE)
+    assert len(asked) == 8
+    for line in asked:
+        name, *words = shlex.split(line)
+        assert launch(name, "--dry-run", *words, path=nothing_runs)
 
 
 @pytest.mark.parametrize("words", [
