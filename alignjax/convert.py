@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from alignjax import checkpoint
+from alignjax import workdir as workdirs
 from alignjax.config import Model, UserError, model_from_json
 from alignjax.data import chat
 from alignjax.models import families, transformer
@@ -35,14 +36,14 @@ def main(argv=None) -> int:
     """The exit code: 0, or 2 after a mistake of the user's or a file that can't be read or written."""
     parser = argparse.ArgumentParser(prog="python -m alignjax.convert", allow_abbrev=False,
                                      description="Write a run's model as a Hugging Face checkpoint.")  # fmt: skip
-    parser.add_argument("--to_hf", required=True, type=Path, metavar="RUN", help="a run's work directory")
+    parser.add_argument("--to_hf", required=True, metavar="RUN", help="a run's work directory")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty directory")
     parser.add_argument("--role", choices=("policy", "value"), help="of a PPO run; default: policy")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave an accelerator to those who do
     try:
-        export(arguments.to_hf, arguments.out, arguments.role, arguments.dtype)
+        export(workdirs.place(arguments.to_hf), arguments.out, arguments.role, arguments.dtype)
     except (UserError, OSError) as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -65,7 +66,8 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
     partial = out.with_name(out.name + ".partial")
     if partial.exists():  # of an export that was interrupted
         shutil.rmtree(partial)
-    shutil.copytree(run / "tokenizer", partial)
+    with workdirs.fetched(run / "tokenizer") as local:
+        shutil.copytree(local, partial)
     if tokens["pad_token_id"] != tokenizer.pad_token_id:  # a classifier's users pad as its config says
         tokenizer.pad_token_id = tokens["pad_token_id"]
         tokenizer.save_pretrained(partial)

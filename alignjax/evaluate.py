@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from alignjax import calibration, metrics, roles, sharding, train
 from alignjax import config as configs
+from alignjax import workdir as workdirs
 from alignjax.checkpoint import restore_role
 from alignjax.command import keep_programs, say
 from alignjax.config import UserError
@@ -73,8 +74,8 @@ def parse(argv):
 
 def evaluate(arguments) -> None:
     """Everything that can be asked wrongly is looked at before the first score."""
-    first = Path(arguments.run[0])
-    runs = runs_of([Path(run) for run in arguments.run])
+    given = [workdirs.place(run) for run in arguments.run]
+    first, runs = given[0], runs_of(given)
     out, picture = places(arguments.out, first)
     stored = roles.stored(first)
     length = arguments.max_length or stored["data.max_length"]
@@ -141,7 +142,7 @@ def pmp_of(run: Path) -> Path | None:
         return None
     try:
         home = run.parent if run.name else run.absolute().parent
-        parent = home / configs.load(spec).name if train.is_config(spec) else Path(spec)
+        parent = home / configs.load(spec).name if train.is_config(spec) else workdirs.place(spec)
         if roles.stored(parent).get("stage") != "ranking":
             return None
         if not (parent / "summary.json").exists():
@@ -154,6 +155,8 @@ def pmp_of(run: Path) -> Path | None:
 
 def places(out: str | None, run: Path) -> tuple[Path, Path]:
     """Where the figures and the picture go."""
+    if out is None and not workdirs.is_local(run):
+        raise UserError(f"--run {run}: the figures go to a local file, which --out FILE.json names")
     path = run / "evaluation.json" if out is None else Path(out)
     if path.suffix != ".json" or not path.parent.is_dir():
         raise UserError(f"--out {out}: the name of a .json file in a directory that exists is wanted")

@@ -1,9 +1,12 @@
 """Where a step's time goes: seconds by phase, a profiler's trace of a few steps, and the programs that were compiled."""
 
+import contextlib
 import time
 from pathlib import Path
 
 import jax
+
+from alignjax import workdir as workdirs
 
 COMPILING, TRACED = 2, 3  # steps that are left to the compiler, and those after them that a trace holds
 
@@ -20,6 +23,7 @@ class Phases:
         self.name, self.on, self.directory, self.say, self.clock = name, on, directory, say, clock
         self.seconds, self.last = {}, clock()
         self.traced, self.tracing, self.annotation = range(0), False, None
+        self.files = contextlib.ExitStack()  # where a trace is written, until it is where it belongs
 
     def begin(self, first: int, end: int) -> None:
         """The loop starts: steps from `first` on, `end` excluded."""
@@ -67,9 +71,11 @@ class Phases:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # a row for every Python call slows a step and crowds out the device's rows
             # A link to Perfetto would stop the run until somebody follows it.
-            jax.profiler.start_trace(self.directory, create_perfetto_trace=True, profiler_options=options)
+            local, _ = self.files.enter_context(workdirs.staged(self.directory))
+            jax.profiler.start_trace(local, create_perfetto_trace=True, profiler_options=options)
         if self.tracing and not wanted:
             jax.profiler.stop_trace()
+            self.files.close()
             self.say(f"{self.name}: a trace from step {self.traced[0]} on is in {self.directory}")
         self.tracing = wanted
         if wanted:

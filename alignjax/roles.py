@@ -9,7 +9,12 @@ from pathlib import Path
 import huggingface_hub
 import jax
 
+<<<<<<< HEAD
 from alignjax import convert, sharding, update
+=======
+from alignjax import convert, sharding
+from alignjax import workdir as workdirs
+>>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
 from alignjax.checkpoint import restore_role
 from alignjax.config import Model, UserError, model_from_json
 from alignjax.models import families, transformer
@@ -32,7 +37,7 @@ def local(spec: str, weights: bool = True) -> Path:
     Without `weights`, what a tokenizer needs is enough.
     """
     if not spec.startswith("hf://"):
-        return Path(spec)
+        return workdirs.place(spec)
     found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?", spec)
     if not found:
         raise UserError(f"{spec}: hf://ORG/NAME or hf://ORG/NAME@REVISION wanted")
@@ -50,7 +55,7 @@ def local(spec: str, weights: bool = True) -> Path:
 
 def stored(directory: Path) -> dict:
     """config.json of a run or of a Hugging Face checkpoint."""
-    path = Path(directory) / "config.json"
+    path = directory / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -68,7 +73,7 @@ def architecture(directory: Path) -> Model:
     values = stored(directory)
     if "stage" in values:
         return model_from_json(values)
-    return families.model_from_hf(values, str(Path(directory) / "config.json"))
+    return families.model_from_hf(values, str(directory / "config.json"))
 
 
 def check_model(model: Model, directory: Path) -> None:
@@ -125,6 +130,8 @@ def read_hf(model: Model, head: str, mesh, directory: Path):
 
     A process reads of the files what its devices hold, one parameter after the other.
     """
+    if not workdirs.is_local(directory):
+        raise UserError(f"{directory}: a Hugging Face checkpoint is read from a local directory, or by hf://ORG/NAME")
     _, views = convert.open_hf(directory, head)
     wanted = shapes(model, head, mesh)
     if "head" in wanted and "head/kernel" not in views:

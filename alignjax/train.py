@@ -18,7 +18,12 @@ from jax.experimental import multihost_utils
 
 from alignjax import checkpoint, metrics, processes, roles, sharding, update
 from alignjax import config as configs
+<<<<<<< HEAD
 from alignjax.command import Signals, keep_programs, notices, parse, say
+=======
+from alignjax import workdir as workdirs
+from alignjax.command import Signals, Stopped, keep_programs, parse, say, start_distributed
+>>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
 from alignjax.models import attention
@@ -36,6 +41,7 @@ def main(argv=None) -> int:
     """
     try:
         arguments, overrides = parse(argv)
+<<<<<<< HEAD
         with processes.one_run(arguments.distributed):
             signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
             keep_programs()
@@ -43,6 +49,14 @@ def main(argv=None) -> int:
             workdir = Path(arguments.workdir or Path("runs") / config.name)
             notices(lambda: signals.remember(signal.SIGTERM))
             run(config, workdir, overrides, signals, arguments.profile)
+=======
+        start_distributed(arguments.distributed)
+        signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
+        keep_programs()
+        config = configs.load(arguments.config, overrides)
+        workdir = workdirs.place(arguments.workdir or Path("runs") / config.name)
+        run(config, workdir, overrides, signals, arguments.profile)
+>>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -206,10 +220,14 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
 def keep(config: Config, tokenizer, workdir: Path) -> None:
     """Claim the work directory: the run's own copy of the tokenizer, then config.json."""
     if jax.process_index() == 0 and not (workdir / "config.json").exists():
-        for name in ("tokenizer", "tokenizer.partial"):
-            shutil.rmtree(workdir / name, ignore_errors=True)
-        tokenizer.save_pretrained(workdir / "tokenizer.partial")
-        (workdir / "tokenizer.partial").rename(workdir / "tokenizer")
+        if workdirs.is_local(workdir):
+            for name in ("tokenizer", "tokenizer.partial"):
+                shutil.rmtree(workdir / name, ignore_errors=True)
+            tokenizer.save_pretrained(workdir / "tokenizer.partial")
+            (workdir / "tokenizer.partial").rename(workdir / "tokenizer")
+        else:
+            with workdirs.staged(workdir / "tokenizer") as (local, _):
+                tokenizer.save_pretrained(local)
         write(workdir / "config.json", configs.to_json(config))
     together("keep")
 
@@ -217,22 +235,35 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
 def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+<<<<<<< HEAD
     finite = jax.jit(update.finite)
     with contextlib.closing(checkpoints), contextlib.closing(phases), processes.telling():
+=======
+    with contextlib.closing(checkpoints), contextlib.closing(phases), workdirs.staged(workdir) as (local, send):
+>>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
         found = checkpoints.restore(update.to_items(stage.shapes), say)
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:
             say(f"{config.name}: goes on from step {first}")
+<<<<<<< HEAD
         with contextlib.closing(
             metrics.Log(workdir, config.name, first, stage.steps, stage.shown, config.max_skipped, say)
         ) as log:
+=======
+        with contextlib.closing(metrics.Log(local, config.name, first, stage.steps, stage.shown)) as log:
+>>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
             phases.begin(first, stage.steps)
             for i in range(first, stage.steps):
                 state, figures, late, batch = stage.step(state, i)
                 log.write(i, figures, late, batch)
                 last, stop = i + 1 == stage.steps, signals.anywhere()
                 if last or stop or (i + 1) % config.checkpoint_every == 0:
+<<<<<<< HEAD
                     log.flush()  # stops here if too many steps were skipped
+=======
+                    log.flush()  # stops here at a figure that is not finite, so that no checkpoint holds one
+                    send()
+>>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
                     phases.mark("other")
                     state = stage.finish(state) if last else state
                     if not finite(state):  # a step by finite gradients may still overflow
@@ -252,7 +283,10 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
 
 
 def write(path: Path, text: str) -> None:
-    """Write a small file at once or not at all."""
+    """Write a small file at once or not at all, as an object of a bucket always is."""
+    if not workdirs.is_local(path):
+        path.write_text(text + "\n")
+        return
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)

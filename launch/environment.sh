@@ -1,5 +1,6 @@
 # Makes .venv from the pinned versions of constraints.txt, once, and puts it first on the PATH. To be sourced from the
 # repository's root. PYTHON names the interpreter; without it, the first of these that is 3.11 or later.
+# shellcheck shell=sh
 if [ -z "${PYTHON:-}" ]; then
   for PYTHON in python3 python3.13 python3.12 python3.11 ""; do
     if [ -z "$PYTHON" ]; then

@@ -14,6 +14,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from alignjax import workdir
 from alignjax.config import UserError
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -44,14 +45,15 @@ def train_tokenizer(texts: list[str], directory: Path, vocab_size: int):
 
 
 def load_tokenizer(directory: Path, template: str = ""):
-    """A Hugging Face tokenizer from a local directory, with its own chat template or "chatml".
+    """A Hugging Face tokenizer from a directory, with its own chat template or "chatml".
 
     UserError if there is none, if it runs code of its own, and if ChatML's tokens are not in its vocabulary.
     """
-    if not (Path(directory) / "tokenizer_config.json").is_file():
+    if not (directory / "tokenizer_config.json").is_file():
         raise UserError(f"{directory}: no tokenizer there (tokenizer_config.json is missing)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        with workdir.fetched(directory) as local:
+            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
     except (ValueError, OSError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{directory}: transformers can't load this tokenizer ({first}); name another by tokenizer=DIR, "
