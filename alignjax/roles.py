@@ -9,12 +9,8 @@ from pathlib import Path
 import huggingface_hub
 import jax
 
-<<<<<<< HEAD
 from alignjax import convert, sharding, update
-=======
-from alignjax import convert, sharding
 from alignjax import workdir as workdirs
->>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
 from alignjax.checkpoint import restore_role
 from alignjax.config import Model, UserError, model_from_json
 from alignjax.models import families, transformer

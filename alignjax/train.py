@@ -18,12 +18,8 @@ from jax.experimental import multihost_utils
 
 from alignjax import checkpoint, metrics, processes, roles, sharding, update
 from alignjax import config as configs
-<<<<<<< HEAD
-from alignjax.command import Signals, keep_programs, notices, parse, say
-=======
 from alignjax import workdir as workdirs
-from alignjax.command import Signals, Stopped, keep_programs, parse, say, start_distributed
->>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
+from alignjax.command import Signals, keep_programs, notices, parse, say
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
 from alignjax.models import attention
@@ -41,22 +37,13 @@ def main(argv=None) -> int:
     """
     try:
         arguments, overrides = parse(argv)
-<<<<<<< HEAD
         with processes.one_run(arguments.distributed):
             signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
             keep_programs()
             config = configs.load(arguments.config, overrides)
-            workdir = Path(arguments.workdir or Path("runs") / config.name)
+            workdir = workdirs.place(arguments.workdir or Path("runs") / config.name)
             notices(lambda: signals.remember(signal.SIGTERM))
             run(config, workdir, overrides, signals, arguments.profile)
-=======
-        start_distributed(arguments.distributed)
-        signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
-        keep_programs()
-        config = configs.load(arguments.config, overrides)
-        workdir = workdirs.place(arguments.workdir or Path("runs") / config.name)
-        run(config, workdir, overrides, signals, arguments.profile)
->>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -235,35 +222,22 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
 def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-<<<<<<< HEAD
-    finite = jax.jit(update.finite)
-    with contextlib.closing(checkpoints), contextlib.closing(phases), processes.telling():
-=======
-    with contextlib.closing(checkpoints), contextlib.closing(phases), workdirs.staged(workdir) as (local, send):
->>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
+    finite, files = jax.jit(update.finite), workdirs.staged(workdir)
+    with contextlib.closing(checkpoints), contextlib.closing(phases), files as (local, send), processes.telling():
         found = checkpoints.restore(update.to_items(stage.shapes), say)
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:
             say(f"{config.name}: goes on from step {first}")
-<<<<<<< HEAD
-        with contextlib.closing(
-            metrics.Log(workdir, config.name, first, stage.steps, stage.shown, config.max_skipped, say)
-        ) as log:
-=======
-        with contextlib.closing(metrics.Log(local, config.name, first, stage.steps, stage.shown)) as log:
->>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
+        log = metrics.Log(local, config.name, first, stage.steps, stage.shown, config.max_skipped, say)
+        with contextlib.closing(log):
             phases.begin(first, stage.steps)
             for i in range(first, stage.steps):
                 state, figures, late, batch = stage.step(state, i)
                 log.write(i, figures, late, batch)
                 last, stop = i + 1 == stage.steps, signals.anywhere()
                 if last or stop or (i + 1) % config.checkpoint_every == 0:
-<<<<<<< HEAD
                     log.flush()  # stops here if too many steps were skipped
-=======
-                    log.flush()  # stops here at a figure that is not finite, so that no checkpoint holds one
                     send()
->>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
                     phases.mark("other")
                     state = stage.finish(state) if last else state
                     if not finite(state):  # a step by finite gradients may still overflow

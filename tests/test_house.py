@@ -7,11 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-<<<<<<< HEAD
-FLOORS = [{"config"}, {"sharding", "command", "processes", "safetensors", "cost"},
-=======
-FLOORS = [{"config"}, {"sharding", "command", "safetensors", "workdir"},
->>>>>>> 680de1af9ae5d1e353ede832b41983c8c738aceb
+FLOORS = [{"config"}, {"sharding", "command", "processes", "safetensors", "workdir", "cost"},
           {"models", "checkpoint", "data", "metrics", "profile", "calibration"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
           {"train", "evaluate"}, {"plan"}]  # fmt: skip
