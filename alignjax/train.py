@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from alignjax import checkpoint, metrics, roles, sharding, update
 from alignjax import config as configs
-from alignjax.command import Signals, Stopped, keep_programs, parse, say, start_distributed
+from alignjax.command import Signals, Stopped, at_work, keep_programs, parse, say, start_distributed
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
 from alignjax.models import attention
@@ -37,7 +37,8 @@ def main(argv=None) -> int:
         keep_programs()
         config = configs.load(arguments.config, overrides)
         workdir = Path(arguments.workdir or Path("runs") / config.name)
-        run(config, workdir, overrides, signals, arguments.profile)
+        with at_work(workdir):
+            run(config, workdir, overrides, signals, arguments.profile)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -122,7 +123,8 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals) -> Path:
         say(f"{config.name}: {spec} is complete in {directory} (seed {parent.seed}), reused")
     else:
         say(f"{config.name}: {spec} comes first")
-        run(parent, directory, {}, signals)
+        with at_work(directory):
+            run(parent, directory, {}, signals)
     return directory
 
 
@@ -155,7 +157,7 @@ def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None
         differs = configs.difference(config, roles.stored(workdir), ("mesh.", "keep_checkpoints", *ignore))
         if differs:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
-    elif workdir.exists() and {path.name for path in workdir.iterdir()} - {"tokenizer", "tokenizer.partial"}:
+    elif workdir.exists() and {path.name for path in workdir.iterdir()} - {"tokenizer", "tokenizer.partial", "lock"}:
         raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
 
 

@@ -24,7 +24,11 @@ def files_of(run: Path) -> dict:
     out["summary"] = {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if "seconds" not in k}
     checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)
     assert checkpoints.latest() == STEPS
-    items = [p.name for p in (run / "checkpoints" / str(STEPS)).iterdir() if p.is_dir() and p.name != "metrics"]
+    items = [
+        p.name
+        for p in (run / "checkpoints" / str(STEPS)).iterdir()
+        if p.is_dir() and p.name not in ("metrics", "checksums")
+    ]
     restored = checkpoints.manager.restore(STEPS, args=checkpoint.ocp.args.Composite(
         **{item: checkpoint.ocp.args.StandardRestore() for item in items}))  # fmt: skip
     checkpoints.close()
