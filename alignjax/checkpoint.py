@@ -8,6 +8,8 @@ a save and after a restore: a flipped bit in a file need not stop its readers, a
 import contextlib
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -107,8 +109,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk has a different name in each of the writers
-            raise UserError(f"{self.directory}: a checkpoint can't be written ({reason(error)}); those before it are "
-                            "whole, and the same command goes on from them") from error  # fmt: skip
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            why = os.strerror(int(code[1])) if code else reason(error)
+            raise UserError(f"{self.directory}: a checkpoint can't be written ({why}); those before it are whole, and "
+                            "the same command goes on from them") from error  # fmt: skip
 
 
 def reason(error: Exception) -> str:
