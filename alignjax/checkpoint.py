@@ -8,10 +8,9 @@ a save and after a restore: a flipped bit in a file need not stop its readers, a
 import contextlib
 import json
 import logging
-import os
-import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -20,12 +19,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from alignjax import sharding
+from alignjax.command import unwritable
 from alignjax.config import UserError
 
-# Orbax tells of every file that it writes, and shows the traceback of an error that it also raises; the files that it
-# goes on reading after the first error report to asyncio, and to a loop that is closed.
+# Orbax tells of every file that it writes, and shows the traceback of an error that it also raises; what it was still
+# reading or writing then is heard of from asyncio, from a loop that is closed, and from coroutines that are dropped.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 show = sys.unraisablehook
 sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else show(found)
 
@@ -109,10 +110,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk has a different name in each of the writers
-            code = re.search(r"os_error_code='(\d+)'", str(error))
-            why = os.strerror(int(code[1])) if code else reason(error)
-            raise UserError(f"{self.directory}: a checkpoint can't be written ({why}); those before it are whole, and "
-                            "the same command goes on from them") from error  # fmt: skip
+            raise UserError(f"{self.directory}: a checkpoint can't be written ({unwritable(error) or reason(error)}); "
+                            "those before it are whole, and the same command goes on from them") from error  # fmt: skip
 
 
 def reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import signal
 import socket
 import sys
@@ -94,10 +95,18 @@ def at_work(workdir: Path):
                 lock(workdir, stack)
         try:
             yield
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            raise UserError(f"{workdir}: {error.strerror}; the same command goes on once that is put right") from error
+        except Exception as error:
+            if unwritable(error):
+                told = f"{workdir}: {unwritable(error)}; the same command goes on once that is put right"
+                raise UserError(told) from error
+            raise
+
+
+def unwritable(error: Exception) -> str:
+    """What the system says of a disk that is full or not to be written, if that is the error, in Python or in a library."""
+    found = re.search(r"\(os error (\d+)\)|os_error_code='(\d+)'", str(error))  # of Rust, and of TensorStore
+    code = getattr(error, "errno", None) or (found and int(found[1] or found[2]))
+    return os.strerror(code) if code in UNWRITABLE else ""
 
 
 def lock(workdir: Path, stack: contextlib.ExitStack) -> None:

@@ -25,6 +25,7 @@ from alignjax.models import attention
 from alignjax.profile import Compilations, Phases
 from alignjax.stages import lm, ppo, ranking, rewards
 
+CLAIMING = {"lock", "tokenizer", "tokenizer.partial", "config.partial"}  # a run that was cut off there is begun anew
 STAGES = {"lm": lm.build, "ranking": ranking.build, "ppo": ppo.build}
 
 
@@ -157,7 +158,7 @@ def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None
         differs = configs.difference(config, roles.stored(workdir), ("mesh.", "keep_checkpoints", *ignore))
         if differs:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
-    elif workdir.exists() and {path.name for path in workdir.iterdir()} - {"tokenizer", "tokenizer.partial", "lock"}:
+    elif workdir.exists() and {path.name for path in workdir.iterdir()} - CLAIMING:
         raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
 
 

@@ -16,11 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0"  # of one device: an attempt is tracing, for the most part
-)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-sys.path[:0] = [str(Path(__file__).parent)]
+if __name__ == "__main__":  # an attempt is tracing, for the most part: one device, and all programs from the cache
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import conftest  # noqa: E402, F401
 from runs import command  # noqa: E402
 

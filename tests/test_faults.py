@@ -181,12 +181,17 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_clock_zone_locale_host_directory_and_hash_seed_change_nothing(chain, tmp_path):
+    """Nor what a process leaves that was killed as it claimed the directory."""
+    claimed = tmp_path / "some where" / "lm-tiny"
+    (claimed / "tokenizer.partial").mkdir(parents=True)
+    for name in ("lock", "config.partial", "tokenizer.partial/tokenizer.json"):
+        (claimed / name).write_text("{")
     around = os.environ | {"TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
                            "PYTHONHASHSEED": "7", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}  # fmt: skip
     asked = [sys.executable, "-c", ELSEWHERE, *command("lm-tiny", tmp_path / "some where")]
     done = subprocess.run(asked, cwd=tmp_path, env=around, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert files_of(tmp_path / "some where" / "lm-tiny") == files_of(chain[0] / "lm-tiny")
+    assert files_of(claimed) == files_of(chain[0] / "lm-tiny")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
