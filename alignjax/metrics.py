@@ -1,5 +1,6 @@
 """What a run writes and shows: metrics.jsonl, samples.jsonl, timing.jsonl, TensorBoard, the bar, and the last table."""
 
+import contextlib
 import json
 import math
 import sys
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from alignjax import command
 from alignjax.config import UserError
+
+FLUSH = 60  # seconds, at most, until TensorBoard can see a step
 
 
 class Log:
@@ -54,7 +59,12 @@ class Log:
             path = workdir / f"{kind}.jsonl"
             truncate(path, start)
             self.files[kind] = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        # Without the thread of a SummaryWriter: an error would end it, and leave the run waiting for it.
+        self.board, self.flushed = EventsWriter(str(workdir / "tensorboard" / "events")), 0.0
+        self.board.write_event(
+            Event(wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START))
+        )
         self.bar = tqdm(total=steps, initial=start, desc=f"{name:>4}", unit="step", dynamic_ncols=True,
                         file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
 
@@ -160,7 +170,10 @@ class Log:
 
     def chart(self, step: int, figures: dict) -> None:
         for key, value in figures.items():
-            self.board.add_scalar(key, value, step)
+            self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
+        if time.monotonic() - self.flushed > FLUSH:
+            self.board.flush()
+            self.flushed = time.monotonic()
 
     def close(self) -> None:
         """Finish what is being written. A step that was neither followed nor flushed is dropped: a resume repeats it."""
@@ -169,11 +182,10 @@ class Log:
         finally:
             self.thread.shutdown()
             if self.main:
-                self.put_timing()
-                self.bar.close()
-                self.board.close()
-                for file in self.files.values():
-                    file.close()
+                with contextlib.ExitStack() as stack:  # all of them, whatever happens to one
+                    for file in (*self.files.values(), self.board, self.bar):
+                        stack.callback(file.close)
+                    self.put_timing()
 
 
 def not_finite(figures: dict) -> list[str]:

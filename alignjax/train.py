@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from alignjax import checkpoint, metrics, processes, roles, sharding, update
 from alignjax import config as configs
 from alignjax import workdir as workdirs
-from alignjax.command import Signals, keep_programs, notices, parse, say
+from alignjax.command import Signals, at_work, keep_programs, notices, parse, say
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
 from alignjax.models import attention
@@ -27,6 +27,7 @@ from alignjax.processes import Stopped
 from alignjax.profile import Compilations, Phases
 from alignjax.stages import lm, ppo, ranking, rewards
 
+CLAIMING = {"lock", "tokenizer", "tokenizer.partial", "config.partial"}  # a run that was cut off there is begun anew
 STAGES = {"lm": lm.build, "ranking": ranking.build, "ppo": ppo.build}
 
 
@@ -43,7 +44,8 @@ def main(argv=None) -> int:
             config = configs.load(arguments.config, overrides)
             workdir = workdirs.place(arguments.workdir or Path("runs") / config.name)
             notices(lambda: signals.remember(signal.SIGTERM))
-            run(config, workdir, overrides, signals, arguments.profile)
+            with at_work(workdir):
+                run(config, workdir, overrides, signals, arguments.profile)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -131,7 +133,8 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals) -> Path:
         say(f"{config.name}: {spec} is complete in {directory} (seed {parent.seed}), reused")
     else:
         say(f"{config.name}: {spec} comes first")
-        run(parent, directory, {}, signals)
+        with at_work(directory):
+            run(parent, directory, {}, signals)
     return directory
 
 
@@ -165,7 +168,7 @@ def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None
         differs = configs.difference(config, roles.stored(workdir), free)
         if differs:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
-    elif workdir.exists() and {path.name for path in workdir.iterdir()} - {"tokenizer", "tokenizer.partial"}:
+    elif workdir.exists() and {path.name for path in workdir.iterdir()} - CLAIMING:
         raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
 
 

@@ -18,14 +18,15 @@ def command(name, runs, *more):
     return ["--config", f"{name.removesuffix('-tiny')}.py:tiny", "--workdir", str(runs / name), *more]
 
 
-def files_of(run: Path) -> dict:
+def files_of(run: Path, steps: int = STEPS) -> dict:
     """What must repeat to the bit: metrics, samples, summary (less its seconds), every array of the last checkpoint."""
     out = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "config.json")}
     out["summary"] = {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if "seconds" not in k}
     checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)
-    assert checkpoints.latest() == STEPS
-    items = [p.name for p in (run / "checkpoints" / str(STEPS)).iterdir() if p.is_dir() and p.name != "metrics"]
-    restored = checkpoints.manager.restore(STEPS, args=checkpoint.ocp.args.Composite(
+    assert checkpoints.latest() == steps
+    items = [p.name for p in (run / "checkpoints" / str(steps)).iterdir()
+             if p.is_dir() and p.name not in ("metrics", "checksums")]  # fmt: skip
+    restored = checkpoints.manager.restore(steps, args=checkpoint.ocp.args.Composite(
         **{item: checkpoint.ocp.args.StandardRestore() for item in items}))  # fmt: skip
     checkpoints.close()
     for item in items:
