@@ -214,19 +214,11 @@ class Program:
 
     def fusion(self, lines, line: Instruction) -> Traffic:
         """What a fusion reads of its operands and writes: of an array that it only slices, or updates in place, a part."""
-        inner = self.computations[called(line, "calls")]
-        parameters = {int(x.operands[0]): x.name for x in inner.values() if x.opcode == "parameter"}
-        moved = 0.0
+        name = called(line, "calls")
+        inner, moved = self.computations[name], 0.0
         for i, operand in enumerate(line.operands):
-            if operand not in lines or not size(lines[operand].type):
-                continue
-            uses = [x for x in inner.values() if parameters.get(i) in x.operands]
-            if uses and all(x.opcode in ("dynamic-slice", "slice", "gather") for x in uses):
-                moved += sum(size(x.type, everywhere=True) for x in uses)
-            elif uses and all(x.opcode == "dynamic-update-slice" and x.operands[0] == parameters[i] for x in uses):
-                continue  # its part is counted where it is written
-            else:
-                moved += size(lines[operand].type)
+            if operand in lines and (whole := size(lines[operand].type)):
+                moved += min(whole, self.read(name, i, whole))
         updates = [x for x in inner.values() if x.opcode == "dynamic-update-slice"]
         if updates and size(line.type):
             moved += 2.0 * sum(
@@ -237,6 +229,26 @@ class Program:
         fused = {x.rest.partition("channel_id=")[2].partition(",")[0]: SENT[x.opcode] * size(x.type, everywhere=True)
                  for x in inner.values() if x.opcode in SENT}  # fmt: skip
         return Traffic(moved, 0.0, fused)
+
+    def read(self, name: str, number: int, whole: float) -> float:
+        """Bytes that a fused computation reads of its parameter: parts of it, if it only slices it, or goes on to one
+        that does. What is only updated in place is counted where it is written."""
+        lines, found = self.computations[name], 0.0
+        given = [x.name for x in lines.values() if x.opcode == "parameter" and x.operands == [str(number)]]
+        while given:
+            mine = given.pop()
+            for x in lines.values():
+                if mine not in x.operands:
+                    continue
+                if x.opcode in ("dynamic-slice", "slice", "gather"):
+                    found += size(x.type, everywhere=True)
+                elif x.opcode == "bitcast":
+                    given.append(x.name)
+                elif x.opcode == "fusion":
+                    found += self.read(called(x, "calls"), x.operands.index(mine), whole)
+                elif x.opcode != "dynamic-update-slice" or x.operands[0] != mine:
+                    found += whole
+        return found
 
     def trips(self, line: Instruction, where: str) -> int:
         """Of a loop: as known to XLA, or as its condition's constant says, or as the data decides."""

@@ -20,10 +20,9 @@ import sys
 import time
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 
-from alignjax import command, cost, roles, rollout, sharding, train
+from alignjax import command, cost, roles, rollout, sharding, train, vocabulary
 from alignjax import config as configs
 from alignjax.config import Config, UserError
 from alignjax.cost import GIB
@@ -153,7 +152,7 @@ def compiled(job: shapes.Job, resident: dict, kept: int, chip: cost.Chip, config
     row |= {"seconds": round(seconds, 1), "arguments": m.argument_size_in_bytes / GIB,
             "temporaries": (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes) / GIB,
             "peak": (used + others) / GIB, "fits": used + others < chip.memory * GIB,
-            "logits": logits(cost.Program(text), job, config)}  # fmt: skip
+            "logits": logits(cost.Program(text), config)}  # fmt: skip
     parts = {job.name: job.loops}
     if job.name == "rollout":
         parts = {"rollout: prefill": job.loops._replace(steps=0), "rollout: decode": job.loops}
@@ -170,15 +169,15 @@ def compiled(job: shapes.Job, resident: dict, kept: int, chip: cost.Chip, config
     return rows
 
 
-def logits(program: cost.Program, job: shapes.Job, config: Config):
-    """The largest array with the vocabulary as an axis and at least as many tokens as a microbatch's beside it; None."""
+def logits(program: cost.Program, config: Config):
+    """The largest array with the words as an axis and a microbatch's tokens beside it, that `vocabulary` would have cut."""
     mesh = jax.sharding.get_abstract_mesh()
     words = {config.model.vocab_size, config.model.vocab_size // mesh.shape["tensor"]}
     widths = {config.model.d_model, config.model.d_model // mesh.shape["fsdp"]}  # of an embedding
     tokens = config.microbatch_tokens // sharding.shards(mesh)
-    found = [(kind, sizes) for kind, sizes in program.arrays() for axis, size in enumerate(sizes) if size in words
-             and not widths & set(sizes) and np.prod(sizes, dtype=float) / size >= tokens]  # fmt: skip
-    return max((f"{kind}{list(sizes)}" for kind, sizes in found), default=None)
+    found = [(math.prod(sizes), kind, list(sizes)) for kind, sizes in set(program.arrays()) for words_of_it in words & set(sizes)
+             if not widths & set(sizes) and math.prod(sizes) >= max(tokens * words_of_it, vocabulary.ELEMENTS + 1)]  # fmt: skip
+    return "{1}{2}".format(*max(found)) if found else None
 
 
 def notes(config: Config, mesh) -> list[str]:

@@ -73,7 +73,8 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
 
     def draw(number, place, hidden):
         """The tokens at `place` of these samples, from the hidden states before them."""
-        logits = constrain(transformer.logits(model, params, hidden))
+        # Each device's words first, then all of them: GSPMD would gather the kernel, to have whole rows at once.
+        logits = constrain(constrain(transformer.logits(model, params, hidden), tensor=1))
         return sample(fold(keys[jnp.minimum(number, b * n - 1)], place), logits, temperature, top_p)
 
     def fill(state: Slots, first) -> Slots:
@@ -162,7 +163,7 @@ def empty_cache(model, s: int, p: int, r: int, dtype: str) -> list:
     shapes = [(s, model.kv_heads, w, model.head_size) for w in (p, *(width for _ in range(0, r, width)))]
     layers = () if transformer.unrolled(model) else (model.layers,)
     axis = len(layers)
-    block = lambda shape: constrain(jnp.zeros((*layers, *shape), dtype or model.dtype), axis, heads=axis + 1)
+    block = lambda shape: constrain(jnp.zeros((*layers, *shape), dtype or model.dtype), axis, tensor=axis + 1)
     blocks = lambda: [(block(shape), block(shape)) for shape in shapes]
     return [blocks() for _ in range(model.layers)] if transformer.unrolled(model) else blocks()
 

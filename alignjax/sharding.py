@@ -59,9 +59,9 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def constrain(tree, axis: int = 0, heads: int | None = None):
-    """Inside jit: the rows of each array (its `axis`) over data and fsdp, where a mesh is set and they divide; and an axis
-    of `heads` over tensor, where that divides too.
+def constrain(tree, axis: int = 0, tensor: int | None = None):
+    """Inside jit: the rows of each array (its `axis`) over data and fsdp, where a mesh is set and they divide; and the axis
+    `tensor`, of heads or words, over tensor, where that divides too.
 
     GSPMD would else replicate what comes out of an embedding or a gather.
     """
@@ -74,8 +74,8 @@ def constrain(tree, axis: int = 0, heads: int | None = None):
             return x
         spec = [None] * x.ndim
         spec[axis] = BATCH[0]
-        if heads is not None and x.shape[heads] % mesh.shape["tensor"] == 0:
-            spec[heads] = "tensor"
+        if tensor is not None and x.shape[tensor] % mesh.shape["tensor"] == 0:
+            spec[tensor] = "tensor"
         return jax.lax.with_sharding_constraint(x, P(*spec))
 
     return jax.tree.map(one, tree)

@@ -492,3 +492,31 @@ def test_prompts_are_cut_to_the_longest_of_their_batch():
     assert narrow["prompts"].tolist() == [list(range(25, 41))] * 2  # of 8, 16, 24 and 40 the first that holds 9
     assert equal({k: v for k, v in narrow.items() if k != "prompts"}, {k: v for k, v in rows.items() if k != "prompts"})
     assert ppo.narrowed(rows | {"lengths": np.array([40, 1])})["prompts"].shape == (2, 40)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_a_rollout_in_a_layout_of_its_own_gives_the_same_samples():
+    """Training over fsdp, sampling over data and tensor: the same tokens, on the mesh of training, to rounding."""
+    found = []
+    for tensor in (0, 2):
+        config = make(slots=8, rollout_tensor=tensor)
+        mesh = sharding.make_mesh(configs.Mesh(fsdp=8))
+        with jax.set_mesh(mesh):
+            shapes = ppo.trained(config, mesh)[2]
+            programs = ppo.compiled(config, optimisers_of(config), END, None, shapes, mesh)
+            params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), tiny(0)[1], shapes["policy"].params)
+            rows = {"prompts": np.where(np.arange(5) >= 5 - PROMPT_LENGTHS[:, None], words(4, 8, 5), 0).astype(np.int32),
+                    "lengths": PROMPT_LENGTHS, "index": np.arange(8, dtype=np.int32)}  # fmt: skip
+            found.append(ppo.sample(config, programs, params, rows, 3, mesh))
+        if tensor:
+            kernel = programs.place(params)["layers"]["mlp"]["gate"]["kernel"].sharding
+            assert dict(kernel.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2} and kernel.spec[2] == "tensor"
+    plain, own = found
+    assert dict(own.tokens.sharding.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert np.array_equal(plain.tokens, own.tokens) and np.array_equal(plain.lengths, own.lengths)
+    np.testing.assert_allclose(plain.logprobs, own.logprobs, atol=1e-5)
+
+
+def test_devices_that_a_layout_does_not_divide_are_named():
+    with pytest.raises(UserError, match="ppo.rollout_tensor=3 must divide the 1 devices"):
+        sharding.with_tensor(MESH, 3)
