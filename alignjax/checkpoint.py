@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from alignjax import sharding
 from alignjax import workdir as workdirs
@@ -61,14 +62,16 @@ class Checkpoints:
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
+            items = told = None
             try:
                 items = self.read(step, shapes)
             except Exception as error:  # whatever a damaged file makes the readers raise
-                damaged = f"checkpoint {self.directory / str(step)} is damaged ({reason(error)})"
-                say(f"{damaged}; falling back to the one before")
-                continue
-            self.put_aside(steps[:i])
-            return step, items
+                told = reason(error)
+            if everywhere(items is not None):
+                self.put_aside(steps[:i])
+                return step, items
+            damaged = f"checkpoint {self.directory / str(step)} is damaged ({told or 'as another process found'})"
+            say(f"{damaged}; falling back to the one before")
         if steps:
             raise UserError(f"{self.directory}: none of the checkpoints {steps} can be read")
         return None
@@ -81,6 +84,7 @@ class Checkpoints:
             aside.rmtree(missing_ok=True)
             epath.Path(self.directory / str(step)).rename(aside)
         if steps:
+            everywhere(True)  # only when they have gone do the others look at what there is
             self.manager.reload()
 
     def read(self, step: int, shapes: dict) -> dict:
@@ -169,6 +173,11 @@ def agree(saved: dict, item: str, path: str, number: int) -> None:
         """Wait until what was begun is on disk."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether something holds in every process; all wait for all."""
+    return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(holds)).all())
 
 
 def restore_role(workdir: Path, item: str, shapes):
