@@ -119,7 +119,7 @@ def plan(config: Config, topology: str, stop: bool = False) -> dict:
     peak = max(rows, key=lambda row: row["peak"])
     return {"name": config.name, "topology": topology or "here", "devices": len(devices), "kind": devices[0].device_kind,
             "mesh": dict(mesh.shape), "remat": config.model.remat, "microbatch_tokens": config.microbatch_tokens,
-            "memory": chip.memory, "rows": rows, "resident": {k: v / GIB for k, v in resident.items()},
+            "rollout_tensor": config.ppo.rollout_tensor, "memory": chip.memory, "rows": rows, "resident": {k: v / GIB for k, v in resident.items()},
             "checkpoint": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(work.saved)) / GIB,
             "notes": notes(config, mesh), "peak": peak["peak"], "peak_of": peak["program"],
             "floor": sum(row["calls"] * row["floor"] for row in rows),
@@ -216,6 +216,7 @@ COLUMNS = (("program", 22, lambda row: row["program"]), ("calls", 6, lambda row:
 def report(plan: dict) -> str:
     """A plan as text."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    mesh += f"; rollout over tensor {plan['rollout_tensor']}" if plan["rollout_tensor"] else ""
     line = lambda texts: "".join(f"{text:<{width}}" if i == 0 else f"{text:>{width}}"
                                  for i, (text, (_, width, _)) in enumerate(zip(texts, COLUMNS, strict=True)))  # fmt: skip
     head = line([title for title, _, _ in COLUMNS])
@@ -252,7 +253,8 @@ def table(plans: list[dict]) -> str:
 
 def label(plan: dict) -> str:
     sizes = " x ".join(map(str, plan["mesh"].values()))
-    return f"{plan['topology']}, mesh {sizes}, remat {plan['remat']}, microbatches of {plan['microbatch_tokens']}"
+    own = f", rollout_tensor {plan['rollout_tensor']}" if plan["rollout_tensor"] else ""
+    return f"{plan['topology']}, mesh {sizes}{own}, remat {plan['remat']}, microbatches of {plan['microbatch_tokens']}"
 
 
 def meshes(devices: int, config: Config) -> list[configs.Mesh]:
@@ -273,6 +275,7 @@ def lower_bound(config: Config, topology: str) -> dict:
         needs = (gradient + sum(map(cost.device_bytes, work.resident.values()))) / GIB
     memory = (cost.chip_of(devices[0]) or cost.measured(devices)).memory
     return {"topology": topology, "mesh": dict(mesh.shape), "remat": config.model.remat, "rows": [], "memory": memory,
+            "rollout_tensor": config.ppo.rollout_tensor,
             "microbatch_tokens": config.microbatch_tokens, "peak": needs, "peak_of": "the state with a gradient",
             "floor": math.inf, "fits": needs < memory}  # fmt: skip
 
@@ -289,7 +292,11 @@ def search(config: Config, topology: str) -> list[dict]:
             if found[0]["fits"]:
                 break
         return found
-    found = {}
+    devices, found = devices_of(topology), {}
+    if tensor := config.ppo.rollout_tensor:  # as many as there are
+        config = dataclasses.replace(
+            config, ppo=dataclasses.replace(config.ppo, rollout_tensor=math.gcd(tensor, len(devices)))
+        )
     order = lambda key: (not found[key]["fits"], found[key]["floor"], found[key]["peak"])
 
     def attempt(mesh, remat, tokens) -> None:
@@ -303,7 +310,7 @@ def search(config: Config, topology: str) -> list[dict]:
             found[key] = plan(new, topology, stop=True)
         print(table([found[key]]), file=sys.stderr, flush=True)
 
-    for mesh in meshes(len(devices_of(topology)), config):
+    for mesh in meshes(len(devices), config):
         attempt(dataclasses.asdict(mesh), config.model.remat, config.microbatch_tokens)
     for change in (lambda best: [{"remat": x} for x in ("nothing", "dots", "everything")],
                    lambda best: [{"tokens": best["microbatch_tokens"] // 2}, {"tokens": best["microbatch_tokens"] * 2}]):  # fmt: skip

@@ -111,7 +111,7 @@ def test_without_its_compiler_a_tpu_cannot_be_planned(capsys, monkeypatch):
 def fake(config, topology, stop=False):
     """A plan without a compiler: the smaller the microbatch the slower; without remat too much; tensor 2 the fastest."""
     mesh, tokens = dataclasses.asdict(config.mesh), config.microbatch_tokens
-    return {"topology": topology, "mesh": mesh, "remat": config.model.remat, "microbatch_tokens": tokens, "rows": [{}],
+    return {"topology": topology, "mesh": mesh, "rollout_tensor": config.ppo.rollout_tensor, "remat": config.model.remat, "microbatch_tokens": tokens, "rows": [{}],
             "memory": 16.0, "peak": 20.0 if config.model.remat == "nothing" else tokens / 1000, "peak_of": "it",
             "fits": config.model.remat != "nothing" and tokens <= 8192,
             "floor": 10 / tokens + abs(mesh["tensor"] - 2) + (config.model.remat == "everything")}  # fmt: skip
@@ -145,9 +145,9 @@ def test_a_search_without_a_slice_ends_at_the_smallest_that_holds_the_run(monkey
     monkeypatch.setattr(plan, "devices_of", lambda topology: devices)
     monkeypatch.setattr(plan, "plan", fake)
     monkeypatch.setattr(plan, "lower_bound", needs_sixteen)
-    config = configs.load("ppo.py:tiny", {"model.remat": "dots"})
+    config = configs.load("ppo.py:tiny", {"model.remat": "dots", "ppo.rollout_tensor": "8"})
     assert plan.search(config, "v5e")[0]["topology"] == "v5e:4x4"
-    assert set(tried) == {"v5e:2x2", "v5e:2x4", "v5e:4x4"}
+    assert set(tried) == {"v5e:2x2", "v5e:2x4", "v5e:4x4"} and config.ppo.rollout_tensor == 8  # of one device, 1
 
 
 def test_a_variant_of_each_stage_compiles_for_a_tpu_that_is_not_here():

@@ -2,6 +2,8 @@
 
 python -m alignjax.data.prepare hh_helpful_base
 python -m alignjax.train --config qwen_1_8b/ppo.py      sft.py, pmp.py and rm.py first, if they haven't run
+python -m alignjax.plan --config qwen_1_8b/ppo.py --topology v5e:2x4      it fits on the 8 chips of one v5e host; with
+    --config.ppo.rollout_tensor=2 it samples faster there (docs/pods.md)
 
 Numbers without a comment are the report's; (i) is InstructGPT's, where the report is silent. To expect: nothing measured
 here. The report: too large a pretraining coefficient impedes alignment, too small a one hardly helps against the alignment
@@ -27,6 +29,7 @@ def config(variant: str) -> Config:
     c.ppo.epochs, c.ppo.minibatches = 1, 8  # (i): minibatches of 64; not stated
     c.ppo.response_length = 1024  # not stated; ours, to fill the context of 2048
     c.ppo.slots = 64  # of 512 responses: what the cache has room for
+    c.ppo.frozen_dtype = "bfloat16"  # as they are computed
     c.ppo.pretrain_data = c.ppo.pretrain_heldout = "data/text.jsonl"
     c.ppo.pretrain_ratio = 8.0  # (i); the report: "significantly larger" than the volume of PPO data
     c.ppo.pretrain_coef = 0.5  # not stated; ours

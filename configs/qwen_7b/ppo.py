@@ -2,7 +2,7 @@
 
 python -m alignjax.train --config qwen_7b/ppo.py
 
-The reference and the reward model are kept in bfloat16.
+Sampling has a layout of its own, of 8 devices along tensor: docs/pods.md, "Layouts".
 """
 
 from alignjax.config import Config, load
@@ -11,6 +11,5 @@ from alignjax.config import Config, load
 def config(variant: str) -> Config:
     c = load("qwen_1_8b/ppo.py")
     c.name, c.parents = "qwen-7b-ppo", {role: spec.replace("1_8b", "7b") for role, spec in c.parents.items()}
-    c.ppo.frozen_dtype = "bfloat16"
     c.ppo.rollout_tensor = 8  # sampling reads all parameters at every token: split, none of them has to travel
     return c
