@@ -119,7 +119,8 @@ def plan(config: Config, topology: str, stop: bool = False) -> dict:
     peak = max(rows, key=lambda row: row["peak"])
     return {"name": config.name, "topology": topology or "here", "devices": len(devices), "kind": devices[0].device_kind,
             "mesh": dict(mesh.shape), "remat": config.model.remat, "microbatch_tokens": config.microbatch_tokens,
-            "rollout_tensor": config.ppo.rollout_tensor, "memory": chip.memory, "rows": rows, "resident": {k: v / GIB for k, v in resident.items()},
+            "rollout_tensor": config.ppo.rollout_tensor, "memory": chip.memory, "rows": rows,
+            "resident": {name: size / GIB for name, size in resident.items()},
             "checkpoint": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(work.saved)) / GIB,
             "notes": notes(config, mesh), "peak": peak["peak"], "peak_of": peak["program"],
             "floor": sum(row["calls"] * row["floor"] for row in rows),

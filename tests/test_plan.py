@@ -111,7 +111,8 @@ def test_without_its_compiler_a_tpu_cannot_be_planned(capsys, monkeypatch):
 def fake(config, topology, stop=False):
     """A plan without a compiler: the smaller the microbatch the slower; without remat too much; tensor 2 the fastest."""
     mesh, tokens = dataclasses.asdict(config.mesh), config.microbatch_tokens
-    return {"topology": topology, "mesh": mesh, "rollout_tensor": config.ppo.rollout_tensor, "remat": config.model.remat, "microbatch_tokens": tokens, "rows": [{}],
+    return {"topology": topology, "mesh": mesh, "rollout_tensor": config.ppo.rollout_tensor,
+            "remat": config.model.remat, "microbatch_tokens": tokens, "rows": [{}],
             "memory": 16.0, "peak": 20.0 if config.model.remat == "nothing" else tokens / 1000, "peak_of": "it",
             "fits": config.model.remat != "nothing" and tokens <= 8192,
             "floor": 10 / tokens + abs(mesh["tensor"] - 2) + (config.model.remat == "everything")}  # fmt: skip
