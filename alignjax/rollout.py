@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from alignjax.models import transformer
-from alignjax.models.attention import cached_attention, shards
-from alignjax.sharding import constrain
+from alignjax.models.attention import cached_attention, platform, shards
+from alignjax.sharding import constrain, spec_of
 
 PARTS = 4  # of a cache's ring: a step reads the parts that hold something
 LANES = 128  # weights that a draw sums up before it looks among them
@@ -169,9 +169,14 @@ def empty_cache(model, s: int, p: int, r: int, dtype: str) -> list:
 
 
 def in_order(x):
-    """An array of the cache with its axes in memory as they are named: where a step writes and where it reads, the TPU
-    compiler would choose different orders, and copy the cache from one into the other at every step."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    """An array of the cache, [... s k w h], with its axes in memory as they are named: where a step writes and where it
+    reads, the TPU compiler would choose different orders, and copy the cache from one into the other at every step."""
+    if platform() != "tpu":
+        return x
+    order, spec = Layout(tuple(range(x.ndim))), spec_of(x.shape, x.ndim - 4, x.ndim - 3)
+    # Each device by itself: GSPMD would gather an array that is cut along two axes, to have it in order.
+    here = lambda x: with_layout_constraint(x, order)
+    return here(x) if spec is None else jax.shard_map(here, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def fill_cache(cache: list, at, kept, samples: int) -> list:
@@ -184,7 +189,7 @@ def fill_cache(cache: list, at, kept, samples: int) -> list:
             return x if at is None else old.at[..., at, :, :, :].set(x)
         # Chosen slot by slot, not scattered: GSPMD would gather the whole cache, to scatter into its slots.
         whose = jnp.full(old.shape[-4], -1).at[at].set(jnp.arange(len(at)))
-        mine = jnp.take(x, jnp.maximum(whose, 0) // samples, axis=-4)
+        mine = constrain(jnp.take(x, jnp.maximum(whose, 0) // samples, axis=-4), old.ndim - 4, old.ndim - 3)
         return in_order(jnp.where((whose >= 0)[:, None, None, None], mine, old))
 
     def filled(blocks, kept):

@@ -65,20 +65,24 @@ def constrain(tree, axis: int = 0, tensor: int | None = None):
 
     GSPMD would else replicate what comes out of an embedding or a gather.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or "fsdp" not in mesh.axis_names:
-        return tree
 
     def one(x):
-        if x.shape[axis] % shards(mesh):
-            return x
-        spec = [None] * x.ndim
-        spec[axis] = BATCH[0]
-        if tensor is not None and x.shape[tensor] % mesh.shape["tensor"] == 0:
-            spec[tensor] = "tensor"
-        return jax.lax.with_sharding_constraint(x, P(*spec))
+        spec = spec_of(x.shape, axis, tensor)
+        return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
     return jax.tree.map(one, tree)
+
+
+def spec_of(shape, axis: int = 0, tensor: int | None = None) -> P | None:
+    """How `constrain` lays out an array of the mesh that is set; None if it leaves that open."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "fsdp" not in mesh.axis_names or shape[axis] % shards(mesh):
+        return None
+    spec = [None] * len(shape)
+    spec[axis] = BATCH[0]
+    if tensor is not None and shape[tensor] % mesh.shape["tensor"] == 0:
+        spec[tensor] = "tensor"
+    return P(*spec)
 
 
 def on_host(x) -> np.ndarray:
