@@ -11,6 +11,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 class Bucket(ThreadingHTTPServer):
+    handle_error = lambda self, *_: None  # a client that is killed hangs up
+
     """At `url`, on a thread of its own. Only what is inside one request is atomic, as with the real one."""
 
     daemon_threads = True

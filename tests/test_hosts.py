@@ -43,7 +43,7 @@ def crash():
 
 processes.start(sys.argv[1])
 """
-# A file that is read; the chain, after a SIGTERM to one process in its first run; another's run, on another mesh; a bad row.
+# A file that is read; the chain, after a SIGTERM to one process in its first run; what one process began; a bad row.
 CHAIN = """
 row, parsed, said = files.row, [], []
 files.row = lambda value, where, kind: parsed.append(where) or row(value, where, kind)
@@ -55,7 +55,7 @@ files.row = row
 assert acting(0, lambda: os.kill(os.getpid(), signal.SIGTERM), *command("ppo-tiny", runs)) == 0
 print("stopped", flush=True)
 assert train.main(command("ppo-tiny", runs)) == 0
-assert train.main(command("rm-tiny", runs / "other", "--config.mesh.data=2")) == 0
+assert train.main(command("rm-tiny", runs / "other")) == 0
 train.main(command("lm-tiny", runs / "bad", f"--config.data.train={runs / 'text.jsonl'}"))
 """
 KILLED = """
@@ -114,7 +114,7 @@ def assert_alike(run, other):
     for mine, theirs in zip(rows(run / "metrics.jsonl"), rows(other / "metrics.jsonl"), strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
-            assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+            assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
     assert texts(run / "samples.jsonl") == texts(other / "samples.jsonl")
 
 

@@ -127,7 +127,7 @@ def masked(experience) -> dict:
     return {k: np.asarray(v)[mask] for k, v in experience._asdict().items() if k != "sampled"}
 
 
-@pytest.mark.parametrize("temperature, budget", [(1.0, 4096), (1.0, 16), (0.7, 4096)])
+@pytest.mark.parametrize("temperature, budget", [(1.0, 16), (0.7, 4096)])
 def test_before_an_update_the_ratio_is_1_and_the_kl_0(temperature, budget):
     """Whatever the temperature. KL is 0 to the bit, as one program scores both; the gradient's program may round apart."""
     mine = World(make(budget, temperature=temperature))
@@ -289,10 +289,9 @@ def whole(world, text):
     return results(world, text)
 
 
-@pytest.mark.parametrize("budget", [16, 64])
-def test_microbatches_change_nothing(budget, whole, text):
-    mine = World(make(budget))
-    assert len(mine.scored[4][0]) > 1 or budget == 64
+def test_microbatches_change_nothing(whole, text):
+    mine = World(make(16))
+    assert len(mine.scored[4][0]) > 1
     *figures, policy, value = results(mine, text)
     close(tuple(figures), whole[:-2], 1e-3)
     close((policy, value), whole[-2:], 1e-4)

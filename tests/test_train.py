@@ -11,7 +11,7 @@ from runs import PARENTS, STEPS, command, fails, files_of, rows, with_parents
 from alignjax import checkpoint, logprobs, roles, sharding, train
 from alignjax import config as configs
 from alignjax.data import chat, mixture, packing
-from alignjax.stages import lm, ranking
+from alignjax.stages import ranking
 from configs import arithmetic
 
 
@@ -95,17 +95,15 @@ def batches_of(name, runs):
     data = config.data
     found = mixture.sets(config, data.kind, data.train, data.heldout, print)
     batches = mixture.batches(config, found, data.kind, data.max_length, data.batch, tokenizer, print)
-    microbatches = lm.microbatches if name == "sft-tiny" else ranking.microbatches
-    return config, [microbatches(batches.get(i), 128, 1) for i in range(24)]
+    return config, [ranking.microbatches(batches.get(i), 128, 1) for i in range(24)]
 
 
-@pytest.mark.parametrize("name", ["sft-tiny", "rm-tiny"])
-def test_programs_are_compiled_for_new_shapes_alone(name, chain, tmp_path):
+def test_programs_are_compiled_for_new_shapes_alone(chain, tmp_path):
     """One for each new shape of a step's first microbatch, one for each of its later ones (which add to a total), and one
     for each that is sampled from; of those that packing can give there are few. What else there is comes in step 0, or
     with the save at the end. Rows lie over one device, so that there are several shapes.
     """
-    runs = with_parents(name, chain[0], tmp_path)
+    name, runs = "rm-tiny", with_parents("rm-tiny", chain[0], tmp_path)
     config, steps = batches_of(name, runs)
     asked = {"steps": 24, "checkpoint_every": 24, "microbatch_tokens": 128, "mesh.fsdp": 1, "mesh.tensor": 8}
     assert train.main(command(name, runs, *(f"--config.{key}={value}" for key, value in asked.items()))) == 0
@@ -114,7 +112,7 @@ def test_programs_are_compiled_for_new_shapes_alone(name, chain, tmp_path):
     seen, new = set(), []
     for i, parts in enumerate(steps):
         asked = {("first" if k == 0 else "later", shape(part)) for k, part in enumerate(parts)}
-        asked |= {("sampled", shape(parts[0]))} if name == "rm-tiny" and i % config.sample_every == 0 else set()
+        asked |= {("sampled", shape(parts[0]))} if i % config.sample_every == 0 else set()
         new.append(len(asked - seen))
         seen |= asked
     assert np.diff(counts[:-1]).tolist() == new[1:-1] and sum(new[1:-1]) > 0
