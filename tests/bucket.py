@@ -11,11 +11,10 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 
 class Bucket(ThreadingHTTPServer):
-    handle_error = lambda self, *_: None  # a client that is killed hangs up
-
     """At `url`, on a thread of its own. Only what is inside one request is atomic, as with the real one."""
 
     daemon_threads = True
+    handle_error = lambda self, *_: None  # a client that is killed hangs up
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Request)
