@@ -1,6 +1,7 @@
 """PPO of Qwen 7B: all as in qwen_1_8b/ppo.py, whose docstring says what the report states and what to expect.
 
 python -m alignjax.train --config qwen_7b/ppo.py
+python -m alignjax.plan --config qwen_7b/ppo.py --topology v5e:4x8      it fits on 32 v5e chips
 
 Sampling has a layout of its own, of 8 devices along tensor: docs/pods.md, "Layouts".
 """
