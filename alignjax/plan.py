@@ -61,7 +61,7 @@ def main(argv=None) -> int:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        print(json.dumps(plans if arguments.search else plans[0], indent=1))
+        print(json.dumps(metrics.null(plans if arguments.search else plans[0]), indent=1))
     else:
         print(
             "\n\n".join(([table(plans)] if arguments.search else []) + ([report(plans[0])] if plans[0]["rows"] else []))
@@ -85,9 +85,7 @@ def devices_of(topology: str) -> list:
         raise UserError(f"--topology {topology}: the TPU compiler is missing; pip install 'alignjax[plan]'")
     # The compiler is told not to look for a TPU around it; and jax not to take it for this machine's backend.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ.setdefault(
-        "TPU_ACCELERATOR_TYPE", "v5p-8"
-    )  # any: it only keeps the compiler from saying that there is none
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # any: it would say that there is none
     jax.config.update("jax_platforms", "cpu")
     kind, _, shape = topology.partition(":")
     if kind not in SLICES or not shape:
