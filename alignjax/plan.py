@@ -22,7 +22,7 @@ import time
 import jax
 from jax.experimental import topologies
 
-from alignjax import command, cost, roles, rollout, sharding, train, vocabulary
+from alignjax import command, cost, metrics, roles, rollout, sharding, train, vocabulary
 from alignjax import config as configs
 from alignjax.config import Config, UserError
 from alignjax.cost import GIB
