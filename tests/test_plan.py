@@ -136,6 +136,13 @@ def test_a_search_takes_the_fastest_that_fits(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == len(found)
 
 
+def test_a_search_that_finds_nothing_is_valid_json(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "lower_bound", lambda config, topology: bound(config, topology) | {"fits": False})
+    config = ["--config", "ppo.py:tiny", "--search"]
+    found = json.loads(planned(capsys, *config, "--json", code=plan.DOES_NOT_FIT), parse_constant=pytest.fail)
+    assert all(not x["fits"] and x["floor"] is None for x in found)
+
+
 def test_a_search_without_a_slice_ends_at_the_smallest_that_holds_the_run(monkeypatch):
     tried, devices = [], jax.devices()[:1]
 
