@@ -43,7 +43,8 @@ def crash():
 
 processes.start(sys.argv[1])
 """
-# A file that is read; the chain, after a SIGTERM to one process in its first run; what one process began; a bad row.
+# A file that is read; the chain, after a SIGTERM to one process in its first run, PPO from parents of one process, for from
+# others that differ by a rounding a token comes out differently now and then; what one process began; a bad row.
 CHAIN = """
 row, parsed, said = files.row, [], []
 files.row = lambda value, where, kind: parsed.append(where) or row(value, where, kind)
@@ -52,9 +53,10 @@ for name in ("text.jsonl", "text.parquet"):
     (runs / f"{name}-{index}").write_text(json.dumps([found, parsed, said]))
     parsed.clear()
 files.row = row
-assert acting(0, lambda: os.kill(os.getpid(), signal.SIGTERM), *command("ppo-tiny", runs)) == 0
+assert acting(0, lambda: os.kill(os.getpid(), signal.SIGTERM), *command("sft-tiny", runs)) == 0
 print("stopped", flush=True)
-assert train.main(command("ppo-tiny", runs)) == 0
+for name, where in (("sft-tiny", runs), ("rm-tiny", runs), ("ppo-tiny", runs / "same")):
+    assert train.main(command(name, where)) == 0
 assert train.main(command("rm-tiny", runs / "other")) == 0
 train.main(command("lm-tiny", runs / "bad", f"--config.data.train={runs / 'text.jsonl'}"))
 """
@@ -114,7 +116,7 @@ def assert_alike(run, other):
     for mine, theirs in zip(rows(run / "metrics.jsonl"), rows(other / "metrics.jsonl"), strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
-            assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+            assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     assert texts(run / "samples.jsonl") == texts(other / "samples.jsonl")
 
 
@@ -137,6 +139,8 @@ def shared(chain, tmp_path_factory):
     (runs / "text.jsonl").write_text("\n" + "\n".join(map(json.dumps, values)))
     for parent in PARENTS["rm-tiny"]:
         shutil.copytree(chain[0] / parent, runs / "other" / parent)
+    for parent in PARENTS["ppo-tiny"]:
+        shutil.copytree(chain[0] / parent, runs / "same" / parent)
     cut(chain[0] / "rm-tiny", runs / "other" / "rm-tiny")
     return runs, pair(CHAIN, runs)
 
@@ -155,7 +159,8 @@ def test_each_process_parses_its_share_and_all_get_the_whole(shared):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_give_the_result_of_one(name, shared, chain):
-    assert_alike(shared[0] / name, chain[0] / name)
+    where = "same" if name == "ppo-tiny" else ""
+    assert_alike(shared[0] / where / name, chain[0] / name)
 
 
 def test_a_sigterm_to_one_process_saves_in_all_and_the_run_goes_on(shared):
