@@ -166,14 +166,6 @@ def agree(saved: dict, item: str, path: str, number: int) -> None:
     if saved[item][path] != number:
         raise ValueError(f"{item}/{path} is not what was saved: its checksum differs")
 
-    def latest(self) -> int | None:
-        return self.manager.latest_step()
-
-    def close(self) -> None:
-        """Wait until what was begun is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
-
 
 def everywhere(holds: bool) -> bool:
     """Whether something holds in every process; all wait for all."""

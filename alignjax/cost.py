@@ -150,8 +150,8 @@ class Instruction(NamedTuple):
 class Program:
     """A compiled module's text, read."""
 
-    def __init__(self, text: str, loops: Loops = ONCE):
-        self.loops, self.computations, self.entry = loops, {}, None
+    def __init__(self, text: str):
+        self.loops, self.computations, self.entry = ONCE, {}, None
         lines = None
         for line in text.splitlines():
             if head := HEAD.match(line):
@@ -162,8 +162,9 @@ class Program:
                 operands, rest = split_operands(rest)
                 lines[name] = Instruction(bool(root), name, kind, opcode, operands, rest)
 
-    def traffic(self) -> Traffic:
+    def traffic(self, loops: Loops = ONCE) -> Traffic:
         """Of the whole program."""
+        self.loops = loops
         return self.of(self.entry).times(1)
 
     def arrays(self):

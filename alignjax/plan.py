@@ -146,18 +146,18 @@ def compiled(job: shapes.Job, resident: dict, kept: int, chip: cost.Chip, config
                        "temporaries": needs, "peak": needs + kept / GIB, "fits": False, "flops": 0, "moved": 0, "sent": 0,
                        "floor": 0.0, "bound": "does not compile", "logits": None}]  # fmt: skip
     seconds = time.perf_counter() - start
-    m, text = program.memory_analysis(), program.as_text()
+    m, read = program.memory_analysis(), cost.Program(program.as_text())
     used = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     row |= {"seconds": round(seconds, 1), "arguments": m.argument_size_in_bytes / GIB,
             "temporaries": (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes) / GIB,
             "peak": (used + others) / GIB, "fits": used + others < chip.memory * GIB,
-            "logits": logits(cost.Program(text), config)}  # fmt: skip
+            "logits": logits(read, config)}  # fmt: skip
     parts = {job.name: job.loops}
     if job.name == "rollout":
         parts = {"rollout: prefill": job.loops._replace(steps=0), "rollout: decode": job.loops}
     rows, before = [], (0.0, cost.Traffic())
     for name, loops in parts.items():
-        flops, traffic = cost.flops(traced.jaxpr.jaxpr, loops), cost.Program(text, loops).traffic()
+        flops, traffic = cost.flops(traced.jaxpr.jaxpr, loops), read.traffic(loops)
         now = flops - before[0], traffic.moved - before[1].moved, traffic.sent - before[1].sent
         before = flops, traffic
         shares = {"products": now[0] / jax.sharding.get_abstract_mesh().size / chip.flops,

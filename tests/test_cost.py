@@ -20,7 +20,7 @@ def flops(function, *shapes, loops=cost.ONCE):
 
 def traffic(function, *arguments, loops=cost.ONCE):
     compiled = jax.jit(function).lower(*arguments).compile()
-    return cost.Program(compiled.as_text(), loops).traffic(), compiled
+    return cost.Program(compiled.as_text()).traffic(loops), compiled
 
 
 def shape(*sizes, spec=None, mesh=None):
