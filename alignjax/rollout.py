@@ -5,7 +5,7 @@ its KL, come from `logprobs` and are of the full distribution at the sampling te
 make the ratio jump as tokens enter and leave it. The log-probabilities returned here are those of the full
 distribution too, and serve only as a check on the scorer.
 Letters: b prompts, n samples of each, p prompt, r response, t = p + r, s slots, g slots filled at a time, v vocabulary,
-l layers, k key-value heads, h head size.
+l layers, k key-value heads, h head size, w prefix.
 """
 
 from typing import NamedTuple
@@ -42,12 +42,21 @@ class Rollout(NamedTuple):
         return jnp.concatenate([prompt, self.mask], axis=1).astype(jnp.int32)
 
 
+class Prefix(NamedTuple):
+    """What all prompts begin with, read once."""
+
+    kept: tuple  # (keys, values), each [l 1 k w h]
+    real: jax.Array  # [w] bool: its tokens, behind pads
+    length: jax.Array
+
+
 class Slots(NamedTuple):
     """What is being decoded, and what has left. A response stays in its slot until the slot is filled again."""
 
     number: jax.Array  # [s] which of the b*n samples; b*n where there is none
     live: jax.Array  # [s] bool: not ended yet
     count: jax.Array  # [s] tokens of the response so far
+    matched: jax.Array  # [s] how much of a stop string they end with, a state of `stops`
     tokens: jax.Array  # [s r]
     logprobs: jax.Array  # [s r]
     prompt_lengths: jax.Array  # [s]
@@ -57,16 +66,20 @@ class Slots(NamedTuple):
 
 
 def generate(model, params, prompts, lengths, index, key, *, samples, response_length, temperature, top_p, end,
-             slots=0, cache_dtype=""):  # fmt: skip
+             slots=0, cache_dtype="", prefix=None, stops=None, wanted=None):  # fmt: skip
     """A Rollout of `samples` responses to each of prompts[b p] (left-padded, lengths[b]).
 
     A sample's randomness is keyed by `key` (of the run's seed and step), its prompt's index[b], its number among the
     prompt's samples and its place in the response alone: not by batch, slots, order or devices. `slots` samples decode
     at once (0: all of them); when an eighth of the slots has ended, the next prompts take their place.
+
+    `prefix`, of `read_prefix`, is what all prompts begin with. stops[q v], the state behind each token in each state, from
+    0 on, ends a response at a state of q too (`truncated` knows the end token alone). The first `wanted` prompts, a traced
+    number, are answered; without it all are.
     """
     (b, p), n, r = prompts.shape, samples, response_length
     at_once, s = slots_of(b, n, slots)
-    g, whole = at_once * n, at_once == b
+    g, whole, wanted = at_once * n, at_once == b, b if wanted is None else wanted
     fold = jax.vmap(jax.random.fold_in)
     keys = fold(fold(jnp.broadcast_to(key, (b * n,)), jnp.repeat(index, n)), jnp.tile(jnp.arange(n), b))
     layers = transformer.for_decoding(model, params)
@@ -82,15 +95,16 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
         at = None if whole else jnp.argsort(state.live, stable=True)[:g]
         rows = first + jnp.arange(at_once)
         new, short = prompts[rows % b], lengths[rows % b]
-        real = jnp.arange(p) >= p - short[:, None]
-        places = jnp.maximum(jnp.arange(p) - (p - short[:, None]), 0)
-        hidden, kept = transformer.apply(model, params, new, places, real.astype(jnp.int32), keep=True)
-        number = jnp.minimum(first * n + jnp.arange(g), b * n)  # behind the last prompt there is none
+        hidden, kept = prefill(model, params, new, short, prefix)
+        number = first * n + jnp.arange(g)
+        number = jnp.where(number < wanted * n, number, b * n)  # behind the last prompt there is none
         token, logprob = draw(number, jnp.zeros(g, jnp.int32), jnp.repeat(hidden[:, -1], n, axis=0))
         put = lambda old, x: x if at is None else old.at[at].set(x)
         begun = lambda x: jnp.zeros((g, r), x.dtype).at[:, 0].set(x)
-        live = (number < b * n) & (token != end) & (r > 1)
+        matched, ended = follow(stops, end, jnp.zeros(g, jnp.int32), token)
+        live = (number < b * n) & ~ended & (r > 1)
         return Slots(put(state.number, number), put(state.live, live), put(state.count, jnp.ones(g, jnp.int32)),
+                     put(state.matched, matched),
                      put(state.tokens, begun(token)), put(state.logprobs, begun(logprob)),
                      put(state.prompt_lengths, jnp.repeat(short, n)),
                      fill_cache(state.cache, at, kept, n), state.clock,
@@ -99,17 +113,17 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
     def step(state: Slots) -> Slots:
         """One more token in every live slot."""
         last = jnp.take_along_axis(state.tokens, state.count[:, None] - 1, axis=1)[:, 0]
-        prompt = jnp.arange(p) >= p - state.prompt_lengths[:, None]
-        attend = reader(prompt, state.clock, state.count, r)
-        places = state.prompt_lengths + state.count - 1
+        attend = reader(prompt_mask(state.prompt_lengths, p, prefix), state.clock, state.count, r)
+        places = state.prompt_lengths + state.count - 1 + (0 if prefix is None else prefix.length)
         hidden, kept = transformer.decode(model, params, layers, last, places, state.cache, attend)
         token, logprob = draw(state.number, state.count, hidden)
         # Always so; but XLA sees that the cache is written to only after all of it has been read, and makes no copy.
         kept = jax.tree.map(lambda x: jnp.where((token >= 0)[:, None, None], x, 0), kept)
         here = (jnp.arange(r) == state.count[:, None]) & state.live[:, None]
         count = state.count + state.live
+        matched, ended = follow(stops, end, state.matched, token)
         return state._replace(
-            live=state.live & (token != end) & (count < r), count=count, clock=state.clock + 1,
+            live=state.live & ~ended & (count < r), count=count, matched=matched, clock=state.clock + 1,
             tokens=jnp.where(here, token[:, None], state.tokens),
             logprobs=jnp.where(here, logprob[:, None], state.logprobs),
             cache=write(state.cache, state.clock, kept, r))  # fmt: skip
@@ -118,15 +132,50 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
         """Fill g slots and decode until as many are free, or to the end once nothing is left to fill them with."""
         state, first = carry
         state, first = fill(state, first), first + at_once
-        enough = jnp.where(first < b, s - g, 0)
+        enough = jnp.where(first < wanted, s - g, 0)
         return jax.lax.while_loop(lambda state: state.live.sum() > enough, step, state), first
 
-    carry = empty(model, b * n, s, p, r, cache_dtype), jnp.int32(0)
-    state, _ = turn(carry) if whole else jax.lax.while_loop(lambda carry: carry[1] < b, turn, carry)
+    w = 0 if prefix is None else len(prefix.real)
+    carry = empty(model, b * n, s, w + p, r, cache_dtype), jnp.int32(0)
+    state, _ = turn(carry) if whole else jax.lax.while_loop(lambda carry: carry[1] < wanted, turn, carry)
     tokens, logprobs, count = leave(state, jnp.arange(s))
     last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)[:, 0]
     fan = lambda x: jnp.repeat(x, n, axis=0)
     return Rollout(jnp.concatenate([fan(prompts), tokens], axis=1), fan(lengths), count, logprobs, last != end)
+
+
+def read_prefix(model, params, tokens, length) -> Prefix:
+    """The Prefix of tokens[w], left-padded, of which `length` are real."""
+    _, kept = prefill(model, params, tokens[None], jnp.full(1, length), None)
+    return Prefix(kept, prompt_mask(length, len(tokens))[0], jnp.int32(length))
+
+
+def prefill(model, params, prompts, lengths, prefix: Prefix | None):
+    """hidden[b p d] of left-padded prompts[b p], lengths[b], and (keys, values) [l b k w+p h] of them and their prefix."""
+    b, p = prompts.shape
+    real, places = prompt_mask(lengths, p), jnp.maximum(jnp.arange(p) - (p - lengths[:, None]), 0)
+    if prefix is None:
+        return transformer.apply(model, params, prompts, places, real.astype(jnp.int32), keep=True)
+    hidden, kept = transformer.apply(model, params, prompts, places + prefix.length, real.astype(jnp.int32), keep=True,
+                                     prefix=(prefix.kept, prefix.real))  # fmt: skip
+    join = lambda before, x: jnp.concatenate([jnp.repeat(before, b, axis=1), x], axis=-2)
+    return hidden, jax.tree.map(join, prefix.kept, kept)
+
+
+def prompt_mask(lengths, p: int, prefix: Prefix | None = None):
+    """[b w+p] bool: the real tokens of the prefix and of left-padded prompts, lengths[b]."""
+    real = jnp.arange(p) >= p - jnp.reshape(lengths, (-1, 1))
+    if prefix is None:
+        return real
+    return jnp.concatenate([jnp.broadcast_to(prefix.real, (len(real), len(prefix.real))), real], axis=1)
+
+
+def follow(stops, end, matched, token):
+    """(the states of `stops` behind the tokens [b], whether a response ends with them [b])."""
+    if stops is None:
+        return matched, token == end
+    matched = stops[matched, token].astype(jnp.int32)
+    return matched, (token == end) | (matched == len(stops))
 
 
 def slots_of(prompts: int, samples: int, slots: int) -> tuple[int, int]:
@@ -142,7 +191,7 @@ def empty(model, total: int, s: int, p: int, r: int, cache_dtype: str) -> Slots:
     """s free slots for `total` samples."""
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
     left = zeros(total, r), jnp.zeros((total, r), jnp.float32), jnp.ones(total, jnp.int32)
-    return Slots(zeros(s) + total, jnp.zeros(s, bool), zeros(s) + 1, zeros(s, r), jnp.zeros((s, r), jnp.float32),
+    return Slots(zeros(s) + total, jnp.zeros(s, bool), zeros(s) + 1, zeros(s), zeros(s, r), jnp.zeros((s, r), jnp.float32),
                  zeros(s), empty_cache(model, s, p, r, cache_dtype), zeros(), left)  # fmt: skip
 
 

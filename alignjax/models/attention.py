@@ -22,12 +22,15 @@ TILES = (512, 384, 256, 128)  # of "splash": the first that divides t; 512 is Ma
 LANES = 128  # what the tiles, and so t, must be a multiple of
 
 
-def self_attention(q, k, v, segments, implementation="auto"):
+def self_attention(q, k, v, segments, implementation="auto", prefix=None):
     """[b t n h] in q's type, from q[b t n h], k[b t k h], v[b t k h] of q's type and segments[b t] int32.
 
     A token sees the tokens up to its own that hold its segment, so a row may pack several. A pad (segment 0) sees the
-    pads up to its own: finite, with finite gradients, and never read. Raises UserError as `choose` does.
+    pads up to its own: finite, with finite gradients, and never read. All see, of a `prefix` that all rows share
+    (keys[s k h], values[s k h], real[s] bool), what is real; that is computed by "xla". Raises UserError as `choose` does.
     """
+    if prefix is not None:
+        return xla(q, k, v, segments, prefix)
     name = choose(implementation, platform(), q.dtype, q.shape, k.shape[2], shards())
     return {"xla": xla, "cudnn": cudnn, "splash": splash}[name](q, k, v, segments)
 
@@ -82,15 +85,16 @@ def shards() -> tuple[int, int]:
     return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
 
 
-def xla(q, k, v, segments):
+def xla(q, k, v, segments, prefix=None):
     """By parts of the queries, each against the keys up to its end: not much over half of the scores of a long row."""
-    t = q.shape[1]
+    t, of = q.shape[1], functools.partial(block, prefix)
     if t <= WHOLE:
-        return block(q, k, v, segments, segments, 0)
+        return of(q, k, v, segments, segments, 0)
     size = math.ceil(t / PARTS)
     if size <= BLOCK:
-        return in_parts(block, size, q, k, v, segments)
-    return padded(functools.partial(in_parts, scanned, math.ceil(size / BLOCK) * BLOCK), BLOCK, q, k, v, segments)
+        return in_parts(of, size, q, k, v, segments)
+    of = functools.partial(in_parts, functools.partial(scanned, of), math.ceil(size / BLOCK) * BLOCK)
+    return padded(of, BLOCK, q, k, v, segments)
 
 
 def in_parts(of, size, q, k, v, segments):
@@ -102,8 +106,8 @@ def in_parts(of, size, q, k, v, segments):
     return jnp.concatenate(parts, axis=1)
 
 
-def scanned(q, k, v, mine, theirs, first):
-    """As `block`, but a block at a time; r is a multiple of BLOCK."""
+def scanned(of, q, k, v, mine, theirs, first):
+    """of(q, k, v, mine, theirs, first), a block at a time; r is a multiple of BLOCK."""
     b, r = mine.shape
     cut = lambda x: x.reshape(b, -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
 
@@ -111,13 +115,13 @@ def scanned(q, k, v, mine, theirs, first):
     @jax.checkpoint
     def one(part):
         q, mine, first = part
-        return block(q, k, v, mine, theirs, first)
+        return of(q, k, v, mine, theirs, first)
 
     y = jax.lax.map(one, (cut(q), cut(mine), first + jnp.arange(0, r, BLOCK)))
     return y.swapaxes(0, 1).reshape(q.shape)
 
 
-def block(q, k, v, mine, theirs, first):
+def block(prefix, q, k, v, mine, theirs, first):
     """[b r n h] from q[b r n h], the queries from `first` on, k[b s k h], v[b s k h], and segments [b r] and [b s]."""
     b, r, n, h = q.shape
     s, kv_heads = k.shape[1:3]
@@ -125,8 +129,16 @@ def block(q, k, v, mine, theirs, first):
     # Heads in front, queries of a group in one line: XLA's CPU backend takes up to twice as long for other orders.
     grouped = q.reshape(b, r, kv_heads, -1, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
     scores = jnp.einsum("bkqh,bksh->bkqs", grouped, k.swapaxes(1, 2), preferred_element_type=jnp.float32) * h**-0.5
-    weights = softmax(scores, jnp.tile(mask, (1, n // kv_heads, 1))[:, None]).astype(v.dtype)
-    y = jnp.einsum("bkqs,bksh->bkqh", weights, v.swapaxes(1, 2))
+    mask = jnp.tile(mask, (1, n // kv_heads, 1))[:, None]
+    if prefix is None:
+        y = jnp.einsum("bkqs,bksh->bkqh", softmax(scores, mask).astype(v.dtype), v.swapaxes(1, 2))
+    else:
+        keys, values, real = prefix
+        before = jnp.einsum("bkqh,skh->bkqs", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
+        real = jnp.broadcast_to(real, (*mask.shape[:3], len(real)))
+        scores, mask = jnp.concatenate([before, scores], axis=-1), jnp.concatenate([real, mask], axis=-1)
+        before, weights = jnp.split(softmax(scores, mask).astype(v.dtype), [len(values)], axis=-1)
+        y = jnp.einsum("bkqs,skh->bkqh", before, values) + jnp.einsum("bkqs,bksh->bkqh", weights, v.swapaxes(1, 2))
     return y.reshape(b, kv_heads, -1, r, h).transpose(0, 3, 1, 2, 4).reshape(b, r, n, h)
 
 

@@ -142,24 +142,29 @@ def embedded(model: Model, params, tokens):
     return constrain(jnp.asarray(params["embed"]["embedding"])[tokens].astype(model.dtype))
 
 
-def apply(model: Model, params, tokens, positions, segments, keep=False):
+def apply(model: Model, params, tokens, positions, segments, keep=False, prefix=None):
     """hidden[b t d] after the last norm; with `keep`, also (keys, values) of all layers, each [l b k t h], else None.
 
     A token sees the tokens up to its own that hold its segment; segment 0 is padding. Positions only feed RoPE.
+    `prefix`, (what `keep` gives of one row [l 1 k s h], real[s] bool), is seen by all, and said before them.
     """
     rotation = rope(model, positions)
-
-    def attend(q, k, v):
-        kept = (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
-        return self_attention(q, k, v, segments, model.attention), kept
+    before, real = (None, None) if prefix is None else prefix
 
     def step(x, layer):
-        return run_layer(model, layer, x, rotation, attend)
+        params, before = layer
+
+        def attend(q, k, v):
+            kept = (k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep else None
+            seen = None if before is None else (*(x[0].swapaxes(0, 1) for x in before), real)
+            return self_attention(q, k, v, segments, model.attention, seen), kept
+
+        return run_layer(model, params, x, rotation, attend)
 
     if model.remat != "nothing":
         step = jax.checkpoint(step, policy=REMAT[model.remat])
     unroll = model.layers if unrolled(model) else 1
-    x, kept = jax.lax.scan(step, embedded(model, params, tokens), params["layers"], unroll=unroll)
+    x, kept = jax.lax.scan(step, embedded(model, params, tokens), (params["layers"], before), unroll=unroll)
     return rms_norm(x, params["norm"]["scale"], model.norm_eps), kept
 
 

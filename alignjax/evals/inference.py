@@ -1,0 +1,207 @@
+"""What a language model is asked by an evaluation: log-likelihoods of continuations, and responses to prompts.
+
+Requests come in any number and of any length. Those that begin alike, as the questions behind one set of examples do,
+share the reading of what they have in common; the rest is packed in rows, or decoded in slots, of few shapes.
+Letters: v vocabulary, w prefix, k targets of a row; rows, m: see `data.packing`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax import rollout, sharding, vocabulary
+from alignjax.config import Model, UserError
+from alignjax.data import packing
+from alignjax.evals import stops
+from alignjax.models import transformer
+from alignjax.sharding import constrain
+
+COMMON = 32  # tokens that requests must have in common, and
+MEMBERS = 8  # requests that must share them, for them to be read by themselves
+CALL = 8  # prompts of a call for each slot: what an interruption loses, and how seldom slots wait for the last
+
+
+class Family(NamedTuple):
+    """Sequences that begin with the same `common` tokens; 0 of those that have no family."""
+
+    common: int
+    members: list[int]
+
+
+class Inference:
+    """A model with its parameters on a mesh. `slots` responses are decoded at once, about `tokens` tokens are read."""
+
+    def __init__(self, model: Model, params, tokenizer, mesh, ends: list[int], tokens: int = 4096, slots: int = 32):
+        self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
+        self.ends, self.tokens, self.slots = ends, tokens, slots
+        self.words = functools.cache(lambda: stops.words_of(tokenizer, model.vocab_size))
+        self.stops = functools.cache(lambda strings: jnp.asarray(stops.table(list(strings), ends, self.words())))
+        self.read_prefix = jax.jit(functools.partial(rollout.read_prefix, model))
+        self.read = jax.jit(functools.partial(read, model))
+        self.generate = jax.jit(functools.partial(rollout.generate, model), static_argnames=(
+            "samples", "response_length", "temperature", "top_p", "end", "slots"))  # fmt: skip
+
+    def loglikelihoods(self, pairs, done: Callable) -> None:
+        """done(i, log p in nats, whether each token was the most probable) of the continuation in pairs[i].
+
+        Pairs are tokens (context, continuation), neither empty; what is longer than the model may read loses its beginning.
+        """
+        readings = {}  # tokens read -> [(request, first target, targets)]: continuations of one token share a reading
+        for i, (context, continuation) in enumerate(pairs):
+            whole = (*context, *continuation)[-self.model.max_length - 1 :]
+            targets = whole[-min(len(continuation), len(whole) - 1) :]
+            readings.setdefault(whole[:-1], []).append((i, len(whole) - len(targets), targets))
+        sequences = list(readings)
+        first_read = [min(first for _, first, _ in readings[x]) - 1 for x in sequences]
+        for family in families(sequences, first_read):
+            self.read_family(sequences, family, [readings[x] for x in sequences], done)
+
+    def read_family(self, sequences, family: Family, asked, done) -> None:
+        """`loglikelihoods` of a family's sequences; asked[i] says who asks for which targets of each."""
+        common, prefix = family.common, self.prefix(sequences[family.members[0]][: family.common])
+        texts = [sequences[i][common:] for i in family.members]
+        lengths, shards = np.array([len(text) for text in texts]), sharding.shards(self.mesh)
+        tokens = padded(texts, lengths.max())
+        for layout in packing.pack(lengths, [[i] for i in range(len(texts))], size(lengths.max()), self.tokens, shards):
+            layout = fill_up(layout, max(self.tokens // layout.place.shape[1], 1), shards)
+            rows, owners = [[] for _ in layout.place], {}
+            for row, column in zip(*np.nonzero(layout.real & (layout.place == 0)), strict=True):
+                for request, first, targets in asked[family.members[layout.sequence[row, column]]]:
+                    at = column + first - common - 1
+                    owners[request] = row, slice(len(rows[row]), len(rows[row]) + len(targets))
+                    rows[row] += [(at + i, target) for i, target in enumerate(targets)]
+            spots = np.zeros((2, len(rows), size(max(map(len, rows)))), np.int32)
+            for i, row in enumerate(rows):
+                spots[:, i, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
+            batch = {"tokens": layout.take(tokens), "positions": np.where(layout.real, layout.place + common, 0),
+                     "segments": layout.sequence + 1, "at": spots[0], "labels": spots[1]}  # fmt: skip
+            found = self.run(self.read, sharding.shard_batch(batch, self.mesh), prefix)
+            logprobs, greedy = map(sharding.on_host, found)
+            for request, (row, places) in owners.items():
+                done(request, float(logprobs[row, places].astype(np.float64).sum()), bool(greedy[row, places].all()))
+
+    def responses(self, prompts, done: Callable, *, strings=(), length=256, temperature=0.0, top_p=1.0) -> None:
+        """done(i, text) of the response to prompts[i] (tokens): up to the first of the stop strings, an end token, or
+        `length` tokens. Prompts that leave no room for these lose their beginning. Temperature 0 is greedy."""
+        room = self.model.max_length - length
+        if room < 1:
+            raise UserError(
+                f"responses of up to {length} tokens wanted, but the model's max_length is {self.model.max_length}"
+            )
+        prompts = [tuple(prompt[-room:]) for prompt in prompts]
+        settings = dict(samples=1, response_length=length, temperature=temperature, top_p=top_p, end=self.ends[0],
+                        stops=self.stops(tuple(strings)))  # fmt: skip
+        for family in families(prompts, [len(prompt) - 1 for prompt in prompts]):
+            prefix = self.prefix(prompts[family.members[0]][: family.common])
+            rest = [(len(prompts[i]) - family.common, i) for i in family.members]
+            longest_first = [i for _, i in sorted(rest, key=lambda pair: -pair[0])]
+            most = min(CALL * self.slots, size(len(rest)))
+            for start in range(0, len(rest), most):
+                mine = longest_first[start : start + most]
+                for i, text in zip(
+                    mine, self.answer(prompts, family.common, prefix, mine, most, settings), strict=True
+                ):
+                    done(i, stops.cut(text, strings))
+
+    def answer(self, prompts, common: int, prefix, members: list[int], most: int, settings: dict) -> list[str]:
+        """The responses to some prompts of a family, as text, stop strings included."""
+        texts = [prompts[i][common:] for i in members]
+        lengths = np.array([len(text) for text in texts] + [1] * (most - len(texts)), np.int32)
+        index = np.array(members + [0] * (most - len(members)), np.int32)
+        tokens = padded([*texts, *[(0,)] * (most - len(texts))], size(lengths.max()), left=True)
+        batch = sharding.shard_batch((tokens, lengths, index), self.mesh)
+        sampled = self.run(self.generate, *batch, jax.random.key(0), prefix=prefix, wanted=jnp.int32(len(members)),
+                           slots=self.slots, **settings)  # fmt: skip
+        out, counts = sharding.on_host(sampled.tokens)[:, tokens.shape[1] :], sharding.on_host(sampled.lengths)
+        ids = [row[:count] for row, count in zip(out[: len(members)], counts, strict=False)]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def prefix(self, tokens) -> rollout.Prefix | None:
+        if not tokens:
+            return None
+        row = padded([tokens], size(len(tokens)), left=True)[0]
+        return self.run(self.read_prefix, row, len(tokens))
+
+    def run(self, program, *arguments, **settings):
+        precision = "highest" if self.model.dtype == "float32" else "default"
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
+            return program(self.params, *arguments, **settings)
+
+
+def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
+    """(log p, whether it is the most probable) of labels[rows k] behind the tokens at `at`[rows k], in nats."""
+    before = None if prefix is None else (prefix.kept, prefix.real)
+    hidden, _ = transformer.apply(model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before)
+    hidden = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
+
+    def some(part):
+        hidden, labels = part
+        logits = constrain(constrain(transformer.logits(model, params, hidden), tensor=1))
+        chosen = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1)
+
+    flat = hidden.reshape(-1, hidden.shape[-1]), batch["labels"].reshape(-1)
+    n = max(vocabulary.ELEMENTS // model.vocab_size, 1)  # so many rows of logits at a time
+    found = jax.lax.map(some, flat, batch_size=n) if len(flat[1]) > n else some(flat)
+    return tuple(x.reshape(batch["labels"].shape) for x in found)
+
+
+def families(sequences: list[tuple], most: list[int]) -> list[Family]:
+    """Sequences (tuples of tokens), each in a Family, whose common beginning is no longer than `most` of any member.
+
+    Neighbours in order belong together if what they share is half of the longer one.
+    """
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    alone, out, group, common = [], [], order[:1], 0
+
+    def close():
+        if len(group) >= MEMBERS and common >= COMMON:
+            out.append(Family(common, group))
+        else:
+            alone.extend(group)
+
+    for last, i in zip(order, order[1:], strict=False):
+        shared = min(alike(sequences[last], sequences[i]), most[last], most[i])
+        if 2 * shared >= max(len(sequences[last]), len(sequences[i])):
+            group, common = [*group, i], min(shared, common) if len(group) > 1 else shared
+        else:
+            close()
+            group = [i]
+    close()
+    return [*out, *([Family(0, alone)] if alone else [])]
+
+
+def alike(a: tuple, b: tuple) -> int:
+    """How many tokens two sequences have in common before they differ."""
+    n = min(len(a), len(b))
+    differs = np.array(a[:n]) != np.array(b[:n])
+    return int(differs.argmax()) if differs.any() else n
+
+
+def size(n: int) -> int:
+    """The next of 8, 12, 16, 24, 32, 48, ...: lengths are rounded up to these, that few programs are compiled."""
+    n = max(int(n), 8)
+    power = 1 << (n - 1).bit_length()
+    return power * 3 // 4 if n <= power * 3 // 4 else power
+
+
+def padded(sequences, width: int, left: bool = False) -> np.ndarray:
+    """[n width] int32, zeros behind each sequence, or in front of it."""
+    out = np.zeros((len(sequences), width), np.int32)
+    for row, sequence in zip(out, sequences, strict=True):
+        row[slice(width - len(sequence), None) if left else slice(len(sequence))] = sequence
+    return out
+
+
+def fill_up(layout: packing.Layout, most: int, shards: int) -> packing.Layout:
+    """With rows of pads: `most` rows, or a half, a quarter ... of them, of the devices' multiple."""
+    rows, used = most, len(layout.place)
+    while rows // 2 >= used and rows > 1:
+        rows //= 2
+    more = max(-(-rows // shards) * shards, used) - used
+    widen = lambda x, fill: np.pad(x, ((0, more), (0, 0)), constant_values=fill)
+    return packing.Layout(widen(layout.sequence, -1), widen(layout.place, 0))
