@@ -1,10 +1,12 @@
 """Table 4 of the report: python -m alignjax.evaluate --run runs/rm --sets hh_helpful_base,summarize,shp,prm800k
+Table 5 of the report: python -m alignjax.evaluate --run runs/ppo --tasks mmlu,ceval,gsm8k,humaneval,bbh --shots both
 
-A run of the ranking stage, and the PMP that it began with, on sets of comparisons: the share of the pairs whose chosen
-response scores strictly higher, in %, with its 95 % interval. A tie is not right; ties are told beside, and so are the
-pairs left out as too long. Then accuracy by score ratio, where a set has it (SHP), and calibration, as a picture.
+Table 5 is that of `evals.table5`. Table 4 is here: a run of the ranking stage, and the PMP that it began with, on sets of
+comparisons: the share of the pairs whose chosen response scores strictly higher, in %, with its 95 % interval. A tie is not
+right; ties are told beside, and so are the pairs left out as too long. Then accuracy by score ratio, where a set has it
+(SHP), and calibration, as a picture.
 
-Scores are computed in float32 whatever the run's own type, so that neither the batch nor the number of devices
+Its scores are computed in float32 whatever the run's own type, so that neither the batch nor the number of devices
 changes more of them than the last digits; of two equal responses the scores are equal.
 """
 
@@ -12,6 +14,8 @@ import argparse
 import dataclasses
 import functools
 import glob
+import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -40,7 +44,10 @@ def main(argv=None) -> int:
     try:
         arguments = parse(argv)
         keep_programs()
-        evaluate(arguments)
+        if arguments.tasks:
+            table5().evaluate(arguments)
+        else:
+            evaluate(arguments)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -49,27 +56,49 @@ def main(argv=None) -> int:
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m alignjax.evaluate", allow_abbrev=False,
-                                     description="Accuracy and calibration of ranking runs.")  # fmt: skip
+                                     description="Ranking runs on comparisons, or language models on benchmarks.")  # fmt: skip
     parser.add_argument("--run", required=True, nargs="+", metavar="DIR",
-                        help="a ranking run, measured after its PMP parent; or several, measured as they are")  # fmt: skip
-    parser.add_argument("--sets", required=True, metavar="SET,SET",
-                        help=f"of {', '.join(preferences.SETS)} (with options as NAME:OPTION=VALUE), "
-                             "toy/comparisons-clean, or paths of JSON lines")  # fmt: skip
-    parser.add_argument("--data_dir", default="", help="where the public sets have been prepared")
-    parser.add_argument("--split", default="heldout", choices=("heldout", "train"), help="default: heldout")
-    parser.add_argument("--examples", type=int, help="how many pairs of each set; default: all")
-    parser.add_argument("--max_length", type=int, help="longer pairs are left out; default: as in the run's training")
-    parser.add_argument("--microbatch_tokens", type=int, help="tokens at a time; default: as in the run's training")
+                        help="--sets: a ranking run, measured after its PMP parent, or several, measured as they are; "
+                             "--tasks: language models, runs or Hugging Face directories or hf://ORG/NAME")  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sets", metavar="SET,SET",
+                      help=f"comparisons: of {', '.join(preferences.SETS)} (with options as NAME:OPTION=VALUE), "
+                           "toy/comparisons-clean, or paths of JSON lines")  # fmt: skip
+    what.add_argument("--tasks", metavar="NAME,NAME",
+                      help="benchmarks: of mmlu, ceval, gsm8k, humaneval (runs what the model writes, in a sandbox), bbh, "
+                           "world; a few subjects as bbh:word_sorting+navigate")  # fmt: skip
+    parser.add_argument("--shots", default="both", choices=("zero", "few", "both"), help="of --tasks; default: both")
+    parser.add_argument("--template", default="auto", choices=("auto", "chat", "none"),
+                        help="of --tasks: whether prompts go through the chat template; default: unless there is none, or the "
+                             "run was trained on plain text")  # fmt: skip
+    parser.add_argument("--slots", type=int, default=32, help="of --tasks: responses decoded at once; default: 32")
+    parser.add_argument("--data_dir", default="", help="--sets: where the public sets have been prepared; --tasks: "
+                        "where DIR/mmlu, DIR/gsm8k ... have the published files; default: the hub's")  # fmt: skip
+    parser.add_argument("--split", default="heldout", choices=("heldout", "train"), help="of --sets; default: heldout")
+    parser.add_argument("--examples", type=int, help="how many of each set or task, the first; default: all")
+    parser.add_argument("--max_length", type=int, help="longer pairs are left out, longer prompts lose their beginning; "
+                        "default: as in the run's training, as the model allows")  # fmt: skip
+    parser.add_argument(
+        "--microbatch_tokens", type=int, help="tokens at a time; default: as in the run's training, 4096"
+    )
     parser.add_argument("--dtype", default="float32", choices=configs.CHOICES["model.dtype"],
                         help="of the computation; in bfloat16 close calls depend on how a batch is laid out")  # fmt: skip
     parser.add_argument("--out", metavar="FILE.json",
-                        help="default: DIR/evaluation.json, with DIR/calibration.png; else with FILE.png")  # fmt: skip
+                        help="--sets: default DIR/evaluation.json, with DIR/calibration.png, else with FILE.png; --tasks: a "
+                             "directory, default DIR/benchmarks")  # fmt: skip
     arguments = parser.parse_args(argv)
-    for name in ("examples", "max_length", "microbatch_tokens"):
+    for name in ("examples", "max_length", "microbatch_tokens", "slots"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
     return arguments
+
+
+def table5():
+    """`evals.table5`, which needs the extra [eval]: it is imported when it is asked for, as Table 4 needs none of it."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness: pip install -c constraints.txt -e '.[eval]'")
+    return importlib.import_module("alignjax.evals.table5")
 
 
 def evaluate(arguments) -> None:
@@ -97,7 +126,7 @@ def evaluate(arguments) -> None:
     facts = {"split": arguments.split, "max_length": length, "dtype": arguments.dtype,
              "runs": {label: str(run) for label, run in runs.items()}}  # fmt: skip
     report = {name: dict(zip(("PMP", "RM"), REPORT[base(name)], strict=True)) for name in sets if base(name) in REPORT}
-    train.write(out, json.dumps(facts | {"figures": found, "report": report}, indent=1))
+    workdirs.write(out, json.dumps(facts | {"figures": found, "report": report}, indent=1))
     curves = {name: {label: found[label][name]["calibration"] for label in runs} for name in sets}
     calibration.picture(curves).savefig(picture, dpi=150)
     say(f"figures in {out}, calibration in {picture}")
@@ -246,23 +275,15 @@ def tables(found: dict[str, dict], names: list[str], what: str) -> list[str]:
         lines.append(
             (f"the report's {label}", [f"{REPORT[n][i]:.2f}" if n in REPORT else "-" for n in map(base, names)])
         )
-    out = [grid(f"accuracy in % [95 % interval], {what}", ("", names), lines)]
+    out = [metrics.grid(f"accuracy in % [95 % interval], {what}", ("", names), lines)]
     for name in names:
         some = {label: sets[name]["by_ratio"] for label, sets in found.items() if "by_ratio" in sets[name]}
         for label, parts in some.items():
             heads = [f"{b['from']:g} to {b['to']:g}" if b["to"] else f"{b['from']:g} or more" for b in parts]
             lines = [(label, [percent(b) if b["pairs"] else "-" for b in parts]),
                      ("  pairs", [str(b["pairs"]) for b in parts])]  # fmt: skip
-            out.append(grid(f"{name} by score ratio, {label}", ("", heads), lines))
+            out.append(metrics.grid(f"{name} by score ratio, {label}", ("", heads), lines))
     return out
-
-
-def grid(title: str, head, lines) -> str:
-    """A table of several columns, each line (name, cells)."""
-    rows = [head, *lines]
-    widths = [max(map(len, cells)) for cells in zip(*(cells for _, cells in rows), strict=True)]
-    line = lambda cells: "  ".join(map(str.ljust, cells, widths)).rstrip()
-    return metrics.table(title, [(name, line(cells)) for name, cells in rows])
 
 
 if __name__ == "__main__":

@@ -229,3 +229,11 @@ def table(title: str, rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     rule = "-" * max(len(title), width + 2 + max(len(value) for _, value in rows))
     return "\n".join([title, rule, *(f"{name:<{width}}  {value}" for name, value in rows), rule])
+
+
+def grid(title: str, head, lines) -> str:
+    """A table of several columns, each line (name, cells)."""
+    rows = [head, *lines]
+    widths = [max(map(len, cells)) for cells in zip(*(cells for _, cells in rows), strict=True)]
+    line = lambda cells: "  ".join(map(str.ljust, cells, widths)).rstrip()
+    return table(title, [(name, line(cells)) for name, cells in rows])

@@ -88,7 +88,7 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profil
             times = (workdir / "timing.jsonl").read_text().splitlines()
             facts = {"name": config.name, "stage": config.stage, "steps": stage.steps, "seed": config.seed,
                      "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1)}  # fmt: skip
-            write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
+            workdirs.write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
         together("summary")
     found = json.loads(summary.read_text())
     say(metrics.table(f"{config.name}: {found['steps']} steps in {found['training_seconds']:.0f} s", found["table"]))
@@ -218,7 +218,7 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
         else:
             with workdirs.staged(workdir / "tokenizer") as (local, _):
                 tokenizer.save_pretrained(local)
-        write(workdir / "config.json", configs.to_json(config))
+        workdirs.write(workdir / "config.json", configs.to_json(config))
     together("keep")
 
 
@@ -257,16 +257,6 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
                         f"{name}: {config.name} saved at step {i + 1} of {stage.steps}; the same command goes on"
                     )
         return state
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file at once or not at all, as an object of a bucket always is."""
-    if not workdirs.is_local(path):
-        path.write_text(text + "\n")
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def together(name: str) -> None:

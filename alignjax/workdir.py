@@ -69,3 +69,13 @@ def copy(local: Path, directory) -> None:
         for file in sorted(local.rglob("*")):
             if file.is_file():
                 epath.Path(file).copy(directory / file.relative_to(local).as_posix(), overwrite=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file at once or not at all, as an object of a bucket always is."""
+    if not is_local(path):
+        path.write_text(text + "\n")
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
