@@ -1,10 +1,10 @@
 """What `sandbox` starts: an interpreter of its own that shuts itself in, by Linux namespaces, and runs a program there.
 
 Three processes. The keeper, the one that is started, makes namespaces and a root of its own. Its child is process 1 of
-the new namespaces: it gives up every right, starts the program, and ends when the program ends or standard input does;
-with it the kernel kills all that are in there, whatever they made of their signals, sessions and parents. The third
-runs the program. Standard input is the caller's hold on it all, standard output takes what the program prints, standard
-error how it ended, and WIRE, a socket, brings the source and the token and takes the token or an exception back.
+the new namespaces: it gives up every right, starts the program, and ends when the program or standard input does; with
+it the kernel kills all that are in there, whatever they made of their signals, sessions and parents. The third runs the
+program. Standard input is the caller's hold on it all, standard output takes what the program prints, standard error how
+it ended, and `wire`, a socket, brings the source and the token and takes the token or an exception back.
 
 Only the standard library: it is run as a file, and neither imports alignjax nor is imported by it.
 """
@@ -178,7 +178,8 @@ def first(source: bytes, wire: int, null: int, limits: tuple) -> None:
         perform(source, wire)
     os.close(1)
     os.close(wire)
-    if 0 in select.select([0, os.pidfd_open(program)], [], [])[0]:
+    end = os.pidfd_open(program)
+    if end not in select.select([0, end], [], [], seconds)[0]:  # the caller gave up or is gone, or hangs
         return
     status = os.waitpid(program, 0)[1]
     kind, number = ("signal", os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ("exit", os.WEXITSTATUS(status))
@@ -195,6 +196,8 @@ def keep(wire: int, length: int, *limits: int) -> None:
     os.umask(0o022)
     try:
         null = os.open("/dev/null", os.O_RDONLY)
+        with open("/proc/self/oom_score_adj", "w") as writer:
+            writer.write("1000")  # where the machine's memory ends, these processes are killed before any other
         enter(limits[2])
         child = os.fork()
         if child == 0:
