@@ -1,12 +1,13 @@
 """Programs that a model has written, run where they can do no harm, and whether they ran to their end.
 
-`jail` does it, on Linux alone, by namespaces of its own: a program sees no network, no process but its own, and no files
-but the standard library's and an empty /tmp in memory. It is nobody, has no capability and can get none, and is refused
-the system calls that keep memory uncounted. It has limits; time is ours to end, whatever it does with its signals, and
-all of its processes die with the first. Nothing runs without all this, and no option says otherwise.
+`jail` does it, on Linux alone, by namespaces of its own: a program sees no network, no process but its own, an empty /tmp
+in memory, and read-only the standard library and the directories of libraries around it (/lib, /usr/lib, the
+interpreter's lib), whole. It is nobody, has no capability and can get none, and is refused the system calls that keep
+memory uncounted. It has limits; time is ours to end, whatever it does with its signals, and all of its processes die
+with the first. Nothing runs without all this, and no option says otherwise.
 
-What remains possible. Memory is limited for each process, so that all together may have `processes` times as much, and
-the files in /tmp besides. The kernel is shared: a hole in it is a way out. A program that is at its last line has
+What remains possible. Memory is limited for each process, so that all together may have `processes` times as much, the
+files in /tmp besides, and what the kernel keeps for pipes and sockets. The kernel is shared: a hole in it is a way out. A program that is at its last line has
 passed, so that one may deceive the tests in it, with an answer that equals anything, or by a tracing function that jumps
 over them. And the token, which says that the end was reached, is in the process's memory: not by leaving early, by
 printing, nor by looking through frames and objects is it to be had, but by reading memory at raw addresses (ctypes) it
