@@ -6,12 +6,12 @@ interpreter's lib), whole. It is nobody, has no capability and can get none, and
 memory uncounted. It has limits; time is ours to end, whatever it does with its signals, and all of its processes die
 with the first. Nothing runs without all this, and no option says otherwise.
 
-What remains possible. Memory is limited for each process, so that all together may have `processes` times as much, the
-files in /tmp besides, and what the kernel keeps for pipes and sockets. The kernel is shared: a hole in it is a way out. A program that is at its last line has
-passed, so that one may deceive the tests in it, with an answer that equals anything, or by a tracing function that jumps
-over them. And the token, which says that the end was reached, is in the process's memory: not by leaving early, by
-printing, nor by looking through frames and objects is it to be had, but by reading memory at raw addresses (ctypes) it
-is. What is deceived so is the verdict alone.
+What remains possible. Memory is limited for each process, so that all together may have `processes` times as much,
+the files in /tmp besides, and what the kernel keeps for pipes and sockets. The kernel is shared: a hole in it is a
+way out. A program that is at its last line has passed, so that one may deceive the tests in it, with an answer that
+equals anything, or by a tracing function that jumps over them. And the token, which says that the end was reached, is
+in the process's memory: not by leaving early, by printing, nor by looking through frames and objects is it to be had,
+but by reading memory at raw addresses (ctypes) it is. What is deceived so is the verdict alone.
 """
 
 import contextlib
