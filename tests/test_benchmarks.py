@@ -186,12 +186,17 @@ def test_a_model_that_is_right_gets_all_and_one_that_is_wrong_gets_nothing(manag
     right, model = evaluate(manager, groups, target)
     columns = {column for row in REPORT.values() for column in row} | {("world", "zero"), ("world", "few")}
     assert figures(right) == dict.fromkeys(figures(right), 1.0) and set(figures(right)) == columns
-    assert right["groups"]["world-0shot"]["true_score,extract"] == right["groups"]["world-1shot"]["acc,none"] == 1.0
+    assert right["groups"]["world-0shot"]["true_score,greedy"] == right["groups"]["world-1shot"]["acc,none"] == 1.0
     results, _ = evaluate(manager, groups, wrong)
-    assert figures(results) == dict.fromkeys(figures(results), 0.0)
-    assert 0 < results["groups"]["world-0shot"]["true_score,extract"] < 1
-    for settings in model.settings.values():
-        assert settings["temperature"] == 0 and not settings["do_sample"] and settings["max_gen_toks"] <= 512
+    for setting in ("zero", "few"):  # a wrong answer may be well put
+        assert (
+            0 < figures(results)["world", setting] < 1 and results["groups"]["world-1shot"]["exact_match,sampled"] == 0
+        )
+    others = {column: figure for column, figure in figures(results).items() if column[0] != "world"}
+    assert others == dict.fromkeys(others, 0.0)
+    for name, settings in model.settings.items():
+        assert settings["do_sample"] == (settings["temperature"] == 1) == name.endswith("sampled"), name
+        assert settings["max_gen_toks"] <= 512
         assert {"<|im_end|>", "</s>"} <= set(settings["until"])
 
 
@@ -206,7 +211,7 @@ def test_chatty_replies_are_understood_and_what_was_extracted_is_kept(manager, g
     extracted = {name: row["filtered_resps"] for name, row in samples.items()}
     assert extracted["mmlu-0shot::anatomy"] == ["B"] and samples["mmlu-0shot::anatomy"]["acc"] == 1.0
     assert extracted["gsm8k-0shot::test"] == ["18"] and extracted["bbh_cot_zeroshot_word_sorting"] == ["ant pen"]
-    assert extracted["world-0shot::generate"][0]["true_score"] == 1.0
+    assert extracted["world-0shot::greedy"][0]["true_score"] == 1.0
     code = "def total(xs):\n    return sum(xs)\n"
     assert extracted["humaneval-0shot::test"] == [{"answer": code, "passed": True, "reason": "passed"}]
     failed, _ = evaluate(manager, {"": groups["humaneval-0shot"]}, wrong)
@@ -235,7 +240,8 @@ ZERO = {
     "gsm8k-0shot::test": "Question: Tom has 3 boxes of 6 pens. How many pens?\nLet's think step by step.",
     "humaneval-0shot::test": "Write a Python function `total(xs)` to solve the following problem:\nThe sum of xs.\n\n"
     + SUM["prompt"],
-    "world-0shot::generate": "last : red leg",
+    "world-0shot::sampled": "last : red leg",
+    "world-0shot::greedy": "last : red leg",
     "world-0shot::choice": "last : red leg",
 }  # fmt: skip
 FORMS = {"date_understanding": "the letter of the right option in parentheses", "object_counting": "a number",
@@ -254,7 +260,7 @@ def test_prompts_without_a_template(manager, groups):
     shown = "".join(f"{q}答案： {a}\n\n" for q, a in EXAMPLES)
     about = "以下是中国关于注册会计师的单项选择题，请选出其中的正确答案。\n\n"
     assert model.asked["ceval-valid_accountant"] == f"{about}{shown}{CAPITAL}\n答案："
-    assert model.asked["world-1shot::generate"] == "last : pen key dog fan sure , fan .\n\nlast : red leg"
+    assert model.asked["world-1shot::greedy"] == "last : pen key dog fan sure , fan .\n\nlast : red leg"
     few = model.asked["gsm8k_cot"]
     assert few.startswith("Q: There are 15 trees in the grove.") and few.count("Q: ") == few.count("\nA:") == 9
     assert few.endswith(f"The answer is 8.\n\nQ: {GSM8K[0][0]}\nA:")
@@ -310,7 +316,7 @@ def test_table_5():
                                ("humaneval", "zero"): 86.6, ("bbh", "few"): 86.7}  # fmt: skip
     assert {name: (b.title, b.shots, len(b.subjects)) for name, b in BENCHMARKS.items()} == {
         "mmlu": ("MMLU", 5, 57), "ceval": ("C-Eval", 5, 52), "gsm8k": ("GSM8K", 8, 1), "humaneval": ("HumanEval", 0, 1),
-        "bbh": ("BBH", 3, 27), "world": ("world", 1, 2)}  # fmt: skip
+        "bbh": ("BBH", 3, 27), "world": ("true score, sampled", 1, 3)}  # fmt: skip
 
 
 def fails(manager, name, setting, directory, subjects=()) -> str:

@@ -22,7 +22,7 @@ ENDS = ["<|im_end|>", "<|endoftext|>", "</s>"]  # written out by a model whose t
 
 
 class Headline(NamedTuple):
-    """Which of a group's figures stands in the table."""
+    """A group's figure that stands in the table."""
 
     metric: str
     filter: str
@@ -40,7 +40,7 @@ class Benchmark:
     subjects: tuple[str, ...]
     source: str = ""  # where the local files are to be had and where they go; "" if there are none
     harness: dict[str, str] = field(default_factory=dict)  # setting -> folder of the tasks it takes from the harness
-    metrics: tuple[tuple[str, str], ...] = ()  # further (metric, filter)
+    more: tuple[tuple[str, Headline], ...] = ()  # further figures and their titles, in a table of its own
     weight_by_size: bool = True  # the average is over documents, not over subjects
 
     def group(self, setting: str, data_dir: Path | None = None, subjects: tuple[str, ...] = ()) -> dict:
@@ -54,13 +54,13 @@ class Benchmark:
             if subject not in self.subjects:
                 raise UserError(f"{self.name}:{subject}: no such subject{nearest(subject, self.subjects)}")
         folder = str(Path(data_dir) / self.name) if data_dir else ""
-        figures = [self.headline[setting], *self.metrics]
+        figures = [self.headline[setting], *(figure for _, figure in self.more)]
         return {
             "group": f"{self.name}-{self.shots if setting == 'few' else 0}shot",
             "task": [self.task(setting, subject, folder) for subject in dict.fromkeys(subjects) or self.subjects],
             "aggregate_metric_list": [
                 {"metric": metric, "filter_list": [name], "weight_by_size": self.weight_by_size, "aggregation": "mean"}
-                for metric, name in dict.fromkeys(figures)
+                for metric, name in figures
             ],
         }
 
@@ -79,11 +79,13 @@ def greedy(max_gen_toks: int, *until: str) -> dict:
     return {"until": [*ENDS, *until], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_gen_toks}
 
 
-def answered(extraction: type[Extraction], verdict: Callable, *metrics: str, **arguments) -> dict:
+def answered(
+    extraction: type[Extraction], verdict: Callable, *metrics: str, name: str = "extract", **arguments
+) -> dict:
     """The part of a task's config that judges replies: `verdict(doc, [answer])` gives the metrics, each averaged."""
     return {
         "output_type": "generate_until",
-        "filter_list": [{"name": "extract", "filter": [{"function": extraction, **arguments}]}],
+        "filter_list": [{"name": name, "filter": [{"function": extraction, **arguments}]}],
         "process_results": verdict,
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics],
         "metadata": {"version": 1.0},

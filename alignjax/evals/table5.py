@@ -19,13 +19,12 @@ from unittest import mock
 import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
-from tqdm import tqdm
 
 from alignjax import checkpoint, metrics, roles
 from alignjax import workdir as workdirs
 from alignjax.command import say
 from alignjax.config import UserError, nearest
-from alignjax.evals import registry, sandbox
+from alignjax.evals import registry
 from alignjax.evals.adapter import AlignJax
 from alignjax.evals.report import REPORT
 
@@ -41,8 +40,6 @@ def evaluate(arguments) -> None:
     ]
     if not columns:
         raise UserError(f"--shots {arguments.shots}: none of {', '.join(asked)} has that setting")
-    if "humaneval" in asked:
-        sandbox.check()
     with quietly():
         manager = TaskManager(include_defaults=False, include_path=registry.include_paths(asked))
         groups = [
@@ -53,7 +50,7 @@ def evaluate(arguments) -> None:
         for spec in arguments.run:
             check(spec)
         found = {spec: answered(spec, out, manager, groups, arguments) for spec, out in outs.items()}
-    say(table(found, columns, arguments.examples))
+    say("\n\n".join(tables(found, columns, arguments.examples)))
     say("\n".join(f"results and answers of {spec} in {out}" for spec, out in outs.items()))
 
 
@@ -102,7 +99,7 @@ def answered(spec: str, out: Path, manager, groups: list[dict], arguments) -> di
                                       confirm_run_unsafe_code=True)  # fmt: skip
     dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
     for task, rows in results.pop("samples").items():
-        workdirs.write(out / f"samples_{task.rpartition('::')[2]}.jsonl", "\n".join(map(dump, rows)))
+        workdirs.write(out / f"samples_{task.replace('::', '_')}.jsonl", "\n".join(map(dump, rows)))
     workdirs.write(out / "results.json", dump(results, indent=1))
     return results
 
@@ -133,7 +130,7 @@ def quietly():
     level = logger.level
     logger.setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    silent = functools.partial(tqdm, disable=True)
+    silent = lambda items, **_: items
     try:
         with mock.patch("lm_eval.api.task.tqdm", silent), mock.patch("lm_eval.api.model.tqdm", silent):
             yield
@@ -141,21 +138,36 @@ def quietly():
         logger.setLevel(level)
 
 
-def table(found: dict[str, dict], columns: list[tuple[str, str]], limit: int | None) -> str:
-    """Figures in % of {model: results}, each with half of its 95 % interval, and the report's."""
-    heads, cells = [], {spec: [] for spec in found}
-    for name, setting in columns:
+def tables(found: dict[str, dict], columns: list[tuple[str, str]], limit: int | None) -> list[str]:
+    """Table 5 of {model: results}, the report's rows beneath; and a table for each benchmark that has several figures."""
+    what = "in % ± half of the 95 % interval, by number of examples shown"
+    what += f"; the first {limit} of each task" if limit else ""
+    few = [(name, setting) for name, setting in columns if not registry.BENCHMARKS[name].more]
+    out = []
+    if few:
+        heads = [f"{registry.BENCHMARKS[name].title} {shots(name, setting)}" for name, setting in few]
+        lines = [
+            (spec, [cell(results, *c, registry.BENCHMARKS[c[0]].headline[c[1]]) for c in few])
+            for spec, results in found.items()
+        ]
+        lines += [(f"the report's {model}", [f"{row[c]:.1f}" if c in row else "-" for c in few])
+                  for model, row in REPORT.items() if any(c in row for c in few)]  # fmt: skip
+        out.append(metrics.grid(what, ("", heads), lines))
+    for name in dict.fromkeys(name for name, setting in columns if (name, setting) not in few):
         benchmark = registry.BENCHMARKS[name]
-        shots = benchmark.shots if setting == "few" else 0
-        metric, chosen = benchmark.headline[setting]
-        heads.append(f"{benchmark.title} {shots}")
-        for spec, results in found.items():
-            group = results["groups"][f"{name}-{shots}shot"]
-            figure, error = group[f"{metric},{chosen}"], group[f"{metric}_stderr,{chosen}"]
-            known = isinstance(error, float) and math.isfinite(error)
-            cells[spec].append(f"{100 * figure:.1f}" + (f" ±{100 * Z * error:.1f}" if known else ""))
-    lines = list(cells.items())
-    lines += [(f"the report's {model}", [f"{row[c]:.1f}" if c in row else "-" for c in columns])
-              for model, row in REPORT.items() if any(c in row for c in columns)]  # fmt: skip
-    what = "accuracy in % ± half of the 95 % interval, by number of examples shown"
-    return metrics.grid(what + (f"; the first {limit} of each task" if limit else ""), ("", heads), lines)
+        lines = [(f"{title}, {shots(name, setting)}", [cell(results, name, setting, figure) for results in found.values()])
+                 for _, setting in (c for c in columns if c[0] == name)
+                 for title, figure in ((benchmark.title, benchmark.headline[setting]), *benchmark.more)]  # fmt: skip
+        out.append(metrics.grid(f"{name}, {what}", ("", list(found)), lines))
+    return out
+
+
+def shots(name: str, setting: str) -> int:
+    return registry.BENCHMARKS[name].shots if setting == "few" else 0
+
+
+def cell(results: dict, name: str, setting: str, figure) -> str:
+    group = results["groups"][f"{name}-{shots(name, setting)}shot"]
+    value, error = (group[f"{figure.metric}{which},{figure.filter}"] for which in ("", "_stderr"))
+    known = isinstance(error, float) and math.isfinite(error)
+    return f"{100 * value:.1f}" + (f" ±{100 * Z * error:.1f}" if known else "")

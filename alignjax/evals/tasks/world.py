@@ -1,8 +1,9 @@
 """The embedded world (`data.toy`): held-out prompts, the same for every run and machine, with neither files nor network.
 
-generate: the model writes; exact_match, the headline, is whether the words of its response are the right ones, whatever
-their form; true_score grades words and form. choice: which of four responses in good form the model finds likelier, of
-which one has the right words and three are corrupted as in training.
+sampled, greedy: the model writes, as PPO samples (temperature 1, top-p 0.9) or its likeliest words; true_score grades words
+and form, and is the headline where it samples, for that is what PPO is to raise; exact_match is whether the words are the
+right ones, whatever their form. choice: which of four responses in good form the model finds likelier, of which one has the
+right words and three are corrupted as in training.
 
 Zero-shot: the prompt alone. Few-shot (1): a prompt of the training split and its ideal response go before it. In ChatML
 and the world's tokenizer such an example takes 18 to 27 tokens, a prompt with its marks at most 20, a response 14: one
@@ -21,6 +22,7 @@ SHOTS = 1
 SEED = 0
 DOCUMENTS = 200
 WRONG = 3  # responses beside the right one
+SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}
 TOKENS = 14  # the ideal responses end within 9
 
 
@@ -68,17 +70,23 @@ def task(setting: str, subject: str, folder: str) -> dict:
         return {**common, "output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer",
                 "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
                 "metadata": {"version": 1.0}}  # fmt: skip
-    return {**common, "doc_to_target": "ideal", "generation_kwargs": greedy(TOKENS, "\n"),
-            **answered(Said, verdict, "exact_match", "true_score")}  # fmt: skip
+    kwargs = greedy(TOKENS, "\n") | (SAMPLED if subject == "sampled" else {})
+    return {**common, "doc_to_target": "ideal", "generation_kwargs": kwargs,
+            **answered(Said, verdict, "exact_match", "true_score", name=subject)}  # fmt: skip
 
 
-HEADLINE = Headline("exact_match", "extract")
+HEADLINE = Headline("true_score", "sampled")
 BENCHMARK = Benchmark(
     name="world",
-    title="world",
+    title="true score, sampled",
     shots=SHOTS,
     headline={"zero": HEADLINE, "few": HEADLINE},
     task=task,
-    subjects=("generate", "choice"),
-    metrics=(("true_score", "extract"), ("acc", "none")),
+    subjects=("sampled", "greedy", "choice"),
+    more=(
+        ("right words, sampled", Headline("exact_match", "sampled")),
+        ("true score, greedy", Headline("true_score", "greedy")),
+        ("right words, greedy", Headline("exact_match", "greedy")),
+        ("right choice", Headline("acc", "none")),
+    ),
 )
