@@ -3,17 +3,21 @@
 python benchmarks/harness.py --hf PYTHON --gsm8k FILE --bbh DIR [--size tiny|small] [--rows N] [--batches 8,32] [--rounds N]
 
 PYTHON is the interpreter of an environment with torch, transformers and lm_eval; FILE is GSM8K's train.jsonl(.gz), DIR
-holds boolean_expressions.json, date_understanding.json and word_sorting.json of BBH. A model is pretrained for two minutes
+holds boolean_expressions.json, date_understanding.json and word_sorting.json of BBH. A model is pretrained for some minutes
 on other rows of them and exported to build/harness-SIZE. Requests are zero-shot and few-shot, plain and through the chat
 template: log-likelihoods of choices, of one token and of several, and greedy responses. `hf` runs at each batch size, of
 which the fastest counts for each kind of request. Ours is timed as it is first run by a user, who has no compiled programs,
 and again with them. A ratio above 1 says how many times as fast ours is.
+
+Stop strings that are special tokens of the checkpoint are left out: where a batch goes on, `hf` writes on behind them, and
+drops them from the text.
 """
 
 import argparse
 import functools
 import gzip
 import json
+import logging
 import os
 import re
 import statistics
@@ -99,6 +103,7 @@ def requests(arguments, home: Path, tokenizer) -> dict[str, tuple[str, list]]:
         (data / "gsm8k" / f"{split}.jsonl").write_text(some, encoding="utf-8")
     if not (data / "bbh").exists():
         (data / "bbh").symlink_to(arguments.bbh.absolute(), target_is_directory=True)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_defaults=False, include_path=registry.include_paths(["gsm8k", "bbh"]))
     out = {}
 
@@ -128,6 +133,7 @@ def requests(arguments, home: Path, tokenizer) -> dict[str, tuple[str, list]]:
             add(f"bbh {'few' if shots else 'zero'}, chat", task, True)
     for kind, arguments_of in out.values():
         for args in arguments_of if kind == "generate_until" else ():
+            args[1]["until"] = [x for x in args[1]["until"] if x not in tokenizer.all_special_tokens]
             args[1]["max_gen_toks"] = min(args[1].get("max_gen_toks", 256), arguments.new_tokens)
     return out
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from alignjax import sharding
 from alignjax.config import Mesh, UserError
 from alignjax.data import chat
 from alignjax.evals import stops
-from alignjax.evals.inference import COMMON, MEMBERS, Family, Inference, alike, families, size
+from alignjax.evals.inference import Family, Inference, alike, families, size
 from alignjax.models import transformer
 
 WORDS = "the cat sat on a mat and ate its rat .\n\nQ: stop here now Question".split(" ")
@@ -33,7 +34,9 @@ def model(tokenizer):
 def inference(model, tokenizer, request):
     mesh = sharding.make_mesh(Mesh(), jax.devices()[: request.param])
     params = jax.device_put(model[1], sharding.param_shardings(model[1], mesh))
-    return Inference(model[0], params, tokenizer, mesh, [tokenizer.eos_token_id], tokens=128, slots=4)
+    return Inference(
+        model[0], params, tokenizer, mesh, [tokenizer.eos_token_id], tokens=128, slots=4
+    )  # so that families are worth it
 
 
 @functools.cache
@@ -62,8 +65,8 @@ def requests():
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(3, 300, n).tolist()
     out = []
-    for shots in (draw(COMMON + 3), draw(COMMON + 20)):
-        for _ in range(MEMBERS):
+    for shots in (draw(35), draw(52)):
+        for _ in range(8):
             context = shots + draw(rng.integers(3, 15))
             out += [(context, draw(1)), (context, draw(1)), (context, draw(3))]
     out += [([7], [8, 9]), (draw(5), draw(20)), (draw(90), draw(20)), (draw(3), draw(120))]
@@ -92,15 +95,15 @@ def test_loglikelihoods_are_those_of_each_sequence_alone(inference, model):
 def test_requests_that_begin_alike_are_read_together():
     pairs = requests()
     sequences = sorted({tuple(context) for context, _ in pairs})
-    found = families(sequences, [len(x) - 1 for x in sequences])
+    found = families(sequences, [len(x) - 1 for x in sequences], 7 * 35)
     assert sorted(i for family in found for i in family.members) == list(range(len(sequences)))
-    assert sorted(family.common for family in found) == [0, COMMON + 3, COMMON + 20]
+    assert sorted(family.common for family in found) == [0, 35, 52]
     for common, members in found:
         assert len({sequences[i][:common] for i in members}) == 1 and all(len(sequences[i]) > common for i in members)
-    few = [(1,) * COMMON + (i,) for i in range(MEMBERS - 1)]
-    assert families(few, [COMMON] * len(few)) == [Family(0, list(range(len(few))))]
-    assert families([*few, few[0]], [COMMON] * MEMBERS)[0].common == COMMON
-    assert families([*few, few[0]], [COMMON - 1] * MEMBERS)[0].common == 0 and families([], []) == []
+    few = [(*range(30), i) for i in range(5)]
+    assert families(few, [30] * 5, 120) == [Family(30, list(range(5)))]
+    assert families(few, [30, 30, 30, 29, 30], 120) == families(few, [30] * 5, 121) == [Family(0, list(range(5)))]
+    assert families([], [], 1) == []
     assert alike((1, 2, 3), (1, 2)) == 2 and alike((1, 2), (3, 2)) == 0
 
 
@@ -119,7 +122,8 @@ def test_responses_are_those_of_each_prompt_alone(inference, model):
     prompts = [context for context, _ in requests()][:22] + [[5, 6], list(range(3, 103))]
     free, found = {}, {}
     inference.responses(prompts, free.__setitem__, length=16)
-    strings = tuple(text[3:5] for text in itertools.islice(free.values(), 4))  # that will be met
+    pairs = (re.findall("[!-~]{2}", text)[-1:] for text in dict.fromkeys(free.values()))
+    strings = tuple(itertools.islice(itertools.chain(*pairs), 4))  # that will be met
     inference.responses(prompts, found.__setitem__, strings=strings, length=16)
     assert found.keys() == set(range(len(prompts)))
     for i, prompt in enumerate(prompts):

@@ -20,8 +20,6 @@ from alignjax.evals import stops
 from alignjax.models import transformer
 from alignjax.sharding import constrain
 
-COMMON = 32  # tokens that requests must have in common, and
-MEMBERS = 8  # requests that must share them, for them to be read by themselves
 CALL = 8  # prompts of a call for each slot: what an interruption loses, and how seldom slots wait for the last
 
 
@@ -57,7 +55,8 @@ class Inference:
             readings.setdefault(whole[:-1], []).append((i, len(whole) - len(targets), targets))
         sequences = list(readings)
         first_read = [min(first for _, first, _ in readings[x]) - 1 for x in sequences]
-        for family in families(sequences, first_read):
+        # Those that are read by themselves leave a microbatch half full at their end.
+        for family in families(sequences, first_read, self.tokens // 2):
             self.read_family(sequences, family, [readings[x] for x in sequences], done)
 
     def read_family(self, sequences, family: Family, asked, done) -> None:
@@ -95,7 +94,8 @@ class Inference:
         prompts = [tuple(prompt[-room:]) for prompt in prompts]
         settings = dict(samples=1, response_length=length, temperature=temperature, top_p=top_p, end=self.ends[0],
                         stops=self.stops(tuple(strings)))  # fmt: skip
-        for family in families(prompts, [len(prompt) - 1 for prompt in prompts]):
+        # Those that are answered by themselves leave slots empty at their end.
+        for family in families(prompts, [len(prompt) - 1 for prompt in prompts], self.slots * length):
             prefix = self.prefix(prompts[family.members[0]][: family.common])
             rest = [(len(prompts[i]) - family.common, i) for i in family.members]
             longest_first = [i for _, i in sorted(rest, key=lambda pair: -pair[0])]
@@ -150,16 +150,17 @@ def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
     return tuple(x.reshape(batch["labels"].shape) for x in found)
 
 
-def families(sequences: list[tuple], most: list[int]) -> list[Family]:
+def families(sequences: list[tuple], most: list[int], worth: int) -> list[Family]:
     """Sequences (tuples of tokens), each in a Family, whose common beginning is no longer than `most` of any member.
 
-    Neighbours in order belong together if what they share is half of the longer one.
+    Neighbours in order belong together if what they share is half of the longer one, and if that saves the reading of
+    `worth` tokens.
     """
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     alone, out, group, common = [], [], order[:1], 0
 
     def close():
-        if len(group) >= MEMBERS and common >= COMMON:
+        if common * (len(group) - 1) >= worth:
             out.append(Family(common, group))
         else:
             alone.extend(group)

@@ -41,13 +41,13 @@ def behind(text: str, number: dict[str, int], strings: list[str]) -> int:
 def words_of(tokenizer, vocab_size: int) -> list[str]:
     """The text of each token as it stands behind another, special tokens too; "" for ids that the tokenizer hasn't.
 
-    A token that holds part of a character has no text of its own (U+FFFD): a stop string is not found in it.
+    Of a token that holds part of a character no stop string may be found in that part: a null stands for it.
     """
     first = tokenizer("x", add_special_tokens=False)["input_ids"][:1]
     known = range(min(len(tokenizer), vocab_size))
     texts = tokenizer.batch_decode([[*first, i] for i in known], clean_up_tokenization_spaces=False)
     skip = len(tokenizer.decode(first))
-    return [text[skip:] for text in texts] + [""] * (vocab_size - len(known))
+    return [text[skip:].replace("\ufffd", "\0") for text in texts] + [""] * (vocab_size - len(known))
 
 
 def cut(text: str, strings: list[str]) -> str:
