@@ -24,7 +24,7 @@ def test_one_command_runs_the_chain_in_order(chain):
     for run in runs.iterdir():
         kept = {p.name for p in run.iterdir()}
         assert kept == {"config.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json", "tensorboard",
-                        "checkpoints", "tokenizer"}  # fmt: skip
+                        "checkpoints", "tokenizer"} | ({"evaluations.jsonl"} if run.name == "ppo-tiny" else set())  # fmt: skip
         assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(STEPS))
         assert list((run / "tensorboard").iterdir())
         assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [2, 4]
