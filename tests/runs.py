@@ -47,6 +47,13 @@ def with_parents(name, chain_runs: Path, runs: Path) -> Path:
     return runs
 
 
+def cut(run: Path, other: Path) -> None:
+    """Make a copy of a run as it was after its checkpoint of step 2."""
+    shutil.copytree(run, other)
+    shutil.rmtree(other / "checkpoints" / str(STEPS))
+    (other / "summary.json").unlink()
+
+
 def fails(capsys, *arguments) -> str:
     """The one line on standard error of a command that a mistake stops."""
     assert train.main(list(arguments)) == 2

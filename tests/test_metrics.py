@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -280,6 +281,43 @@ def test_steps_that_are_not_finite_are_kept_and_counted_over_the_whole_run(tmp_p
     ]
     assert [row["score"][0] for row in rows(tmp_path / "samples.jsonl")] == [0.5, None, 0.5, 0.5, None, None]
     assert "NaN" not in (tmp_path / "samples.jsonl").read_text() + (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_an_evaluation_is_a_row_that_a_resume_makes_again_and_no_steps_time(tmp_path):
+    """Its figures that are not finite are null; it is of the state before a step, whose seconds it leaves alone."""
+    said, given = [], []
+
+    def evaluate(state):
+        given.append(state)
+        time.sleep(0.2)
+        return {"score": math.nan, "kl": state / 2}, [{"prompt": "p", "score": [math.nan, 1.0]}]
+
+    def run(start, end):
+        written = metrics.Log(tmp_path, "run", start, 4, (), 0, said.append)
+        for i in range(start, end):
+            if i:
+                written.evaluate(i, evaluate, i)
+                assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == list(range(i))
+            written.write(i, {"loss": jnp.float32(i)}, nothing)
+            written.end_step(i, {"compilations": i})
+        written.close()
+
+    run(0, 4)
+    whole = (tmp_path / "evaluations.jsonl").read_bytes()
+    assert rows(tmp_path / "evaluations.jsonl") == [
+        {"step": i, "score": None, "kl": i / 2, "samples": [{"prompt": "p", "score": [None, 1.0]}]} for i in (1, 2, 3)
+    ]
+    assert said == [f"run: after {i} steps, on what is held out: score nan, kl {i / 2:.3g}" for i in (1, 2, 3)]
+    timing = rows(tmp_path / "timing.jsonl")
+    assert (
+        all(row["evaluation_seconds"] >= 0.2 > row["seconds"] for row in timing[1:])
+        and not (tmp_path / "skipped").exists()
+    )
+    assert b"eval/kl" in next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    run(2, 4)  # as after a checkpoint of two steps
+    assert (tmp_path / "evaluations.jsonl").read_bytes() == whole and given == [1, 2, 3, 2, 3]
+    metrics.Log(tmp_path, "run", 2, 4, ()).close()  # without any more of them
+    assert [row["step"] for row in rows(tmp_path / "evaluations.jsonl")] == [1]
 
 
 def test_a_table_lines_up():
