@@ -110,8 +110,8 @@ class PPO:
     cache_dtype: str = ""  # of keys and values in sampling; "" is model.dtype
     frozen_dtype: str = ""  # of the reference's and reward model's parameters; "" is float32
     frozen_memory: str = "device"  # where they are kept: device, host (pinned, fetched when they are used)
-    eval_every: int = 0  # steps between evaluations on what is held out, see evaluations.jsonl; 0 is only at the end
-    eval_prompts: int = 64  # of these evaluations: the first so many, in whole data.batch; and as many windows of text
+    eval_every: int = 0  # steps between evaluations on what is held out (evaluations.jsonl); 0 is only at the end
+    eval_prompts: int = 64  # the first ones, in whole batches of data.batch; and as many windows of held-out text
 
 
 @dataclass
