@@ -110,6 +110,8 @@ class PPO:
     cache_dtype: str = ""  # of keys and values in sampling; "" is model.dtype
     frozen_dtype: str = ""  # of the reference's and reward model's parameters; "" is float32
     frozen_memory: str = "device"  # where they are kept: device, host (pinned, fetched when they are used)
+    eval_every: int = 0  # steps between evaluations on what is held out (evaluations.jsonl); 0 is only at the end
+    eval_prompts: int = 64  # the first ones, in whole batches of data.batch; and as many windows of held-out text
 
 
 @dataclass
@@ -165,7 +167,7 @@ AT_LEAST_ONE = (
     "microbatch_tokens", "checkpoint_every", "keep_checkpoints", "sample_every",
     "model.vocab_size", "model.d_model", "model.layers", "model.heads", "model.kv_heads", "model.head_size", "model.d_ff",
     "model.max_length", "data.batch", "data.max_length",
-    "ppo.samples_per_prompt", "ppo.response_length", "ppo.epochs", "ppo.minibatches",
+    "ppo.samples_per_prompt", "ppo.response_length", "ppo.epochs", "ppo.minibatches", "ppo.eval_prompts",
 )  # fmt: skip
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

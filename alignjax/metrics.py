@@ -1,4 +1,4 @@
-"""What a run writes and shows: metrics.jsonl, samples.jsonl, timing.jsonl, TensorBoard, the bar, and the last table."""
+"""What a run writes and shows: JSON lines (metrics, samples, evaluations, timing), TensorBoard, the bar, the last table."""
 
 import contextlib
 import json
@@ -59,6 +59,8 @@ class Log:
             path = workdir / f"{kind}.jsonl"
             truncate(path, start)
             self.files[kind] = path.open("a", encoding="utf-8")
+        self.evaluations = workdir / "evaluations.jsonl"  # not every run has one
+        truncate(self.evaluations, start)
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Without the thread of a SummaryWriter: an error would end it, and leave the run waiting for it.
         self.board, self.flushed = EventsWriter(str(workdir / "tensorboard" / "events")), 0.0
@@ -80,9 +82,30 @@ class Log:
     def end_step(self, step: int, costs: dict) -> None:
         """Take what else timing.jsonl is to say of a step, its save included."""
         if self.main:
-            self.costs[step] = costs
+            self.costs[step] = self.costs.get(step, {}) | costs
             if self.writing is None:  # as after a flush: nobody else holds the files
                 self.put_timing()
+
+    def evaluate(self, step: int, evaluate, state) -> None:
+        """Write what evaluate(state) -> (figures, samples) says of the state before a step, that is after so many steps:
+        what metrics.jsonl says of a step's responses is of the same policy.
+
+        A figure that is not finite is null. The seconds that it takes are no step's.
+        """
+        self.flush()
+        begun = time.perf_counter()
+        figures, samples = evaluate(state)
+        seconds = time.perf_counter() - begun
+        self.last_time += seconds
+        if not self.main:
+            return
+        self.costs[step] = {"evaluation_seconds": round(seconds, 4)}
+        if "evaluations" not in self.files:
+            self.files["evaluations"] = self.evaluations.open("a", encoding="utf-8")
+        self.line("evaluations", {"step": step, **figures, "samples": samples})
+        self.chart(step, {f"eval/{name}": x for name, x in figures.items() if math.isfinite(x)})
+        found = ", ".join(f"{name} {x:.3g}" for name, x in figures.items())
+        self.say(f"{self.name}: after {step} steps, on what is held out: {found}")
 
     def flush(self) -> None:
         """Wait until what is pending is written. Raises UserError where that is a step too many that is not finite."""

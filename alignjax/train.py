@@ -164,7 +164,7 @@ def origin(spec: str) -> str | None:
 def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None:
     """See that a work directory is free, or holds this run: nothing is overwritten. Another mesh may resume a run."""
     if (workdir / "config.json").exists():
-        free = ("mesh.", "keep_checkpoints", "max_skipped", *ignore)
+        free = ("mesh.", "keep_checkpoints", "max_skipped", "ppo.eval_", *ignore)
         differs = configs.difference(config, roles.stored(workdir), free)
         if differs:
             raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
@@ -235,6 +235,9 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
         with contextlib.closing(log):
             phases.begin(first, stage.steps)
             for i in range(first, stage.steps):
+                if stage.watch and i and i % config.ppo.eval_every == 0:
+                    log.evaluate(i, stage.watch, state)
+                    phases.mark("evaluation")
                 state, figures, late, batch = stage.step(state, i)
                 log.write(i, figures, late, batch)
                 last, stop = i + 1 == stage.steps, signals.anywhere()

@@ -5,7 +5,7 @@ python -m alignjax.train --config arithmetic.py   from a model on the Hugging Fa
 Each line of data/sums.jsonl has a prompt, as text or messages, and its answer, a number, alone or behind "####" as in GSM8K:
 {"prompt": "Tom has 3 apples and buys 4. How many has he? End with the number.", "answer": "7"}. Run it from the directory
 that holds configs/, where `ppo.reward_fn` is looked for. A tenth of the prompts is held out. No result is claimed: it
-depends on your model and data; watch objective/scores, the share of right answers.
+depends on your model and data; watch objective/scores, the share of right answers, and eval/score, that on held-out prompts.
 """
 
 import re
@@ -24,7 +24,8 @@ def config(variant: str) -> Config:
     c.optimiser, c.value_optimiser = Optimiser(learning_rate=1e-6), Optimiser(learning_rate=5e-6)
     c.data = Data("prompts", "data/sums.jsonl", "data/sums.jsonl", batch=64, max_length=512, heldout_share=0.1)
     c.ppo = PPO(reward_fn="configs.arithmetic:reward", samples_per_prompt=4, response_length=512, top_p=1.0, minibatches=4,
-                normalise_scores="none", truncated_score=0.0, value_warmup_steps=20, pretrain_heldout="")  # fmt: skip
+                normalise_scores="none", truncated_score=0.0, value_warmup_steps=20, pretrain_heldout="",
+                eval_every=20)  # fmt: skip
     if variant == "tiny":
         c.name, c.steps, c.checkpoint_every, c.sample_every, c.microbatch_tokens = "arithmetic-tiny", 4, 2, 2, 4096
         c.parents = dict.fromkeys(c.parents, "sft.py:tiny")

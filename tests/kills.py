@@ -22,16 +22,19 @@ if __name__ == "__main__":  # an attempt is tracing, for the most part: one devi
 import conftest  # noqa: E402, F401
 from runs import command  # noqa: E402
 
-from alignjax import profile, train  # noqa: E402
+from alignjax import metrics, profile, train  # noqa: E402
 
 STEPS = 12
-KINDS = ("start", "rollout", "update", "save")  # what is aimed at; others, between these, are hit too
-BEGUN = {"data": "rollout", "rollout": "score", "score": "update", "update": "step", "other": "save", "save": "step"}
+KINDS = ("start", "rollout", "update", "save", "evaluation")  # what is aimed at; others, between these, are hit too
+BEGUN = {"data": "rollout", "rollout": "score", "score": "update", "update": "step", "other": "save", "save": "step",
+         "due": "evaluation", "evaluation": "step"}  # fmt: skip
 KILLS, HITS = 10, 2  # of each of two runs: all in all, and in each of KINDS
 
 
 def run(runs: Path, workdir: Path, mark=lambda name: None) -> int:
-    profile.Phases.mark = lambda self, name, *arrays: mark(name)  # which ends a phase
+    evaluate = metrics.Log.evaluate
+    profile.Phases.mark = lambda self, name, *arrays: self.name and mark(name)  # which ends a phase of the loop
+    metrics.Log.evaluate = lambda self, *what: (mark("due"), evaluate(self, *what))
     more = f"--config.steps={STEPS}", "--config.checkpoint_every=1", "--workdir", str(workdir)
     return train.main(command("ppo-tiny", runs, *more))
 
@@ -78,7 +81,9 @@ def attempt(runs: Path, workdir: Path, log: Path, kind: str, rng: random.Random)
     assert status == -signal.SIGKILL or (heard and status == 0), f"{status} in {phase}: {log.read_text()}"
     if status == 0:
         return None
-    return "save" if half_written(workdir) - before else "step" if phase == "save" else phase
+    if phase != "evaluation" and half_written(workdir) - before:  # an evaluation has the save before it beside it
+        return "save"
+    return "step" if phase == "save" else phase
 
 
 def chain(runs: Path, name: str) -> int:

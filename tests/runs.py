@@ -19,8 +19,10 @@ def command(name, runs, *more):
 
 
 def files_of(run: Path, steps: int = STEPS) -> dict:
-    """What must repeat to the bit: metrics, samples, summary (less its seconds), every array of the last checkpoint."""
-    out = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "config.json")}
+    """What must repeat to the bit: metrics, samples, evaluations if there are any, summary (less its seconds), every array
+    of the last checkpoint."""
+    names = ["metrics.jsonl", "samples.jsonl", "config.json", *(path.name for path in run.glob("evaluations.jsonl"))]
+    out = {name: (run / name).read_bytes() for name in names}
     out["summary"] = {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if "seconds" not in k}
     checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)
     assert checkpoints.latest() == steps
@@ -43,6 +45,13 @@ def with_parents(name, chain_runs: Path, runs: Path) -> Path:
     for parent in PARENTS[name]:
         shutil.copytree(chain_runs / parent, runs / parent)
     return runs
+
+
+def cut(run: Path, other: Path) -> None:
+    """Make a copy of a run as it was after its checkpoint of step 2."""
+    shutil.copytree(run, other)
+    shutil.rmtree(other / "checkpoints" / str(STEPS))
+    (other / "summary.json").unlink()
 
 
 def fails(capsys, *arguments) -> str:

@@ -79,7 +79,7 @@ def test_counts_are_every_whole_number_of_which_0_would_be_none():
     """The others mean something at 0 or below it: all of them, none yet, the rest of the devices."""
     whole = {key for key, value in configs.flatten(Config()) if type(value) is int}
     assert whole - set(configs.AT_LEAST_ONE) == {
-        "seed", "steps", "max_skipped", "data.examples", "ppo.slots", "ppo.rollout_tensor", "ppo.value_warmup_steps",
+        "seed", "steps", "max_skipped", "data.examples", "ppo.slots", "ppo.rollout_tensor", "ppo.value_warmup_steps", "ppo.eval_every",
             "optimiser.warmup_steps",
         "value_optimiser.warmup_steps", "model.rope_original_length", "mesh.data", "mesh.fsdp", "mesh.tensor",
     }  # fmt: skip

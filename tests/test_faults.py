@@ -55,14 +55,15 @@ def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path,
 
 
 def test_twenty_kills_at_random_moments_change_nothing(chain, tmp_path):
-    """See kills.py. What was killed is said in its result: at the start, in rollouts, updates and saves, and elsewhere."""
+    """See kills.py. What was killed is said in its result: at the start, in rollouts, updates, saves and evaluations, and
+    elsewhere."""
     with_parents("ppo-tiny", chain[0], tmp_path)
     asked = [sys.executable, "tests/kills.py", str(tmp_path)]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     hits = sum((collections.Counter(chain["hits"]) for chain in found), collections.Counter())
-    assert hits.total() >= 20 and all(hits[kind] >= 4 for kind in ("start", "rollout", "update", "save")), hits
+    assert hits.total() >= 20 and all(hits[kind] >= 4 for kind in kills.KINDS), hits
     print(dict(hits))
     whole = files_of(tmp_path / "whole", kills.STEPS)
     for run in (tmp_path / name for chain in found for name in chain["ended"]):

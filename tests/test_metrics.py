@@ -282,6 +282,47 @@ def test_steps_that_are_not_finite_are_kept_and_counted_over_the_whole_run(tmp_p
     assert "NaN" not in (tmp_path / "samples.jsonl").read_text() + (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_an_evaluation_is_a_row_that_a_resume_makes_again_and_no_steps_time(tmp_path, monkeypatch):
+    """Its figures that are not finite are null; it is of the state before a step, whose seconds it leaves alone."""
+    said, given, now = [], [], [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    def evaluate(state):
+        given.append(state)
+        now[0] += 5.0
+        return {"score": math.nan, "kl": state / 2}, [{"prompt": "p", "score": [math.nan, 1.0]}]
+
+    def run(start, end):
+        written = metrics.Log(tmp_path, "run", start, 4, (), 0, said.append)
+        for i in range(start, end):
+            if i:
+                written.evaluate(i, evaluate, i)
+                assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == list(range(i))
+            now[0] += 1.0
+            written.write(i, {"loss": jnp.float32(i)}, nothing)
+            written.ready.result()
+            written.end_step(i, {"compilations": i})
+        written.flush()
+        written.close()
+
+    run(0, 4)
+    whole = (tmp_path / "evaluations.jsonl").read_bytes()
+    assert rows(tmp_path / "evaluations.jsonl") == [
+        {"step": i, "score": None, "kl": i / 2, "samples": [{"prompt": "p", "score": [None, 1.0]}]} for i in (1, 2, 3)
+    ]
+    assert said == [f"run: after {i} steps, on what is held out: score nan, kl {i / 2:.3g}" for i in (1, 2, 3)]
+    costs = [{k: v for k, v in row.items() if k != "step"} for row in rows(tmp_path / "timing.jsonl")]
+    assert costs == [{"seconds": 1.0, "compilations": 0}] + [
+        {"seconds": 1.0, "evaluation_seconds": 5.0, "compilations": i} for i in (1, 2, 3)
+    ]
+    assert not (tmp_path / "skipped").exists()
+    assert b"eval/kl" in next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    run(2, 4)  # as after a checkpoint of two steps
+    assert (tmp_path / "evaluations.jsonl").read_bytes() == whole and given == [1, 2, 3, 2, 3]
+    metrics.Log(tmp_path, "run", 2, 4, ()).close()  # without any more of them
+    assert [row["step"] for row in rows(tmp_path / "evaluations.jsonl")] == [1]
+
+
 def test_a_table_lines_up():
     lines = metrics.table("a run", [("one", "1"), ("twenty", "20 %")]).splitlines()
     assert lines == ["a run", "------------", "one     1", "twenty  20 %", "------------"]

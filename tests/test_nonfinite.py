@@ -172,9 +172,9 @@ CALLS = []
 
 
 def reward(prompts, responses, **columns):
-    """1 for each response, but NaN for one of them in the third step."""
+    """1 for each response, but NaN for one of them in the third step and in the evaluation before it."""
     CALLS.append(len(responses))
-    return [NAN if len(CALLS) == 3 and i == 5 else 1.0 for i in range(len(responses))]
+    return [NAN if len(CALLS) in (3, 4) and i == 5 else 1.0 for i in range(len(responses))]
 
 
 def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
@@ -201,6 +201,9 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     assert bits(before) == bits(saved(run, 3))  # both models, and the statistics
     (sample,) = (row["score"] for row in strict(run / "samples.jsonl")[4:] if None in row["score"])
     assert sample[1] is None and sample[0] > 0
+    (row,) = strict(run / "evaluations.jsonl")  # null there, and no step that counts as skipped
+    assert row["score"] is None and row["samples"][2]["score"][1] is None and row["kl"] >= 0
+    assert [path.name for path in (run / "skipped").iterdir()] == ["2.npz"]
 
     config, kept = configs.load("ppo.py:tiny"), dict(np.load(run / "skipped" / "2.npz"))
     number, rows = next(ppo.minibatches(config, 2))

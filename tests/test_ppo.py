@@ -15,6 +15,7 @@ from alignjax import config as configs
 from alignjax import logprobs, roles, sharding, update
 from alignjax.advantages import RunningStats
 from alignjax.config import UserError
+from alignjax.data import encoding
 from alignjax.models import transformer
 from alignjax.profile import Compilations
 from alignjax.stages import experience as experience_module
@@ -487,10 +488,10 @@ def test_the_self_check_stops_where_a_rows_sequences_see_each_other(monkeypatch)
 def test_prompts_are_cut_to_the_longest_of_their_batch():
     """To one of few widths; what is cut off are pads."""
     rows = {"prompts": np.arange(1, 41)[None].repeat(2, 0), "lengths": np.array([3, 9]), "index": np.arange(2)}
-    narrow = ppo.narrowed(rows)
+    narrow = encoding.narrowed(rows)
     assert narrow["prompts"].tolist() == [list(range(25, 41))] * 2  # of 8, 16, 24 and 40 the first that holds 9
     assert equal({k: v for k, v in narrow.items() if k != "prompts"}, {k: v for k, v in rows.items() if k != "prompts"})
-    assert ppo.narrowed(rows | {"lengths": np.array([40, 1])})["prompts"].shape == (2, 40)
+    assert encoding.narrowed(rows | {"lengths": np.array([40, 1])})["prompts"].shape == (2, 40)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from runs import PARENTS, STEPS, command, fails, files_of, rows, with_parents
+from runs import PARENTS, STEPS, command, cut, fails, files_of, rows, with_parents
 
 from alignjax import checkpoint, logprobs, roles, sharding, train
 from alignjax import config as configs
@@ -24,7 +24,7 @@ def test_one_command_runs_the_chain_in_order(chain):
     for run in runs.iterdir():
         kept = {p.name for p in run.iterdir()}
         assert kept == {"config.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json", "tensorboard",
-                        "checkpoints", "tokenizer"}  # fmt: skip
+                        "checkpoints", "tokenizer"} | ({"evaluations.jsonl"} if run.name == "ppo-tiny" else set())  # fmt: skip
         assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(STEPS))
         assert list((run / "tensorboard").iterdir())
         assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [2, 4]
@@ -78,14 +78,58 @@ def test_a_profiled_run_gives_the_same_result_with_phases_and_a_trace(chain, tmp
     assert not (chain[0] / "lm-tiny" / "profile").exists()
 
 
-def test_ppo_with_frozen_parameters_in_the_hosts_memory_is_the_same_run(chain, tmp_path):
-    """To the bit, the evaluation of the reference included; profiled on the way, which names its phases."""
+def test_ppo_with_frozen_parameters_in_the_hosts_memory_and_no_evaluation_on_the_way_is_the_same_run(chain, tmp_path):
+    """To the bit, the evaluation of the reference included."""
     runs = with_parents("ppo-tiny", chain[0], tmp_path)
-    assert train.main(command("ppo-tiny", runs, "--config.ppo.frozen_memory=host", "--profile")) == 0
+    asked = "--config.ppo.frozen_memory=host", "--config.ppo.eval_every=0"
+    assert train.main(command("ppo-tiny", runs, *asked)) == 0
     mine, theirs = files_of(runs / "ppo-tiny"), files_of(chain[0] / "ppo-tiny")
-    assert mine.pop("config.json") != theirs.pop("config.json") and mine == theirs
-    for row in rows(runs / "ppo-tiny" / "timing.jsonl"):
-        assert {"phases/data", "phases/rollout", "phases/score", "phases/update", "phases/other"} <= set(row)
+    assert mine.pop("config.json") != theirs.pop("config.json")
+    assert theirs.pop("evaluations.jsonl") and mine == theirs
+
+
+def test_an_evaluation_has_its_row_its_curves_and_its_line(chain):
+    runs, printed = chain
+    (row,) = rows(runs / "ppo-tiny" / "evaluations.jsonl")
+    figures = {"score", "true_score", "kl", "length", "truncated", "entropy"}
+    assert set(row) == figures | {"step", "prompts", "pretrain_loss", "samples"}
+    assert (row["step"], row["prompts"], len(row["samples"])) == (2, 8, 4)  # none before step 0, none at the end
+    assert all(set(entry) == figures | {"prompt", "responses"} for entry in row["samples"])
+    (board,) = (runs / "ppo-tiny" / "tensorboard").iterdir()
+    assert all(f"eval/{name}".encode() in board.read_bytes() for name in figures | {"pretrain_loss"})
+    assert sum(line.startswith("ppo-tiny: after 2 steps, on what is held out: prompts 8, ") for line in printed) == 1
+
+
+def test_a_resume_may_evaluate_otherwise_and_an_evaluation_gives_the_figures_of_the_end(chain, tmp_path, monkeypatch):
+    """From step 2 on after every step, all prompts: the rest of the run is the same to the bit. It names its phases."""
+    runs, loop, found = with_parents("ppo-tiny", chain[0], tmp_path), train.train, []
+    run = runs / "ppo-tiny"
+    cut(chain[0] / "ppo-tiny", run)
+
+    def watched(config, workdir, stage, *more):
+        state = loop(config, workdir, stage, *more)
+        found.append(stage.watch(state))
+        return state
+
+    monkeypatch.setattr(train, "train", watched)
+    monkeypatch.setattr(train.Phases, "trace", lambda *_: None)  # which takes longer than all the rest
+    assert (
+        train.main(command("ppo-tiny", runs, "--config.ppo.eval_every=1", "--config.ppo.eval_prompts=999", "--profile"))
+        == 0
+    )
+    mine, theirs = files_of(run), files_of(chain[0] / "ppo-tiny")
+    assert mine.pop("evaluations.jsonl") != theirs.pop("evaluations.jsonl") and mine == theirs
+    (figures, entries), summary = found[0], mine["summary"]
+    count = figures.pop("prompts")
+    assert [(row["step"], row["prompts"]) for row in rows(run / "evaluations.jsonl")] == [(2, count), (3, count)]
+    assert count > 16 and len(entries) == 4
+    assert {f"{name}/after": x for name, x in figures.items()} == {
+        k: v for k, v in summary.items() if k.endswith("/after")
+    }
+    *_, third, fourth = timing = rows(run / "timing.jsonl")
+    assert ["evaluation_seconds" in row for row in timing] == [False, False, True, True]
+    phases = {f"phases/{name}" for name in ("evaluation", "data", "rollout", "score", "update", "other")}
+    assert phases <= set(third) and phases <= set(fourth)
 
 
 def batches_of(name, runs):

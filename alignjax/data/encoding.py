@@ -6,7 +6,7 @@ Letters: n examples, t tokens.
 import numpy as np
 
 from alignjax.config import UserError
-from alignjax.data import chat, shares
+from alignjax.data import chat, packing, shares
 
 CHUNK = 4096  # rows that are tokenised at a time: lists of ids take many times the memory of arrays
 
@@ -128,6 +128,12 @@ def encode_prompts(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]
     kept, dropped = fitting([len(ids) for (ids,) in encoded], length, "prompts")
     ids, index = [encoded[i][0] for i in kept], kept.astype(np.int32)
     return {"prompts": Ragged(ids, length, left=True), "lengths": lengths_of(ids), "index": index}, dropped
+
+
+def narrowed(rows: dict) -> dict:
+    """A batch of prompts, prompts[b p] as wide as the longest asks (of the widths of `packing`)."""
+    width = packing.width_of(rows["lengths"].max(), rows["prompts"].shape[1])
+    return rows | {"prompts": rows["prompts"][:, -width:]}
 
 
 ENCODERS = {"text": encode_text, "conversations": encode_conversations, "comparisons": encode_comparisons,

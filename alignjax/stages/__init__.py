@@ -33,6 +33,8 @@ class Stage(NamedTuple):
     evaluate: Callable  # state -> {figure: number} for summary.json
     table: Callable  # figures -> [(words, text)], the run's result at a glance
     shown: tuple[str, ...]  # metrics on the progress bar
+    # state -> ({figure: number}, rows of samples) for evaluations.jsonl, every ppo.eval_every steps; it changes nothing
+    watch: Callable | None = None
 
 
 def nothing_late():

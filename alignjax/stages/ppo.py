@@ -15,15 +15,15 @@ import optax
 from alignjax import logprobs, losses, roles, rollout, sharding, update
 from alignjax.advantages import RunningStats
 from alignjax.config import Config
-from alignjax.data import chat, encoding, mixture, packing, toy
+from alignjax.data import chat, encoding, mixture
 from alignjax.models import transformer
 from alignjax.profile import Phases
 from alignjax.rollout import Rollout
-from alignjax.stages import Stage, lm, rewards
+from alignjax.stages import Stage, heldout, lm, rewards
 from alignjax.stages.experience import Experience, Reading, kept, learnt, make_experience, microbatches, read
 
 UNTIMED = Phases()
-SAMPLES = 4  # prompts in an entry of samples.jsonl
+SAMPLES = 4  # prompts in an entry of samples.jsonl, and of evaluations.jsonl
 HEADS = {"policy": "lm", "value": "scalar"}  # of the roles that are trained
 CHECKED = 8  # responses that the check of step 0 scores once more, each alone
 
@@ -213,72 +213,12 @@ def averaged(logs: list[dict]) -> dict:
     return {k: sum(log[k] for log in logs if k in log) / sum(k in log for log in logs) for k in names}
 
 
-def texts_of(tokenizer, sampled: Rollout) -> list[str]:
-    """The responses [b*n] as text, without their end tokens."""
-    tokens, lengths = sharding.on_host(sampled.tokens), sharding.on_host(sampled.lengths)
-    r = sampled.logprobs.shape[1]
-    return [chat.decode_response(tokenizer, row[-r:][:length]) for row, length in zip(tokens, lengths, strict=True)]
-
-
 def judged(config: Config, reward: rewards.Reward, tokenizer, rows: list[dict], index, sampled: Rollout):
     """[b*n]: what the readers of text say of the responses to the prompts rows[index[b]]; None if there are none."""
     if not reward.judges:
         return None
     mine = [rows[i] for i in np.repeat(index, config.ppo.samples_per_prompt)]
-    return reward.judged(mine, texts_of(tokenizer, sampled))
-
-
-def describe(config: Config, tokenizer, rows: list[dict], index, sampled, said) -> list[dict]:
-    """Each prompt with its responses as text and their figures; the true score where the world has one."""
-    figures = {k: sharding.on_host(v).tolist() for k, v in said.items()}
-    n, texts, out = config.ppo.samples_per_prompt, texts_of(tokenizer, sampled), []
-    for i, number in enumerate(index):
-        prompt, mine = rows[number]["prompt"][-1]["content"], slice(i * n, (i + 1) * n)
-        out.append({"prompt": prompt, "responses": texts[mine], **{k: v[mine] for k, v in figures.items()}})
-        if config.data.train.startswith("toy/"):
-            out[-1]["true_score"] = [toy.true_score(prompt, text) for text in texts[mine]]
-    return out
-
-
-def mean(entries: list[dict], name: str) -> float:
-    return float(np.mean([entry[name] for entry in entries]))
-
-
-def narrowed(rows: dict) -> dict:
-    """A batch of prompts, prompts[b p] as wide as the longest asks (of the widths of `packing`)."""
-    width = packing.width_of(rows["lengths"].max(), rows["prompts"].shape[1])
-    return rows | {"prompts": rows["prompts"][:, -width:]}
-
-
-def evaluate(
-    config: Config, programs: Programs, reward, tokenizer, mesh, params: dict, stats, rows, arrays, text
-) -> dict:
-    """Figures of params["policy"] on held-out prompts, sampled as in training, and on held-out text if there is any."""
-    entries, n, size = [], len(arrays["index"]), config.data.batch
-    for first in range(0, n, size):
-        batch = narrowed({name: x[np.arange(first, first + size) % n] for name, x in arrays.items()})
-        sampled = sample(config, programs, params["policy"], batch, config.steps, mesh)
-        lengths = np.repeat(batch["lengths"], config.ppo.samples_per_prompt)
-        texts = judged(config, reward, tokenizer, rows, batch["index"], sampled)
-        said = score(config, programs, params, stats, sampled, lengths, mesh, texts)[3]
-        entries += describe(config, tokenizer, rows, batch["index"], sampled, said)[: n - first]
-    figures = {name: mean(entries, name) for name in entries[0] if name not in ("prompt", "responses")}
-    figures["entropy"] /= figures["length"]
-    if text is not None:
-        figures["pretrain_loss"] = lm.heldout_loss(programs.text_loss, params["policy"], text, size,
-                                                   config.microbatch_tokens, mesh)  # fmt: skip
-    return figures
-
-
-def table(figures: dict) -> list[tuple[str, str]]:
-    words = {"true_score": "true score (best 1)", "score": "reward model's score", "kl": "KL to the reference, nats",
-             "length": "response length, tokens", "truncated": "share cut off", "entropy": "entropy, nats a token",
-             "pretrain_loss": "loss on pretraining text, nats"}  # fmt: skip
-    lines = [(text, f"{figures[f'{name}/before']:8.3f} -> {figures[f'{name}/after']:.3f}")
-             for name, text in words.items() if f"{name}/before" in figures]  # fmt: skip
-    if "gap_closed" in figures:
-        lines.insert(1, ("gap from SFT to the best, closed", f"{100 * figures['gap_closed']:8.0f} %"))
-    return lines
+    return reward.judged(mine, heldout.texts_of(tokenizer, sampled))
 
 
 def pretraining(config: Config, mesh, tokenizer, say):
@@ -288,16 +228,16 @@ def pretraining(config: Config, mesh, tokenizer, say):
     if not p.pretrain_coef and not p.pretrain_heldout:
         return lambda number: [], lambda number: {}, None
     found = mixture.sets(config, "text", p.pretrain_data if p.pretrain_coef else "", p.pretrain_heldout, say)
-    length, heldout, text, rows = data.max_length + p.response_length, None, lambda number: [], lambda number: {}
+    length, held_out, text, rows = data.max_length + p.response_length, None, lambda number: [], lambda number: {}
     if p.pretrain_heldout:
-        heldout = encoding.encode(sum(found.heldout.values(), []), "text", length, tokenizer, say)
+        held_out = encoding.encode(sum(found.heldout.values(), []), "text", length, tokenizer, say)
     if p.pretrain_coef:
         volume = int(p.pretrain_ratio * (data.batch * p.samples_per_prompt // p.minibatches))
         batches = mixture.batches(config, found, "text", length, volume, tokenizer, say)
         cut = lambda i: lm.microbatches(batches.get(i), config.microbatch_tokens, sharding.shards(mesh))
         ahead = mixture.Ahead(cut)
         text, rows = lambda number: [sharding.shard_batch(x, mesh) for x in ahead.get(number)], batches.get
-    return text, rows, heldout
+    return text, rows, held_out
 
 
 def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
@@ -306,8 +246,8 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     rows = {"train": sum(found.train, []), "heldout": sum(found.heldout.values(), [])}
     held_out = encoding.encode(rows["heldout"], "prompts", data.max_length, tokenizer, say)
     batches = mixture.batches(config, found, "prompts", data.max_length, data.batch, tokenizer, say)
-    ahead = mixture.Ahead(lambda i: narrowed(batches.get(i)))
-    text, text_rows, heldout_text = pretraining(config, mesh, tokenizer, say)
+    ahead = mixture.Ahead(lambda i: encoding.narrowed(batches.get(i)))
+    text, text_rows, held_out_text = pretraining(config, mesh, tokenizer, say)
 
     optimisers, inits, shapes, policy_updates = trained(config, mesh)
     rate = jax.jit(update.learning_rate(config.optimiser, policy_updates))
@@ -322,24 +262,28 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
                  for role, head in HEADS.items()}  # fmt: skip
         return state | {"stats": jax.device_put(RunningStats.zero(), sharding.replicated(mesh))}
 
+    def respond(split, params, stats, batch, i, phases=UNTIMED):
+        sampled = sample(config, programs, params["policy"], batch, i, mesh, phases)
+        texts = judged(config, reward, tokenizer, rows[split], batch["index"], sampled)
+        lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
+        return sampled, texts, score(config, programs, params, stats, sampled, lengths, mesh, texts)
+
     def step(state, i):
         params = {role: state[role].params for role in HEADS} | frozen
         batch = ahead.get(i)
-        sampled = sample(config, programs, params["policy"], batch, i, mesh, phases)
-        lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
-        said_of_texts = judged(config, reward, tokenizer, rows["train"], batch["index"], sampled)
-        experience, stats, metrics, said, first, cut = score(config, programs, params, state["stats"], sampled, lengths,
-                                                             mesh, said_of_texts)  # fmt: skip
+        sampled, texts, scored = respond("train", params, state["stats"], batch, i, phases)
+        experience, stats, metrics, said, first, cut = scored
         phases.mark("score", experience)
         if i == 0:
-            self_check(config, programs, reward.model, params, experience, said, first[0], said_of_texts)
+            self_check(config, programs, reward.model, params, experience, said, first[0], texts)
         state, more = learn(config, programs, rate, {**state, "stats": stats}, experience, i, first, cut, text)
         phases.mark("update", state)
         metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
 
         def late():
-            entries = describe(config, tokenizer, rows["train"], batch["index"], sampled, said)
-            scores = {"objective/true_score": mean(entries, "true_score")} if "true_score" in entries[0] else {}
+            entries = heldout.describe(config, tokenizer, rows["train"], batch["index"], sampled, said)
+            found = heldout.means(entries)
+            scores = {"objective/true_score": found["true_score"]} if "true_score" in found else {}
             return scores, entries[:SAMPLES] if i % config.sample_every == 0 else []
 
         def examples():
@@ -349,17 +293,28 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
 
         return state, metrics, late, examples
 
+    def evaluate(policy, state, limit=None):
+        params = {"policy": policy, "value": state["value"].params, **frozen}
+
+        def answer(batch):
+            sampled, _, scored = respond("heldout", params, state["stats"], batch, config.steps)
+            return heldout.describe(config, tokenizer, rows["heldout"], batch["index"], sampled, scored[3])
+
+        loss = lambda text: lm.heldout_loss(
+            programs.text_loss, policy, text, data.batch, config.microbatch_tokens, mesh
+        )
+        return heldout.evaluate(answer, loss, held_out, held_out_text, data.batch, limit)
+
+    def watch(state):
+        found, entries = evaluate(state["policy"].params, state, p.eval_prompts)
+        return {"prompts": len(entries), **found}, entries[:SAMPLES]
+
     def figures(state):
         out = {"policy_updates": int(state["policy"].updates), "value_updates": int(state["value"].updates)}
         for name, policy in (("before", roles.fetched(frozen["reference"])), ("after", state["policy"].params)):
-            params = {"policy": policy, "value": state["value"].params, **frozen}
-            found = evaluate(config, programs, reward, tokenizer, mesh, params, state["stats"], rows["heldout"], held_out,
-                             heldout_text)  # fmt: skip
-            out |= {f"{k}/{name}": v for k, v in found.items()}
-        if "true_score/after" in out:
-            before, after = out["true_score/before"], out["true_score/after"]
-            out["gap_closed"] = (after - before) / (1 - before)
-        return out
+            out |= {f"{k}/{name}": v for k, v in evaluate(policy, state)[0].items()}
+        return out | heldout.gap_closed(out)
 
     shown = "objective/scores", "objective/kl"
-    return Stage(config.steps, shapes, start, step, lambda state: state, figures, table, shown)
+    return Stage(config.steps, shapes, start, step, lambda state: state, figures, heldout.table, shown,
+                 watch if p.eval_every else None)  # fmt: skip

@@ -37,5 +37,5 @@ def config(variant: str) -> Config:
         c.optimiser.learning_rate, c.value_optimiser.learning_rate = 1e-4, 3e-4
         c.data = Data("prompts", SET, SET, batch=16, max_length=128)
         c.ppo = PPO(response_length=48, minibatches=2, value_warmup_steps=6, pretrain_data=SET, pretrain_heldout=SET,
-                    pretrain_coef=0.1, pretrain_ratio=0.5)  # fmt: skip
+                    pretrain_coef=0.1, pretrain_ratio=0.5, eval_every=5, eval_prompts=16)  # fmt: skip
     return c

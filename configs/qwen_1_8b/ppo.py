@@ -33,4 +33,5 @@ def config(variant: str) -> Config:
     c.ppo.pretrain_data = c.ppo.pretrain_heldout = "data/text.jsonl"
     c.ppo.pretrain_ratio = 8.0  # (i); the report: "significantly larger" than the volume of PPO data
     c.ppo.pretrain_coef = 0.5  # not stated; ours
+    c.ppo.eval_every, c.ppo.eval_prompts = 50, 256  # ours: one rollout and its scoring in 50 steps
     return c
