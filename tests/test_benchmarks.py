@@ -176,7 +176,7 @@ def figures(results) -> dict:
     """(benchmark, setting) -> the headline figure."""
     out = {}
     for name, benchmark in BENCHMARKS.items():
-        for setting, (metric, kind) in benchmark.headline.items():
+        for setting, (metric, kind, _) in benchmark.headline.items():
             shots = benchmark.shots if setting == "few" else 0
             out[name, setting] = results["groups"][f"{name}-{shots}shot"][f"{metric},{kind}"]
     return out

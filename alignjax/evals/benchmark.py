@@ -26,6 +26,7 @@ class Headline(NamedTuple):
 
     metric: str
     filter: str
+    share: bool = True  # a share of the documents, each right or wrong; else a mean of what lies between
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,13 @@ class Benchmark:
             "group": f"{self.name}-{self.shots if setting == 'few' else 0}shot",
             "task": [self.task(setting, subject, folder) for subject in dict.fromkeys(subjects) or self.subjects],
             "aggregate_metric_list": [
-                {"metric": metric, "filter_list": [name], "weight_by_size": self.weight_by_size, "aggregation": "mean"}
-                for metric, name in figures
+                {
+                    "metric": x.metric,
+                    "filter_list": [x.filter],
+                    "weight_by_size": self.weight_by_size,
+                    "aggregation": "mean",
+                }
+                for x in figures
             ],
         }
 

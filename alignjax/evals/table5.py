@@ -20,7 +20,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from alignjax import checkpoint, metrics, roles
+from alignjax import calibration, checkpoint, metrics, roles
 from alignjax import workdir as workdirs
 from alignjax.command import say
 from alignjax.config import UserError, nearest
@@ -140,7 +140,7 @@ def quietly():
 
 def tables(found: dict[str, dict], columns: list[tuple[str, str]], limit: int | None) -> list[str]:
     """Table 5 of {model: results}, the report's rows beneath; and a table for each benchmark that has several figures."""
-    what = "in % ± half of the 95 % interval, by number of examples shown"
+    what = "in % [95 % interval], by number of examples shown"
     what += f"; the first {limit} of each task" if limit else ""
     few = [(name, setting) for name, setting in columns if not registry.BENCHMARKS[name].more]
     out = []
@@ -167,7 +167,14 @@ def shots(name: str, setting: str) -> int:
 
 
 def cell(results: dict, name: str, setting: str, figure) -> str:
+    """A figure in % with its 95 % interval: Wilson's of a share of documents, else by the harness' standard error."""
     group = results["groups"][f"{name}-{shots(name, setting)}shot"]
     value, error = (group[f"{figure.metric}{which},{figure.filter}"] for which in ("", "_stderr"))
-    known = isinstance(error, float) and math.isfinite(error)
-    return f"{100 * value:.1f}" + (f" ±{100 * Z * error:.1f}" if known else "")
+    if figure.share and registry.BENCHMARKS[name].weight_by_size:
+        n = group["sample_count"][f"{figure.metric},{figure.filter}"]
+        interval = calibration.interval(round(value * n), n)
+    elif isinstance(error, float) and math.isfinite(error):
+        interval = max(value - Z * error, 0.0), min(value + Z * error, 1.0)
+    else:  # of a single document there is no error
+        return f"{100 * value:.1f}"
+    return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

@@ -75,7 +75,7 @@ def task(setting: str, subject: str, folder: str) -> dict:
             **answered(Said, verdict, "exact_match", "true_score", name=subject)}  # fmt: skip
 
 
-HEADLINE = Headline("true_score", "sampled")
+HEADLINE = Headline("true_score", "sampled", share=False)
 BENCHMARK = Benchmark(
     name="world",
     title="true score, sampled",
@@ -85,7 +85,7 @@ BENCHMARK = Benchmark(
     subjects=("sampled", "greedy", "choice"),
     more=(
         ("right words, sampled", Headline("exact_match", "sampled")),
-        ("true score, greedy", Headline("true_score", "greedy")),
+        ("true score, greedy", Headline("true_score", "greedy", share=False)),
         ("right words, greedy", Headline("exact_match", "greedy")),
         ("right choice", Headline("acc", "none")),
     ),
