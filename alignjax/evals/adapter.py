@@ -39,10 +39,6 @@ class AlignJax(TemplateLM):
     def __init__(self, run, batch_size=32, dtype="float32", tokens=4096, tensor=1, max_length=None, chat_template="",
                  max_gen_toks=256, device=None, max_batch_size=None):  # fmt: skip
         super().__init__()
-        if device or max_batch_size:  # which the harness passes to any model
-            raise UserError(
-                f"device={device!r}, max_batch_size={max_batch_size!r}: JAX_PLATFORMS says where, batch_size how much"
-            )
         if dtype not in configs.CHOICES["model.dtype"]:
             raise UserError(f"dtype={dtype!r} must be one of {', '.join(map(repr, configs.CHOICES['model.dtype']))}")
         directory = roles.local(str(run))
