@@ -40,7 +40,7 @@ PAIRS = 256  # tokenised and scored at a time: enough to fill microbatches
 
 
 def main(argv=None) -> int:
-    """The exit code: 0, or 2 after a mistake of the user's."""
+    """The exit code: 0; 2 after a mistake of the user's; 130 after an interrupt."""
     try:
         arguments = parse(argv)
         keep_programs()
@@ -51,6 +51,9 @@ def main(argv=None) -> int:
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("alignjax: interrupted" + ("; the same command goes on" if arguments.tasks else ""), file=sys.stderr)
+        return 130
     return 0
 
 

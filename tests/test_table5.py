@@ -136,6 +136,21 @@ def test_humaneval_needs_isolation(chain, data, tmp_path, capsys, monkeypatch):
     assert evaluate.main([*asked, "humaneval"]) == 2 and "no isolation here" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_said_and_a_place_that_is_taken_too(chain, tmp_path, capsys, monkeypatch):
+    asked = ["--run", str(chain[0] / "ppo-tiny"), "--tasks", "world", "--examples", "1", "--out", str(tmp_path / "out")]
+    (tmp_path / "out").write_text("")
+    assert evaluate.main(asked) == 2
+    assert "out: no directory for results can be made there (File exists)" in capsys.readouterr().err
+    (tmp_path / "out").unlink()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Inference, "responses", interrupt)
+    assert evaluate.main(asked) == 130
+    assert capsys.readouterr().err.endswith("alignjax: interrupted; the same command goes on\n")
+
+
 def test_without_the_harness_there_is_a_line(monkeypatch, capsys):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
     assert evaluate.main(["--run", "x", "--tasks", "world"]) == 2

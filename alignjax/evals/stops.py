@@ -20,12 +20,11 @@ def table(strings: list[str], ends: list[int], words: list[str]) -> np.ndarray:
     for state, i in number.items():
         for letter, column in letters.items():
             step[i, column] = behind(state + letter, number, strings)
-    order = np.argsort(
-        [-len(word) for word in words], kind="stable"
-    )  # long words first: those that are left are in front
+    lengths = np.array([len(word) for word in words])
+    order = np.argsort(-lengths, kind="stable")  # long words first: those that are left are in front
     out = np.repeat(np.arange(q, dtype=np.int16)[:, None], len(words), axis=1)
-    for place in range(len(words[order[0]])):
-        longer = order[: sum(len(word) > place for word in words)]
+    for place in range(lengths.max()):
+        longer = order[: (lengths > place).sum()]
         out[:, longer] = step[out[:, longer], [letters.get(words[i][place], 0) for i in longer]]
     out[:, ends] = q
     return out

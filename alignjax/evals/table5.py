@@ -92,7 +92,12 @@ def answered(spec: str, out: Path, manager, groups: list[dict], arguments) -> di
                      max_length=arguments.max_length)  # fmt: skip
     chat = templated(arguments.template, check(spec), model.tokenizer, spec)
     say(f"{spec}: {len(groups)} groups of tasks, {'with' if chat else 'without'} the chat template")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out}: no directory for results can be made there ({error.strerror}); name another by --out"
+        ) from None
     results = lm_eval.simple_evaluate(model, tasks=list(registry.load(manager, groups)["groups"].values()),
                                       limit=arguments.examples, use_cache=str(out / f"answers-{fingerprint(spec, model)}"),
                                       apply_chat_template=chat, fewshot_as_multiturn=chat, task_manager=manager,
