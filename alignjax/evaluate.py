@@ -74,7 +74,7 @@ def parse(argv):
     parser.add_argument("--template", default="auto", choices=("auto", "chat", "none"),
                         help="of --tasks: whether prompts go through the chat template; default: unless there is none, or the "
                              "run was trained on plain text")  # fmt: skip
-    parser.add_argument("--slots", type=int, default=32, help="of --tasks: responses decoded at once; default: 32")
+    parser.add_argument("--slots", type=int, default=64, help="of --tasks: responses decoded at once; default: 64")
     parser.add_argument("--data_dir", default="", help="--sets: where the public sets have been prepared; --tasks: "
                         "where DIR/mmlu, DIR/gsm8k ... have the published files; default: the hub's")  # fmt: skip
     parser.add_argument("--split", default="heldout", choices=("heldout", "train"), help="of --sets; default: heldout")

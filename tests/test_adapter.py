@@ -56,7 +56,7 @@ def test_hugging_face_checkpoint_and_run_answer_alike(model, chain, tmp_path):
     other = adapter.AlignJax(tmp_path / "hf", batch_size="auto")
     asked = instances("loglikelihood", *((text, " box") for text in TEXTS))
     assert other.loglikelihood(asked, disable_tqdm=True) == model.loglikelihood(asked, disable_tqdm=True)
-    assert other.inference.ends == model.inference.ends and other.inference.slots == 32
+    assert other.inference.ends == model.inference.ends and other.inference.slots == 64
 
 
 def test_half_precision_is_near(model, chain):

@@ -36,7 +36,7 @@ class AlignJax(TemplateLM):
     `max_batch_size`, which the harness passes to any model, are torch's affairs.
     """
 
-    def __init__(self, run, batch_size=32, dtype="float32", tokens=4096, tensor=1, max_length=None, chat_template="",
+    def __init__(self, run, batch_size=64, dtype="float32", tokens=4096, tensor=1, max_length=None, chat_template="",
                  max_gen_toks=256, device=None, max_batch_size=None):  # fmt: skip
         super().__init__()
         if dtype not in configs.CHOICES["model.dtype"]:
@@ -52,7 +52,7 @@ class AlignJax(TemplateLM):
             params = roles.load(model, "lm", mesh, jax.random.key(0), directory)
             if dtype != "float32":
                 params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)(model, params)
-        slots = 32 if str(batch_size).startswith("auto") else int(batch_size)
+        slots = 64 if str(batch_size).startswith("auto") else int(batch_size)
         self.run, self.max_length, self.max_gen_toks = str(run), model.max_length, int(max_gen_toks)
         self.inference = Inference(model, params, self.tokenizer, mesh, ends(self.tokenizer), int(tokens), slots)
 

@@ -33,7 +33,7 @@ class Family(NamedTuple):
 class Inference:
     """A model with its parameters on a mesh. `slots` responses are decoded at once, about `tokens` tokens are read."""
 
-    def __init__(self, model: Model, params, tokenizer, mesh, ends: list[int], tokens: int = 4096, slots: int = 32):
+    def __init__(self, model: Model, params, tokenizer, mesh, ends: list[int], tokens: int = 4096, slots: int = 64):
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.ends, self.tokens, self.slots = ends, tokens, slots
         self.words = functools.cache(lambda: stops.words_of(tokenizer, model.vocab_size))
@@ -48,39 +48,42 @@ class Inference:
 
         Pairs are tokens (context, continuation), neither empty; what is longer than the model may read loses its beginning.
         """
-        readings = {}  # tokens read -> [(request, first target, targets)]: continuations of one token share a reading
+        asked = {}  # context -> [(request, continuation)]
         for i, (context, continuation) in enumerate(pairs):
             whole = (*context, *continuation)[-self.model.max_length - 1 :]
-            targets = whole[-min(len(continuation), len(whole) - 1) :]
-            readings.setdefault(whole[:-1], []).append((i, len(whole) - len(targets), targets))
-        sequences = list(readings)
-        first_read = [min(first for _, first, _ in readings[x]) - 1 for x in sequences]
+            targets = min(len(continuation), len(whole) - 1)
+            asked.setdefault(whole[:-targets], []).append((i, whole[-targets:]))
+        contexts = list(asked)
         # Those that are read by themselves leave a microbatch half full at their end.
-        for family in families(sequences, first_read, self.tokens // 2):
-            self.read_family(sequences, family, [readings[x] for x in sequences], done)
+        for family in families(contexts, self.tokens // 2):
+            self.read_family([(contexts[i], asked[contexts[i]]) for i in family.members], family.common, done)
 
-    def read_family(self, sequences, family: Family, asked, done) -> None:
-        """`loglikelihoods` of a family's sequences; asked[i] says who asks for which targets of each."""
-        common, prefix = family.common, self.prefix(sequences[family.members[0]][: family.common])
-        texts = [sequences[i][common:] for i in family.members]
-        lengths, shards = np.array([len(text) for text in texts]), sharding.shards(self.mesh)
-        tokens = padded(texts, lengths.max())
-        for layout in packing.pack(lengths, [[i] for i in range(len(texts))], size(lengths.max()), self.tokens, shards):
+    def read_family(self, asked: list[tuple], common: int, done) -> None:
+        """`loglikelihoods` of (context, [(request, continuation)]) of a family."""
+        prefix = self.prefix(asked[0][0][:common])
+        trees = [tree(context[common:], [continuation for _, continuation in mine]) for context, mine in asked]
+        lengths, shards = np.array([len(x.tokens) for x in trees]), sharding.shards(self.mesh)
+        tokens, positions, branches = (padded(column, lengths.max()) for column in list(zip(*trees, strict=True))[:3])
+        branched = branches.max() + 1
+        for layout in packing.pack(lengths, [[i] for i in range(len(trees))], size(lengths.max()), self.tokens, shards):
             layout = fill_up(layout, max(self.tokens // layout.place.shape[1], 1), shards)
-            rows, owners = [[] for _ in layout.place], {}
+            rows, owners = [[] for _ in layout.place], []
             for row, column in zip(*np.nonzero(layout.real & (layout.place == 0)), strict=True):
-                for request, first, targets in asked[family.members[layout.sequence[row, column]]]:
-                    at = column + first - common - 1
-                    owners[request] = row, slice(len(rows[row]), len(rows[row]) + len(targets))
-                    rows[row] += [(at + i, target) for i, target in enumerate(targets)]
+                i = layout.sequence[row, column]
+                for (request, _), spots in zip(asked[i][1], trees[i].spots, strict=True):
+                    owners.append((request, row, slice(len(rows[row]), len(rows[row]) + len(spots))))
+                    rows[row] += [(column + at, label) for at, label in spots]
             spots = np.zeros((2, len(rows), size(max(map(len, rows)))), np.int32)
             for i, row in enumerate(rows):
                 spots[:, i, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
-            batch = {"tokens": layout.take(tokens), "positions": np.where(layout.real, layout.place + common, 0),
-                     "segments": layout.sequence + 1, "at": spots[0], "labels": spots[1]}  # fmt: skip
+            trunk = np.where(layout.real, layout.sequence * branched + 1, 0)
+            segments = trunk + layout.take(branches)
+            batch = {"tokens": layout.take(tokens), "positions": np.where(layout.real, layout.take(positions) + common, 0),
+                     "segments": np.stack([segments, trunk], axis=-1) if branched > 1 else segments,
+                     "at": spots[0], "labels": spots[1]}  # fmt: skip
             found = self.run(self.read, sharding.shard_batch(batch, self.mesh), prefix)
             logprobs, greedy = map(sharding.on_host, found)
-            for request, (row, places) in owners.items():
+            for request, row, places in owners:
                 done(request, float(logprobs[row, places].astype(np.float64).sum()), bool(greedy[row, places].all()))
 
     def responses(self, prompts, done: Callable, *, strings=(), length=256, temperature=0.0, top_p=1.0) -> None:
@@ -95,7 +98,7 @@ class Inference:
         settings = dict(samples=1, response_length=length, temperature=temperature, top_p=top_p, end=self.ends[0],
                         stops=self.stops(tuple(strings)))  # fmt: skip
         # Those that are answered by themselves leave slots empty at their end.
-        for family in families(prompts, [len(prompt) - 1 for prompt in prompts], self.slots * length):
+        for family in families(prompts, self.slots * length):
             prefix = self.prefix(prompts[family.members[0]][: family.common])
             rest = [(len(prompts[i]) - family.common, i) for i in family.members]
             longest_first = [i for _, i in sorted(rest, key=lambda pair: -pair[0])]
@@ -114,8 +117,9 @@ class Inference:
         index = np.array(members + [0] * (most - len(members)), np.int32)
         tokens = padded([*texts, *[(0,)] * (most - len(texts))], size(lengths.max()), left=True)
         batch = sharding.shard_batch((tokens, lengths, index), self.mesh)
+        rounds = -(-len(members) // self.slots)  # if all are as long: each with as many
         sampled = self.run(self.generate, *batch, jax.random.key(0), prefix=prefix, wanted=jnp.int32(len(members)),
-                           slots=self.slots, **settings)  # fmt: skip
+                           slots=size(-(-len(members) // rounds)), **settings)  # fmt: skip
         out, counts = sharding.on_host(sampled.tokens)[:, tokens.shape[1] :], sharding.on_host(sampled.lengths)
         ids = [row[:count] for row, count in zip(out[: len(members)], counts, strict=False)]
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -150,8 +154,30 @@ def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
     return tuple(x.reshape(batch["labels"].shape) for x in found)
 
 
-def families(sequences: list[tuple], most: list[int], worth: int) -> list[Family]:
-    """Sequences (tuples of tokens), each in a Family, whose common beginning is no longer than `most` of any member.
+class Tree(NamedTuple):
+    """A context with its continuations as one sequence: each of these sees the context and itself."""
+
+    tokens: list[int]  # the context, then each continuation without its last token, which nothing is asked behind
+    positions: list[int]
+    branches: list[int]  # 0 is the context, i > 0 the i-th continuation that has tokens here
+    spots: list[list[tuple[int, int]]]  # of each continuation: (the place before a target, the target)
+
+
+def tree(context: tuple, continuations: list[tuple]) -> Tree:
+    n = len(context)
+    out = Tree(list(context), list(range(n)), [0] * n, [])
+    for targets in continuations:
+        start, branch = len(out.tokens), out.branches[-1] + 1
+        places = [n - 1, *range(start, start + len(targets) - 1)]
+        out.spots.append(list(zip(places, targets, strict=True)))
+        out.tokens.extend(targets[:-1])
+        out.positions.extend(range(n, n + len(targets) - 1))
+        out.branches.extend([branch] * (len(targets) - 1))
+    return out
+
+
+def families(sequences: list[tuple], worth: int) -> list[Family]:
+    """Sequences (tuples of tokens), each in a Family, of whose members each is longer than what they have in common.
 
     Neighbours in order belong together if what they share is half of the longer one, and if that saves the reading of
     `worth` tokens.
@@ -166,7 +192,7 @@ def families(sequences: list[tuple], most: list[int], worth: int) -> list[Family
             alone.extend(group)
 
     for last, i in zip(order, order[1:], strict=False):
-        shared = min(alike(sequences[last], sequences[i]), most[last], most[i])
+        shared = min(alike(sequences[last], sequences[i]), len(sequences[last]) - 1, len(sequences[i]) - 1)
         if 2 * shared >= max(len(sequences[last]), len(sequences[i])):
             group, common = [*group, i], min(shared, common) if len(group) > 1 else shared
         else:

@@ -26,10 +26,12 @@ def self_attention(q, k, v, segments, implementation="auto", prefix=None):
     """[b t n h] in q's type, from q[b t n h], k[b t k h], v[b t k h] of q's type and segments[b t] int32.
 
     A token sees the tokens up to its own that hold its segment, so a row may pack several. A pad (segment 0) sees the
-    pads up to its own: finite, with finite gradients, and never read. All see, of a `prefix` that all rows share
-    (keys[s k h], values[s k h], real[s] bool), what is real; that is computed by "xla". Raises UserError as `choose` does.
+    pads up to its own: finite, with finite gradients, and never read. Raises UserError as `choose` does.
+
+    By "xla" alone: segments[b t 2] name beside a token's own segment another that it sees; and all see, of a `prefix` that
+    all rows share (keys[s k h], values[s k h], real[s] bool), what is real.
     """
-    if prefix is not None:
+    if prefix is not None or segments.ndim == 3:
         return xla(q, k, v, segments, prefix)
     name = choose(implementation, platform(), q.dtype, q.shape, k.shape[2], shards())
     return {"xla": xla, "cudnn": cudnn, "splash": splash}[name](q, k, v, segments)
@@ -87,7 +89,7 @@ def shards() -> tuple[int, int]:
 
 def xla(q, k, v, segments, prefix=None):
     """By parts of the queries, each against the keys up to its end: not much over half of the scores of a long row."""
-    t, of = q.shape[1], functools.partial(block, prefix)
+    t, of, segments = q.shape[1], functools.partial(block, prefix), segments.reshape(*q.shape[:2], -1)
     if t <= WHOLE:
         return of(q, k, v, segments, segments, 0)
     size = math.ceil(t / PARTS)
@@ -108,7 +110,7 @@ def in_parts(of, size, q, k, v, segments):
 
 def scanned(of, q, k, v, mine, theirs, first):
     """of(q, k, v, mine, theirs, first), a block at a time; r is a multiple of BLOCK."""
-    b, r = mine.shape
+    b, r = mine.shape[:2]
     cut = lambda x: x.reshape(b, -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
 
     # The backward pass makes the scores of a block again: kept, they would be the [b n t t] that this is to avoid.
@@ -122,10 +124,10 @@ def scanned(of, q, k, v, mine, theirs, first):
 
 
 def block(prefix, q, k, v, mine, theirs, first):
-    """[b r n h] from q[b r n h], the queries from `first` on, k[b s k h], v[b s k h], and segments [b r] and [b s]."""
+    """[b r n h] from q[b r n h], the queries from `first` on, k[b s k h], v[b s k h], and their segments, [b r c], [b s c]."""
     b, r, n, h = q.shape
     s, kv_heads = k.shape[1:3]
-    mask = (jnp.arange(s) <= first + jnp.arange(r)[:, None]) & (mine[:, :, None] == theirs[:, None, :])
+    mask = (mine[:, :, None] == theirs[:, None, :, :1]).any(axis=-1) & (jnp.arange(s) <= first + jnp.arange(r)[:, None])
     # Heads in front, queries of a group in one line: XLA's CPU backend takes up to twice as long for other orders.
     grouped = q.reshape(b, r, kv_heads, -1, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
     scores = jnp.einsum("bkqh,bksh->bkqs", grouped, k.swapaxes(1, 2), preferred_element_type=jnp.float32) * h**-0.5

@@ -146,6 +146,7 @@ def apply(model: Model, params, tokens, positions, segments, keep=False, prefix=
     """hidden[b t d] after the last norm; with `keep`, also (keys, values) of all layers, each [l b k t h], else None.
 
     A token sees the tokens up to its own that hold its segment; segment 0 is padding. Positions only feed RoPE.
+    segments[b t 2] name a second segment that a token sees.
     `prefix`, (what `keep` gives of one row [l 1 k s h], real[s] bool), is seen by all, and said before them.
     """
     rotation = rope(model, positions)
