@@ -14,7 +14,7 @@ from alignjax import sharding
 from alignjax.config import Mesh, UserError
 from alignjax.data import chat
 from alignjax.evals import stops
-from alignjax.evals.inference import Family, Inference, alike, families, size
+from alignjax.evals.inference import Family, Inference, alike, calls, families, size
 from alignjax.models import transformer
 
 WORDS = "the cat sat on a mat and ate its rat .\n\nQ: stop here now Question".split(" ")
@@ -166,3 +166,9 @@ def test_without_stop_strings_the_end_tokens_are_left(tokenizer):
 
 def test_sizes_are_few():
     assert [size(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 100, 129)] == [8, 8, 12, 12, 16, 24, 24, 32, 128, 192]
+
+
+def test_a_call_ends_where_lengths_have_halved_and_slots_are_filled():
+    lengths = [9, 8, 4, 4, 4, 4, 2, 2, 1]
+    assert list(calls(list(range(9)), lengths.__getitem__, 5, 3)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert list(calls(list(range(9)), lengths.__getitem__, 5, 9)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
