@@ -169,6 +169,6 @@ def test_sizes_are_few():
 
 
 def test_a_call_ends_where_lengths_have_halved_and_slots_are_filled():
-    lengths = [9, 8, 4, 4, 4, 4, 2, 2, 1]
-    assert list(calls(list(range(9)), lengths.__getitem__, 5, 3)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert list(calls(list(range(9)), lengths.__getitem__, 5, 9)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+    lengths = dict(enumerate([9, 8, 4, 4, 4, 4, 2, 2, 1]))
+    assert list(calls(lengths, 5, 3)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert list(calls(lengths, 5, 9)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]

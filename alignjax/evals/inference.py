@@ -100,9 +100,9 @@ class Inference:
         # Those that are answered by themselves leave slots empty at their end.
         for family in families(prompts, self.slots * length):
             prefix = self.prefix(prompts[family.members[0]][: family.common])
-            longest_first = sorted(family.members, key=lambda i: -len(prompts[i]))
-            most = min(CALL * self.slots, size(len(longest_first)))
-            for mine in calls(longest_first, lambda i: len(prompts[i]) - family.common, most, self.slots):
+            rest = {i: len(prompts[i]) - family.common for i in family.members}
+            most = min(CALL * self.slots, size(len(rest)))
+            for mine in calls(rest, most, self.slots):
                 for i, text in zip(
                     mine, self.answer(prompts, family.common, prefix, mine, most, settings), strict=True
                 ):
@@ -200,12 +200,12 @@ def families(sequences: list[tuple], worth: int) -> list[Family]:
     return [*out, *([Family(0, alone)] if alone else [])]
 
 
-def calls(members: list[int], length_of: Callable, most: int, slots: int):
-    """Members, longest first, in calls of at most `most`: where slots are filled and lengths have halved there is a new
-    one, for what a call reads and keeps of a prompt is as wide as its longest."""
+def calls(lengths: dict[int, int], most: int, slots: int):
+    """The requests of {request: length}, longest first, in calls of at most `most`. Where slots are filled and lengths have
+    halved there is a new one, for what a call reads and keeps of a prompt is as wide as its longest."""
     call = []
-    for i in members:
-        if len(call) == most or (len(call) >= slots and 2 * length_of(i) <= length_of(call[0])):
+    for i in sorted(lengths, key=lengths.get, reverse=True):
+        if len(call) == most or (len(call) >= slots and 2 * lengths[i] <= lengths[call[0]]):
             yield call
             call = []
         call.append(i)
