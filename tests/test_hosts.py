@@ -120,7 +120,8 @@ def assert_alike(run, other):
         for mine, theirs in zip(rows(run / name), rows(other / name), strict=True):
             assert mine.keys() == theirs.keys()
             for key in theirs.keys() - {"samples"}:
-                assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
+                # Advantages of unit size cancel in the policy's loss, and Adam makes more of what rounding leaves.
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4 if "policy" in key else 1e-5), key
     for name in ("samples.jsonl", *evaluated):
         assert texts(rows(run / name)) == texts(rows(other / name))
 
