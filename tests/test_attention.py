@@ -252,3 +252,23 @@ def test_splash_compiles_for_a_tpu_that_is_not_here():
     done = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["3 True True True"] * 3
+
+
+@pytest.mark.parametrize("t", [40, 200, 530])  # whole, in parts, and in parts of blocks
+def test_a_prefix_and_a_second_segment_are_seen(t):
+    """Against one softmax over all keys; a trunk with two branches in a row, grouped queries, a prefix behind pads."""
+    b, n, k, h, s = 2, 4, 2, 8, 11
+    q, key, value, _ = arrays(3, b, t, n, k, h)
+    rng = np.random.default_rng(4)
+    keys, values = (jnp.asarray(rng.normal(size=(s, k, h)), jnp.float32) for _ in range(2))
+    real = jnp.arange(s) >= 3
+    own = np.repeat([1, 2, 3, 0], [t // 2, t // 4, t - t // 2 - t // 4 - 2, 2])
+    segments = jnp.asarray(np.broadcast_to(np.stack([own, np.minimum(own, 1)], axis=-1), (b, t, 2)))
+    seen = (own[:, None] == own) | (np.minimum(own, 1)[:, None] == own)
+    mask = np.concatenate([np.broadcast_to(real, (t, s)), seen & np.tril(np.ones((t, t), bool))], axis=1)
+    joined = [jnp.repeat(jnp.concatenate([jnp.broadcast_to(x, (b, s, k, h)), y], axis=1), n // k, axis=2)
+              for x, y in ((keys, key), (values, value))]  # fmt: skip
+    scores = jnp.where(mask, jnp.einsum("bqnh,bsnh->bnqs", q, joined[0]) * h**-0.5, -1e30)
+    expected = jnp.einsum("bnqs,bsnh->bqnh", jax.nn.softmax(scores), joined[1])
+    found = jax.jit(self_attention)(q, key, value, segments, prefix=(keys, values, real))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
