@@ -79,10 +79,14 @@ def places(specs: list[str], out: str | None) -> dict[str, Path]:
 
 
 def check(spec: str) -> Path:
-    """The directory of a model, there and complete."""
+    """The directory of a language model, there and complete."""
     directory = roles.local(spec)
-    if roles.is_run(directory) and not (directory / "summary.json").exists():
-        raise UserError(f"--run {spec}: this run is not complete; the command that began it goes on")
+    if roles.is_run(directory):
+        stage = roles.stored(directory)["stage"]
+        if (stage, "lm") not in roles.ITEMS:
+            raise UserError(f"--run {spec}: a language model is wanted, this run's stage is {stage!r}")
+        if not (directory / "summary.json").exists():
+            raise UserError(f"--run {spec}: this run is not complete; the command that began it goes on")
     return directory
 
 
