@@ -98,6 +98,11 @@ def answered(
     }
 
 
+def published(read: Callable, folder: str, **arguments) -> dict:
+    """The part of a task's config that has its data set read from local files; nothing without a folder: the hub's."""
+    return {"custom_dataset": read, "dataset_kwargs": {"folder": folder, **arguments}} if folder else {}
+
+
 def subjects_of(folder: str, prefix: str) -> tuple[str, ...]:
     """The subjects that the harness has a task for, by the names of its files."""
     return tuple(sorted(p.stem.removeprefix(prefix) for p in (HARNESS / folder).glob(f"{prefix}[a-z]*.yaml")))

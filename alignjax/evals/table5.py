@@ -46,10 +46,10 @@ def evaluate(arguments) -> None:
             registry.BENCHMARKS[name].group(setting, arguments.data_dir or None, asked[name])
             for name, setting in columns
         ]
-        registry.load(manager, groups)
+        loaded = list(registry.load(manager, groups)["groups"].values())
         for spec in arguments.run:
             check(spec)
-        found = {spec: answered(spec, out, manager, groups, arguments) for spec, out in outs.items()}
+        found = {spec: answered(spec, out, manager, loaded, arguments) for spec, out in outs.items()}
     say("\n\n".join(tables(found, columns, arguments.examples)))
     say("\n".join(f"results and answers of {spec} in {out}" for spec, out in outs.items()))
 
@@ -90,7 +90,7 @@ def check(spec: str) -> Path:
     return directory
 
 
-def answered(spec: str, out: Path, manager, groups: list[dict], arguments) -> dict:
+def answered(spec: str, out: Path, manager, groups: list, arguments) -> dict:
     """The harness' results of one model, whose parameters are let go at the end, before the next model's come."""
     model = AlignJax(spec, arguments.slots, arguments.dtype, arguments.microbatch_tokens or 4096,
                      max_length=arguments.max_length)  # fmt: skip
@@ -102,8 +102,8 @@ def answered(spec: str, out: Path, manager, groups: list[dict], arguments) -> di
         raise UserError(
             f"{out}: no directory for results can be made there ({error.strerror}); name another by --out"
         ) from None
-    results = lm_eval.simple_evaluate(model, tasks=list(registry.load(manager, groups)["groups"].values()),
-                                      limit=arguments.examples, use_cache=str(out / f"answers-{fingerprint(spec, model)}"),
+    answers = str(out / f"answers-{fingerprint(spec, model)}")
+    results = lm_eval.simple_evaluate(model, tasks=groups, limit=arguments.examples, use_cache=answers,
                                       apply_chat_template=chat, fewshot_as_multiturn=chat, task_manager=manager,
                                       confirm_run_unsafe_code=True)  # fmt: skip
     dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)

@@ -15,7 +15,7 @@ to end, and takes for the answer the last letter in parentheses anywhere.
 from alignjax.config import UserError
 from alignjax.data.files import found
 from alignjax.evals import answers, local
-from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, subjects_of
+from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, published, subjects_of
 
 SHOTS = 3
 TOKENS = 512
@@ -71,7 +71,7 @@ def verdict(doc: dict, results: list[str]) -> dict:
 
 
 def task(setting: str, subject: str, folder: str) -> dict:
-    data = {"custom_dataset": read, "dataset_kwargs": {"folder": folder, "subject": subject}} if folder else {}
+    data = published(read, folder, subject=subject)
     if setting == "few":
         strict = {"name": "get-answer", "filter": [
             {"function": "regex", "regex_pattern": r"(?<=the answer is )(.*)(?=.)"}, {"function": "take_first"}]}  # fmt: skip

@@ -11,7 +11,7 @@ some models answer a Chinese question in English.
 
 from alignjax.config import UserError, nearest
 from alignjax.evals import answers, local
-from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, subjects_of
+from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, published, subjects_of
 
 SHOTS = 5
 FIELDS = ("question", "A", "B", "C", "D", "answer")
@@ -58,7 +58,7 @@ def verdict(doc: dict, results: list[str]) -> dict:
 
 
 def task(setting: str, subject: str, folder: str) -> dict:
-    data = {"custom_dataset": read, "dataset_kwargs": {"folder": folder, "subject": subject}} if folder else {}
+    data = published(read, folder, subject=subject)
     if setting == "few":
         return {"task": f"ceval-valid_{subject}", "num_fewshot": SHOTS, **data}
     return {"task": subject, "dataset_path": "ceval/ceval-exam", "dataset_name": subject, "validation_split": "val",

@@ -10,7 +10,7 @@ must equal the answer within 1e-4.
 
 from alignjax.config import UserError
 from alignjax.evals import answers, local
-from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy
+from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, published
 
 SHOTS = 8
 TOKENS = 512  # the harness states none for gsm8k_cot, and its default of 256 cuts long replies
@@ -46,7 +46,7 @@ def verdict(doc: dict, results: list[str]) -> dict:
 
 
 def task(setting: str, subject: str, folder: str) -> dict:
-    data = {"custom_dataset": read, "dataset_kwargs": {"folder": folder}} if folder else {}
+    data = published(read, folder)
     if setting == "few":
         return {"task": "gsm8k_cot", "num_fewshot": SHOTS, "generation_kwargs": greedy(TOKENS, "Q:"), **data}
     return {"task": subject, "dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test", **data,

@@ -14,7 +14,7 @@ from lm_eval.api.filter import Filter
 
 from alignjax.config import UserError
 from alignjax.evals import local, programs, sandbox
-from alignjax.evals.benchmark import Benchmark, Headline, answered, greedy
+from alignjax.evals.benchmark import Benchmark, Headline, answered, greedy, published
 
 SOURCE = "put https://github.com/openai/human-eval/raw/master/data/HumanEval.jsonl.gz in DATA_DIR/humaneval"
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
@@ -64,7 +64,7 @@ def verdict(doc: dict, results: list[dict]) -> dict:
 def task(setting: str, subject: str, folder: str) -> dict:
     """UserError where there is nothing to isolate a program with: at once, not after all has been written."""
     sandbox.check()
-    data = {"custom_dataset": read, "dataset_kwargs": {"folder": folder}} if folder else {}
+    data = published(read, folder)
     return {"task": subject, "dataset_path": "openai/openai_humaneval", "test_split": "test", **data,
             "doc_to_text": ask, "doc_to_target": "canonical_solution", "num_fewshot": 0, "unsafe_code": True,
             "fewshot_config": {"doc_to_text": ""},  # or it would hold `ask`, and the results its address

@@ -12,7 +12,7 @@ where it stands as whole words, and an article ("A dog") is no letter; for else 
 
 from alignjax.config import UserError
 from alignjax.evals import answers, local
-from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, subjects_of
+from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, published, subjects_of
 
 SHOTS = 5
 FIELDS = ("question", "A", "B", "C", "D", "answer")
@@ -52,7 +52,7 @@ def verdict(doc: dict, results: list[str]) -> dict:
 
 
 def task(setting: str, subject: str, folder: str) -> dict:
-    data = {"custom_dataset": read, "dataset_kwargs": {"folder": folder, "subject": subject}} if folder else {}
+    data = published(read, folder, subject=subject)
     if setting == "few":
         return {"task": f"mmlu_{subject}", "num_fewshot": SHOTS, **data}
     return {"task": subject, "dataset_path": "cais/mmlu", "dataset_name": subject, "test_split": "test", **data,
