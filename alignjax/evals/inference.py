@@ -15,7 +15,7 @@ import numpy as np
 
 from alignjax import rollout, sharding, vocabulary
 from alignjax.config import Model, UserError
-from alignjax.data import packing
+from alignjax.data import encoding, packing
 from alignjax.evals import stops
 from alignjax.models import transformer
 from alignjax.sharding import constrain
@@ -63,7 +63,9 @@ class Inference:
         prefix = self.prefix(asked[0][0][:common])
         trees = [tree(context[common:], [continuation for _, continuation in mine]) for context, mine in asked]
         lengths, shards = np.array([len(x.tokens) for x in trees]), sharding.shards(self.mesh)
-        tokens, positions, branches = (padded(column, lengths.max()) for column in list(zip(*trees, strict=True))[:3])
+        tokens, positions, branches = (
+            encoding.pad(column, lengths.max()) for column in list(zip(*trees, strict=True))[:3]
+        )
         branched = branches.max() + 1
         for layout in packing.pack(lengths, [[i] for i in range(len(trees))], size(lengths.max()), self.tokens, shards):
             layout = fill_up(layout, max(self.tokens // layout.place.shape[1], 1), shards)
@@ -113,7 +115,7 @@ class Inference:
         texts = [prompts[i][common:] for i in members]
         lengths = np.array([len(text) for text in texts] + [1] * (most - len(texts)), np.int32)
         index = np.array(members + [0] * (most - len(members)), np.int32)
-        tokens = padded([*texts, *[(0,)] * (most - len(texts))], size(lengths.max()), left=True)
+        tokens = encoding.pad([*texts, *[(0,)] * (most - len(texts))], size(lengths.max()), left=True)
         batch = sharding.shard_batch((tokens, lengths, index), self.mesh)
         rounds = -(-len(members) // self.slots)  # if all are as long: each with as many
         sampled = self.run(self.generate, *batch, jax.random.key(0), prefix=prefix, wanted=jnp.int32(len(members)),
@@ -125,7 +127,7 @@ class Inference:
     def prefix(self, tokens) -> rollout.Prefix | None:
         if not tokens:
             return None
-        row = padded([tokens], size(len(tokens)), left=True)[0]
+        row = encoding.pad([tokens], size(len(tokens)), left=True)[0]
         return self.run(self.read_prefix, row, len(tokens))
 
     def run(self, program, *arguments, **settings):
@@ -224,14 +226,6 @@ def size(n: int) -> int:
     n = max(int(n), 8)
     power = 1 << (n - 1).bit_length()
     return power * 3 // 4 if n <= power * 3 // 4 else power
-
-
-def padded(sequences, width: int, left: bool = False) -> np.ndarray:
-    """[n width] int32, zeros behind each sequence, or in front of it."""
-    out = np.zeros((len(sequences), width), np.int32)
-    for row, sequence in zip(out, sequences, strict=True):
-        row[slice(width - len(sequence), None) if left else slice(len(sequence))] = sequence
-    return out
 
 
 def fill_up(layout: packing.Layout, most: int, shards: int) -> packing.Layout:
