@@ -22,9 +22,8 @@ SMOOTH = 20  # a curve is a mean over this part of its steps
 class Study(NamedTuple):
     title: str
     claim: str  # what the report says, and what is compared at which budget
-    arms: dict[
-        str, dict
-    ]  # label -> {dotted field: value}, and "config" where it is another; the first is what others are held against
+    # label -> {dotted field: value}, and "config" where it is another; the others are held against the first
+    arms: dict[str, dict]
     figures: dict[str, str | Callable[[Records], float]]  # label -> a name in summary.json, or what to make of a run
     curves: tuple[str, ...] = ()  # metrics to draw over the steps
     config: str = "ppo.py"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from alignjax import claims, metrics
+from alignjax import claims, metrics, train
 from alignjax import config as configs
 from alignjax import workdir as workdirs
 from alignjax.claims import Study, Trial
@@ -77,28 +77,23 @@ def load(name: str) -> Study:
     study = runpy.run_path(str(path)).get("study")
     if not isinstance(study, Study):
         raise UserError(f"study {name}: {path} has no `study`, an alignjax.claims.Study")
-    for arm in study.arms:
-        resolved(study, arm)
+    trials(study, 1, Path())
     return study
 
 
-def resolved(study: Study, arm: str) -> tuple[str, dict[str, str], configs.Config]:
-    """(config's name, {dotted field: text}, the config) of an arm."""
-    fields = {"config": study.config, **study.arms[arm]}
-    spec = fields.pop("config")
-    overrides = {key: str(value) for key, value in fields.items()}
-    return spec, overrides, configs.load(spec, overrides)
-
-
 def trials(study: Study, seeds: int, workdir: Path) -> list[Trial]:
-    """Every arm with every seed."""
+    """Every arm with every seed; UserError for a config that isn't one, or a run that is there and is another."""
     out = []
     for seed in range(seeds):
-        for arm in study.arms:
-            spec, overrides, config = resolved(study, arm)
+        for arm, fields in study.arms.items():
+            spec = fields.get("config", study.config)
+            overrides = {key: str(value) for key, value in fields.items() if key != "config"}
+            config = configs.load(spec, overrides | {"seed": str(seed)})
             directory = workdir / str(seed) / directory_of(config.name, overrides)
-            fields = (f"--config.{key}={value}" for key, value in {"seed": seed, **overrides}.items())
-            command = ("python", "-m", "alignjax.train", "--config", spec, *fields, "--workdir", str(directory))
+            train.adopt(config, overrides)
+            train.compare(config, directory)
+            given = (f"--config.{key}={value}" for key, value in {"seed": seed, **overrides}.items())
+            command = ("python", "-m", "alignjax.train", "--config", spec, *given, "--workdir", str(directory))
             out.append(Trial(arm, seed, directory, command, config.steps))
     return out
 
@@ -162,7 +157,7 @@ def launch(trial: Trial, cores: list[int], children: set) -> None:
         child = subprocess.Popen([sys.executable, *trial.command[1:]], stdout=file, stderr=subprocess.STDOUT,
                                  start_new_session=True)  # fmt: skip
         children.add(child)
-        if cores and len(cores) < os.cpu_count():
+        if cores:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(child.pid, cores)
         code = child.wait()
