@@ -47,6 +47,7 @@ RUN_BY = {
     "alignjax.evals.adapter": "test_adapter.py::test_the_harness_own_command_line",
     "alignjax.data.prepare": "test_preferences.py::test_the_command_reports_and_says_the_same_again_without_work",
     "alignjax.convert": "test_export.py::test_each_role_of_ppo_goes_out",
+    "alignjax.study": "test_study.py::test_a_study_runs_what_is_not_there_and_writes_what_came_of_it",
     "alignjax.plan .*--topology": "test_plan.py::test_a_variant_of_each_stage_compiles_for_a_tpu_that_is_not_here",
     "alignjax.plan": "test_plan.py::test_a_plan_has_every_program_of_ppo_and_its_verdict",
 }
@@ -116,7 +117,7 @@ def takes(main, words, monkeypatch) -> None:
         assert rest == []
 
 
-@pytest.mark.parametrize("line, page", COMMANDS)
+@pytest.mark.parametrize("line, page", COMMANDS, ids=[f"{page}: {line[:60]}" for line, page in COMMANDS])
 def test_a_command_is_taken_by_its_own_parser(line, page, examples, monkeypatch):
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -136,8 +137,8 @@ def test_a_command_is_taken_by_its_own_parser(line, page, examples, monkeypatch)
     elif words[0].endswith(".sh"):
         script = ROOT / words[0]
         assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script]).returncode == 0
-        if words[1:] and script.name == "local.sh":
-            takes(train.main, words[1:], monkeypatch)
+        if "--" in words:  # `test_launch` has the launcher's own words
+            takes(train.main, words[words.index("--") + 1 :], monkeypatch)
     elif words[:2] == ["pip", "install"]:
         wanted = [part for word in words for part in re.findall(r"^\.\[(.*)\]$", word)]
         assert set(",".join(wanted).split(",")) - {""} <= extras()
