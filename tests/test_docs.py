@@ -219,6 +219,15 @@ def test_names_of_functions_fields_and_tests_are_names(path):
         assert name in (tests[file] if file else set().union(*tests.values())), name
 
 
+def test_every_module_has_its_line_in_the_house():
+    """Folders within folders have one for all."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    modules = [
+        path for deep in ("*.py", "*/*.py") for path in (ROOT / "alignjax").glob(deep) if path.name != "__init__.py"
+    ]
+    assert len(modules) > 50 and [path.name for path in modules if path.name not in text] == []
+
+
 def tables(path) -> list[list[list[str]]]:
     """The tables of a page: rows of cells, the head first, without their ticks."""
     blocks = re.findall(r"(?:^\|.*\|\n)+", path.read_text(), re.M)
