@@ -137,8 +137,9 @@ def test_a_command_is_taken_by_its_own_parser(line, page, examples, monkeypatch)
     elif words[0].endswith(".sh"):
         script = ROOT / words[0]
         assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script]).returncode == 0
-        if "--" in words:  # `test_launch` has the launcher's own words
-            takes(train.main, words[words.index("--") + 1 :], monkeypatch)
+        asked = words[1:] if script.name == "local.sh" else words[words.index("--") + 1 :] if "--" in words else []
+        if asked:  # the launcher's own words are `test_launch`'s
+            takes(train.main, asked, monkeypatch)
     elif words[:2] == ["pip", "install"]:
         wanted = [part for word in words for part in re.findall(r"^\.\[(.*)\]$", word)]
         assert set(",".join(wanted).split(",")) - {""} <= extras()
