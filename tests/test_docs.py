@@ -47,6 +47,7 @@ RUN_BY = {
     "alignjax.evals.adapter": "test_adapter.py::test_the_harness_own_command_line",
     "alignjax.data.prepare": "test_preferences.py::test_the_command_reports_and_says_the_same_again_without_work",
     "alignjax.convert": "test_export.py::test_each_role_of_ppo_goes_out",
+    "alignjax.chat": "test_chat.py::test_before_and_after_ppo_with_scores",
     "alignjax.study": "test_study.py::test_a_study_runs_what_is_not_there_and_writes_what_came_of_it",
     "alignjax.plan .*--topology": "test_plan.py::test_a_variant_of_each_stage_compiles_for_a_tpu_that_is_not_here",
     "alignjax.plan": "test_plan.py::test_a_plan_has_every_program_of_ppo_and_its_verdict",

@@ -78,7 +78,7 @@ def test_one_import_alone_is_not_at_the_top_of_its_file():
 
 def test_every_command_of_the_docs_is_one():
     """A module with a `main` runs it as `python -m`, and nothing that is said to be run so lacks one."""
-    named = {x for p in [*FILES, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.py"), *(ROOT / "launch").iterdir()]
+    named = {x for p in [*FILES, *ROOT.rglob("*.md"), *(ROOT / "configs").rglob("*.py"), *(ROOT / "launch").iterdir()]
              for x in re.findall(r"python -m (alignjax[\w.]+)", p.read_text())}  # fmt: skip
     runs = {
         module(p) for p in FILES if "def main(" in p.read_text() and '\nif __name__ == "__main__":\n' in p.read_text()
