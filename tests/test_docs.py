@@ -265,6 +265,17 @@ def test_the_readmes_table_of_speed_is_that_of_its_page():
     assert len(table) == 6 and set(map(tuple, table)) <= known
 
 
+def test_the_python_of_the_quick_start_runs(chain, capsys):
+    """On the tiny runs."""
+    [code] = fences(ROOT / "docs" / "quickstart.md", "python")
+    for name in ("ppo", "rm"):
+        assert f'"runs/{name}"' in code
+        code = code.replace(f'"runs/{name}"', repr(str(chain[0] / f"{name}-tiny")))
+    exec(compile(code, "quickstart.md", "exec"), {})
+    assert [line.partition(" -> ")[0] for line in capsys.readouterr().out.splitlines()][-2:] == [
+        "copy : cat box", "count : owl pig rug"]  # fmt: skip
+
+
 KINDS = {"text": "text", "sft": "conversations", "pairs": "comparisons", "prompts": "prompts"}
 
 
