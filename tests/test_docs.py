@@ -300,10 +300,11 @@ def test_the_examples_of_your_own_data_and_reward_run(examples, chain, tmp_path,
         shutil.copy(path, tmp_path)
     for mine, made in (("my-sft", "sft-tiny"), ("my-rm", "rm-tiny")):
         shutil.copytree(chain[0] / made, tmp_path / "runs" / mine)
-    small = ["--config.model.dtype=float32", "--config.model.max_length=64", "--config.data.max_length=50", "--config.steps=1",
-             "--config.ppo.response_length=14", "--config.data.batch=4", "--config.microbatch_tokens=512",
-             "--config.model.remat=nothing", "--config.data.heldout_share=0.4"]  # fmt: skip
-    assert train.main(["--config", "my_ppo.py", *small]) == 0
+    # The shapes are those of ppo-tiny, so that its programs serve.
+    small = {"steps": 1, "model.dtype": "float32", "model.remat": "nothing", "model.max_length": 64, "data.batch": 8,
+             "data.max_length": 22, "data.heldout_share": 0.4, "microbatch_tokens": 4096, "ppo.response_length": 14,
+             "ppo.minibatches": 2}  # fmt: skip
+    assert train.main(["--config", "my_ppo.py", *(f"--config.{name}={value}" for name, value in small.items())]) == 0
     [entry] = rows(tmp_path / "runs" / "my-ppo" / "samples.jsonl")[:1]
     assert len(entry["score"]) == 2 and json.loads((tmp_path / "runs/my-ppo/summary.json").read_text())["steps"] == 1
     polite = importlib.import_module("polite").reward([], ["sure , four .", "four"])
