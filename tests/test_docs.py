@@ -40,7 +40,7 @@ RUN_BY = {
     "alignjax.train .*slots": "test_ppo.py::test_slots_give_the_same_experience",
     "alignjax.train --distributed": "test_hosts.py::test_two_processes_give_the_result_of_one",
     "alignjax.train .*--wandb": "test_tracker.py::test_runs_are_told_by_their_steps_and_go_on_as_the_same_ones",
-    "alignjax.train .*--config.": "test_train.py::test_no_steps_are_one_pass",
+    r"alignjax.train .*--config\.": "test_train.py::test_no_steps_are_one_pass",
     "alignjax.train": "test_train.py::test_one_command_runs_the_chain_in_order",
     "alignjax.evaluate .*--sets": "test_evaluate.py::test_the_command_prints_and_writes_pmp_and_rm",
     "alignjax.evaluate .*--tasks world": "test_table5.py::test_the_world_before_and_after_ppo",
