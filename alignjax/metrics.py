@@ -188,7 +188,7 @@ class Log:
             self.chart(step, {k: v for k, v in timing.items() if k != "step"})
 
     def line(self, kind: str, row: dict) -> None:
-        self.files[kind].write(json.dumps(null(row), allow_nan=False) + "\n")
+        self.files[kind].write(json_lines([row]) + "\n")
         self.files[kind].flush()
 
     def chart(self, step: int, figures: dict) -> None:
@@ -214,6 +214,10 @@ class Log:
 def not_finite(figures: dict) -> list[str]:
     """Names of the figures that are not finite, losses first."""
     return sorted((k for k, v in figures.items() if not math.isfinite(v)), key=lambda k: "loss" not in k)
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "\n".join(json.dumps(null(row), allow_nan=False) for row in rows)
 
 
 def null(x):

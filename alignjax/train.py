@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from alignjax import checkpoint, metrics, processes, roles, sharding, update
+from alignjax import checkpoint, environment, metrics, processes, roles, sharding, update
 from alignjax import config as configs
 from alignjax import workdir as workdirs
 from alignjax.command import Signals, at_work, keep_programs, notices, parse, say
@@ -81,13 +81,15 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profil
             state = train(config, workdir, stage, signals, phases, compilations)
             say(f"{config.name}: {compilations}")
             say(f"{config.name}: evaluating")
-            figures = stage.evaluate(state)
+            figures, responses = stage.evaluate(state)
             if bad := metrics.not_finite(figures):
                 raise UserError(f"{config.name}: {bad[0]} is {figures[bad[0]]} in the evaluation; not complete")
         if jax.process_index() == 0:
             times = (workdir / "timing.jsonl").read_text().splitlines()
             facts = {"name": config.name, "stage": config.stage, "steps": stage.steps, "seed": config.seed,
                      "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1)}  # fmt: skip
+            if responses:
+                workdirs.write(workdir / "responses.jsonl", metrics.json_lines(responses))
             workdirs.write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
         together("summary")
     found = json.loads(summary.read_text())
@@ -208,7 +210,7 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
 
 
 def keep(config: Config, tokenizer, workdir: Path) -> None:
-    """Claim the work directory: the run's own copy of the tokenizer, then config.json."""
+    """Claim the work directory: the run's own copy of the tokenizer, then config.json; and say where it is run."""
     if jax.process_index() == 0 and not (workdir / "config.json").exists():
         if workdirs.is_local(workdir):
             for name in ("tokenizer", "tokenizer.partial"):
@@ -219,6 +221,8 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
             with workdirs.staged(workdir / "tokenizer") as (local, _):
                 tokenizer.save_pretrained(local)
         workdirs.write(workdir / "config.json", configs.to_json(config))
+    if jax.process_index() == 0:
+        environment.keep(workdir)
     together("keep")
 
 

@@ -281,10 +281,11 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
 
         def late():
-            entries = heldout.describe(config, tokenizer, rows["train"], batch["index"], sampled, said)
+            kept = SAMPLES if i % config.sample_every == 0 else 0
+            entries = heldout.describe(config, tokenizer, rows["train"], batch["index"], sampled, said, kept)
             found = heldout.means(entries)
             scores = {"objective/true_score": found["true_score"]} if "true_score" in found else {}
-            return scores, entries[:SAMPLES] if i % config.sample_every == 0 else []
+            return scores, entries[:kept]
 
         def examples():
             texts = {f"text/{number}/{name}": x for number, _ in minibatches(config, i) if number >= p.value_warmup_steps
@@ -293,27 +294,37 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
 
         return state, metrics, late, examples
 
-    def evaluate(policy, state, limit=None):
+    def evaluate(policy, state, limit, detailed):
+        """Log-ratios of tokens are those of the state's policy to the reference, whichever of them responds."""
         params = {"policy": policy, "value": state["value"].params, **frozen}
 
-        def answer(batch):
-            sampled, _, scored = respond("heldout", params, state["stats"], batch, config.steps)
-            return heldout.describe(config, tokenizer, rows["heldout"], batch["index"], sampled, scored[3])
+        def answer(batch, detailed):
+            sampled, texts, scored = respond("heldout", params, state["stats"], batch, config.steps)
+            said = scored[3]
+            if detailed and policy is not state["policy"].params:  # the same programs, of which training has run all
+                final = params | {"policy": state["policy"].params}
+                lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
+                again = score(config, programs, final, state["stats"], sampled, lengths, mesh, texts)
+                said |= {"log_ratio": again[3]["log_ratio"]}
+            return heldout.describe(config, tokenizer, rows["heldout"], batch["index"], sampled, said, detailed)
 
         loss = lambda text: lm.heldout_loss(
             programs.text_loss, policy, text, data.batch, config.microbatch_tokens, mesh
         )
-        return heldout.evaluate(answer, loss, held_out, held_out_text, data.batch, limit)
+        return heldout.evaluate(answer, loss, held_out, held_out_text, data.batch, limit, detailed)
 
     def watch(state):
-        found, entries = evaluate(state["policy"].params, state, p.eval_prompts)
+        found, entries = evaluate(state["policy"].params, state, p.eval_prompts, SAMPLES)
         return {"prompts": len(entries), **found}, entries[:SAMPLES]
 
     def figures(state):
         out = {"policy_updates": int(state["policy"].updates), "value_updates": int(state["value"].updates)}
+        detailed = []
         for name, policy in (("before", roles.fetched(frozen["reference"])), ("after", state["policy"].params)):
-            out |= {f"{k}/{name}": v for k, v in evaluate(policy, state)[0].items()}
-        return out | heldout.gap_closed(out)
+            found, entries = evaluate(policy, state, None, p.eval_prompts)
+            out |= {f"{k}/{name}": v for k, v in found.items()}
+            detailed.append(entries[: p.eval_prompts])
+        return out | heldout.gap_closed(out), heldout.beside(*detailed)
 
     shown = "objective/scores", "objective/kl"
     return Stage(config.steps, shapes, start, step, lambda state: state, figures, heldout.table, shown,
