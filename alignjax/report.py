@@ -51,6 +51,7 @@ CHARTS = (
     Chart("KL to the reference", "nats a response", {"objective/kl": "KL"}, "kl"),
     Chart("KL to the reference", "nats a token", {"objective/kl_per_token": "KL"}),
     Chart("Entropy", "nats a token", {"policy/entropy_avg": "entropy", "entropy": "entropy"}, "entropy"),
+    Chart("Entropy", "nats a response, by what was sampled", {"objective/entropy": "entropy"}),
     Chart("Reward with KL penalty", "score normalised",
           {"objective/rlhf_reward": "reward", "objective/non_score_reward": "penalty alone"}),
     Chart("Running scores", "mean and deviation",
@@ -58,6 +59,7 @@ CHARTS = (
     Chart("Clip fractions", "share of tokens", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"}),
     Chart("Explained variance", "of the returns, by the values", {"value/explained_variance": "explained"}),
     Chart("Ratio", "new to old policy, mean", {"val/ratio": "ratio"}),
+    Chart("Ratio", "variance", {"val/ratio_var": "variance"}),
     Chart("Change of the policy", "approximate KL of an update", {"policy/approxkl_avg": "KL"}),
     Chart("Response length", "tokens", {"response/length_mean": "mean", "response/length_max": "longest"}, "length"),
     Chart("Truncated", "share of responses", {"response/truncated": "truncated"}, "truncated"),
@@ -252,7 +254,7 @@ def samples(run: Records) -> list[dict]:
     columns = {"prompt", "step"}
     given = [{**entry, "step": row["step"]} for row in run.evaluations for entry in row.get("samples", [])]
     kinds = {
-        "held out, at the end": [row | {"sides": {"SFT (reference)": row["before"], "PPO (policy)": row["after"]}}
+        "held out, at the end": [row | {"sides": {"reference, before PPO": row["before"], "policy, after PPO": row["after"]}}
                                  for row in run.responses],
         "held out, on the way": [row | {"sides": {"policy": row}} for row in given],
         "in training": [row | {"sides": sides(row)} for row in run.samples],
