@@ -21,6 +21,15 @@ class Warning(NamedTuple):
     remedy: str  # what to try
 
 
+def text(name: str, warning: Warning) -> str:
+    """A warning for the terminal, three lines."""
+    return f"{brief(name, warning)}\n  usually: {warning.meaning}\n  try: {warning.remedy}"
+
+
+def brief(name: str, warning: Warning) -> str:
+    return f"{name}: warning at step {warning.step}: {warning.said}"
+
+
 class Rule(NamedTuple):
     kind: str
     stages: tuple[str, ...]
