@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alignjax import advice, records
 from alignjax import config as configs
-from alignjax import records
 from alignjax import workdir as workdirs
 from alignjax.config import Config, UserError
 from alignjax.records import Records
@@ -39,7 +39,9 @@ FIGURES = {"score": "score", "true_score": "true score", "kl": "KL", "length": "
 class Chart(NamedTuple):
     title: str
     unit: str
-    lines: dict[str, str]  # {name of a metric: words}; where it ends with *, all that begin so, by the rest of their names
+    lines: dict[
+        str, str
+    ]  # {name of a metric: words}; where it ends with *, all that begin so, by the rest of their names
     heldout: str = ""  # the figure of evaluations.jsonl that belongs here; its /before in the summary is a dashed line
     ends: str = ""  # figures of the summary that begin so are dashed lines, of a parent too
     log: bool = False
@@ -149,13 +151,9 @@ def describe(run: Records) -> dict:
         "table": [[words, " ".join(value.split())] for words, value in run.summary.get("table", [])],
         "parents": parents(run), "config": plain(run.config), "environments": environments(run),
         "summary": {k: v for k, v in run.summary.items() if isinstance(v, int | float)},
-        "warnings": warnings(run), "series": series,
+        "warnings": [found._asdict() for found in advice.advise(run.config, run.metrics, run.evaluations)], "series": series,
         "heldout": {name: curve(heldout, name) for name in sorted(figures)},
     }  # fmt: skip
-
-
-def warnings(run: Records) -> list[dict]:
-    return []
 
 
 def environments(run: Records) -> list[dict]:
@@ -212,7 +210,9 @@ def thin(points: list[tuple]) -> list[tuple]:
 
 def charts(runs: list[dict]) -> list[dict]:
     """What is to be drawn: the catalogue's charts that some run has, then one for each metric that no chart names."""
-    names = {name for run in runs for name, found in run["series"].items() if found["steps"]} - UNDRAWN - {"timing/step"}
+    names = (
+        {name for run in runs for name, found in run["series"].items() if found["steps"]} - UNDRAWN - {"timing/step"}
+    )
     catalogue, known = [], set()
     for chart in CHARTS:
         found = {}
@@ -220,7 +220,9 @@ def charts(runs: list[dict]) -> list[dict]:
             more = sorted(n for n in names if n.startswith(name[:-1])) if name.endswith("*") else [name]
             found |= {n: words or n.removeprefix(name[:-1]) for n in more if n in names}
         known |= set(found)
-        if "skipped" in chart.title.lower() and not any(sum(r["series"][n]["values"]) for r in runs for n in found if n in r["series"]):
+        if "skipped" in chart.title.lower() and not any(
+            sum(r["series"][n]["values"]) for r in runs for n in found if n in r["series"]
+        ):
             continue
         heldout = chart.heldout if any(chart.heldout in run["heldout"] for run in runs) else ""
         if found or heldout:
@@ -240,7 +242,10 @@ def marks(chart: Chart, runs: list[dict]) -> list[dict]:
             out.append({"run": i, "words": "before PPO, held out", "value": value})
         if chart.ends:
             begins = re.compile(f"^({chart.ends})")
-            for whose, summary in (("", run["summary"]), *((parent["spec"], parent["summary"]) for parent in run["parents"])):
+            for whose, summary in (
+                ("", run["summary"]),
+                *((parent["spec"], parent["summary"]) for parent in run["parents"]),
+            ):
                 found = {k: v for k, v in summary.items() if begins.match(k)}
                 if whose and run["stage"] != "ranking":
                     continue  # a loss on other text says nothing here
@@ -276,7 +281,9 @@ def sides(row: dict) -> dict[str, dict]:
     if "responses" in row:
         return {"policy": row}
     if "chosen" in row:
-        return {side: {"responses": [row[side]], "score": [row.get(f"{side}_score")]} for side in ("chosen", "rejected")}
+        return {
+            side: {"responses": [row[side]], "score": [row.get(f"{side}_score")]} for side in ("chosen", "rejected")
+        }
     return {name: {"responses": [row[name]]} for name in ("text", "targets") if name in row}
 
 
@@ -292,6 +299,7 @@ def responses(side: dict) -> list[dict]:
 
 def sorting(row: dict) -> dict[str, float | None]:
     """What a row can be sorted by: the means of the last column's figures, and of the scores the distance of two columns."""
+
     def mean(side, name):
         found = [x["figures"].get(name) for x in side]
         return float(np.mean(found)) if found and None not in found else None

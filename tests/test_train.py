@@ -154,7 +154,9 @@ def test_responses_of_reference_and_policy_are_kept_with_the_log_ratio_of_each_t
     batch = {"tokens": tokens, "positions": np.arange(tokens.size)[None], "segments": np.ones_like(tokens), "at": at}
     mesh = sharding.make_mesh(configs.Mesh())
     read = jax.jit(lambda params: logprobs.token_logprobs(model, params, batch)[0][0])
-    policy, reference = (read(roles.load(model, "lm", mesh, None, directory)) for directory in (run, chain[0] / "sft-tiny"))
+    policy, reference = (
+        read(roles.load(model, "lm", mesh, None, directory)) for directory in (run, chain[0] / "sft-tiny")
+    )
     np.testing.assert_allclose(row["before"]["log_ratio"][0], policy - reference, atol=2e-4)
     assert np.abs(policy - reference).max() > 1e-3
 

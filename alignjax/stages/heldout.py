@@ -53,8 +53,8 @@ def means(entries: list[dict]) -> dict[str, float]:
 def evaluate(answer, loss, prompts: dict, text: dict | None, batch: int, limit: int | None = None, detailed: int = 0):
     """Figures, and an entry for each prompt, of the first `limit` prompts (None: all) and as many rows of text, if any.
 
-    answer(batch of prompts, how many of them detailed) -> entries, as `describe`; loss(text) -> nats a target. Prompts come in whole batches, as they
-    do in training, so that its programs serve: the last one is filled up with the first prompts.
+    answer(batch of prompts, how many of them in detail) -> entries, as `describe`; loss(text) -> nats a target. Prompts come
+    in whole batches, as they do in training, so that its programs serve: the last one is filled up with the first prompts.
     """
     entries, n = [], len(prompts["index"][:limit])
     for first in range(0, n, batch):
@@ -72,6 +72,11 @@ def beside(before: list[dict], after: list[dict]) -> list[dict]:
     return [{"prompt": old["prompt"]} | {side: {k: v for k, v in entry.items() if k != "prompt"}
                                          for side, entry in (("before", old), ("after", new))}
             for old, new in zip(before, after, strict=True)]  # fmt: skip
+
+
+def compared(before: dict, after: dict) -> dict:
+    figures = {f"{k}/{side}": v for side, found in (("before", before), ("after", after)) for k, v in found.items()}
+    return figures | gap_closed(figures)
 
 
 def gap_closed(figures: dict) -> dict:

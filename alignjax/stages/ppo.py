@@ -262,17 +262,18 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
                  for role, head in HEADS.items()}  # fmt: skip
         return state | {"stats": jax.device_put(RunningStats.zero(), sharding.replicated(mesh))}
 
-    def respond(split, params, stats, batch, i, phases=UNTIMED):
-        sampled = sample(config, programs, params["policy"], batch, i, mesh, phases)
+    def respond(split, policy, stats, batch, i, phases=UNTIMED):
+        """A Rollout, what readers of text say of it, and read(role -> parameters), what all say, as `score`."""
+        sampled = sample(config, programs, policy, batch, i, mesh, phases)
         texts = judged(config, reward, tokenizer, rows[split], batch["index"], sampled)
         lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
-        return sampled, texts, score(config, programs, params, stats, sampled, lengths, mesh, texts)
+        return sampled, texts, lambda params: score(config, programs, params, stats, sampled, lengths, mesh, texts)
 
     def step(state, i):
         params = {role: state[role].params for role in HEADS} | frozen
         batch = ahead.get(i)
-        sampled, texts, scored = respond("train", params, state["stats"], batch, i, phases)
-        experience, stats, metrics, said, first, cut = scored
+        sampled, texts, read = respond("train", params["policy"], state["stats"], batch, i, phases)
+        experience, stats, metrics, said, first, cut = read(params)
         phases.mark("score", experience)
         if i == 0:
             self_check(config, programs, reward.model, params, experience, said, first[0], texts)
@@ -281,11 +282,10 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
 
         def late():
-            kept = SAMPLES if i % config.sample_every == 0 else 0
-            entries = heldout.describe(config, tokenizer, rows["train"], batch["index"], sampled, said, kept)
+            few = SAMPLES if i % config.sample_every == 0 else 0
+            entries = heldout.describe(config, tokenizer, rows["train"], batch["index"], sampled, said, few)
             found = heldout.means(entries)
-            scores = {"objective/true_score": found["true_score"]} if "true_score" in found else {}
-            return scores, entries[:kept]
+            return {f"objective/{k}": x for k, x in found.items() if k == "true_score"}, entries[:few]
 
         def examples():
             texts = {f"text/{number}/{name}": x for number, _ in minibatches(config, i) if number >= p.value_warmup_steps
@@ -299,13 +299,10 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         params = {"policy": policy, "value": state["value"].params, **frozen}
 
         def answer(batch, detailed):
-            sampled, texts, scored = respond("heldout", params, state["stats"], batch, config.steps)
-            said = scored[3]
-            if detailed and policy is not state["policy"].params:  # the same programs, of which training has run all
-                final = params | {"policy": state["policy"].params}
-                lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
-                again = score(config, programs, final, state["stats"], sampled, lengths, mesh, texts)
-                said |= {"log_ratio": again[3]["log_ratio"]}
+            sampled, _, read = respond("heldout", policy, state["stats"], batch, config.steps)
+            said = read(params)[3]
+            if detailed and policy is not state["policy"].params:
+                said |= {"log_ratio": read(params | {"policy": state["policy"].params})[3]["log_ratio"]}
             return heldout.describe(config, tokenizer, rows["heldout"], batch["index"], sampled, said, detailed)
 
         loss = lambda text: lm.heldout_loss(
@@ -318,13 +315,10 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         return {"prompts": len(entries), **found}, entries[:SAMPLES]
 
     def figures(state):
-        out = {"policy_updates": int(state["policy"].updates), "value_updates": int(state["value"].updates)}
-        detailed = []
-        for name, policy in (("before", roles.fetched(frozen["reference"])), ("after", state["policy"].params)):
-            found, entries = evaluate(policy, state, None, p.eval_prompts)
-            out |= {f"{k}/{name}": v for k, v in found.items()}
-            detailed.append(entries[: p.eval_prompts])
-        return out | heldout.gap_closed(out), heldout.beside(*detailed)
+        updates = {f"{role}_updates": int(state[role].updates) for role in HEADS}
+        before, after = (evaluate(policy, state, None, p.eval_prompts)
+                         for policy in (roles.fetched(frozen["reference"]), state["policy"].params))  # fmt: skip
+        return updates | heldout.compared(before[0], after[0]), heldout.beside(before[1], after[1])[: p.eval_prompts]
 
     shown = "objective/scores", "objective/kl"
     return Stage(config.steps, shapes, start, step, lambda state: state, figures, heldout.table, shown,
