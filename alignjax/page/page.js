@@ -32,7 +32,10 @@ function said(x) {
   return size >= 1e5 || size < 1e-3 ? x.toExponential(2) : String(+x.toPrecision(4));
 }
 
-function signed(x) { return x == null ? "–" : (x > 0 ? "+" : x < 0 ? "−" : "") + Math.abs(x).toFixed(2); }
+function signed(x) {
+  if (x == null) return "–";
+  return (x >= 0.005 ? "+" : x <= -0.005 ? "−" : "") + Math.abs(x).toFixed(2);
+}
 
 function section(id, heading, ...children) {
   const more = el("details", { open: true, id }, el("summary", {}, el("h2", {}, heading)), ...children);

@@ -241,18 +241,18 @@ def pretraining(config: Config, mesh, tokenizer, say):
 
 
 def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
-    model, data, p, key = config.model, config.data, config.ppo, jax.random.key(config.seed)
+    model, data, p, budget = config.model, config.data, config.ppo, config.microbatch_tokens
     found = mixture.sets(config, "prompts", data.train, data.heldout, say)
     rows = {"train": sum(found.train, []), "heldout": sum(found.heldout.values(), [])}
     held_out = encoding.encode(rows["heldout"], "prompts", data.max_length, tokenizer, say)
     batches = mixture.batches(config, found, "prompts", data.max_length, data.batch, tokenizer, say)
     ahead = mixture.Ahead(lambda i: encoding.narrowed(batches.get(i)))
     text, text_rows, held_out_text = pretraining(config, mesh, tokenizer, say)
-
     optimisers, inits, shapes, policy_updates = trained(config, mesh)
     rate = jax.jit(update.learning_rate(config.optimiser, policy_updates))
     reward = rewards.build(config, mesh, parents, tokenizer)
     programs = compiled(config, optimisers, chat.end_token(tokenizer), reward.model, shapes, mesh)
+    key = jax.random.key(config.seed)
     # Read from disk for themselves, never shared with what is trained: no update and no donation can reach them.
     reference = roles.load(model, "lm", mesh, key, parents["reference"])
     frozen = {"reference": roles.frozen(reference, p.frozen_dtype, p.frozen_memory), **reward.params}
@@ -305,9 +305,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
                 said |= {"log_ratio": read(params | {"policy": state["policy"].params})[3]["log_ratio"]}
             return heldout.describe(config, tokenizer, rows["heldout"], batch["index"], sampled, said, detailed)
 
-        loss = lambda text: lm.heldout_loss(
-            programs.text_loss, policy, text, data.batch, config.microbatch_tokens, mesh
-        )
+        loss = lambda text: lm.heldout_loss(programs.text_loss, policy, text, data.batch, budget, mesh)
         return heldout.evaluate(answer, loss, held_out, held_out_text, data.batch, limit, detailed)
 
     def watch(state):
@@ -320,6 +318,5 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
                          for policy in (roles.fetched(frozen["reference"]), state["policy"].params))  # fmt: skip
         return updates | heldout.compared(before[0], after[0]), heldout.beside(before[1], after[1])[: p.eval_prompts]
 
-    shown = "objective/scores", "objective/kl"
-    return Stage(config.steps, shapes, start, step, lambda state: state, figures, heldout.table, shown,
-                 watch if p.eval_every else None)  # fmt: skip
+    return Stage(config.steps, shapes, start, step, lambda state: state, figures, heldout.table,
+                 ("objective/scores", "objective/kl"), watch if p.eval_every else None)  # fmt: skip
