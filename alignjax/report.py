@@ -45,6 +45,7 @@ class Chart(NamedTuple):
     heldout: str = ""  # the figure of evaluations.jsonl that belongs here; its /before in the summary is a dashed line
     ends: str = ""  # figures of the summary that begin so are dashed lines, of a parent too
     log: bool = False
+    rare: bool = False  # left out where it is all 0
 
 
 CHARTS = (
@@ -77,7 +78,8 @@ CHARTS = (
     Chart("Pretraining gradient", "norm over the policy's", {"pretrain/grad_norm_ratio": "ratio"}),
     Chart("Learning rate", "", {"lr": "policy"}),
     Chart("Skipped updates", "not finite",
-          {"skipped": "all", "policy/skipped": "policy", "value/skipped": "value"}),
+          {"skipped": "all", "policy/skipped": "policy", "value/skipped": "value"}, rare=True),
+    Chart("Ties", "share of pairs", {"ties": "ties"}, rare=True),
     Chart("Sampler against scorer", "difference of log p", {"sampler/drift_mean": "mean", "sampler/drift_max": "largest"}),
     Chart("Time of a step", "seconds", {"timing/seconds": "step", "timing/evaluation_seconds": "evaluation"}, log=True),
     Chart("Time by phase", "seconds", {"timing/phases/*": ""}, log=True),
@@ -121,10 +123,11 @@ def page(data: dict) -> str:
 def content(runs: list[Records]) -> dict:
     """All that the page shows, as JSON takes it."""
     described = [describe(run) for run in runs]
-    names = [run["title"] for run in described]
-    for run, found in zip(described, runs, strict=True):
-        if names.count(run["title"]) > 1:  # of two seeds, say
-            run["title"] = str(found.workdir)
+    for names in ([title(run) for run in runs], [run.workdir.name for run in runs], [str(run.workdir) for run in runs]):
+        if len(set(names)) == len(names):  # seeds of one config have the same name
+            break
+    for run, name in zip(described, names, strict=True):
+        run["title"] = name
     sources = [{"run": i, **source} for i, run in enumerate(runs) for source in samples(run)]
     return {"runs": described, "charts": charts(described), "sources": sources,
             "defaults": plain(dict(configs.flatten(Config())))}  # fmt: skip
@@ -183,7 +186,7 @@ def parents(run: Records) -> list[dict]:
         if spec.partition(":")[0].endswith(".py"):
             try:
                 directory = run.workdir.parent / configs.load(spec).name
-            except UserError:  # a config of another machine, or of another version
+            except Exception:  # a config that is gone, or of another version: whatever its code raises
                 directory = None
         summary = records.one(directory / "summary.json") if directory else {}
         out.append({"roles": mine, "spec": spec, "table": summary.get("table", []),
@@ -220,9 +223,7 @@ def charts(runs: list[dict]) -> list[dict]:
             more = sorted(n for n in names if n.startswith(name[:-1])) if name.endswith("*") else [name]
             found |= {n: words or n.removeprefix(name[:-1]) for n in more if n in names}
         known |= set(found)
-        if "skipped" in chart.title.lower() and not any(
-            sum(r["series"][n]["values"]) for r in runs for n in found if n in r["series"]
-        ):
+        if chart.rare and not any(sum(run["series"].get(n, {"values": []})["values"]) for run in runs for n in found):
             continue
         heldout = chart.heldout if any(chart.heldout in run["heldout"] for run in runs) else ""
         if found or heldout:
@@ -234,23 +235,18 @@ def charts(runs: list[dict]) -> list[dict]:
 
 
 def marks(chart: Chart, runs: list[dict]) -> list[dict]:
-    """Dashed lines: {"run", "words", "value"}."""
+    """Dashed lines, {"run", "words", "value"}: held out, before PPO; at a run's end and, the same figure, at its parent's."""
     out = []
     for i, run in enumerate(runs):
-        if chart.heldout and f"{chart.heldout}/before" in run["summary"] and chart.heldout != "kl":
-            value = run["summary"][f"{chart.heldout}/before"]
-            out.append({"run": i, "words": "before PPO, held out", "value": value})
-        if chart.ends:
-            begins = re.compile(f"^({chart.ends})")
-            for whose, summary in (
-                ("", run["summary"]),
-                *((parent["spec"], parent["summary"]) for parent in run["parents"]),
-            ):
-                found = {k: v for k, v in summary.items() if begins.match(k)}
-                if whose and run["stage"] != "ranking":
-                    continue  # a loss on other text says nothing here
-                out += [{"run": i, "words": f"{whose or 'at the end'}, {k.partition('/')[2] or 'held out'}", "value": v}
-                        for k, v in found.items()]  # fmt: skip
+        before = run["summary"].get(f"{chart.heldout}/before")
+        if before is not None and chart.heldout != "kl":  # which is 0
+            out.append({"run": i, "words": "before PPO, held out", "value": before})
+        ends = [name for name in run["summary"] if chart.ends and re.match(chart.ends, name)]
+        whose = [("at the end", run["summary"])]
+        if run["stage"] == "ranking":  # the losses of text are of texts that differ
+            whose += [(parent["spec"], parent["summary"]) for parent in run["parents"]]
+        out += [{"run": i, "words": f"{words}, {name.partition('/')[2] or 'held out'}", "value": summary[name]}
+                for words, summary in whose for name in ends if name in summary]  # fmt: skip
     return out
 
 

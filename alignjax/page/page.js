@@ -75,10 +75,10 @@ function results() {
     el("h3", {}, several && swatch(`c${i % 6}`), run.title, " ", el("small", {}, run.directory)),
     run.table.length ? table(lined(run.table)) : el("p", { class: "soft" }, `${progress(run)}; the last step's figures are beside the curves`)));
   const parents = runs.flatMap((run) => run.parents.map((parent) => el("div", { class: "card" },
-    el("h3", {}, parent.spec, " ", el("small", {}, `${parent.roles.join(", ")}${several ? " of " + run.title : ""}`)),
+    el("h3", {}, parent.spec, " ", el("small", {}, parent.roles.join(", "))),
     parent.table.length ? table(lined(parent.table)) : el("p", { class: "soft" }, "its results are not here"))));
-  const once = new Map([...parents].reverse().map((card) => [card.textContent, card]));
-  section("results", "Results", el("div", { class: "results" }, cards, [...once.values()].reverse()));
+  const once = new Map(parents.map((card) => [card.textContent, card]));  // several runs have the same
+  section("results", "Results", el("div", { class: "results" }, cards, [...once.values()]));
 }
 
 function warnings() {
@@ -101,7 +101,7 @@ function ticks(low, high, log) {
     for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) for (const k of [1, 3]) out.push(k * 10 ** e);
     return out.filter((x) => x >= low && x <= high);
   }
-  const rough = (high - low) / 4, unit = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low) / 5, unit = 10 ** Math.floor(Math.log10(rough));
   const size = [1, 2, 2.5, 5, 10].map((k) => k * unit).find((x) => x >= rough);
   const out = [];
   for (let k = Math.ceil(low / size); k * size <= high * (1 + 1e-9); k++) out.push(+(k * size).toPrecision(12));
@@ -125,7 +125,7 @@ function upTo(steps, step) {
 }
 
 function swatch(kind, what = "trace") {
-  return el("svg", { viewBox: "0 0 18 9", "aria-hidden": "true" }, what === "point" ?
+  return el("svg", { viewBox: "0 0 18 9", class: "swatch", "aria-hidden": "true" }, what === "point" ?
     el("circle", { cx: 9, cy: 4.5, r: 3, class: `point ${kind}` }) : el("line", { x1: 0, x2: 18, y1: 4.5, y2: 4.5, class: `${what} ${kind}` }));
 }
 
@@ -145,7 +145,8 @@ function traces(chart) {
   });
   for (const mark of chart.marks) {
     const kind = several ? `c${mark.run % 6}` : `c${[3, 1, 2, 5][out.filter((x) => x.what === "mark").length % 4]}`;
-    out.push({ kind, label: (several ? runs[mark.run].title + " " : "") + mark.words, what: "mark", steps: [0], values: [mark.value] });
+    if (out.some((x) => x.words === mark.words && x.values[0] === mark.value)) continue;  // runs with the same parent
+    out.push({ ...mark, kind, label: (several ? runs[mark.run].title + " " : "") + mark.words, what: "mark", steps: [0], values: [mark.value] });
   }
   return out;
 }
@@ -269,7 +270,7 @@ function samples() {
     const text = (row) => [row.prompt, ...Object.values(row.sides).flat().map((x) => x.text)].join("\n").toLowerCase();
     const found = current().rows.map((row, place) => [row, place]).filter(([row]) => text(row).includes(wanted));
     if (chosen) found.sort(([a], [b]) => (down ? -1 : 1) * ((a.sort[chosen] ?? 0) - (b.sort[chosen] ?? 0)));
-    scale.hidden = !current().rows.some((row) => Object.values(row.sides).flat().some((x) => x.tokens));
+    scale.hidden = figures.hidden = !current().rows.some((row) => Object.values(row.sides).flat().some((x) => x.tokens));
     const total = current().total > current().rows.length ? `${current().rows.length} of ${current().total} kept here` : `${current().total}`;
     count.textContent = wanted ? `${found.length} of ${total}` : total;
     list.replaceChildren(...found.slice(0, shown).map(([row, place]) => sample(row, place, chosen)));
@@ -279,14 +280,17 @@ function samples() {
   const from = el("select", { onchange: (event) => change("source", event.target.value) }, sources.map((source, i) =>
     el("option", { value: i, selected: source === current() }, `${several ? runs[source.run].title + ": " : ""}${source.kind}`)));
   sort.addEventListener("change", (event) => change("sort", event.target.value));
+  const figures = el("label", {}, el("input", { type: "checkbox", checked: numbers, onchange: (event) => {
+    numbers = event.target.checked;
+    change("numbers", numbers ? "1" : "");
+  } }), "numbers");
   const turn = el("button", { "aria-label": "Order", onclick: () => {
     change("order", state.get("order") === "up" ? "" : "up");
     turn.textContent = state.get("order") === "up" ? "lowest first" : "highest first";
   } }, state.get("order") === "up" ? "lowest first" : "highest first");
-  section("responses", "Responses", el("div", { class: "bar" }, el("label", {}, "From", from), el("label", {}, "Sort by", sort), turn,
+  section("samples", "Samples", el("div", { class: "bar" }, el("label", {}, "From", from), el("label", {}, "Sort by", sort), turn,
     el("label", {}, "Filter", el("input", { type: "search", value: state.get("filter") || "", oninput: (event) => change("filter", event.target.value) })),
-    el("label", {}, el("input", { type: "checkbox", checked: numbers, onchange: (event) => { numbers = event.target.checked; change("numbers", numbers ? "1" : ""); } }), "numbers"),
-    count), el("div", { class: "bar" }, scale), list);
+    figures, count), el("div", { class: "bar" }, scale), list);
   fill();
 }
 
