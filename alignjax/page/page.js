@@ -230,7 +230,7 @@ function curves() {
 // ---- samples
 
 const STRONG = 2;  // nats at which a token's colour is full
-let shown = 20, numbers = state.get("numbers") === "1";
+let shown = 0, numbers = state.get("numbers") === "1";
 
 function token(text, ratio, say) {
   const words = (text || "◌").replaceAll("\n", "↵\n"), special = /^<\|.*\|>$/.test(text) ? " special" : "";
@@ -269,14 +269,17 @@ function samples() {
     const wanted = (state.get("filter") || "").toLowerCase(), down = state.get("order") !== "up";
     const text = (row) => [row.prompt, ...Object.values(row.sides).flat().map((x) => x.text)].join("\n").toLowerCase();
     const found = current().rows.map((row, place) => [row, place]).filter(([row]) => text(row).includes(wanted));
-    if (chosen) found.sort(([a], [b]) => (down ? -1 : 1) * ((a.sort[chosen] ?? 0) - (b.sort[chosen] ?? 0)));
+    if (chosen) found.sort(([a], [b]) => (down ? -1 : 1) * ((a.sort[chosen] ?? -1e9) - (b.sort[chosen] ?? -1e9)));
     scale.hidden = figures.hidden = !current().rows.some((row) => Object.values(row.sides).flat().some((x) => x.tokens));
     const total = current().total > current().rows.length ? `${current().rows.length} of ${current().total} kept here` : `${current().total}`;
     count.textContent = wanted ? `${found.length} of ${total}` : total;
+    const tokens = current().rows.flatMap((row) => Object.values(row.sides).flat()).reduce((sum, x) => sum + (x.tokens || []).length, 0);
+    const more = Math.max(2, Math.min(20, Math.floor(20000 * current().rows.length / tokens)));  // prompts at a time
+    shown ||= more;
     list.replaceChildren(...found.slice(0, shown).map(([row, place]) => sample(row, place, chosen)));
-    if (found.length > shown) list.append(el("button", { class: "more", onclick: () => { shown += 20; fill(); } }, `Show more (${found.length - shown})`));
+    if (found.length > shown) list.append(el("button", { class: "more", onclick: () => { shown += more; fill(); } }, `Show more (${found.length - shown})`));
   };
-  const change = (key, value) => { put(key, value); shown = 20; fill(); };
+  const change = (key, value) => { put(key, value); shown = 0; fill(); };
   const from = el("select", { onchange: (event) => change("source", event.target.value) }, sources.map((source, i) =>
     el("option", { value: i, selected: source === current() }, `${several ? runs[source.run].title + ": " : ""}${source.kind}`)));
   sort.addEventListener("change", (event) => change("sort", event.target.value));
