@@ -84,7 +84,7 @@ function results() {
 function warnings() {
   const found = runs.flatMap((run) => run.warnings.map((warning) => ({ ...warning, run: run.title })));
   section("warnings", `Warnings (${found.length})`, found.length ? found.map((x) => el("div", { class: "card warning" },
-    el("h3", {}, x.kind, " ", el("small", {}, `${several ? x.run + ", " : ""}step ${x.step}`)), el("p", {}, x.said),
+    el("h3", {}, x.kind.replaceAll("_", " "), " ", el("small", {}, `${several ? x.run + ", " : ""}step ${x.step}`)), el("p", {}, x.said),
     el("dl", {}, el("dt", {}, "usually means"), el("dd", {}, x.meaning), el("dt", {}, "to try"), el("dd", {}, x.remedy)))) :
     el("p", { class: "soft" }, "None: no rule of those that look at KL, values, clipping, entropy, lengths and scores holds."));
 }
@@ -106,6 +106,10 @@ function ticks(low, high, log) {
   const out = [];
   for (let k = Math.ceil(low / size); k * size <= high * (1 + 1e-9); k++) out.push(+(k * size).toPrecision(12));
   return out;
+}
+
+function label(tick) {
+  return String(tick).length <= 7 ? String(tick) : tick.toExponential(1);
 }
 
 function smooth(values) {
@@ -155,18 +159,19 @@ function draw(chart) {
   const lines = traces(chart);
   const steps = lines.flatMap((x) => [x.steps[0], x.steps.at(-1)]), right = Math.max(1, ...steps);
   let values = lines.flatMap((x) => x.values);
-  if (chart.log) values = values.filter((x) => x > 0);
-  const by = chart.log ? Math.log : (x) => x;
+  const log = chart.log && values.some((x) => x > 0);
+  if (log) values = values.filter((x) => x > 0);
+  const by = log ? Math.log : (x) => x;
   let low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
-  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) [low, high] = chart.log ? [low / 2, high * 2] : low ? [Math.min(0, 2 * low), Math.max(0, 2 * low)] : [0, 1];
-  else if (!chart.log) { const pad = 0.04 * (high - low); [low, high] = [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad]; }
+  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) [low, high] = log ? [low / 2, high * 2] : low ? [Math.min(0, 2 * low), Math.max(0, 2 * low)] : [0, 1];
+  else if (!log) { const pad = 0.04 * (high - low); [low, high] = [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad]; }
   const x = (step) => LEFT + (W - LEFT - RIGHT) * step / right;
   const y = (value) => H - BOTTOM - (H - TOP - BOTTOM) * (by(value) - by(low)) / (by(high) - by(low));
-  const path = (x0, v) => x0.map((step, i) => (chart.log && !(v[i] > 0)) ? "" : `${x(step).toFixed(1)} ${y(v[i]).toFixed(1)}`).filter(Boolean).join("L");
+  const path = (x0, v) => x0.map((step, i) => (log && !(v[i] > 0)) ? "" : `${x(step).toFixed(1)} ${y(v[i]).toFixed(1)}`).filter(Boolean).join("L");
   const plot = el("svg", { viewBox: `0 0 ${W} ${H}`, class: "plot", role: "img", tabindex: 0,
     "aria-label": `${chart.title}, ${chart.unit}, by step; the arrow keys go through the steps` });
-  for (const tick of ticks(low, high, chart.log)) plot.append(el("line", { class: "rule", x1: LEFT, x2: W - RIGHT, y1: y(tick), y2: y(tick) }),
-    el("text", { x: LEFT - 5, y: y(tick) + 4, "text-anchor": "end" }, said(tick)));
+  for (const tick of ticks(low, high, log)) plot.append(el("line", { class: "rule", x1: LEFT, x2: W - RIGHT, y1: y(tick), y2: y(tick) }),
+    el("text", { x: LEFT - 5, y: y(tick) + 4, "text-anchor": "end" }, label(tick)));
   for (const tick of ticks(0, right).filter(Number.isInteger)) plot.append(
     el("text", { x: x(tick), y: H - 6, "text-anchor": tick > 0.96 * right ? "end" : "middle" }, said(tick)));
   for (const line of lines) {
