@@ -265,7 +265,7 @@ function sample(row, place, by) {
 function samples() {
   if (!sources.length) return;
   const list = el("div"), count = el("span", { class: "soft", role: "status" }), sort = el("select");
-  const scale = el("span", { class: "scale" }, "log p of the policy less that of the reference, a token: −2", el("i"), "+2 nats");
+  const scale = el("span", { class: "scale" }, "log p of the policy less that of the reference, a token", el("span", {}, "−2 ", el("i"), " +2 nats"));
   const current = () => sources[Math.min(+state.get("source") || 0, sources.length - 1)];
   const fill = () => {
     const names = [...new Set(current().rows.flatMap((row) => Object.keys(row.sort)))];
