@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [{"config"}, {"sharding", "command", "processes", "safetensors", "workdir", "cost"},
-          {"models", "checkpoint", "data", "metrics", "profile", "calibration", "records", "advice"},
+          {"models", "checkpoint", "data", "metrics", "profile", "calibration", "records", "advice", "tracker"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
           {"evals"}, {"train", "evaluate"}, {"plan"}]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
