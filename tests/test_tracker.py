@@ -42,7 +42,7 @@ def wandb(monkeypatch):
         fake.runs.append(Run(server, asked["id"]))
         return fake.runs[-1]
 
-    fake.init = init
+    fake.init, fake.teardown = init, lambda: fake.inits.append({"teardown": True})
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
     monkeypatch.delenv("WANDB_DIR", raising=False)
@@ -104,7 +104,8 @@ def test_what_fails_is_said_and_stops_nothing(wandb, tmp_path):
     """At the start it is kept offline; later the run goes on without."""
     wandb.down, said = True, []
     with tracker.tracking("mine", configs.Config(), tmp_path, said.append) as tracked:
-        assert [asked.get("mode") for asked in wandb.inits] == [None, "offline"]
+        online, teardown, offline = wandb.inits
+        assert offline == online | {"mode": "offline"} and teardown == {"teardown": True}
         tracked.log(0, {"loss": 1.0})
         tracked.first = -1
         tracked.log(-1, {"loss": 1.0})  # which the fake refuses
