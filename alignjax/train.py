@@ -42,8 +42,8 @@ def main(argv=None) -> int:
             signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
             keep_programs()
             config = configs.load(arguments.config, overrides)
-            if arguments.wandb:
-                tracker.package()
+            if arguments.wandb and jax.process_index() == 0:
+                tracker.package()  # before the hours after which it would be missed
             workdir = workdirs.place(arguments.workdir or Path("runs") / config.name)
             notices(lambda: signals.remember(signal.SIGTERM))
             with at_work(workdir):
@@ -100,9 +100,10 @@ def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profil
         together("summary")
     found = json.loads(summary.read_text())
     say(metrics.table(f"{config.name}: {found['steps']} steps in {found['training_seconds']:.0f} s", found["table"]))
-    left = records.read(workdir)
-    for warning in advice.advise(left.config, left.metrics, left.evaluations):
-        say(advice.brief(config.name, warning))
+    if jax.process_index() == 0:
+        rows = (records.lines(workdir / f"{name}.jsonl") for name in ("metrics", "evaluations"))
+        for warning in advice.advise(dict(configs.flatten(config)), *rows):
+            say(advice.brief(config.name, warning))
 
 
 def resolve(config: Config, workdir: Path, signals: Signals, project: str = "") -> dict[str, Path]:
@@ -235,9 +236,7 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
     together("keep")
 
 
-def train(
-    config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations, tracked=None
-):
+def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations, tracked=None):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     finite, files = jax.jit(update.finite), workdirs.staged(workdir)
