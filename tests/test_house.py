@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [{"config"}, {"sharding", "command", "processes", "safetensors", "workdir", "cost"},
           {"models", "checkpoint", "data", "metrics", "profile", "calibration", "records"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
-          {"evals"}, {"train", "evaluate"}, {"plan"}]  # fmt: skip
+          {"inference"}, {"evals"}, {"train", "evaluate"}, {"plan", "chat"}]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "alignjax").rglob("*.py"))
 ids = [str(path.relative_to(ROOT)) for path in FILES]
