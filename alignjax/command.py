@@ -133,13 +133,24 @@ def lock(workdir: Path, stack: contextlib.ExitStack) -> None:
 
 
 class Signals:
-    """Remembers SIGTERM or the first SIGINT, so that the loop can save before it stops; a second SIGINT interrupts."""
+    """Remembers SIGTERM or the first SIGINT, so that the loop can save before it stops; a second SIGINT interrupts.
+
+    As a context it does so inside alone. In a thread that isn't the main one Python hears of no signals, nor does this.
+    """
 
     def __init__(self):
         self.received = 0
         self.asked = None  # what all had received when it was asked last: an array, on its way
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def remember(self, number, frame=None):
         if number == signal.SIGINT and self.received:

@@ -11,7 +11,6 @@ changes more of them than the last digits; of two equal responses the scores are
 """
 
 import argparse
-import dataclasses
 import functools
 import glob
 import importlib
@@ -25,10 +24,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from alignjax import calibration, metrics, roles, sharding, train
+from alignjax import calibration, inference, metrics, roles, sharding, train
 from alignjax import config as configs
 from alignjax import workdir as workdirs
-from alignjax.checkpoint import restore_role
 from alignjax.command import keep_programs, say
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, mixture, preferences, toy
@@ -139,13 +137,12 @@ def measured(
     label: str, run: Path, tokenizer, sets: dict, dtype: str, length: int, budget: int, mesh
 ) -> dict[str, dict]:
     """{set: its figures} of one run, whose parameters are let go at the end, before the next run's come."""
-    model = dataclasses.replace(roles.architecture(run), dtype=dtype, attention="auto")
-    params = restore_role(run, "model", roles.shapes(model, "scalar", mesh))
-    score_fn, found = jax.jit(functools.partial(ranking.score_pairs, model)), {}
+    model = inference.load(run, dtype=dtype, mesh=mesh)
+    score_fn, found = jax.jit(functools.partial(ranking.score_pairs, model.architecture)), {}
     for name, rows in sets.items():
         with tqdm(total=len(rows), desc=f"{label}: {name}", unit="pair", dynamic_ncols=True, file=sys.stderr,
                   mininterval=0.5 if sys.stderr.isatty() else 15) as bar:  # fmt: skip
-            difference, kept = differences(score_fn, params, tokenizer, rows, length, budget, mesh, bar)
+            difference, kept = differences(score_fn, model.params, tokenizer, rows, length, budget, mesh, bar)
         found[name] = figures(difference, kept, np.array([row.get("ratio", 0.0) for row in rows]))
     return found
 
@@ -169,12 +166,10 @@ def runs_of(given: list[Path]) -> dict[str, Path]:
 
 def pmp_of(run: Path) -> Path | None:
     """The ranking run that this one began with, complete; None, and why is said, if it is not where it was."""
-    spec = roles.stored(run)["parents"].get("model")
-    if spec is None or spec.startswith("hf://"):
+    if roles.stored(run)["parents"].get("model", "hf://").startswith("hf://"):
         return None
     try:
-        home = run.parent if run.name else run.absolute().parent
-        parent = home / configs.load(spec).name if train.is_config(spec) else workdirs.place(spec)
+        parent = train.parent_of(run, "model")
         if roles.stored(parent).get("stage") != "ranking":
             return None
         if not (parent / "summary.json").exists():

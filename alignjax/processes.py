@@ -32,7 +32,11 @@ BEATS, ERRORS, CLOSED, LEFT, END = (f"alignjax/{name}" for name in ("beats/", "e
 
 
 class Stopped(Exception):
-    """A signal ended the run after a save."""
+    """A signal, of this number, ended the run after a save."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.number = number
 
 
 def service():

@@ -80,60 +80,24 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
     (b, p), n, r = prompts.shape, samples, response_length
     at_once, s = slots_of(b, n, slots)
     g, whole, wanted = at_once * n, at_once == b, b if wanted is None else wanted
-    fold = jax.vmap(jax.random.fold_in)
-    keys = fold(fold(jnp.broadcast_to(key, (b * n,)), jnp.repeat(index, n)), jnp.tile(jnp.arange(n), b))
+    draw = drawer(model, params, index, key, n, temperature, top_p)
     layers = transformer.for_decoding(model, params)
-
-    def draw(number, place, hidden):
-        """The tokens at `place` of these samples, from the hidden states before them."""
-        # Each device's words first, then all of them: GSPMD would gather the kernel, to have whole rows at once.
-        logits = constrain(constrain(transformer.logits(model, params, hidden), tensor=1))
-        return sample(fold(keys[jnp.minimum(number, b * n - 1)], place), logits, temperature, top_p)
 
     def fill(state: Slots, first) -> Slots:
         """The prompts from `first` on in the first g free slots."""
         at = None if whole else jnp.argsort(state.live, stable=True)[:g]
         rows = first + jnp.arange(at_once)
-        new, short = prompts[rows % b], lengths[rows % b]
-        hidden, kept = prefill(model, params, new, short, prefix)
         number = first * n + jnp.arange(g)
         number = jnp.where(number < wanted * n, number, b * n)  # behind the last prompt there is none
-        token, logprob = draw(number, jnp.zeros(g, jnp.int32), jnp.repeat(hidden[:, -1], n, axis=0))
-        put = lambda old, x: x if at is None else old.at[at].set(x)
-        begun = lambda x: jnp.zeros((g, r), x.dtype).at[:, 0].set(x)
-        matched, ended = follow(stops, end, jnp.zeros(g, jnp.int32), token)
-        live = (number < b * n) & ~ended & (r > 1)
-        return Slots(put(state.number, number), put(state.live, live), put(state.count, jnp.ones(g, jnp.int32)),
-                     put(state.matched, matched),
-                     put(state.tokens, begun(token)), put(state.logprobs, begun(logprob)),
-                     put(state.prompt_lengths, jnp.repeat(short, n)),
-                     fill_cache(state.cache, at, kept, n), state.clock,
-                     state.left if at is None else leave(state, at))  # fmt: skip
-
-    def step(state: Slots) -> Slots:
-        """One more token in every live slot."""
-        last = jnp.take_along_axis(state.tokens, state.count[:, None] - 1, axis=1)[:, 0]
-        attend = reader(prompt_mask(state.prompt_lengths, p, prefix), state.clock, state.count, r)
-        places = state.prompt_lengths + state.count - 1 + (0 if prefix is None else prefix.length)
-        hidden, kept = transformer.decode(model, params, layers, last, places, state.cache, attend)
-        token, logprob = draw(state.number, state.count, hidden)
-        # Always so; but XLA sees that the cache is written to only after all of it has been read, and makes no copy.
-        kept = jax.tree.map(lambda x: jnp.where((token >= 0)[:, None, None], x, 0), kept)
-        here = (jnp.arange(r) == state.count[:, None]) & state.live[:, None]
-        count = state.count + state.live
-        matched, ended = follow(stops, end, state.matched, token)
-        return state._replace(
-            live=state.live & ~ended & (count < r), count=count, matched=matched, clock=state.clock + 1,
-            tokens=jnp.where(here, token[:, None], state.tokens),
-            logprobs=jnp.where(here, logprob[:, None], state.logprobs),
-            cache=write(state.cache, state.clock, kept, r))  # fmt: skip
+        return filled(model, params, draw, state, at, number, prompts[rows % b], lengths[rows % b], prefix, end, stops)
 
     def turn(carry):
         """Fill g slots and decode until as many are free, or to the end once nothing is left to fill them with."""
         state, first = carry
         state, first = fill(state, first), first + at_once
         enough = jnp.where(first < wanted, s - g, 0)
-        return jax.lax.while_loop(lambda state: state.live.sum() > enough, step, state), first
+        one = lambda state: step(model, params, layers, draw, state, p, prefix, end, stops)
+        return jax.lax.while_loop(lambda state: state.live.sum() > enough, one, state), first
 
     w = 0 if prefix is None else len(prefix.real)
     carry = empty(model, b * n, s, w + p, r, cache_dtype), jnp.int32(0)
@@ -142,6 +106,78 @@ def generate(model, params, prompts, lengths, index, key, *, samples, response_l
     last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)[:, 0]
     fan = lambda x: jnp.repeat(x, n, axis=0)
     return Rollout(jnp.concatenate([fan(prompts), tokens], axis=1), fan(lengths), count, logprobs, last != end)
+
+
+def begin(
+    model, params, prompts, lengths, index, key, *, response_length, temperature, top_p, end, stops=None
+) -> Slots:
+    """As `generate` with one sample of each prompt begins: every response has its first token, and `proceed` adds more."""
+    b, p = prompts.shape
+    draw = drawer(model, params, index, key, 1, temperature, top_p)
+    state = empty(model, b, b, p, response_length, "")
+    return filled(model, params, draw, state, None, jnp.arange(b), prompts, lengths, None, end, stops)
+
+
+def proceed(model, params, state: Slots, index, key, *, tokens, prompt_width, temperature, top_p, end, stops=None):
+    """(the state of `begin` after up to `tokens` more of each response, its tokens[b r], count[b] and live[b] besides: the
+    state may be donated to the next call before these are read)."""
+    draw = drawer(model, params, index, key, 1, temperature, top_p)
+    layers, until = transformer.for_decoding(model, params), state.clock + tokens
+    one = lambda state: step(model, params, layers, draw, state, prompt_width, None, end, stops)
+    state = jax.lax.while_loop(lambda state: state.live.any() & (state.clock < until), one, state)
+    return state, (state.tokens, state.count, state.live)
+
+
+def drawer(model, params, index, key, n: int, temperature, top_p):
+    """draw(number, place, hidden): the tokens at `place` of samples (prompt times n, plus its sample's number), from the
+    hidden states before them, and their log-probabilities."""
+    fold, total = jax.vmap(jax.random.fold_in), len(index) * n
+    keys = fold(fold(jnp.broadcast_to(key, (total,)), jnp.repeat(index, n)), jnp.tile(jnp.arange(n), len(index)))
+
+    def draw(number, place, hidden):
+        # Each device's words first, then all of them: GSPMD would gather the kernel, to have whole rows at once.
+        logits = constrain(constrain(transformer.logits(model, params, hidden), tensor=1))
+        return sample(fold(keys[jnp.minimum(number, total - 1)], place), logits, temperature, top_p)
+
+    return draw
+
+
+def filled(model, params, draw, state: Slots, at, number, prompts, lengths, prefix, end, stops) -> Slots:
+    """The state with prompts[b p] of lengths[b] in slots at[g] (None: in all), as samples number[g], first tokens drawn."""
+    (total, r), g = state.left[0].shape, len(number)
+    n = g // len(prompts)
+    hidden, kept = prefill(model, params, prompts, lengths, prefix)
+    token, logprob = draw(number, jnp.zeros(g, jnp.int32), jnp.repeat(hidden[:, -1], n, axis=0))
+    put = lambda old, x: x if at is None else old.at[at].set(x)
+    begun = lambda x: jnp.zeros((g, r), x.dtype).at[:, 0].set(x)
+    matched, ended = follow(stops, end, jnp.zeros(g, jnp.int32), token)
+    live = (number < total) & ~ended & (r > 1)
+    return Slots(put(state.number, number), put(state.live, live), put(state.count, jnp.ones(g, jnp.int32)),
+                 put(state.matched, matched),
+                 put(state.tokens, begun(token)), put(state.logprobs, begun(logprob)),
+                 put(state.prompt_lengths, jnp.repeat(lengths, n)),
+                 fill_cache(state.cache, at, kept, n), state.clock,
+                 state.left if at is None else leave(state, at))  # fmt: skip
+
+
+def step(model, params, layers, draw, state: Slots, p: int, prefix, end, stops) -> Slots:
+    """One more token in every live slot."""
+    r = state.tokens.shape[1]
+    last = jnp.take_along_axis(state.tokens, state.count[:, None] - 1, axis=1)[:, 0]
+    attend = reader(prompt_mask(state.prompt_lengths, p, prefix), state.clock, state.count, r)
+    places = state.prompt_lengths + state.count - 1 + (0 if prefix is None else prefix.length)
+    hidden, kept = transformer.decode(model, params, layers, last, places, state.cache, attend)
+    token, logprob = draw(state.number, state.count, hidden)
+    # Always so; but XLA sees that the cache is written to only after all of it has been read, and makes no copy.
+    kept = jax.tree.map(lambda x: jnp.where((token >= 0)[:, None, None], x, 0), kept)
+    here = (jnp.arange(r) == state.count[:, None]) & state.live[:, None]
+    count = state.count + state.live
+    matched, ended = follow(stops, end, state.matched, token)
+    return state._replace(
+        live=state.live & ~ended & (count < r), count=count, matched=matched, clock=state.clock + 1,
+        tokens=jnp.where(here, token[:, None], state.tokens),
+        logprobs=jnp.where(here, logprob[:, None], state.logprobs),
+        cache=write(state.cache, state.clock, kept, r))  # fmt: skip
 
 
 def read_prefix(model, params, tokens, length) -> Prefix:

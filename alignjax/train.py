@@ -5,12 +5,14 @@ again resumes, to the bit, or says that the run is complete.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -25,6 +27,7 @@ from alignjax.data import chat, mixture, toy
 from alignjax.models import attention
 from alignjax.processes import Stopped
 from alignjax.profile import Compilations, Phases
+from alignjax.records import Records
 from alignjax.stages import lm, ppo, ranking, rewards
 
 CLAIMING = {"lock", "tokenizer", "tokenizer.partial", "config.partial"}  # a run that was cut off there is begun anew
@@ -39,33 +42,60 @@ def main(argv=None) -> int:
     try:
         arguments, overrides = parse(argv)
         with processes.one_run(arguments.distributed):
-            signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself
-            keep_programs()
-            config = configs.load(arguments.config, overrides)
-            if arguments.wandb and jax.process_index() == 0:
-                tracker.package()  # before the hours after which it would be missed
-            workdir = workdirs.place(arguments.workdir or Path("runs") / config.name)
-            notices(lambda: signals.remember(signal.SIGTERM))
-            with at_work(workdir):
-                run(config, workdir, overrides, signals, arguments.profile, arguments.wandb)
+            fit(
+                configs.load(arguments.config, overrides),
+                arguments.workdir,
+                overrides,
+                arguments.profile,
+                arguments.wandb,
+            )
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if jax.process_index() == 0:
             print(f"alignjax: {stopped}", file=sys.stderr)
-        return 0 if signals.received == signal.SIGTERM else 128 + signals.received
+        return 0 if stopped.number == signal.SIGTERM else 128 + stopped.number
     return 0
 
 
-def run(config: Config, workdir: Path, overrides: dict, signals: Signals, profile=False, project: str = "") -> None:
+def fit(
+    config: Config,
+    workdir: str | Path | None = None,
+    fixed: Collection[str] = (),
+    profile: bool = False,
+    project: str = "",
+) -> Records:
+    """Train as a config says, after its parents, in `workdir` (default: runs/NAME), and give what the run has left.
+
+    What is there already isn't done again: a run that was cut off goes on, one that is complete is read. `config` isn't
+    changed. Parents that are runs or checkpoints give their architecture; a field named in `fixed`, such as "model.layers",
+    must be theirs already. `project` is one of Weights & Biases, "" for none.
+    A first interrupt or SIGTERM saves and raises `processes.Stopped`; a user's mistake is a UserError.
+    """
+    config = copy.deepcopy(config)
+    configs.check(config)
+    if project and jax.process_index() == 0:
+        tracker.package()  # before the hours after which it would be missed
+    with Signals() as signals:  # not before jax.distributed, which takes SIGTERM for itself
+        keep_programs()
+        workdir = workdirs.place(workdir or Path("runs") / config.name)
+        notices(lambda: signals.remember(signal.SIGTERM))
+        with at_work(workdir):
+            run(config, workdir, fixed, signals, profile, project)
+    return records.read(workdir)
+
+
+def run(
+    config: Config, workdir: Path, fixed: Collection[str], signals: Signals, profile: bool = False, project: str = ""
+) -> None:
     """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there.
 
     Its parents are never profiled: that would slow what nobody asked about, and each can be asked for by itself. They too go
     to the `project` of Weights & Biases, if there is one, each as a run of its own.
     """
     mesh = sharding.make_mesh(config.mesh)
-    adopt(config, overrides)
+    adopt(config, fixed)
     compare(config, workdir)
     summary = workdir / "summary.json"
     if summary.exists():
@@ -130,6 +160,15 @@ def is_config(spec: str) -> bool:
     return spec.partition(":")[0].endswith(".py")
 
 
+def parent_of(run: Path, role: str) -> Path | None:
+    """Where a run's parent of that role is, or was: one that is a config is beside the run. None if it has none."""
+    spec = roles.stored(run)["parents"].get(role)
+    if spec is None:
+        return None
+    home = run.parent if run.name else run.absolute().parent
+    return home / configs.load(spec).name if is_config(spec) else roles.local(spec)
+
+
 def beside(config: Config, spec: str, workdir: Path, signals: Signals, project: str = "") -> Path:
     """The directory of a parent that is a config, complete."""
     parent = configs.load(spec)
@@ -146,11 +185,13 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals, project: 
     else:
         say(f"{config.name}: {spec} comes first")
         with at_work(directory):
-            run(parent, directory, {}, signals, project=project)
+            run(parent, directory, (), signals, project=project)
     return directory
 
 
-def adopt(config: Config, overrides: dict, architecture=lambda spec: roles.architecture(roles.local(spec))) -> None:
+def adopt(
+    config: Config, fixed: Collection[str], architecture=lambda spec: roles.architecture(roles.local(spec))
+) -> None:
     """Give the config the architecture of what its parents begin with, unless the user asks for another.
 
     The reward model's is its own affair: it may be another.
@@ -160,7 +201,7 @@ def adopt(config: Config, overrides: dict, architecture=lambda spec: roles.archi
             if name in roles.RUNTIME:
                 continue
             mine = getattr(config.model, name)
-            if f"model.{name}" in overrides and mine != value:
+            if f"model.{name}" in fixed and mine != value:
                 raise UserError(f"model.{name}={mine!r}, but the parent {parent} has {value!r}")
             setattr(config.model, name, value)
     configs.check(config)
@@ -273,9 +314,8 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
                 if stop:
                     checkpoints.close()
                     name = signal.Signals(signals.received).name
-                    raise Stopped(
-                        f"{name}: {config.name} saved at step {i + 1} of {stage.steps}; the same command goes on"
-                    )
+                    told = f"{name}: {config.name} saved at step {i + 1} of {stage.steps}; the same command goes on"
+                    raise Stopped(told, signals.received)
         return state
 
 

@@ -1,4 +1,4 @@
-"""The harness' model interface: what reaches `Inference`, what comes back, and what an interruption leaves."""
+"""The harness' model interface: what reaches `Requests`, what comes back, and what an interruption leaves."""
 
 import json
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
-from test_inference import logits_of
+from test_requests import logits_of
 
 from alignjax import convert
 from alignjax.config import UserError
@@ -28,7 +28,7 @@ def instances(kind, *arguments):
 
 
 def weights(model):
-    return model.inference.model, jax.tree.map(np.asarray, model.inference.params)
+    return model.asked.model.architecture, jax.tree.map(np.asarray, model.asked.model.params)
 
 
 def test_a_text_without_context_follows_the_begin_token_and_a_long_one_is_read_in_windows(model):
@@ -56,7 +56,7 @@ def test_hugging_face_checkpoint_and_run_answer_alike(model, chain, tmp_path):
     other = adapter.AlignJax(tmp_path / "hf", batch_size="auto")
     asked = instances("loglikelihood", *((text, " box") for text in TEXTS))
     assert other.loglikelihood(asked, disable_tqdm=True) == model.loglikelihood(asked, disable_tqdm=True)
-    assert other.inference.ends == model.inference.ends and other.inference.slots == 64
+    assert other.asked.model.ends == model.asked.model.ends and other.asked.slots == 64
 
 
 def test_half_precision_is_near(model, chain):
@@ -66,13 +66,13 @@ def test_half_precision_is_near(model, chain):
         half.loglikelihood(asked, disable_tqdm=True), model.loglikelihood(asked, disable_tqdm=True), strict=True
     )
     assert all(a[0] == pytest.approx(b[0], abs=0.1) and a[0] != b[0] for a, b in pairs)
-    assert half.inference.params["layers"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
+    assert half.asked.model.params["layers"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("arguments, message", [
     ({"run": "nowhere"}, "nowhere: no config.json there"),
     ({"dtype": "float16"}, "dtype='float16' must be one of 'float32', 'bfloat16'"),
-    ({"run": "pmp-tiny"}, "a language model is wanted, this run's stage is 'ranking'"),
+    ({"run": "pmp-tiny"}, "pmp-tiny: a language model is wanted, this is a reward model"),
 ])  # fmt: skip
 def test_what_is_no_model_is_said(chain, arguments, message):
     arguments = {"run": "sft-tiny"} | arguments
@@ -135,7 +135,7 @@ def test_the_harness_own_command_line(chain, tmp_path, monkeypatch, capsys):
 def test_what_was_answered_before_an_interruption_is_not_asked_again(chain, model, tmp_path, monkeypatch):
     asked = instances("generate_until", *((f"copy : {i}", {"until": [], "max_gen_toks": 4}) for i in range(40)))
     cached = lambda: lm_eval.api.model.CachingLM(model, str(tmp_path / "answers.db"))
-    answer, calls = model.inference.answer, []
+    answer, calls = model.asked.answer, []
 
     def interrupted(*arguments):
         if len(calls) == 1:
@@ -143,13 +143,11 @@ def test_what_was_answered_before_an_interruption_is_not_asked_again(chain, mode
         calls.append(len(arguments[3]))
         return answer(*arguments)
 
-    monkeypatch.setattr(model.inference, "answer", interrupted)
+    monkeypatch.setattr(model.asked, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cached().generate_until(asked)
-    monkeypatch.setattr(
-        model.inference, "answer", lambda *arguments: calls.append(len(arguments[3])) or answer(*arguments)
-    )
+    monkeypatch.setattr(model.asked, "answer", lambda *arguments: calls.append(len(arguments[3])) or answer(*arguments))
     found = cached().generate_until(asked)
     assert 0 < calls[0] < sum(calls) == 40  # of lengths that have halved there are two calls
-    monkeypatch.setattr(model.inference, "answer", answer)
+    monkeypatch.setattr(model.asked, "answer", answer)
     assert found == model.generate_until(asked, disable_tqdm=True)

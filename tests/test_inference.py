@@ -1,174 +1,183 @@
-"""An evaluation's requests: families, packing, slots and stop strings against one sequence at a time."""
+"""The Python surface: what is loaded generates, streams and scores as training and `rollout` do, and says what it can't."""
 
 import functools
-import itertools
-import re
+import json
+import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import tiny
+from runs import rows
 
-from alignjax import sharding
+from alignjax import convert, inference, rollout, sharding
 from alignjax.config import Mesh, UserError
-from alignjax.data import chat
-from alignjax.evals import stops
-from alignjax.evals.inference import Family, Inference, alike, calls, families, size
-from alignjax.models import transformer
+from alignjax.data import chat, encoding, toy
 
-WORDS = "the cat sat on a mat and ate its rat .\n\nQ: stop here now Question".split(" ")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return chat.train_tokenizer([" ".join(WORDS)] * 9, tmp_path_factory.mktemp("tokenizer"), 300)
+PROMPTS = ["copy : cat box", "find : bob hat . amy red . bob", [{"role": "user", "content": "count : cat box sun"}]]
+SAMPLED = {"temperature": 1.3, "top_p": 0.9, "seed": 3, "max_tokens": 10}
+GREEDY = {"temperature": 0.0, "max_tokens": 10}
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny(vocab_size=304, max_length=96)
+def policy(chain):
+    return inference.load(chain[0] / "ppo-tiny", mesh=sharding.make_mesh(Mesh(), jax.devices()[:1]))
 
 
-@pytest.fixture(scope="module", params=[1, 8])
-def inference(model, tokenizer, request):
-    mesh = sharding.make_mesh(Mesh(), jax.devices()[: request.param])
-    params = jax.device_put(model[1], sharding.param_shardings(model[1], mesh))
-    return Inference(
-        model[0], params, tokenizer, mesh, [tokenizer.eos_token_id], tokens=128, slots=4
-    )  # so that families are worth it
+@pytest.fixture(scope="module")
+def reward(chain):
+    return inference.load(chain[0] / "rm-tiny")
 
 
-@functools.cache
-def forward(model):
-    @jax.jit
-    def logits(params, tokens, length):
-        places = jnp.arange(len(tokens))
-        hidden, _ = transformer.apply(
-            model, params, tokens[None], places[None], (places < length)[None].astype(jnp.int32)
-        )
-        return jax.nn.log_softmax(transformer.logits(model, params, hidden[0]))
-
-    return logits
-
-
-def logits_of(model, sequence):
-    """log p [t v] behind each token of a sequence, alone in its row."""
-    model, params = model
-    row = np.zeros(model.max_length, np.int32)
-    row[: len(sequence)] = sequence
-    return np.asarray(forward(model)(params, row, len(sequence)))[: len(sequence)]
+def test_responses_are_those_of_a_rollout(policy):
+    found = policy.generate(PROMPTS, samples=2, slots=2, **SAMPLED)
+    ids, end = policy.encode(PROMPTS), chat.end_token(policy.tokenizer)
+    width = max(map(len, ids))
+    tokens = encoding.pad(ids, width, left=True)
+    whole = jax.jit(functools.partial(rollout.generate, policy.architecture, samples=2, response_length=10, end=end,
+                                      temperature=1.3, top_p=0.9))  # fmt: skip
+    alone = whole(policy.params, tokens, encoding.lengths_of(ids), np.arange(3), jax.random.key(3))
+    for response, row, count, cut in zip(found, alone.tokens, alone.lengths, alone.truncated, strict=True):
+        assert response.tokens == row[width:][:count].tolist() and response.truncated == cut
+        assert response.text == chat.decode_response(policy.tokenizer, response.tokens)
+    assert len({response.text for response in found}) == 6
+    for number in (0, 1, 2):
+        assert told(policy.stream(PROMPTS[number], number=number, **SAMPLED))[1] == found[2 * number]
 
 
-def requests():
-    """Two families, continuations of one token and of several to the same contexts, one request alone, two too long."""
-    rng = np.random.default_rng(0)
-    draw = lambda n: rng.integers(3, 300, n).tolist()
+def told(pieces):
+    """(pieces, the response that the generator ends with)"""
     out = []
-    for shots in (draw(35), draw(52)):
-        for _ in range(8):
-            context = shots + draw(rng.integers(3, 15))
-            out += [(context, draw(1)), (context, draw(1)), (context, draw(3))]
-    out += [([7], [8, 9]), (draw(5), draw(20)), (draw(90), draw(20)), (draw(3), draw(120))]
-    return [out[i] for i in rng.permutation(len(out))]
+    while True:
+        try:
+            out.append(next(pieces))
+        except StopIteration as stop:
+            assert "".join(out) == stop.value.text and "" not in out
+            return out, stop.value
 
 
-def test_loglikelihoods_are_those_of_each_sequence_alone(inference, model):
-    pairs, found = requests(), {}
-    greedy = logits_of(model, pairs[0][0])[-1].argmax()
-    pairs.append((pairs[0][0], [int(greedy)]))
+def test_no_piece_ends_within_a_character(policy, monkeypatch):
+    """Tokens of single bytes, as a model might say them: characters of two to four bytes, spaces, and a broken one."""
+    texts = ["é 水  🙂 ok", "🙂🙂"]
+    vocabulary = policy.tokenizer.get_vocab()
+    letters = {i: chr(code) for i, code in byte_letters().items()}
+    for text, cut in ((texts[0], 0), (texts[1], 2)):
+        ids = [vocabulary[letters[byte]] for byte in text.encode()[: -cut or None]]
+        ids += [] if cut else policy.ends
+        state = iter(range(1, len(ids) + 2))
 
-    def done(i, logprob, is_greedy):
-        assert i not in found
-        found[i] = logprob, is_greedy
+        def run(program, *_, ids=ids, state=state, **__):
+            if program is inference.BEGIN:
+                return None
+            count = min(next(state), len(ids))
+            return None, (np.array([ids]), np.array([count]), np.array([count < len(ids)]))
 
-    inference.loglikelihoods(pairs, done)
-    assert found.keys() == set(range(len(pairs))) and found[len(pairs) - 1][1]
-    for i, (context, continuation) in enumerate(pairs):
-        whole = (context + continuation)[-97:]
-        n = min(len(continuation), 96)
-        logprobs = logits_of(model, whole[:-1])[-n:]
-        assert found[i][0] == pytest.approx(logprobs[np.arange(n), whole[-n:]].sum(), abs=2e-4)
-        assert found[i][1] == (logprobs.argmax(-1) == whole[-n:]).all()
-
-
-def test_requests_that_begin_alike_are_read_together():
-    pairs = requests()
-    sequences = sorted({tuple(context) for context, _ in pairs})
-    found = families(sequences, 7 * 35)
-    assert sorted(i for family in found for i in family.members) == list(range(len(sequences)))
-    assert sorted(family.common for family in found) == [0, 35, 52]
-    for common, members in found:
-        assert len({sequences[i][:common] for i in members}) == 1 and all(len(sequences[i]) > common for i in members)
-    few = [(*range(30), i) for i in range(5)]
-    assert families(few, 120) == [Family(30, list(range(5)))]
-    assert families(few, 121) == [Family(0, list(range(5)))]
-    assert families([*few, few[0][:-1]], 140) == [Family(29, [5, *range(5)])]  # of the shortest a token is left
-    assert families([], 1) == []
-    assert alike((1, 2, 3), (1, 2)) == 2 and alike((1, 2), (3, 2)) == 0
+        monkeypatch.setattr(policy, "run", run)
+        pieces, response = told(policy.stream("x", max_tokens=len(ids)))
+        assert response.text == (text if not cut else "🙂\ufffd") and response.truncated == bool(cut)
+        assert all("\ufffd" not in piece for piece in pieces[: None if not cut else -1])
+        assert pieces == list(text) if not cut else ["🙂", "\ufffd"]
 
 
-def alone(model, inference, prompt, strings, length):
-    """Greedily, one token after the other."""
-    prompt, out = list(prompt[-(96 - length) :]), []
-    for _ in range(length):
-        out.append(int(logits_of(model, prompt + out)[-1].argmax()))
-        text = inference.tokenizer.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if out[-1] in inference.ends or any(string in text for string in strings):
-            break
-    return stops.cut(text, strings)
+def byte_letters():
+    """byte -> the code of the letter that stands for it in a byte-level vocabulary: itself if it can be seen."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {byte: byte for byte in seen} | {byte: 256 + i for i, byte in enumerate(hidden)}
 
 
-def test_responses_are_those_of_each_prompt_alone(inference, model):
-    prompts = [context for context, _ in requests()][:22] + [[5, 6], list(range(3, 103))]
-    free, found = {}, {}
-    inference.responses(prompts, free.__setitem__, length=16)
-    pairs = (re.findall("[!-~]{2}", text)[-1:] for text in dict.fromkeys(free.values()))
-    strings = tuple(itertools.islice(itertools.chain(*pairs), 4))  # that will be met
-    inference.responses(prompts, found.__setitem__, strings=strings, length=16)
-    assert found.keys() == set(range(len(prompts)))
-    for i, prompt in enumerate(prompts):
-        assert free[i] == alone(model, inference, prompt, (), 16)
-        assert found[i] == alone(model, inference, prompt, strings, 16) == stops.cut(free[i], strings)
-    assert sum(found[i] != free[i] for i in found) >= 4
-    with pytest.raises(UserError, match="up to 96 tokens wanted, but the model's max_length is 96"):
-        inference.responses(prompts, found.__setitem__, length=96)
+def test_streams_of_any_length_share_few_programs(policy, monkeypatch):
+    asked = set()
+
+    def run(program, *arguments, **settings):
+        if program is inference.BEGIN:
+            asked.add(("begin", arguments[0].shape, settings["response_length"]))
+            return None
+        asked.add(("proceed", settings["prompt_width"]))
+        return None, (np.array([policy.ends]), np.array([1]), np.array([False]))
+
+    monkeypatch.setattr(policy, "run", run)
+    for n in range(1, 34):
+        told(policy.stream(" ".join(["cat"] * n)))
+    widths = {12, 16, 24, 32, 48}
+    assert asked == {("begin", (1, width), 16) for width in widths} | {("proceed", width) for width in widths}
 
 
-def test_a_stop_string_is_found_wherever_it_lies_in_the_tokens(tokenizer):
-    words = stops.words_of(tokenizer, 304)
-    assert words[tokenizer.eos_token_id] == "<|im_end|>" and words[-1] == "" and len(words) == 304
-    strings, ends = ["Question", "\n\n", "stop", "opera", "", "<|im_start|>"], [0]
-    table = stops.table(strings, ends, words)
-    rng, met = np.random.default_rng(0), 0
-    for _ in range(3000):
-        state, text = 0, ""
-        for token in rng.permutation(len(words))[:30]:
-            state, text = int(table[state, token]), text + words[token]
-            over = token in ends or any(string in text for string in strings if string)
-            assert (state == len(table)) == over, text
-            if over:
-                met += token not in ends
-                break
-    assert met > 100
-    for string in ("Question", "sstop", "ststop", "operopera"):  # letter by letter
-        state = 0
-        for i, letter in enumerate(string):
-            state = int(table[state, words.index(letter)])
-            assert (state == len(table)) == (i + 1 == len(string))
-    assert stops.cut("a stop or a Question", strings) == "a " and stops.cut("none", strings) == "none"
+def test_what_ppo_sampled_and_its_scores_come_again(chain, reward):
+    """Of step 0: the responses of its policy, which was the SFT run, and their scores by the reward model, to rounding."""
+    policy = inference.load(chain[0] / "sft-tiny")
+    prompts = [row["prompt"][0]["content"] for row in toy.examples("prompts", "train", 0, 64)]
+    first = [row for row in rows(chain[0] / "ppo-tiny" / "samples.jsonl") if row["step"] == 0]
+    first = [row for row in first if prompts.count(row["prompt"]) == 1]
+    asked, numbers = [row["prompt"] for row in first], [prompts.index(row["prompt"]) for row in first]
+    length, how = policy.settings(1.0, 0.9, 14)
+    found = policy.answer(policy.encode(asked), numbers, len(asked), key=jax.random.fold_in(jax.random.key(0), 0), samples=2,
+                          slots=8, response_length=length, **how)  # fmt: skip
+    said, scores = ([x for row in first for x in row[name]] for name in ("responses", "score"))
+    assert [policy.response(ids).text for ids in found] == said and len(said) >= 6
+    twice = [prompt for prompt in asked for _ in "ab"]
+    np.testing.assert_allclose(reward.score(twice, [ids.tolist() for ids in found]), scores, atol=2e-5)
+    assert reward.score(twice, said) == reward.score(twice, chat.encode_responses(reward.tokenizer, said))
+    assert len(set(reward.score(["a"] * 3, ["cat", "box", "cat"]))) == 2
 
 
-def test_without_stop_strings_the_end_tokens_are_left(tokenizer):
-    table = stops.table([], [5, 7], stops.words_of(tokenizer, 300))
-    assert table.shape == (1, 300) and np.flatnonzero(table[0]).tolist() == [5, 7]
+def test_greedily_any_mesh_and_a_hugging_face_checkpoint_say_the_same(chain, policy, tmp_path):
+    found = policy.generate(PROMPTS, **GREEDY)
+    for number in (0, 1, 2):
+        assert told(policy.stream(PROMPTS[number], **GREEDY))[1] == found[number]
+    other = inference.load(chain[0] / "ppo-tiny", mesh=sharding.make_mesh(Mesh(tensor=2)))
+    assert other.generate(PROMPTS, **GREEDY) == found and told(other.stream(PROMPTS[1], **GREEDY))[1] == found[1]
+    convert.export(chain[0] / "ppo-tiny", tmp_path / "hf", None, "float32")
+    other = inference.load(tmp_path / "hf", mesh=policy.mesh)
+    assert other.generate(PROMPTS, **GREEDY) == found
 
 
-def test_sizes_are_few():
-    assert [size(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 100, 129)] == [8, 8, 12, 12, 16, 24, 24, 32, 128, 192]
+def test_a_reward_model_in_half_precision_and_of_a_hugging_face_checkpoint(chain, reward, tmp_path):
+    asked = PROMPTS, ["cat", "bob hat", "three"]
+    half = inference.load(chain[0] / "rm-tiny", dtype="bfloat16")
+    assert half.score(*asked) != reward.score(*asked)
+    np.testing.assert_allclose(half.score(*asked), reward.score(*asked), atol=0.05)
+    convert.export(chain[0] / "rm-tiny", tmp_path / "hf", None, "float32")
+    assert inference.load(tmp_path / "hf").score(*asked) == reward.score(*asked)
 
 
-def test_a_call_ends_where_lengths_have_halved_and_slots_are_filled():
-    lengths = dict(enumerate([9, 8, 4, 4, 4, 4, 2, 2, 1]))
-    assert list(calls(lengths, 5, 3)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert list(calls(lengths, 5, 9)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+def test_a_model_of_plain_text_goes_on_with_it(chain):
+    model = inference.load(chain[0] / "lm-tiny")
+    assert not model.converses and model.encode(["cat box"]) == [model.tokenizer("cat box")["input_ids"]]
+    assert model.ends == [model.tokenizer.eos_token_id, model.tokenizer.pad_token_id]
+    with pytest.raises(UserError, match="messages need a chat template"):
+        model.generate(PROMPTS)
+
+
+@pytest.mark.parametrize("ask, message", [
+    (lambda policy, _: policy.score(["a"], ["b"]), "score: a reward model is wanted, .* this is a language model"),
+    (lambda _, reward: reward.generate(["a"]), "generate: a language model is wanted; this is a reward model"),
+    (lambda _, reward: list(reward.stream("a")), "generate: a language model is wanted"),
+    (lambda policy, _: policy.generate("copy : cat"), "a list of prompts is wanted, not 'copy : cat' alone"),
+    (lambda policy, _: policy.generate(["a", "cat " * 60]), "prompt 1 has 6. tokens, and up to 16 may follow: .* max_length=64"),
+    (lambda policy, _: policy.generate(["a"], top_p=0.0), r"top_p=0.0 in \(0, 1\]"),
+    (lambda policy, _: policy.generate(["a"], samples=0), "samples=0, slots=64: both must be at least 1"),
+    (lambda _, reward: reward.score(["a"], ["b", "c"]), "score: 1 prompts for 2 responses"),
+    (lambda _, reward: reward.score(["a"], ["cat " * 60]), "score: 7. tokens of prompt and response, but the model may read 64"),
+])  # fmt: skip
+def test_what_cannot_be_asked_is_said(policy, reward, ask, message):
+    with pytest.raises(UserError, match=message):
+        ask(policy, reward)
+
+
+def test_what_cannot_be_loaded_is_said(chain, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no config.json there"):
+        inference.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="dtype='float16' must be one of"):
+        inference.load(chain[0] / "lm-tiny", dtype="float16")
+    shutil.copytree(chain[0] / "sft-tiny", tmp_path / "sft")
+    (tmp_path / "sft" / "summary.json").unlink()
+    with pytest.raises(UserError, match="sft: this run is not complete"):
+        inference.load(tmp_path / "sft")
+    assert inference.load(tmp_path / "sft", unfinished=True).ends
+    convert.export(chain[0] / "sft-tiny", tmp_path / "hf", None, "float32")
+    stored = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(stored | {"architectures": ["Qwen2ForSequenceClassification"]})
+    )
+    with pytest.raises(UserError, match="hf: a sequence classifier without score.weight"):
+        inference.load(tmp_path / "hf")

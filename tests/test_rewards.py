@@ -84,9 +84,9 @@ def test_text_is_read_as_the_reward_models_own_training_reads_it(tokenizers, bud
     own, mesh = tokenizers[1], sharding.make_mesh(configs.Mesh())
     params = transformer.init(MODEL, jax.random.key(0), "scalar")
     responses, rows = ["4", "sure , four .", ""], [*ROWS, ROWS[0]]
-    score = jax.jit(lambda params, batch: logprobs.scores(MODEL, params, batch))
+    score = jax.jit(lambda batch: logprobs.scores(MODEL, params, batch))
     with jax.set_mesh(mesh):
-        found = rewards.read_text(score, params, own, 200, budget, mesh, rows, responses)
+        found = rewards.read_text(score, own, 200, budget, mesh, rows, responses)
     for row, response, mine in zip(rows, responses, found, strict=True):
         said = [*row["prompt"], {"role": "assistant", "content": response}]
         tokens = jnp.array(chat.encode_conversations(own, [said])[0][0])
@@ -98,11 +98,11 @@ def test_text_is_read_as_the_reward_models_own_training_reads_it(tokenizers, bud
 def test_of_too_long_a_text_the_end_is_read(tokenizers):
     own, mesh, heard = tokenizers[1], sharding.make_mesh(configs.Mesh()), []
 
-    def score(params, batch):
+    def score(batch):
         heard.append(np.asarray(batch["tokens"])[np.asarray(batch["segments"]) > 0].tolist())
         return jnp.zeros(1)
 
-    rewards.read_text(score, None, own, 16, 64, mesh, ROWS[1:], ["sure , four ."])
+    rewards.read_text(score, own, 16, 64, mesh, ROWS[1:], ["sure , four ."])
     whole = chat.encode_comparisons(own, [{**ROWS[1], "chosen": "sure , four .", "rejected": ""}])[0][0]
     assert len(whole) > 16 and heard == [whole[-16:]]
 
@@ -127,8 +127,8 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
         reward = rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
         assert set(reward.params) == {"reward"} and reward.judges == [] and reward.model.vocab_size == 400
         reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
-        score = jax.jit(lambda params, batch: logprobs.scores(MODEL, params, batch))
-        alone = rewards.read_text(score, made["other"], other, 72, 4096, mesh, ROWS, ["4", "y"])
+        score = jax.jit(lambda batch: logprobs.scores(MODEL, made["other"], batch))
+        alone = rewards.read_text(score, other, 72, 4096, mesh, ROWS, ["4", "y"])
         np.testing.assert_allclose(reward.judged(ROWS, ["4", "y"]), 0.5 * alone, rtol=1e-6)
         config.ppo.reward_fn, config.ppo.reward_fn_weight = "configs.arithmetic:reward", 3.0
         reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)

@@ -9,7 +9,7 @@ import pytest
 from alignjax import evaluate
 from alignjax.config import UserError
 from alignjax.evals import registry, sandbox, table5
-from alignjax.evals.inference import Inference
+from alignjax.evals.requests import Requests
 
 ADD = {"task_id": "Own/0", "prompt": 'def add(a, b):\n    """Add a to b."""\n', "canonical_solution": "    return a + b\n",
        "entry_point": "add", "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n"}  # fmt: skip
@@ -65,10 +65,10 @@ def test_the_world_before_and_after_ppo(chain, tmp_path, printed, monkeypatch):
         assert row["arguments"][0][0].startswith("<|im_start|>user\n") and len(row["resps"][0]) == 1
     # Again: what is greedy, and the likelihoods, are known; what is sampled is sampled alike.
     asked_again = []
-    responses = Inference.responses
-    monkeypatch.setattr(Inference, "responses", lambda self, prompts, *rest, **settings: asked_again.append(
+    responses = Requests.responses
+    monkeypatch.setattr(Requests, "responses", lambda self, prompts, *rest, **settings: asked_again.append(
         settings["temperature"]) or responses(self, prompts, *rest, **settings))  # fmt: skip
-    monkeypatch.setattr(Inference, "loglikelihoods", None)
+    monkeypatch.setattr(Requests, "loglikelihoods", None)
     assert run(*asked) == 0 and asked_again == [1.0, 1.0]
     assert {name: (outs[ppo] / name).read_bytes() for name in tasks} == {name: kept[name] for name in tasks}
 
@@ -78,11 +78,11 @@ def test_benchmarks_on_local_files_with_the_reports_figures_beneath(chain, data,
     right = {row["input"]: f"The answer is {row['target']}" for row in SORT}
 
     def responses(self, prompts, done, **settings):
-        for i, prompt in enumerate(map(self.tokenizer.decode, prompts)):
+        for i, prompt in enumerate(map(self.model.tokenizer.decode, prompts)):
             answer = next((x for question, x in right.items() if prompt.count(question)), None)
             done(i, answer or "```python\ndef add(a, b):\n    return a + b\n```")
 
-    monkeypatch.setattr(Inference, "responses", responses)
+    monkeypatch.setattr(Requests, "responses", responses)
     arguments = "--run", chain[0] / "lm-tiny", "--data_dir", data, "--out", tmp_path / "out"
     assert run(*arguments, "--tasks", "humaneval,bbh:word_sorting", "--template", "none") == 0
     assert f"{chain[0] / 'lm-tiny'}: 3 groups of tasks, without the chat template" in printed
@@ -146,7 +146,7 @@ def test_an_interrupt_is_said_and_a_place_that_is_taken_too(chain, tmp_path, cap
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Inference, "responses", interrupt)
+    monkeypatch.setattr(Requests, "responses", interrupt)
     assert evaluate.main(asked) == 130
     assert capsys.readouterr().err.endswith("alignjax: interrupted; the same command goes on\n")
 

@@ -1,7 +1,10 @@
 """Whole runs of the tiny chain: what they leave behind, that they resume to the bit, and how they answer mistakes."""
 
+import concurrent.futures
+import copy
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ from runs import PARENTS, STEPS, command, cut, fails, files_of, rows, with_paren
 
 from alignjax import checkpoint, logprobs, roles, sharding, train
 from alignjax import config as configs
+from alignjax.config import UserError
 from alignjax.data import chat, mixture, packing
 from alignjax.stages import ranking
 from configs import arithmetic
@@ -327,3 +331,30 @@ def test_a_run_starts_from_a_hugging_face_checkpoint(chain, tmp_path):
     assert (tmp_path / "sft-tiny" / "metrics.jsonl").read_bytes() == (
         chain[0] / "sft-tiny" / "metrics.jsonl"
     ).read_bytes()
+
+
+def test_from_python_a_config_object_is_run_and_its_records_come_back(chain, tmp_path):
+    """`main` goes through `fit`, so a run of its own isn't needed: a complete one is read."""
+    config = configs.load("ppo.py:tiny")
+    before, handlers = copy.deepcopy(config), [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    found = train.fit(config, chain[0] / "ppo-tiny")
+    assert config == before and [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert found.metrics == rows(chain[0] / "ppo-tiny" / "metrics.jsonl") and found.summary["steps"] == 4
+    assert train.parent_of(chain[0] / "ppo-tiny", "reward") == chain[0] / "rm-tiny"
+    assert train.parent_of(chain[0] / "lm-tiny", "model") is None
+    config = configs.load("sft.py:tiny")
+    config.parents["model"], config.model.d_model = str(chain[0] / "lm-tiny"), 48
+    with pytest.raises(UserError, match="model.d_model=48, but the parent .*lm-tiny has 32"):
+        train.fit(config, tmp_path / "sft", fixed=("model.d_model",))
+    config.data.max_length = 65
+    with pytest.raises(UserError, match="data.max_length=65 is over model.max_length=64"):
+        train.fit(config, tmp_path / "sft")
+    assert not (tmp_path / "sft").exists() and config.model.d_model == 48
+
+
+def test_from_another_thread_no_signals_are_heard(chain):
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        assert (
+            threads.submit(train.fit, configs.load("lm.py:tiny"), chain[0] / "lm-tiny").result().summary["name"]
+            == "lm-tiny"
+        )

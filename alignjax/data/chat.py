@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch, unused here
 
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -85,7 +86,10 @@ def split(tokenizer, conversations: list[list[dict]], generate: bool) -> list[li
     hollow = [
         [{**m, "content": HOLE} if m["role"] == "assistant" else m for m in messages] for messages in conversations
     ]
-    texts = tokenizer.apply_chat_template(hollow, tokenize=False, add_generation_prompt=generate)
+    try:
+        texts = tokenizer.apply_chat_template(hollow, tokenize=False, add_generation_prompt=generate)
+    except TemplateError as error:  # what a template refuses, such as a system message
+        raise UserError(f"chat template of {tokenizer.name_or_path}: {error}") from None
     pieces = [text.split(HOLE) for text in texts]
     for messages, parts in zip(conversations, pieces, strict=True):
         turns = sum(m["role"] == "assistant" for m in messages)
@@ -151,7 +155,7 @@ def encode_comparisons(tokenizer, rows: list[dict]) -> list[tuple[list[int], lis
 
 def decode_response(tokenizer, tokens) -> str:
     """Text of a response's real tokens, without its end token."""
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def pieces(tokenizer, tokens) -> list[str]:

@@ -81,6 +81,11 @@ def by_chunks(encode, rows: list) -> list:
     return shares.whole(shares.exchange_ids(out))
 
 
+def closing(tokenizer) -> int:
+    """The token that ends a document of plain text."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def encode_text(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
     """tokens, mask, segments, each [n length]: documents end to end, each closed by the pad token, cut in windows.
 
@@ -88,7 +93,7 @@ def encode_text(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
     document in the window, for of a document's first token nothing can be known. The few tokens after the last whole
     window are left; nothing is dropped (0).
     """
-    close = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    close = closing(tokenizer)
     tokens = lambda some: tokenizer([row["text"] for row in some], add_special_tokens=False)["input_ids"]
     ids = [ids for (ids,) in by_chunks(lambda some: [([*ids, close],) for ids in tokens(some)], rows)]
     stream = np.concatenate(ids)

@@ -8,7 +8,6 @@ is the harness' own command line, with the model registered. (`lm_eval` alone lo
 
 import sys
 
-import jax
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -17,12 +16,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from alignjax import config as configs
-from alignjax import roles, sharding
+from alignjax import inference, sharding
 from alignjax.command import keep_programs
 from alignjax.config import UserError
-from alignjax.data import chat
-from alignjax.evals.inference import Inference
-from alignjax.models import transformer
+from alignjax.evals.requests import Requests
 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}  # what generation_kwargs may say
 
@@ -39,26 +36,17 @@ class AlignJax(TemplateLM):
     def __init__(self, run, batch_size=64, dtype="float32", tokens=4096, tensor=1, max_length=None, chat_template="",
                  max_gen_toks=256, device=None, max_batch_size=None):  # fmt: skip
         super().__init__()
-        if dtype not in configs.CHOICES["model.dtype"]:
-            raise UserError(f"dtype={dtype!r} must be one of {', '.join(map(repr, configs.CHOICES['model.dtype']))}")
-        directory = roles.local(str(run))
-        model = roles.architecture(directory)
-        model.dtype, model.remat, model.attention = dtype, "nothing", "auto"
-        model.max_length = int(max_length or model.max_length)
-        home = directory / "tokenizer" if roles.is_run(directory) else directory
-        self.tokenizer = chat.load_tokenizer(home, chat_template)
         mesh = sharding.make_mesh(configs.Mesh(tensor=int(tensor)))
-        with jax.set_mesh(mesh):
-            params = roles.load(model, "lm", mesh, jax.random.key(0), directory)
-            if dtype != "float32":
-                params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)(model, params)
+        model = inference.load(run, dtype=dtype, mesh=mesh, max_length=max_length, chat_template=chat_template)
+        if not model.ends:
+            raise UserError(f"{run}: a language model is wanted, this is a reward model")
         slots = 64 if str(batch_size).startswith("auto") else int(batch_size)
         self.run, self.max_length, self.max_gen_toks = str(run), model.max_length, int(max_gen_toks)
-        self.inference = Inference(model, params, self.tokenizer, mesh, ends(self.tokenizer), int(tokens), slots)
+        self.tokenizer, self.asked = model.tokenizer, Requests(model, int(tokens), slots)
 
     @property
     def eot_token_id(self) -> int:
-        return self.inference.ends[0]
+        return self.asked.model.ends[0]
 
     @property
     def prefix_token_id(self) -> int:
@@ -72,7 +60,7 @@ class AlignJax(TemplateLM):
 
     def get_model_info(self) -> dict:
         """What results.json says of the model besides."""
-        return {"run": self.run, "dtype": self.inference.model.dtype, "max_length": self.max_length}
+        return {"run": self.run, "dtype": self.asked.model.architecture.dtype, "max_length": self.max_length}
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
         return self.tokenizer.apply_chat_template(chat_history, tokenize=False, continue_final_message=not add_generation_prompt,
@@ -94,7 +82,7 @@ class AlignJax(TemplateLM):
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
                 bar.update()
 
-            self.inference.loglikelihoods([pair for _, *pair in requests], done)
+            self.asked.loglikelihoods([pair for _, *pair in requests], done)
         return found
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
@@ -125,11 +113,11 @@ class AlignJax(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
                     bar.update()
 
-                self.inference.responses(prompts, done, **self.settings(requests[members[0]].args[1]))
+                self.asked.responses(prompts, done, **self.settings(requests[members[0]].args[1]))
         return found
 
     def settings(self, asked: dict) -> dict:
-        """What `Inference.responses` takes of a task's generation_kwargs; UserError for what it can't do."""
+        """What `Requests.responses` takes of a task's generation_kwargs; UserError for what it can't do."""
         asked = normalize_gen_kwargs(asked, self.max_gen_toks)
         if unknown := sorted(set(asked) - GENERATION):
             raise UserError(
@@ -139,15 +127,6 @@ class AlignJax(TemplateLM):
         return dict(strings=tuple(handle_stop_sequences(asked["until"], end)), length=asked["max_gen_toks"],
                     temperature=asked.get("temperature", 0.0) if asked["do_sample"] else 0.0,
                     top_p=asked.get("top_p", 1.0))  # fmt: skip
-
-
-def ends(tokenizer) -> list[int]:
-    """What ends a response: the tokenizer's end of text, and what ends the assistant's turn where there is a template."""
-    turn = [chat.end_token(tokenizer)] if tokenizer.chat_template else []
-    found = [token for token in dict.fromkeys((tokenizer.eos_token_id, *turn)) if token is not None]
-    if not found:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has neither an eos_token nor a chat template")
-    return found
 
 
 def progress(what: str, total: int, off: bool):

@@ -20,7 +20,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from alignjax import calibration, checkpoint, metrics, roles
+from alignjax import calibration, checkpoint, inference, metrics, roles
 from alignjax import workdir as workdirs
 from alignjax.command import say
 from alignjax.config import UserError, nearest
@@ -121,14 +121,14 @@ def templated(wanted: str, directory: Path, tokenizer, spec: str) -> bool:
         if wanted == "chat":
             raise UserError(f"--template chat: the tokenizer of {spec} has no chat template")
         return False
-    return wanted == "chat" or roles.stored(directory).get("data.kind") != "text"
+    return wanted == "chat" or inference.talks(roles.stored(directory), tokenizer)
 
 
 def fingerprint(spec: str, model: AlignJax) -> str:
     """Of what answers depend on besides the question: the answers kept of another checkpoint or type are not these."""
     directory = roles.local(spec)
     step = checkpoint.newest(directory).name if roles.is_run(directory) else ""
-    facts = [str(directory.absolute()), step, model.inference.model.dtype, model.max_length]
+    facts = [str(directory.absolute()), step, model.asked.model.architecture.dtype, model.max_length]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 

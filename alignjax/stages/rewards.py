@@ -53,12 +53,13 @@ def build(config: Config, mesh, parents: dict[str, Path], tokenizer) -> Reward:
     params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), path)
     params = roles.frozen(params, p.frozen_dtype, p.frozen_memory)
     own = tokenizer_of(config, path)
-    if own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template:
+    if same_tokens(own, tokenizer):
         return Reward(model, {"reward": params}, judges)
     score = jax.jit(lambda params, batch: logprobs.scores(model, roles.on_device(params), batch))
     # Another tokenizer may make more tokens of a text: room for twice as many.
     longest = min(model.max_length, 2 * longest)
-    read = functools.partial(read_text, score, params, own, longest, config.microbatch_tokens, mesh)
+    score = functools.partial(score, params)
+    read = functools.partial(read_text, score, own, longest, config.microbatch_tokens, mesh)
     judges.append(lambda rows, responses: p.reward_weight * read(rows, responses))
     return Reward(model, {}, judges)
 
@@ -93,16 +94,26 @@ def called(spec: str, reward_fn: Callable, weight: float, rows: list[dict], resp
     return weight * np.asarray(scores, np.float32)
 
 
-def read_text(score, params, tokenizer, longest: int, budget: int, mesh, rows: list[dict], responses: list[str]):
+def read_text(score, tokenizer, longest: int, budget: int, mesh, rows: list[dict], responses: list[str]) -> np.ndarray:
     """[n]: scores of a reward model by its own tokens. Of what is over `longest` tokens the beginning goes unread."""
     prompts = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])
     ends = chat.encode_responses(tokenizer, responses)
     sequences = [(prompt + response)[-longest:] for prompt, response in zip(prompts, ends, strict=True)]
-    tokens, n, shards = encoding.pad(sequences, longest), len(rows), sharding.shards(mesh)
+    return read_tokens(score, sequences, longest, budget, mesh)
+
+
+def read_tokens(score, sequences: list[list[int]], longest: int, budget: int, mesh) -> np.ndarray:
+    """[n]: score(batch), read at the end of each sequence of up to `longest` tokens; about `budget` are read at once."""
+    tokens, n, shards = encoding.pad(sequences, longest), len(sequences), sharding.shards(mesh)
     out = np.zeros(n, np.float32)
     for layout in packing.pack(encoding.lengths_of(sequences), [[i] for i in range(n)], longest, budget, shards):
         batch = {"tokens": layout.take(tokens), "positions": layout.place, "segments": layout.sequence + 1,
                  "ends": packing.padded(layout.ends(), n, 0)}  # fmt: skip
-        found = sharding.on_host(score(params, sharding.shard_batch(batch, mesh)))
+        found = sharding.on_host(score(sharding.shard_batch(batch, mesh)))
         out[layout.members] = found[: len(layout.members)]
     return out
+
+
+def same_tokens(one, other) -> bool:
+    """Whether two tokenizers make the same tokens of a conversation: the vocabulary and the chat template are the same."""
+    return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template

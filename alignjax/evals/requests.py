@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import rollout, sharding, vocabulary
+from alignjax import inference, rollout, sharding, vocabulary
 from alignjax.config import Model, UserError
 from alignjax.data import encoding, packing
 from alignjax.evals import stops
+from alignjax.inference import CALL, calls, size
 from alignjax.models import transformer
 from alignjax.sharding import constrain
-
-CALL = 8  # prompts of a call for each slot: what an interruption loses, and how seldom slots wait for the last
 
 
 class Family(NamedTuple):
@@ -30,18 +29,13 @@ class Family(NamedTuple):
     members: list[int]
 
 
-class Inference:
-    """A model with its parameters on a mesh. `slots` responses are decoded at once, about `tokens` tokens are read."""
+class Requests:
+    """Of a model: `slots` responses are decoded at once, about `tokens` tokens are read."""
 
-    def __init__(self, model: Model, params, tokenizer, mesh, ends: list[int], tokens: int = 4096, slots: int = 64):
-        self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
-        self.ends, self.tokens, self.slots = ends, tokens, slots
-        self.words = functools.cache(lambda: stops.words_of(tokenizer, model.vocab_size))
+    def __init__(self, model: inference.Model, tokens: int = 4096, slots: int = 64):
+        self.model, self.tokens, self.slots, tokenizer, ends = model, tokens, slots, model.tokenizer, model.ends
+        self.words = functools.cache(lambda: stops.words_of(tokenizer, model.architecture.vocab_size))
         self.stops = functools.cache(lambda strings: jnp.asarray(stops.table(list(strings), ends, self.words())))
-        self.read_prefix = jax.jit(functools.partial(rollout.read_prefix, model))
-        self.read = jax.jit(functools.partial(read, model))
-        self.generate = jax.jit(functools.partial(rollout.generate, model), static_argnames=(
-            "samples", "response_length", "temperature", "top_p", "end", "slots"))  # fmt: skip
 
     def loglikelihoods(self, pairs, done: Callable) -> None:
         """done(i, log p in nats, whether each token was the most probable) of the continuation in pairs[i].
@@ -62,7 +56,7 @@ class Inference:
         """`loglikelihoods` of (context, [(request, continuation)]) of a family."""
         prefix = self.prefix(asked[0][0][:common])
         trees = [tree(context[common:], [continuation for _, continuation in mine]) for context, mine in asked]
-        lengths, shards = np.array([len(x.tokens) for x in trees]), sharding.shards(self.mesh)
+        lengths, shards = np.array([len(x.tokens) for x in trees]), sharding.shards(self.model.mesh)
         tokens, positions, branches = (
             encoding.pad(column, lengths.max()) for column in list(zip(*trees, strict=True))[:3]
         )
@@ -83,7 +77,7 @@ class Inference:
             batch = {"tokens": layout.take(tokens), "positions": np.where(layout.real, layout.take(positions) + common, 0),
                      "segments": np.stack([segments, trunk], axis=-1) if branched > 1 else segments,
                      "at": spots[0], "labels": spots[1]}  # fmt: skip
-            found = self.run(self.read, sharding.shard_batch(batch, self.mesh), prefix)
+            found = self.model.run(READ, sharding.shard_batch(batch, self.model.mesh), prefix)
             logprobs, greedy = map(sharding.on_host, found)
             for request, row, places in owners:
                 done(request, float(logprobs[row, places].astype(np.float64).sum()), bool(greedy[row, places].all()))
@@ -97,7 +91,7 @@ class Inference:
                 f"responses of up to {length} tokens wanted, but the model's max_length is {self.model.max_length}"
             )
         prompts = [tuple(prompt[-room:]) for prompt in prompts]
-        settings = dict(samples=1, response_length=length, temperature=temperature, top_p=top_p, end=self.ends[0],
+        settings = dict(response_length=length, temperature=temperature, top_p=top_p, end=self.model.ends[0],
                         stops=self.stops(tuple(strings)))  # fmt: skip
         # Those that are answered by themselves leave slots empty at their end.
         for family in families(prompts, self.slots * length):
@@ -112,28 +106,16 @@ class Inference:
 
     def answer(self, prompts, common: int, prefix, members: list[int], most: int, settings: dict) -> list[str]:
         """The responses to some prompts of a family, as text, stop strings included."""
-        texts = [prompts[i][common:] for i in members]
-        lengths = np.array([len(text) for text in texts] + [1] * (most - len(texts)), np.int32)
-        index = np.array(members + [0] * (most - len(members)), np.int32)
-        tokens = encoding.pad([*texts, *[(0,)] * (most - len(texts))], size(lengths.max()), left=True)
-        batch = sharding.shard_batch((tokens, lengths, index), self.mesh)
         rounds = -(-len(members) // self.slots)  # if all are as long: each with as many
-        sampled = self.run(self.generate, *batch, jax.random.key(0), prefix=prefix, wanted=jnp.int32(len(members)),
-                           slots=size(-(-len(members) // rounds)), **settings)  # fmt: skip
-        out, counts = sharding.on_host(sampled.tokens)[:, tokens.shape[1] :], sharding.on_host(sampled.lengths)
-        ids = [row[:count] for row, count in zip(out[: len(members)], counts, strict=False)]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = self.model.answer([prompts[i][common:] for i in members], members, most, prefix=prefix, key=jax.random.key(0),
+                                slots=size(-(-len(members) // rounds)), **settings)  # fmt: skip
+        return self.model.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def prefix(self, tokens) -> rollout.Prefix | None:
         if not tokens:
             return None
         row = encoding.pad([tokens], size(len(tokens)), left=True)[0]
-        return self.run(self.read_prefix, row, len(tokens))
-
-    def run(self, program, *arguments, **settings):
-        precision = "highest" if self.model.dtype == "float32" else "default"
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
-            return program(self.params, *arguments, **settings)
+        return self.model.run(READ_PREFIX, row, len(tokens))
 
 
 def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
@@ -152,6 +134,10 @@ def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
     n = max(vocabulary.ELEMENTS // model.vocab_size, 1)  # so many rows of logits at a time
     found = jax.lax.map(some, flat, batch_size=n) if len(flat[1]) > n else some(flat)
     return tuple(x.reshape(batch["labels"].shape) for x in found)
+
+
+READ = jax.jit(read, static_argnums=0)
+READ_PREFIX = jax.jit(rollout.read_prefix, static_argnums=0)
 
 
 class Tree(NamedTuple):
@@ -202,30 +188,11 @@ def families(sequences: list[tuple], worth: int) -> list[Family]:
     return [*out, *([Family(0, alone)] if alone else [])]
 
 
-def calls(lengths: dict[int, int], most: int, slots: int):
-    """The requests of {request: length}, longest first, in calls of at most `most`. Where slots are filled and lengths have
-    halved there is a new one, for what a call reads and keeps of a prompt is as wide as its longest."""
-    call = []
-    for i in sorted(lengths, key=lengths.get, reverse=True):
-        if len(call) == most or (len(call) >= slots and 2 * lengths[i] <= lengths[call[0]]):
-            yield call
-            call = []
-        call.append(i)
-    yield call
-
-
 def alike(a: tuple, b: tuple) -> int:
     """How many tokens two sequences have in common before they differ."""
     n = min(len(a), len(b))
     differs = np.array(a[:n]) != np.array(b[:n])
     return int(differs.argmax()) if differs.any() else n
-
-
-def size(n: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, ...: lengths are rounded up to these, that few programs are compiled."""
-    n = max(int(n), 8)
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if n <= power * 3 // 4 else power
 
 
 def fill_up(layout: packing.Layout, most: int, shards: int) -> packing.Layout:
