@@ -42,13 +42,8 @@ def main(argv=None) -> int:
     try:
         arguments, overrides = parse(argv)
         with processes.one_run(arguments.distributed):
-            fit(
-                configs.load(arguments.config, overrides),
-                arguments.workdir,
-                overrides,
-                arguments.profile,
-                arguments.wandb,
-            )
+            config = configs.load(arguments.config, overrides)
+            fit(config, arguments.workdir, overrides, arguments.profile, arguments.wandb)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2

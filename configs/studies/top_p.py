@@ -1,20 +1,38 @@
 """Top-p in the sampling of PPO."""
 
-from alignjax.claims import Study, mean
+from alignjax import inference
+from alignjax.claims import Study
+from alignjax.data import toy
+
+
+def asked(**settings):
+    """The true score of the policy's responses to 200 held-out prompts, however its arm sampled."""
+
+    def figure(run) -> float:
+        prompts = [row["prompt"] for row in toy.examples("prompts", "heldout", run.config["seed"], 200)]
+        responses = inference.load(run.workdir).generate(
+            prompts, max_tokens=run.config["ppo.response_length"], **settings
+        )
+        pairs = zip(prompts, responses, strict=True)
+        return sum(toy.true_score(prompt[0]["content"], response.text) for prompt, response in pairs) / len(prompts)
+
+    return figure
+
 
 study = Study(
     title="Top-p 0.9",
-    claim="""The report samples with top-p 0.9 in PPO. Ratio and KL are of the full distribution in every arm. Each
-arm's final figures are of responses sampled as in its training.""",
+    claim="""The report samples with top-p 0.9 in PPO. Ratio and KL are of the full distribution in every arm. Responses are
+sampled as in the arm's training where nothing else is said: before PPO that alone makes the true scores differ.""",
     arms={"0.9": {}, "1.0": {"ppo.top_p": 1.0}, "0.7": {"ppo.top_p": 0.7}},
     figures={
         "true score before": "true_score/before",
         "true score after": "true_score/after",
-        "gap closed": "gap_closed",
+        "after, all at 0.9": asked(top_p=0.9),
+        "after, all at 1.0": asked(top_p=1.0),
+        "after, all greedy": asked(temperature=0.0),
         "score after": "score/after",
         "KL after": "kl/after",
         "entropy after": "entropy/after",
-        "entropy, mean of training": mean("policy/entropy_avg"),
     },
     curves=("objective/true_score", "objective/scores", "objective/kl", "policy/entropy_avg"),
 )
