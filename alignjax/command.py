@@ -38,6 +38,8 @@ def parse(argv):
                         help="one process of several; without a value, what the cluster says of itself")  # fmt: skip
     parser.add_argument("--profile", action="store_true",
                         help="say where each step's time goes; a trace of a few steps goes to WORKDIR/profile")  # fmt: skip
+    parser.add_argument("--wandb", default="", metavar="PROJECT",
+                        help="write to a project of Weights & Biases too; its own variables, as WANDB_MODE=offline, hold")  # fmt: skip
     arguments, rest = parser.parse_known_args(argv)
     return arguments, fields(rest)
 

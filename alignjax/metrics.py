@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from alignjax import command
+from alignjax import advice, command, records
 from alignjax.config import UserError
 
 FLUSH = 60  # seconds, at most, until TensorBoard can see a step
@@ -36,8 +36,11 @@ class Log:
     """
 
     def __init__(self, workdir: Path, name: str, start: int, steps: int, shown: tuple[str, ...], max_skipped=0,
-                 say=print):  # fmt: skip
-        """What is there of steps from `start` on, of a run that was cut off after its last checkpoint, is dropped."""
+                 say=print, adviser: advice.Adviser | None = None, tracker=None):  # fmt: skip
+        """What is there of steps from `start` on, of a run that was cut off after its last checkpoint, is dropped.
+
+        What the adviser says is said, but not what it has to say of the steps before `start`: it has been.
+        """
         self.name, self.shown, self.last_time = name, shown, time.perf_counter()
         self.max_skipped, self.say, self.kept = max_skipped, say, workdir / "skipped"
         steps_kept = [int(path.stem) for path in self.kept.glob("*.npz")]
@@ -47,6 +50,7 @@ class Log:
         self.pending = self.ready = None  # the last step, until the next is there; the Future of when it was computed
         self.writing = None  # the Future of the step that is being written
         self.timing, self.costs = None, {}  # the last row of timing.jsonl, until its step ends; what the ends have told
+        self.adviser, self.tracker = adviser, tracker
         self.thread = ThreadPoolExecutor(1, "log")
         self.main = jax.process_index() == 0
         if not self.main:
@@ -61,6 +65,8 @@ class Log:
             self.files[kind] = path.open("a", encoding="utf-8")
         self.evaluations = workdir / "evaluations.jsonl"  # not every run has one
         truncate(self.evaluations, start)
+        if adviser:
+            advice.follow(adviser, records.lines(workdir / "metrics.jsonl"), records.lines(self.evaluations))
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Without the thread of a SummaryWriter: an error would end it, and leave the run waiting for it.
         self.board, self.flushed = EventsWriter(str(workdir / "tensorboard" / "events")), 0.0
@@ -99,13 +105,16 @@ class Log:
         self.last_time += seconds
         if not self.main:
             return
+        self.put_timing()  # so that no step comes after a later one
         self.costs[step] = {"evaluation_seconds": round(seconds, 4)}
         if "evaluations" not in self.files:
             self.files["evaluations"] = self.evaluations.open("a", encoding="utf-8")
-        self.line("evaluations", {"step": step, **figures, "samples": samples})
+        row = {"step": step, **figures, "samples": samples}
+        self.line("evaluations", row)
         self.chart(step, {f"eval/{name}": x for name, x in figures.items() if math.isfinite(x)})
         found = ", ".join(f"{name} {x:.3g}" for name, x in figures.items())
         self.say(f"{self.name}: after {step} steps, on what is held out: {found}")
+        self.warn(self.adviser.evaluation(row) if self.adviser else [])
 
     def flush(self) -> None:
         """Wait until what is pending is written. Raises UserError where that is a step too many that is not finite."""
@@ -177,6 +186,11 @@ class Log:
         self.chart(step, metrics)
         self.bar.update(1)
         self.bar.set_postfix({k.split("/")[-1]: f"{metrics[k]:.3g}" for k in self.shown if k in metrics}, refresh=False)
+        self.warn(self.adviser.step({"step": step, **metrics}) if self.adviser else [])
+
+    def warn(self, warnings: list[advice.Warning]) -> None:
+        for warning in warnings:
+            self.say(advice.text(self.name, warning))
 
     def put_timing(self) -> None:
         """Write the last step's line of timing.jsonl, which waits for what is known only at the step's end."""
@@ -188,12 +202,14 @@ class Log:
             self.chart(step, {k: v for k, v in timing.items() if k != "step"})
 
     def line(self, kind: str, row: dict) -> None:
-        self.files[kind].write(json.dumps(null(row), allow_nan=False) + "\n")
+        self.files[kind].write(json_lines([row]) + "\n")
         self.files[kind].flush()
 
     def chart(self, step: int, figures: dict) -> None:
         for key, value in figures.items():
             self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
+        if self.tracker:
+            self.tracker.log(step, figures)
         if time.monotonic() - self.flushed > FLUSH:
             self.board.flush()
             self.flushed = time.monotonic()
@@ -214,6 +230,10 @@ class Log:
 def not_finite(figures: dict) -> list[str]:
     """Names of the figures that are not finite, losses first."""
     return sorted((k for k, v in figures.items() if not math.isfinite(v)), key=lambda k: "loss" not in k)
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "\n".join(json.dumps(null(row), allow_nan=False) for row in rows)
 
 
 def null(x):

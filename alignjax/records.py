@@ -15,6 +15,7 @@ class Records(NamedTuple):
     samples: list[dict]
     evaluations: list[dict]  # of PPO, on what is held out; [] without ppo.eval_every
     timing: list[dict]
+    responses: list[dict]  # of PPO at its end: prompts that are held out, answered by the reference and by the policy
 
 
 def read(workdir: Path) -> Records:

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from alignjax import checkpoint, metrics, processes, records, roles, sharding, update
+from alignjax import advice, checkpoint, environment, metrics, processes, records, roles, sharding, tracker, update
 from alignjax import config as configs
 from alignjax import workdir as workdirs
 from alignjax.command import Signals, at_work, keep_programs, notices, parse, say
@@ -42,7 +42,13 @@ def main(argv=None) -> int:
     try:
         arguments, overrides = parse(argv)
         with processes.one_run(arguments.distributed):
-            fit(configs.load(arguments.config, overrides), arguments.workdir, overrides, arguments.profile)
+            fit(
+                configs.load(arguments.config, overrides),
+                arguments.workdir,
+                overrides,
+                arguments.profile,
+                arguments.wandb,
+            )
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -53,31 +59,34 @@ def main(argv=None) -> int:
     return 0
 
 
-def fit(
-    config: Config, workdir: str | Path | None = None, fixed: Collection[str] = (), profile: bool = False
-) -> Records:
+def fit(config: Config, workdir: str | Path | None = None, fixed: Collection[str] = (), profile: bool = False,
+        wandb: str = "") -> Records:  # fmt: skip
     """Train as a config says, after its parents, in `workdir` (default: runs/NAME), and give what the run has left.
 
     What is there already isn't done again: a run that was cut off goes on, one that is complete is read. `config` isn't
     changed. Parents that are runs or checkpoints give their architecture; a field named in `fixed`, such as "model.layers",
-    must be theirs already.
-    A first interrupt or SIGTERM saves and raises `processes.Stopped`; a user's mistake is a UserError.
+    must be theirs already. `wandb` is a project of Weights & Biases to write to besides. A first interrupt or SIGTERM saves and
+    raises `processes.Stopped`; a user's mistake is a UserError.
     """
     config = copy.deepcopy(config)
     configs.check(config)
+    if wandb:
+        tracker.package()
     with Signals() as signals:  # not before jax.distributed, which takes SIGTERM for itself
         keep_programs()
         workdir = workdirs.place(workdir or Path("runs") / config.name)
         notices(lambda: signals.remember(signal.SIGTERM))
         with at_work(workdir):
-            run(config, workdir, fixed, signals, profile)
-    return records.read(workdir)
+            return run(config, workdir, fixed, signals, profile, wandb)
 
 
-def run(config: Config, workdir: Path, fixed: Collection[str], signals: Signals, profile: bool = False) -> None:
+def run(
+    config: Config, workdir: Path, fixed: Collection[str], signals: Signals, profile=False, project: str = ""
+) -> Records:
     """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there.
 
-    Its parents are never profiled: that would slow what nobody asked about, and each can be asked for by itself.
+    Its parents are never profiled: that would slow what nobody asked about, and each can be asked for by itself. They too go
+    to the `project` of Weights & Biases, if there is one, each as a run of its own.
     """
     mesh = sharding.make_mesh(config.mesh)
     adopt(config, fixed)
@@ -86,7 +95,7 @@ def run(config: Config, workdir: Path, fixed: Collection[str], signals: Signals,
     if summary.exists():
         say(f"{config.name}: complete, in {workdir}")
     else:
-        parents = resolve(config, workdir, signals)
+        parents = resolve(config, workdir, signals, project)
         with jax.set_mesh(mesh), Compilations() as compilations:
             attention.check(config.model)
             tokenizer = tokenizer_of(config, workdir, parents)
@@ -96,23 +105,32 @@ def run(config: Config, workdir: Path, fixed: Collection[str], signals: Signals,
             devices = f"{mesh.size} {jax.default_backend()} device(s) ({shape})"
             say(f"{config.name}: {stage.steps} steps on {devices}, in {workdir}")
             keep(config, tokenizer, workdir)  # now that no mistake in config or data can leave it half made
-            state = train(config, workdir, stage, signals, phases, compilations)
-            say(f"{config.name}: {compilations}")
-            say(f"{config.name}: evaluating")
-            figures = stage.evaluate(state)
-            if bad := metrics.not_finite(figures):
-                raise UserError(f"{config.name}: {bad[0]} is {figures[bad[0]]} in the evaluation; not complete")
+            with tracker.tracking(project, config, workdir, say) as tracked:
+                state = train(config, workdir, stage, signals, phases, compilations, tracked)
+                say(f"{config.name}: {compilations}")
+                say(f"{config.name}: evaluating")
+                figures, responses = stage.evaluate(state)
+                if bad := metrics.not_finite(figures):
+                    raise UserError(f"{config.name}: {bad[0]} is {figures[bad[0]]} in the evaluation; not complete")
+                if tracked:
+                    tracked.summary(figures)
         if jax.process_index() == 0:
             times = (workdir / "timing.jsonl").read_text().splitlines()
             facts = {"name": config.name, "stage": config.stage, "steps": stage.steps, "seed": config.seed,
                      "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1)}  # fmt: skip
+            if responses:
+                workdirs.write(workdir / "responses.jsonl", metrics.json_lines(responses))
             workdirs.write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
         together("summary")
     found = json.loads(summary.read_text())
     say(metrics.table(f"{config.name}: {found['steps']} steps in {found['training_seconds']:.0f} s", found["table"]))
+    left = records.read(workdir)
+    for warning in advice.advise(left.config, left.metrics, left.evaluations):
+        say(advice.brief(config.name, warning))
+    return left
 
 
-def resolve(config: Config, workdir: Path, signals: Signals) -> dict[str, Path]:
+def resolve(config: Config, workdir: Path, signals: Signals, project: str = "") -> dict[str, Path]:
     """role -> directory of each parent; one that is a config is reused from beside `workdir`, or run there first.
 
     A parent that is run takes its child's seed, mesh and model.
@@ -127,7 +145,7 @@ def resolve(config: Config, workdir: Path, signals: Signals) -> dict[str, Path]:
         if role in found:
             continue
         if spec not in asked:
-            asked[spec] = beside(config, spec, workdir, signals)
+            asked[spec] = beside(config, spec, workdir, signals, project)
         found[role] = asked[spec]
     return found
 
@@ -145,7 +163,7 @@ def parent_of(run: Path, role: str) -> Path | None:
     return home / configs.load(spec).name if is_config(spec) else roles.local(spec)
 
 
-def beside(config: Config, spec: str, workdir: Path, signals: Signals) -> Path:
+def beside(config: Config, spec: str, workdir: Path, signals: Signals, project: str = "") -> Path:
     """The directory of a parent that is a config, complete."""
     parent = configs.load(spec)
     directory = workdir.parent / parent.name
@@ -161,7 +179,7 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals) -> Path:
     else:
         say(f"{config.name}: {spec} comes first")
         with at_work(directory):
-            run(parent, directory, (), signals)
+            run(parent, directory, (), signals, project=project)
     return directory
 
 
@@ -237,7 +255,7 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
 
 
 def keep(config: Config, tokenizer, workdir: Path) -> None:
-    """Claim the work directory: the run's own copy of the tokenizer, then config.json."""
+    """Claim the work directory: the run's own copy of the tokenizer, then config.json; and say where it is run."""
     if jax.process_index() == 0 and not (workdir / "config.json").exists():
         if workdirs.is_local(workdir):
             for name in ("tokenizer", "tokenizer.partial"):
@@ -248,10 +266,14 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
             with workdirs.staged(workdir / "tokenizer") as (local, _):
                 tokenizer.save_pretrained(local)
         workdirs.write(workdir / "config.json", configs.to_json(config))
+    if jax.process_index() == 0:
+        environment.keep(workdir)
     together("keep")
 
 
-def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations):
+def train(
+    config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations, tracked=None
+):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     finite, files = jax.jit(update.finite), workdirs.staged(workdir)
@@ -260,7 +282,10 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:
             say(f"{config.name}: goes on from step {first}")
-        log = metrics.Log(local, config.name, first, stage.steps, stage.shown, config.max_skipped, say)
+        adviser = advice.Adviser(dict(configs.flatten(config)))
+        log = metrics.Log(
+            local, config.name, first, stage.steps, stage.shown, config.max_skipped, say, adviser, tracked
+        )
         with contextlib.closing(log):
             phases.begin(first, stage.steps)
             for i in range(first, stage.steps):

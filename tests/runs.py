@@ -19,9 +19,10 @@ def command(name, runs, *more):
 
 
 def files_of(run: Path, steps: int = STEPS) -> dict:
-    """What must repeat to the bit: metrics, samples, evaluations if there are any, summary (less its seconds), every array
-    of the last checkpoint."""
-    names = ["metrics.jsonl", "samples.jsonl", "config.json", *(path.name for path in run.glob("evaluations.jsonl"))]
+    """What must repeat to the bit: metrics, samples, evaluations and responses if there are any, summary (less its
+    seconds), every array of the last checkpoint."""
+    names = ["metrics.jsonl", "samples.jsonl", "config.json"]
+    names += [name for name in ("evaluations.jsonl", "responses.jsonl") if (run / name).exists()]
     out = {name: (run / name).read_bytes() for name in names}
     out["summary"] = {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if "seconds" not in k}
     checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)

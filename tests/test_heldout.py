@@ -16,15 +16,17 @@ TEXT = {"tokens": np.arange(12).reshape(6, 2), "mask": np.ones((6, 2))}
     (1, [[0, 0]], 1),
 ])  # fmt: skip
 def test_the_first_prompts_are_asked_in_whole_batches_and_each_counts_once(limit, batches, rows):
-    asked, read = [], []
+    asked, read, details = [], [], []
 
-    def answer(batch):
+    def answer(batch, detailed):
         asked.append(batch["index"].tolist())
+        details.append(detailed)
         assert batch["prompts"].shape == (2, 16)
         return [{"prompt": str(i), "responses": ["a", "b"], "score": [float(i), i + 1.0], "length": [2, 4],
                  "truncated": [True, False], "entropy": [3.0, 6.0]} for i in batch["index"]]  # fmt: skip
 
-    figures, entries = heldout.evaluate(answer, lambda text: read.append(text) or 2.5, PROMPTS, TEXT, 2, limit)
+    figures, entries = heldout.evaluate(answer, lambda text: read.append(text) or 2.5, PROMPTS, TEXT, 2, limit, 3)
+    assert details == [3, 1, 0][: len(batches)] if len(index := PROMPTS["index"][:limit]) > 1 else details == [1]
     index = PROMPTS["index"][:limit]
     assert asked == batches and [entry["prompt"] for entry in entries] == [str(i) for i in index]
     assert figures == {

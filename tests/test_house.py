@@ -8,9 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [{"config"}, {"sharding", "command", "processes", "safetensors", "workdir", "cost"},
-          {"models", "checkpoint", "data", "metrics", "profile", "calibration", "records"},
+          {"models", "checkpoint", "data", "metrics", "profile", "calibration", "records", "advice",
+           "environment"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
-          {"inference"}, {"evals"}, {"train", "evaluate"}, {"plan", "chat"}]  # fmt: skip
+          {"inference"}, {"evals"}, {"train", "evaluate", "report"}, {"plan", "chat"}]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "alignjax").rglob("*.py"))
 ids = [str(path.relative_to(ROOT)) for path in FILES]

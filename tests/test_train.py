@@ -28,7 +28,8 @@ def test_one_command_runs_the_chain_in_order(chain):
     for run in runs.iterdir():
         kept = {p.name for p in run.iterdir()}
         assert kept == {"config.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "summary.json", "tensorboard",
-                        "checkpoints", "tokenizer"} | ({"evaluations.jsonl"} if run.name == "ppo-tiny" else set())  # fmt: skip
+                        "checkpoints", "tokenizer", "environment.json"} | (
+                            {"evaluations.jsonl", "responses.jsonl"} if run.name == "ppo-tiny" else set())  # fmt: skip
         assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(STEPS))
         assert list((run / "tensorboard").iterdir())
         assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [2, 4]
@@ -98,7 +99,7 @@ def test_an_evaluation_has_its_row_its_curves_and_its_line(chain):
     figures = {"score", "true_score", "kl", "length", "truncated", "entropy"}
     assert set(row) == figures | {"step", "prompts", "pretrain_loss", "samples"}
     assert (row["step"], row["prompts"], len(row["samples"])) == (2, 8, 4)  # none before step 0, none at the end
-    assert all(set(entry) == figures | {"prompt", "responses"} for entry in row["samples"])
+    assert all(set(entry) == figures | {"prompt", "responses", "tokens", "log_ratio"} for entry in row["samples"])
     (board,) = (runs / "ppo-tiny" / "tensorboard").iterdir()
     assert all(f"eval/{name}".encode() in board.read_bytes() for name in figures | {"pretrain_loss"})
     assert sum(line.startswith("ppo-tiny: after 2 steps, on what is held out: prompts 8, ") for line in printed) == 1
@@ -122,7 +123,8 @@ def test_a_resume_may_evaluate_otherwise_and_an_evaluation_gives_the_figures_of_
         == 0
     )
     mine, theirs = files_of(run), files_of(chain[0] / "ppo-tiny")
-    assert mine.pop("evaluations.jsonl") != theirs.pop("evaluations.jsonl") and mine == theirs
+    assert mine.pop("evaluations.jsonl") != theirs.pop("evaluations.jsonl")
+    assert mine.pop("responses.jsonl").startswith(theirs.pop("responses.jsonl")) and mine == theirs  # more prompts
     (figures, entries), summary = found[0], mine["summary"]
     count = figures.pop("prompts")
     assert [(row["step"], row["prompts"]) for row in rows(run / "evaluations.jsonl")] == [(2, count), (3, count)]
@@ -134,6 +136,33 @@ def test_a_resume_may_evaluate_otherwise_and_an_evaluation_gives_the_figures_of_
     assert ["evaluation_seconds" in row for row in timing] == [False, False, True, True]
     phases = {f"phases/{name}" for name in ("evaluation", "data", "rollout", "score", "update", "other")}
     assert phases <= set(third) and phases <= set(fourth)
+
+
+def test_responses_of_reference_and_policy_are_kept_with_the_log_ratio_of_each_token(chain):
+    """Those of the policy's own add up to its KL; the reference's are read by the final policy too, checked by hand."""
+    run, figures = chain[0] / "ppo-tiny", {"score", "true_score", "kl", "length", "truncated", "entropy"}
+    kept = rows(run / "responses.jsonl")
+    assert len(kept) == 8 and all(set(row) == {"prompt", "before", "after"} for row in kept)
+    for side in (row[side] for row in kept for side in ("before", "after")):
+        assert set(side) == figures | {"responses", "tokens", "log_ratio"}
+        for k, tokens in enumerate(side["tokens"]):
+            assert len(tokens) == len(side["log_ratio"][k]) == side["length"][k]
+            assert "".join(tokens) == side["responses"][k] + ("" if side["truncated"][k] else chat.END)
+    for row in kept:
+        assert row["before"]["kl"] == [0, 0]
+        np.testing.assert_allclose([sum(x) for x in row["after"]["log_ratio"]], row["after"]["kl"], atol=2e-3)
+    row, tokenizer, model = kept[0], chat.load_tokenizer(run / "tokenizer"), roles.architecture(run)
+    (prompt,) = chat.encode_prompts(tokenizer, [[{"role": "user", "content": row["prompt"]}]])
+    response = tokenizer("".join(row["before"]["tokens"][0]), add_special_tokens=False)["input_ids"]
+    tokens, at = np.array([prompt + response]), len(prompt) + np.arange(len(response))[None]
+    batch = {"tokens": tokens, "positions": np.arange(tokens.size)[None], "segments": np.ones_like(tokens), "at": at}
+    mesh = sharding.make_mesh(configs.Mesh())
+    read = jax.jit(lambda params: logprobs.token_logprobs(model, params, batch)[0][0])
+    policy, reference = (
+        read(roles.load(model, "lm", mesh, None, directory)) for directory in (run, chain[0] / "sft-tiny")
+    )
+    np.testing.assert_allclose(row["before"]["log_ratio"][0], policy - reference, atol=2e-4)
+    assert np.abs(policy - reference).max() > 1e-3
 
 
 def batches_of(name, runs):

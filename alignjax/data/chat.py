@@ -13,6 +13,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advi
 
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignjax import workdir
@@ -155,3 +156,12 @@ def encode_comparisons(tokenizer, rows: list[dict]) -> list[tuple[list[int], lis
 def decode_response(tokenizer, tokens) -> str:
     """Text of a response's real tokens, without its end token."""
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def pieces(tokenizer, tokens) -> list[str]:
+    """The text of each token, special ones too; where one ends within a character, the character is the next one's."""
+    stream = DecodeStream(skip_special_tokens=False)
+    out = [stream.step(tokenizer.backend_tokenizer, int(token)) or "" for token in tokens]
+    whole = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    out[-1] += whole[len("".join(out)) :]  # of a character that was cut off
+    return out

@@ -30,7 +30,7 @@ class Stage(NamedTuple):
     # on the host}, from which the step's losses can be computed again); both are called after the next step's dispatch
     step: Callable
     finish: Callable  # state -> state, after the last step and before the last save
-    evaluate: Callable  # state -> {figure: number} for summary.json
+    evaluate: Callable  # state -> ({figure: number} for summary.json, rows of responses.jsonl, [] where there is none)
     table: Callable  # figures -> [(words, text)], the run's result at a glance
     shown: tuple[str, ...]  # metrics on the progress bar
     # state -> ({figure: number}, rows of samples) for evaluations.jsonl, every ppo.eval_every steps; it changes nothing

@@ -88,7 +88,8 @@ def read(config: Config, reward_model, params: dict, sampled: Rollout, said: Rea
 
 
 def make_experience(config: Config, stats: RunningStats, sampled: Rollout, said: Reading):
-    """Experience, the running statistics with its scores, metrics, and figures of each response [b*n]."""
+    """Experience, the running statistics with its scores, metrics, and figures of each response, [b*n], and of each of its
+    tokens, log_ratio [b*n r]: log p of the policy less that of the reference."""
     p, mask = config.ppo, sampled.mask
     scores = jnp.where(sampled.truncated, p.truncated_score, said.scores)
     stats = stats.update(scores)
@@ -99,7 +100,7 @@ def make_experience(config: Config, stats: RunningStats, sampled: Rollout, said:
     log_ratio = jnp.where(mask, said.logprobs - said.ref_logprobs, 0.0)
     tokens, length = mask.sum(), sampled.lengths
     per_response = {"score": said.scores, "kl": log_ratio.sum(1), "entropy": jnp.where(mask, said.entropy, 0.0).sum(1),
-                    "length": length, "truncated": sampled.truncated}  # fmt: skip
+                    "length": length, "truncated": sampled.truncated, "log_ratio": log_ratio}  # fmt: skip
     kl, drift = per_response["kl"].mean(), jnp.where(mask, jnp.abs(sampled.logprobs - said.logprobs), 0.0)
     metrics = {
         "objective/scores": scores.mean(), "objective/scores_std": scores.std(), "objective/kl": kl,

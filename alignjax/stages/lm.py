@@ -86,7 +86,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
 
     def evaluate(state):
         loss = heldout_loss(heldout_fn, state["model"].params, heldout, data.batch, budget, mesh)
-        return {"heldout_loss": loss, "parameters": sum(x.size for x in jax.tree.leaves(state["model"].params))}
+        return {"heldout_loss": loss, "parameters": sum(x.size for x in jax.tree.leaves(state["model"].params))}, []
 
     def table(figures):
         return [("parameters", f"{figures['parameters']:,}"),

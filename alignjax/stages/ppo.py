@@ -241,18 +241,18 @@ def pretraining(config: Config, mesh, tokenizer, say):
 
 
 def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
-    model, data, p, key = config.model, config.data, config.ppo, jax.random.key(config.seed)
+    model, data, p, budget = config.model, config.data, config.ppo, config.microbatch_tokens
     found = mixture.sets(config, "prompts", data.train, data.heldout, say)
     rows = {"train": sum(found.train, []), "heldout": sum(found.heldout.values(), [])}
     held_out = encoding.encode(rows["heldout"], "prompts", data.max_length, tokenizer, say)
     batches = mixture.batches(config, found, "prompts", data.max_length, data.batch, tokenizer, say)
     ahead = mixture.Ahead(lambda i: encoding.narrowed(batches.get(i)))
     text, text_rows, held_out_text = pretraining(config, mesh, tokenizer, say)
-
     optimisers, inits, shapes, policy_updates = trained(config, mesh)
     rate = jax.jit(update.learning_rate(config.optimiser, policy_updates))
     reward = rewards.build(config, mesh, parents, tokenizer)
     programs = compiled(config, optimisers, chat.end_token(tokenizer), reward.model, shapes, mesh)
+    key = jax.random.key(config.seed)
     # Read from disk for themselves, never shared with what is trained: no update and no donation can reach them.
     reference = roles.load(model, "lm", mesh, key, parents["reference"])
     frozen = {"reference": roles.frozen(reference, p.frozen_dtype, p.frozen_memory), **reward.params}
@@ -262,17 +262,18 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
                  for role, head in HEADS.items()}  # fmt: skip
         return state | {"stats": jax.device_put(RunningStats.zero(), sharding.replicated(mesh))}
 
-    def respond(split, params, stats, batch, i, phases=UNTIMED):
-        sampled = sample(config, programs, params["policy"], batch, i, mesh, phases)
+    def respond(split, policy, stats, batch, i, phases=UNTIMED):
+        """A Rollout, what readers of text say of it, and read(role -> parameters), what all say, as `score`."""
+        sampled = sample(config, programs, policy, batch, i, mesh, phases)
         texts = judged(config, reward, tokenizer, rows[split], batch["index"], sampled)
         lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
-        return sampled, texts, score(config, programs, params, stats, sampled, lengths, mesh, texts)
+        return sampled, texts, lambda params: score(config, programs, params, stats, sampled, lengths, mesh, texts)
 
     def step(state, i):
         params = {role: state[role].params for role in HEADS} | frozen
         batch = ahead.get(i)
-        sampled, texts, scored = respond("train", params, state["stats"], batch, i, phases)
-        experience, stats, metrics, said, first, cut = scored
+        sampled, texts, read = respond("train", params["policy"], state["stats"], batch, i, phases)
+        experience, stats, metrics, said, first, cut = read(params)
         phases.mark("score", experience)
         if i == 0:
             self_check(config, programs, reward.model, params, experience, said, first[0], texts)
@@ -281,10 +282,10 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
 
         def late():
-            entries = heldout.describe(config, tokenizer, rows["train"], batch["index"], sampled, said)
+            few = SAMPLES if i % config.sample_every == 0 else 0
+            entries = heldout.describe(config, tokenizer, rows["train"], batch["index"], sampled, said, few)
             found = heldout.means(entries)
-            scores = {"objective/true_score": found["true_score"]} if "true_score" in found else {}
-            return scores, entries[:SAMPLES] if i % config.sample_every == 0 else []
+            return {f"objective/{k}": x for k, x in found.items() if k == "true_score"}, entries[:few]
 
         def examples():
             texts = {f"text/{number}/{name}": x for number, _ in minibatches(config, i) if number >= p.value_warmup_steps
@@ -293,28 +294,29 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
 
         return state, metrics, late, examples
 
-    def evaluate(policy, state, limit=None):
+    def evaluate(policy, state, limit, detailed):
+        """Log-ratios of tokens are those of the state's policy to the reference, whichever of them responds."""
         params = {"policy": policy, "value": state["value"].params, **frozen}
 
-        def answer(batch):
-            sampled, _, scored = respond("heldout", params, state["stats"], batch, config.steps)
-            return heldout.describe(config, tokenizer, rows["heldout"], batch["index"], sampled, scored[3])
+        def answer(batch, detailed):
+            sampled, _, read = respond("heldout", policy, state["stats"], batch, config.steps)
+            said = read(params)[3]
+            if detailed and policy is not state["policy"].params:
+                said |= {"log_ratio": read(params | {"policy": state["policy"].params})[3]["log_ratio"]}
+            return heldout.describe(config, tokenizer, rows["heldout"], batch["index"], sampled, said, detailed)
 
-        loss = lambda text: lm.heldout_loss(
-            programs.text_loss, policy, text, data.batch, config.microbatch_tokens, mesh
-        )
-        return heldout.evaluate(answer, loss, held_out, held_out_text, data.batch, limit)
+        loss = lambda text: lm.heldout_loss(programs.text_loss, policy, text, data.batch, budget, mesh)
+        return heldout.evaluate(answer, loss, held_out, held_out_text, data.batch, limit, detailed)
 
     def watch(state):
-        found, entries = evaluate(state["policy"].params, state, p.eval_prompts)
+        found, entries = evaluate(state["policy"].params, state, p.eval_prompts, SAMPLES)
         return {"prompts": len(entries), **found}, entries[:SAMPLES]
 
     def figures(state):
-        out = {"policy_updates": int(state["policy"].updates), "value_updates": int(state["value"].updates)}
-        for name, policy in (("before", roles.fetched(frozen["reference"])), ("after", state["policy"].params)):
-            out |= {f"{k}/{name}": v for k, v in evaluate(policy, state)[0].items()}
-        return out | heldout.gap_closed(out)
+        updates = {f"{role}_updates": int(state[role].updates) for role in HEADS}
+        before, after = (evaluate(policy, state, None, p.eval_prompts)
+                         for policy in (roles.fetched(frozen["reference"]), state["policy"].params))  # fmt: skip
+        return updates | heldout.compared(before[0], after[0]), heldout.beside(before[1], after[1])[: p.eval_prompts]
 
-    shown = "objective/scores", "objective/kl"
-    return Stage(config.steps, shapes, start, step, lambda state: state, figures, heldout.table, shown,
-                 watch if p.eval_every else None)  # fmt: skip
+    return Stage(config.steps, shapes, start, step, lambda state: state, figures, heldout.table,
+                 ("objective/scores", "objective/kl"), watch if p.eval_every else None)  # fmt: skip

@@ -136,7 +136,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         if demonstrations is not None:
             figures["demonstrations/score"] = mean_score(score_fn, params, demonstrations, data.batch, budget, mesh)
             figures["shift"] = float(params["head"]["bias"][0])
-        return figures
+        return figures, []
 
     def table(figures):
         lines = [(f"held-out accuracy, {name}", f"{100 * figures[f'accuracy/{name}']:.1f} % "
