@@ -233,6 +233,7 @@ def not_finite(figures: dict) -> list[str]:
 
 
 def json_lines(rows: list[dict]) -> str:
+    """Rows as JSON lines, the last one without its end."""
     return "\n".join(json.dumps(null(row), allow_nan=False) for row in rows)
 
 

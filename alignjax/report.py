@@ -251,36 +251,36 @@ def marks(chart: Chart, runs: list[dict]) -> list[dict]:
 
 
 def samples(run: Records) -> list[dict]:
-    """Kinds of samples: {"kind", "total", "rows": [{"prompt", "step", "sides", "sort"}]}, a side being a column."""
-    columns = {"prompt", "step"}
-    given = [{**entry, "step": row["step"]} for row in run.evaluations for entry in row.get("samples", [])]
+    """Kinds of samples: {"kind", "total", "rows": as `sample`}."""
+    ends = ("reference, before PPO", "before"), ("policy, after PPO", "after")
     kinds = {
-        "held out, at the end": [row | {"sides": {"reference, before PPO": row["before"], "policy, after PPO": row["after"]}}
-                                 for row in run.responses],
-        "held out, on the way": [row | {"sides": {"policy": row}} for row in given],
-        "in training": [row | {"sides": sides(row)} for row in run.samples],
+        "held out, at the end": [(row, {words: row[side] for words, side in ends}) for row in run.responses],
+        "held out, on the way": [(entry | {"step": row["step"]}, {"policy": entry}) for row in run.evaluations
+                                 for entry in row.get("samples", [])],
+        "in training": [(row, columns(row)) for row in run.samples],
     }  # fmt: skip
     out = []
     for kind, rows in kinds.items():
+        kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).astype(int))
         if rows:
-            kept = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).astype(int))]
-            shown = [{k: row[k] for k in columns & set(row)} for row in kept]
-            for row, new in zip(kept, shown, strict=True):
-                new["sides"] = {name: responses(side) for name, side in row["sides"].items()}
-                new["sort"] = sorting(new)
-            out.append({"kind": kind, "total": len(rows), "rows": shown})
+            out.append({"kind": kind, "total": len(rows), "rows": [sample(*rows[i]) for i in kept]})
     return out
 
 
-def sides(row: dict) -> dict[str, dict]:
-    """The columns of a row of samples.jsonl, of any stage."""
+def columns(row: dict) -> dict[str, dict]:
+    """{title: responses with lists of their figures} of a row of samples.jsonl, of any stage."""
     if "responses" in row:
         return {"policy": row}
     if "chosen" in row:
-        return {
-            side: {"responses": [row[side]], "score": [row.get(f"{side}_score")]} for side in ("chosen", "rejected")
-        }
-    return {name: {"responses": [row[name]]} for name in ("text", "targets") if name in row}
+        return {x: {"responses": [row[x]], "score": [row.get(f"{x}_score")]} for x in ("chosen", "rejected")}
+    return {x: {"responses": [row[x]]} for x in ("text", "targets") if x in row}
+
+
+def sample(row: dict, sides: dict[str, dict]) -> dict:
+    """A row of the page: {"prompt", "step" (if it has them), "sides": {title: `responses`}, "sort": `sorting`}."""
+    out = {name: row[name] for name in ("prompt", "step") if name in row}
+    out["sides"] = {words: responses(side) for words, side in sides.items()}
+    return out | {"sort": sorting(out)}
 
 
 def responses(side: dict) -> list[dict]:
@@ -293,23 +293,21 @@ def responses(side: dict) -> list[dict]:
     return out
 
 
-def sorting(row: dict) -> dict[str, float | None]:
-    """What a row can be sorted by: the means of the last column's figures, and of the scores the distance of two columns."""
+def sorting(row: dict) -> dict[str, float]:
+    """What a row can be sorted by: its step, the mean figures of its last column (of a comparison the chosen one's), and
+    of two columns how far the scores are apart."""
 
-    def mean(side, name):
+    def mean(side: list[dict], name: str):
         found = [x["figures"].get(name) for x in side]
         return float(np.mean(found)) if found and None not in found else None
 
-    columns = list(row["sides"].values())
-    own = columns[0] if "chosen" in row["sides"] else columns[-1]
-    out = {name: mean(own, name) for name in ("score", "true score", "KL", "length")}
-    if len(columns) == 2:
-        sign = -1 if "chosen" in row["sides"] else 1
-        for name in ("score", "true score"):
-            both = [mean(side, name) for side in columns]
-            out[f"difference of {name}s"] = None if None in both else sign * (both[1] - both[0])
-    if "step" in row:
-        out["step"] = row["step"]
+    *others, own = row["sides"].values()
+    if "chosen" in row["sides"]:
+        others, own = [own], others[0]
+    out = {name: mean(own, name) for name in ("score", "true score", "KL", "length")} | {"step": row.get("step")}
+    for name in ("score", "true score"):
+        if others and None not in (out[name], mean(others[0], name)):
+            out[f"difference of {name}s"] = out[name] - mean(others[0], name)
     return {name: value for name, value in out.items() if value is not None}
 
 

@@ -86,15 +86,18 @@ def test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left(chain,
 
 
 def test_an_unfinished_run_beside_another_seed_of_it(tmp_path):
-    one = write(
-        tmp_path / "one" / "run", **{"evaluations.jsonl": [{"step": 2, "score": 0.5, "kl": None, "samples": []}]}
-    )
+    evaluations = [{"step": 2, "score": 0.5, "kl": None, "samples": []}]
+    timing = [{"step": 0, "seconds": 2.5, "phases/update": 1.5, "phases/other": 1.0}]
+    one = write(tmp_path / "one" / "run", **{"evaluations.jsonl": evaluations, "timing.jsonl": timing})
     two = write(tmp_path / "two" / "run", 5)
     _, data = made(one, two, tmp_path / "out.html")
     assert [run["title"] for run in data["runs"]] == [str(one), str(two)]
     assert [(run["complete"], run["done"], run["steps"]) for run in data["runs"]] == [(False, 3, 3), (False, 5, 5)]
     assert [run["config"]["steps"] for run in data["runs"]] == ["3", "5"] and data["defaults"]["steps"] == "100"
-    assert [chart["title"] for chart in data["charts"]] == ["Score", "KL to the reference", "new/figure"]
+    titles = ["Score", "KL to the reference", "Time of a step", "Time by phase", "new/figure"]
+    assert [chart["title"] for chart in data["charts"]] == titles
+    assert data["charts"][3]["lines"] == {"timing/phases/other": "other", "timing/phases/update": "update"}
+    assert data["runs"][0]["seconds"] == 2.5
     assert data["charts"][0]["heldout"] == "score" and data["runs"][0]["heldout"]["kl"]["steps"] == []
     assert data["sources"] == [] and data["runs"][0]["environments"] == []
 

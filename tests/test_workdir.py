@@ -5,7 +5,7 @@ from bucket import Bucket
 from runs import command, fails, files_of
 from test_faults import Crash, crash_in
 
-from alignjax import convert, train, workdir
+from alignjax import convert, report, train, workdir
 
 
 @pytest.fixture
@@ -34,6 +34,9 @@ def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(bucket, chain, tmp_pa
     assert bucket.objects["runs/lm-tiny/metrics.jsonl"][1].count(b"\n") == 2
     assert train.main(asked) == 0
     assert "lm-tiny: goes on from step 2" in capsys.readouterr().out
+    assert report.main(["gs://bucket/runs/lm-tiny"]) == 0
+    assert report.main(["gs://bucket/runs/lm-tiny", "--out", str(tmp_path / "report.html")]) == 0
+    assert bucket.objects["runs/lm-tiny/report.html"][1] == (tmp_path / "report.html").read_bytes()
     bucket.download(tmp_path)
     run = tmp_path / "runs" / "lm-tiny"
     assert files_of(run) == files_of(chain[0] / "lm-tiny")

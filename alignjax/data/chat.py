@@ -163,5 +163,6 @@ def pieces(tokenizer, tokens) -> list[str]:
     stream = DecodeStream(skip_special_tokens=False)
     out = [stream.step(tokenizer.backend_tokenizer, int(token)) or "" for token in tokens]
     whole = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    out[-1] += whole[len("".join(out)) :]  # of a character that was cut off
+    if whole.startswith("".join(out)):
+        out[-1] += whole[len("".join(out)) :]  # of a character that was cut off
     return out

@@ -84,7 +84,7 @@ function results() {
 function warnings() {
   const found = runs.flatMap((run) => run.warnings.map((warning) => ({ ...warning, run: run.title })));
   section("warnings", `Warnings (${found.length})`, found.length ? found.map((x) => el("div", { class: "card warning" },
-    el("h3", {}, x.kind, " ", el("small", {}, `${several ? x.run + ", " : ""}step ${x.step}`)), el("p", {}, x.said),
+    el("h3", {}, x.kind.replaceAll("_", " "), " ", el("small", {}, `${several ? x.run + ", " : ""}step ${x.step}`)), el("p", {}, x.said),
     el("dl", {}, el("dt", {}, "usually means"), el("dd", {}, x.meaning), el("dt", {}, "to try"), el("dd", {}, x.remedy)))) :
     el("p", { class: "soft" }, "None: no rule of those that look at KL, values, clipping, entropy, lengths and scores holds."));
 }
@@ -106,6 +106,10 @@ function ticks(low, high, log) {
   const out = [];
   for (let k = Math.ceil(low / size); k * size <= high * (1 + 1e-9); k++) out.push(+(k * size).toPrecision(12));
   return out;
+}
+
+function label(tick) {
+  return String(tick).length <= 7 ? String(tick) : tick.toExponential(1);
 }
 
 function smooth(values) {
@@ -155,18 +159,19 @@ function draw(chart) {
   const lines = traces(chart);
   const steps = lines.flatMap((x) => [x.steps[0], x.steps.at(-1)]), right = Math.max(1, ...steps);
   let values = lines.flatMap((x) => x.values);
-  if (chart.log) values = values.filter((x) => x > 0);
-  const by = chart.log ? Math.log : (x) => x;
+  const log = chart.log && values.some((x) => x > 0);
+  if (log) values = values.filter((x) => x > 0);
+  const by = log ? Math.log : (x) => x;
   let low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
-  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) [low, high] = chart.log ? [low / 2, high * 2] : low ? [Math.min(0, 2 * low), Math.max(0, 2 * low)] : [0, 1];
-  else if (!chart.log) { const pad = 0.04 * (high - low); [low, high] = [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad]; }
+  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) [low, high] = log ? [low / 2, high * 2] : low ? [Math.min(0, 2 * low), Math.max(0, 2 * low)] : [0, 1];
+  else if (!log) { const pad = 0.04 * (high - low); [low, high] = [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad]; }
   const x = (step) => LEFT + (W - LEFT - RIGHT) * step / right;
   const y = (value) => H - BOTTOM - (H - TOP - BOTTOM) * (by(value) - by(low)) / (by(high) - by(low));
-  const path = (x0, v) => x0.map((step, i) => (chart.log && !(v[i] > 0)) ? "" : `${x(step).toFixed(1)} ${y(v[i]).toFixed(1)}`).filter(Boolean).join("L");
+  const path = (x0, v) => x0.map((step, i) => (log && !(v[i] > 0)) ? "" : `${x(step).toFixed(1)} ${y(v[i]).toFixed(1)}`).filter(Boolean).join("L");
   const plot = el("svg", { viewBox: `0 0 ${W} ${H}`, class: "plot", role: "img", tabindex: 0,
     "aria-label": `${chart.title}, ${chart.unit}, by step; the arrow keys go through the steps` });
-  for (const tick of ticks(low, high, chart.log)) plot.append(el("line", { class: "rule", x1: LEFT, x2: W - RIGHT, y1: y(tick), y2: y(tick) }),
-    el("text", { x: LEFT - 5, y: y(tick) + 4, "text-anchor": "end" }, said(tick)));
+  for (const tick of ticks(low, high, log)) plot.append(el("line", { class: "rule", x1: LEFT, x2: W - RIGHT, y1: y(tick), y2: y(tick) }),
+    el("text", { x: LEFT - 5, y: y(tick) + 4, "text-anchor": "end" }, label(tick)));
   for (const tick of ticks(0, right).filter(Number.isInteger)) plot.append(
     el("text", { x: x(tick), y: H - 6, "text-anchor": tick > 0.96 * right ? "end" : "middle" }, said(tick)));
   for (const line of lines) {
@@ -230,7 +235,7 @@ function curves() {
 // ---- samples
 
 const STRONG = 2;  // nats at which a token's colour is full
-let shown = 20, numbers = state.get("numbers") === "1";
+let shown = 0, numbers = state.get("numbers") === "1";
 
 function token(text, ratio, say) {
   const words = (text || "◌").replaceAll("\n", "↵\n"), special = /^<\|.*\|>$/.test(text) ? " special" : "";
@@ -260,7 +265,7 @@ function sample(row, place, by) {
 function samples() {
   if (!sources.length) return;
   const list = el("div"), count = el("span", { class: "soft", role: "status" }), sort = el("select");
-  const scale = el("span", { class: "scale" }, "log p of the policy less that of the reference, a token: −2", el("i"), "+2 nats");
+  const scale = el("span", { class: "scale" }, "log p of the policy less that of the reference, a token", el("span", {}, "−2 ", el("i"), " +2 nats"));
   const current = () => sources[Math.min(+state.get("source") || 0, sources.length - 1)];
   const fill = () => {
     const names = [...new Set(current().rows.flatMap((row) => Object.keys(row.sort)))];
@@ -269,14 +274,17 @@ function samples() {
     const wanted = (state.get("filter") || "").toLowerCase(), down = state.get("order") !== "up";
     const text = (row) => [row.prompt, ...Object.values(row.sides).flat().map((x) => x.text)].join("\n").toLowerCase();
     const found = current().rows.map((row, place) => [row, place]).filter(([row]) => text(row).includes(wanted));
-    if (chosen) found.sort(([a], [b]) => (down ? -1 : 1) * ((a.sort[chosen] ?? 0) - (b.sort[chosen] ?? 0)));
+    if (chosen) found.sort(([a], [b]) => (down ? -1 : 1) * ((a.sort[chosen] ?? -1e9) - (b.sort[chosen] ?? -1e9)));
     scale.hidden = figures.hidden = !current().rows.some((row) => Object.values(row.sides).flat().some((x) => x.tokens));
     const total = current().total > current().rows.length ? `${current().rows.length} of ${current().total} kept here` : `${current().total}`;
     count.textContent = wanted ? `${found.length} of ${total}` : total;
+    const tokens = current().rows.flatMap((row) => Object.values(row.sides).flat()).reduce((sum, x) => sum + (x.tokens || []).length, 0);
+    const more = Math.max(2, Math.min(20, Math.floor(20000 * current().rows.length / tokens)));  // prompts at a time
+    shown ||= more;
     list.replaceChildren(...found.slice(0, shown).map(([row, place]) => sample(row, place, chosen)));
-    if (found.length > shown) list.append(el("button", { class: "more", onclick: () => { shown += 20; fill(); } }, `Show more (${found.length - shown})`));
+    if (found.length > shown) list.append(el("button", { class: "more", onclick: () => { shown += more; fill(); } }, `Show more (${found.length - shown})`));
   };
-  const change = (key, value) => { put(key, value); shown = 20; fill(); };
+  const change = (key, value) => { put(key, value); shown = 0; fill(); };
   const from = el("select", { onchange: (event) => change("source", event.target.value) }, sources.map((source, i) =>
     el("option", { value: i, selected: source === current() }, `${several ? runs[source.run].title + ": " : ""}${source.kind}`)));
   sort.addEventListener("change", (event) => change("sort", event.target.value));
