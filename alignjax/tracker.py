@@ -28,32 +28,34 @@ class Tracker:
         where = os.environ.get("WANDB_DIR") or (workdir if workdirs.is_local(workdir) else None)
         asked = {"project": project, "name": config.name, "id": kept.read_text().strip(), "resume": "allow",
                  "config": dict(configs.flatten(config)), "dir": where}  # fmt: skip
-        wandb = package()
+        wandb, self.run = package(), None
         try:
             self.run = wandb.init(**asked)
         except Exception as error:
             self.say(f"{self.name}: Weights & Biases can't be used ({reason(error)}); the figures are kept offline, "
                      "`wandb sync` sends them")  # fmt: skip
-            self.run = None
-            self.safely(lambda: setattr(self, "run", wandb.init(**asked, mode="offline")), always=True)
+            self.safely(lambda: self.start_offline(wandb, asked))
         self.first = self.run.step if self.run else 0  # what it has already, before a resume, it would refuse
+
+    def start_offline(self, wandb, asked: dict) -> None:
+        wandb.teardown()  # for what was begun still has the id
+        self.run = wandb.init(**asked, mode="offline")
 
     def log(self, step: int, figures: dict) -> None:
         """Figures of a step; steps don't go down."""
         if step >= self.first:
-            self.safely(lambda: self.run.log(figures, step=step))
+            self.safely(lambda: self.run and self.run.log(figures, step=step))
 
     def summary(self, figures: dict) -> None:
-        self.safely(lambda: self.run.summary.update(figures))
+        self.safely(lambda: self.run and self.run.summary.update(figures))
 
     def finish(self, code: int) -> None:
-        self.safely(lambda: self.run.finish(exit_code=code))
+        self.safely(lambda: self.run and self.run.finish(exit_code=code))
 
-    def safely(self, call, always: bool = False) -> None:
+    def safely(self, call) -> None:
         """Call; an error is said, and ends the tracking."""
         try:
-            if self.run or always:
-                call()
+            call()
         except Exception as error:
             self.run = None
             self.say(f"{self.name}: Weights & Biases: {reason(error)}; the run goes on without it")

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [{"config"}, {"sharding", "command", "processes", "safetensors", "workdir", "cost"},
-          {"models", "checkpoint", "data", "metrics", "profile", "calibration", "records", "advice",
+          {"models", "checkpoint", "data", "metrics", "profile", "calibration", "records", "advice", "tracker",
            "environment"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
           {"inference"}, {"evals"}, {"train", "evaluate", "report"}, {"plan", "chat"}]  # fmt: skip

@@ -197,7 +197,7 @@ function draw(chart) {
   };
   let at = null;
   const move = (step) => { at = step == null ? null : Math.min(Math.max(step, 0), right); drawn.forEach((other) => other(at)); };
-  plot.addEventListener("pointermove", (event) => {
+  for (const kind of ["pointerdown", "pointermove"]) plot.addEventListener(kind, (event) => {
     const box = plot.getBoundingClientRect();
     move(Math.round(((event.clientX - box.left) * W / box.width - LEFT) / (W - LEFT - RIGHT) * right));
   });
@@ -225,7 +225,8 @@ function curves() {
   const phases = runs.map((run) => [run.title, Object.entries(run.series).filter(([name]) => name.startsWith("timing/phases/"))
     .map(([name, found]) => [name.slice(14), found.values.reduce((a, b) => a + b, 0)])]).filter(([, found]) => found.length);
   section("curves", "Curves", el("div", { class: "bar" }, el("label", {}, "Smoothing", slide),
-    el("span", { class: "soft" }, "Figures are of the step under the pointer, else of the last. Circles: on what is held out; the last one, at the end, of all of it.")),
+    el("span", { class: "soft" }, data.charts.length ? "Figures are of the step under the pointer, else of the last." : "No step is written yet.",
+      data.charts.some((chart) => chart.heldout) && " Circles: on what is held out; the last one, at the end, of all of it.")),
   grid, phases.map(([title, found]) => {
     const total = found.reduce((sum, [, seconds]) => sum + seconds, 0);
     return el("p", { class: "soft" }, `${several ? title + ": " : ""}Of the time: ${found.sort((a, b) => b[1] - a[1]).map(([name, seconds]) => `${name} ${(100 * seconds / total).toFixed(0)} %`).join(", ")}.`);
@@ -292,7 +293,7 @@ function samples() {
     numbers = event.target.checked;
     change("numbers", numbers ? "1" : "");
   } }), "numbers");
-  const turn = el("button", { "aria-label": "Order", onclick: () => {
+  const turn = el("button", { onclick: () => {
     change("order", state.get("order") === "up" ? "" : "up");
     turn.textContent = state.get("order") === "up" ? "lowest first" : "highest first";
   } }, state.get("order") === "up" ? "lowest first" : "highest first");
