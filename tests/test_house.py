@@ -11,7 +11,7 @@ FLOORS = [{"config"}, {"sharding", "command", "processes", "safetensors", "workd
           {"models", "checkpoint", "data", "metrics", "profile", "calibration", "records", "advice", "tracker",
            "environment"},
           {"losses", "advantages", "vocabulary", "logprobs", "rollout", "update", "convert"}, {"roles"}, {"stages"},
-          {"inference"}, {"evals"}, {"train", "evaluate", "report"}, {"plan", "chat"}]  # fmt: skip
+          {"inference"}, {"evals"}, {"train", "evaluate", "report"}, {"plan", "claims", "chat"}, {"study"}]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "alignjax").rglob("*.py"))
 ids = [str(path.relative_to(ROOT)) for path in FILES]

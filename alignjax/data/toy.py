@@ -142,11 +142,11 @@ def heldout(text: str) -> bool:
     return zlib.crc32(text.encode()) % HELDOUT == 0
 
 
-def prompts(rng, split: str):
-    """Endless prompts of one split."""
+def prompts(rng, split: str, tasks=TASKS):
+    """Endless prompts of one split and of these tasks."""
     while True:
         prompt = make_prompt(rng)
-        if heldout(prompt) == (split == "heldout"):
+        if heldout(prompt) == (split == "heldout") and prompt.partition(" : ")[0] in tasks:
             yield prompt
 
 
@@ -173,9 +173,8 @@ def english(split: str) -> list[str]:
     return [p for p in found if heldout(p) == (split == "heldout")]
 
 
-def text(rng, split: str, n: int) -> list[dict]:
+def text(rng, stream, n: int, real: list[str]) -> list[dict]:
     """n documents of the world among paragraphs of English, each of which comes as often as any other (within one)."""
-    stream, real = prompts(rng, split), english(split)
     docs = [world_text(rng, stream) for _ in range(n)]
     wanted, order = sum(map(len, docs)) * ENGLISH / (1 - ENGLISH), iter(())
     while wanted > 0:
@@ -196,19 +195,18 @@ def tokenizer_texts(seed: int) -> list[str]:
     return [row["text"] for row in examples("text", "train", seed, 4000)] + [f"{w} {w}" for w in words] * 1500
 
 
-def conversations(rng, split: str, n: int) -> list[dict]:
+def conversations(rng, stream, n: int) -> list[dict]:
     """n conversations of one turn each, of mixed quality."""
-    stream = prompts(rng, split)
     pairs = [(p, make_response(rng, p)[0]) for p in (next(stream) for _ in range(n))]
     return [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]} for p, r in pairs]
 
 
-def comparisons(rng, split: str, n: int, noisy: bool) -> list[dict]:
+def comparisons(rng, stream, n: int, noisy: bool) -> list[dict]:
     """Pairs of responses of differing true score; noisy ones differ by anything and are sometimes flipped.
 
     The margin is the distance between the true scores, whichever way the label points.
     """
-    rows, stream = [], prompts(rng, split)
+    rows = []
     while len(rows) < n:
         prompt = next(stream)
         a, form = make_response(rng, prompt)
@@ -224,21 +222,27 @@ def comparisons(rng, split: str, n: int, noisy: bool) -> list[dict]:
     return rows
 
 
-def examples(name: str, split: str, seed: int, limit: int = 0) -> list[dict]:
+def examples(spec: str, split: str, seed: int, limit: int = 0) -> list[dict]:
     """The examples of one data set and split ("train", "heldout"), the same for the same seed on any machine.
 
-    `limit` is how many at most, of text how many documents of the world; 0 is all.
+    `spec` is a name, with options if wanted, "comparisons-clean:tasks=copy+find,examples=300": prompts of these tasks alone,
+    so many examples at most. So does `limit`, of text the documents of the world; 0 is all.
     """
+    name, _, given = spec.partition(":")
     if name not in SIZES:
-        raise UserError(f"toy/{name}: no such data set{nearest(name, list(SIZES))}")
+        raise UserError(f"toy/{spec}: no such data set{nearest(name, list(SIZES))}")
+    options = dict(option.partition("=")[::2] for option in given.split(",") if option)
+    tasks = tuple(options.pop("tasks", "+".join(TASKS)).split("+"))
+    most = options.pop("examples", "0")
+    if options or not set(tasks) <= set(TASKS) or not most.isdecimal():
+        raise UserError(f"toy/{spec}: options wanted of tasks={'+'.join(TASKS)} and examples=NUMBER")
     rng = np.random.default_rng([seed, list(SIZES).index(name), split == "heldout"])
-    n = SIZES[name][split == "heldout"]
-    n = min(limit or n, n)
+    n, stream = SIZES[name][split == "heldout"], prompts(rng, split, tasks)
+    n = min(limit or n, int(most) or n, n)
     if name == "text":
-        return text(rng, split, n)
+        return text(rng, stream, n, english(split))
     if name == "conversations":
-        return conversations(rng, split, n)
+        return conversations(rng, stream, n)
     if name == "prompts":
-        stream = prompts(rng, split)
         return [{"prompt": [{"role": "user", "content": next(stream)}]} for _ in range(n)]
-    return comparisons(rng, split, n, name == "comparisons-noisy")
+    return comparisons(rng, stream, n, name == "comparisons-noisy")

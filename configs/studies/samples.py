@@ -1,0 +1,22 @@
+"""How many responses to a prompt."""
+
+from alignjax.claims import Study, mean
+
+study = Study(
+    title="Two responses for each prompt",
+    claim="""The report samples two responses for each prompt and finds that this helps. Every arm has 64 responses in a
+rollout, and as many rollouts.""",
+    arms={
+        "2": {},
+        "1": {"data.batch": 64, "ppo.samples_per_prompt": 1},
+        "4": {"data.batch": 16, "ppo.samples_per_prompt": 4},
+        "8": {"data.batch": 8, "ppo.samples_per_prompt": 8},
+    },
+    figures={
+        "true score, mean of training": mean("objective/true_score"),
+        "true score after": "true_score/after",
+        "score after": "score/after",
+        "KL after": "kl/after",
+    },
+    curves=("objective/true_score", "objective/scores", "objective/kl", "policy/entropy_avg"),
+)
