@@ -5,7 +5,6 @@
     scores = reward.score(["copy : cat box"] * 2, [response.tokens for response in responses])
 
 `alignjax.chat` and `alignjax.evaluate` stand on this; `train.fit` is the other half, which makes runs.
-Letters: b prompts, n samples of each, p prompt, r response.
 """
 
 import functools
@@ -50,8 +49,8 @@ class Model:
     whether prompts go through the tokenizer's chat template.
     """
 
-    def __init__(self, architecture: configs.Model, params: dict, tokenizer, mesh: jax.sharding.Mesh, ends: list[int],
-                 converses: bool = True):  # fmt: skip
+    def __init__(self, architecture: configs.Model, params: dict, tokenizer: chat.PreTrainedTokenizerBase,
+                 mesh: jax.sharding.Mesh, ends: list[int], converses: bool = True):  # fmt: skip
         self.architecture, self.params, self.tokenizer, self.mesh = architecture, params, tokenizer, mesh
         self.ends, self.converses = ends, converses
         self.max_length = architecture.max_length  # tokens of prompt and response together
@@ -78,8 +77,7 @@ class Model:
         at_once = -(-slots // samples)  # prompts
         most, found = min(CALL * at_once, size(len(asked), 1)), [[]] * len(asked)
         for mine in calls({i: len(ids) for i, ids in enumerate(asked)}, most, at_once):
-            slots_here = min(slots, len(mine) * samples)
-            ids = self.answer([asked[i] for i in mine], mine, most, slots=slots_here, samples=samples,
+            ids = self.answer([asked[i] for i in mine], mine, most, slots=min(slots, most * samples), samples=samples,
                               key=jax.random.key(seed), response_length=length, **settings)  # fmt: skip
             for k, i in enumerate(mine):
                 found[i] = [self.response(row) for row in ids[k * samples : (k + 1) * samples]]
@@ -110,10 +108,9 @@ class Model:
                 said = whole
         return self.response(tokens[:count])
 
-    def score(
-        self, prompts: Sequence[Prompt], responses: Sequence[str | list[int]], *, tokens: int = 4096
-    ) -> list[float]:
-        """A reward model's score of each response to its prompt; about `tokens` tokens are read at once.
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str | list[int]], *,
+              microbatch_tokens: int = 4096) -> list[float]:  # fmt: skip
+        """A reward model's score of each response to its prompt; about `microbatch_tokens` tokens are read at once.
 
         A response is text, which is read with the end token behind it, or tokens of the model's own tokenizer, which are
         read as they are: PPO scores what its policy has sampled so, and a text may be other tokens than were sampled.
@@ -131,7 +128,7 @@ class Model:
         if longest > self.max_length:
             raise UserError(f"score: {longest} tokens of prompt and response, but the model may read {self.max_length}")
         score = functools.partial(self.run, SCORES)
-        return rewards.read_tokens(score, sequences, size(longest), tokens, self.mesh).tolist()
+        return rewards.read_tokens(score, sequences, size(longest), microbatch_tokens, self.mesh).tolist()
 
     def settings(self, temperature: float, top_p: float, max_tokens: int | None) -> tuple[int, dict]:
         """(tokens of a response, what `rollout` takes besides), looked through."""

@@ -54,36 +54,29 @@ def main(argv=None) -> int:
     return 0
 
 
-def fit(
-    config: Config,
-    workdir: str | Path | None = None,
-    fixed: Collection[str] = (),
-    profile: bool = False,
-    project: str = "",
-) -> Records:
+def fit(config: Config, workdir: str | Path | None = None, fixed: Collection[str] = (), profile: bool = False,
+        wandb: str = "") -> Records:  # fmt: skip
     """Train as a config says, after its parents, in `workdir` (default: runs/NAME), and give what the run has left.
 
     What is there already isn't done again: a run that was cut off goes on, one that is complete is read. `config` isn't
     changed. Parents that are runs or checkpoints give their architecture; a field named in `fixed`, such as "model.layers",
-    must be theirs already. `project` is one of Weights & Biases, "" for none.
-    A first interrupt or SIGTERM saves and raises `processes.Stopped`; a user's mistake is a UserError.
+    must be theirs already. `wandb` is a project of Weights & Biases to write to besides. A first interrupt or SIGTERM saves and
+    raises `processes.Stopped`; a user's mistake is a UserError.
     """
     config = copy.deepcopy(config)
     configs.check(config)
-    if project and jax.process_index() == 0:
+    if wandb and jax.process_index() == 0:
         tracker.package()  # before the hours after which it would be missed
     with Signals() as signals:  # not before jax.distributed, which takes SIGTERM for itself
         keep_programs()
         workdir = workdirs.place(workdir or Path("runs") / config.name)
         notices(lambda: signals.remember(signal.SIGTERM))
         with at_work(workdir):
-            run(config, workdir, fixed, signals, profile, project)
-    return records.read(workdir)
+            return run(config, workdir, fixed, signals, profile, wandb)
 
 
-def run(
-    config: Config, workdir: Path, fixed: Collection[str], signals: Signals, profile: bool = False, project: str = ""
-) -> None:
+def run(config: Config, workdir: Path, fixed: Collection[str], signals: Signals, profile: bool = False,
+        project: str = "") -> Records:  # fmt: skip
     """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there.
 
     Its parents are never profiled: that would slow what nobody asked about, and each can be asked for by itself. They too go
@@ -123,12 +116,12 @@ def run(
                 workdirs.write(workdir / "responses.jsonl", metrics.json_lines(responses))
             workdirs.write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
         together("summary")
-    found = json.loads(summary.read_text())
-    say(metrics.table(f"{config.name}: {found['steps']} steps in {found['training_seconds']:.0f} s", found["table"]))
-    if jax.process_index() == 0:
-        rows = (records.lines(workdir / f"{name}.jsonl") for name in ("metrics", "evaluations"))
-        for warning in advice.advise(dict(configs.flatten(config)), *rows):
-            say(advice.brief(config.name, warning))
+    left = records.read(workdir)
+    seconds = left.summary["training_seconds"]
+    say(metrics.table(f"{config.name}: {left.summary['steps']} steps in {seconds:.0f} s", left.summary["table"]))
+    for warning in advice.advise(left.config, left.metrics, left.evaluations):
+        say(advice.brief(config.name, warning))
+    return left
 
 
 def resolve(config: Config, workdir: Path, signals: Signals, project: str = "") -> dict[str, Path]:

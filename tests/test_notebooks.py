@@ -4,12 +4,13 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, with_parents
+from runs import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -18,21 +19,21 @@ def cells(path: Path, kind: str) -> list[str]:
     return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
 
 
-@pytest.mark.parametrize("name, parents, left", [
-    ("quickstart", "ppo-tiny", "ppo-tiny"),
-    ("your_own_reward", "lm-tiny", "brief"),
+@pytest.mark.parametrize("name, there, left", [
+    ("quickstart", ("sft-tiny", "rm-tiny", "ppo-tiny"), "ppo-tiny/report.html"),
+    ("your_own_reward", ("sft-tiny",), "modest/summary.json"),
 ])  # fmt: skip
-def test_a_notebook_runs(chain, tmp_path, name, parents, left):
-    """In one process, its code cells one after the other, the tiny way, from the runs of the tiny chain."""
-    (tmp_path / "runs").mkdir()
-    with_parents("ppo-tiny", chain[0], tmp_path / "runs")
+def test_a_notebook_runs(chain, tmp_path, name, there, left):
+    """In one process, its code cells one after the other, the tiny way; one finds all runs there, the other trains."""
+    for run in there:
+        shutil.copytree(chain[0] / run, tmp_path / "runs" / run)
     code = "\n".join(cells(ROOT / "notebooks" / f"{name}.ipynb", "code"))
     assert code.count('\nVARIANT = ""') == 1
     (tmp_path / "notebook.py").write_text(code.replace('\nVARIANT = ""', '\nVARIANT = ":tiny"'))
     env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "runs" / left / "summary.json").read_text())["steps"] == 4
+    assert (tmp_path / "runs" / left).stat().st_size
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])

@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advi
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignjax import workdir
 from alignjax.config import UserError
@@ -46,7 +46,7 @@ def train_tokenizer(texts: list[str], directory: Path, vocab_size: int):
     return load_tokenizer(directory)
 
 
-def load_tokenizer(directory: Path, template: str = ""):
+def load_tokenizer(directory: Path, template: str = "") -> PreTrainedTokenizerBase:
     """A Hugging Face tokenizer from a directory, with its own chat template or "chatml".
 
     UserError if there is none, if it runs code of its own, and if ChatML's tokens are not in its vocabulary.
