@@ -230,8 +230,6 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
             with workdirs.staged(workdir / "tokenizer") as (local, _):
                 tokenizer.save_pretrained(local)
         workdirs.write(workdir / "config.json", configs.to_json(config))
-    if jax.process_index() == 0:
-        environment.keep(workdir)
     together("keep")
 
 
