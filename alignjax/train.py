@@ -249,7 +249,7 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
 
 
 def keep(config: Config, tokenizer, workdir: Path) -> None:
-    """Claim the work directory: the run's own copy of the tokenizer, then config.json; and say where it is run."""
+    """Claim the work directory: the run's own copy of the tokenizer, then config.json."""
     if jax.process_index() == 0 and not (workdir / "config.json").exists():
         if workdirs.is_local(workdir):
             for name in ("tokenizer", "tokenizer.partial"):
@@ -260,8 +260,6 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
             with workdirs.staged(workdir / "tokenizer") as (local, _):
                 tokenizer.save_pretrained(local)
         workdirs.write(workdir / "config.json", configs.to_json(config))
-    if jax.process_index() == 0:
-        environment.keep(workdir)
     together("keep")
 
 
@@ -274,6 +272,8 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
         first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
         if found:
             say(f"{config.name}: goes on from step {first}")
+        if jax.process_index() == 0:
+            environment.keep(workdir)
         adviser = advice.Adviser(dict(configs.flatten(config)))
         log = metrics.Log(
             local, config.name, first, stage.steps, stage.shown, config.max_skipped, say, adviser, tracked

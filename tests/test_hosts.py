@@ -110,7 +110,8 @@ def told(err: str) -> list[str]:
 def texts(rows) -> list[dict]:
     """Rows of samples, or of evaluations with samples, less what is but alike."""
     flat = [entry for row in rows for entry in row.get("samples", [row])]
-    return [{k: v for k, v in row.items() if "score" not in k and k not in ("kl", "entropy")} for row in flat]
+    alike = "score", "kl", "entropy", "log_ratio"
+    return [{k: v for k, v in row.items() if not k.endswith(alike)} for row in flat]
 
 
 def assert_alike(run, other):
