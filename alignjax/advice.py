@@ -53,9 +53,8 @@ class Past:
         self.first = self.first or row
         self.rows.append(row)
         true = self.last("objective/true_score", WINDOW)
-        if self.best is None or statistics.fmean(true) > statistics.fmean(self.best[1]):
-            if not math.isnan(sum(true)):
-                self.best = self.steps(WINDOW), true, self.last("objective/scores", WINDOW)
+        if not math.isnan(sum(true)) and (self.best is None or sum(true) > sum(self.best[1])):
+            self.best = self.steps(WINDOW), true, self.last("objective/scores", WINDOW)
         self.lowest = min((self.lowest, figure(self.first, "loss"), self.mean("loss", WINDOW)), key=nan_last)
 
     def last(self, name: str, n: int, before: int = 0) -> list[float]:

@@ -39,7 +39,8 @@ class Log:
                  say=print, adviser: advice.Adviser | None = None, tracker=None):  # fmt: skip
         """What is there of steps from `start` on, of a run that was cut off after its last checkpoint, is dropped.
 
-        What the adviser says is said, but not what it has to say of the steps before `start`: it has been.
+        The adviser's warnings are said, but for those of the steps before `start`, which have been; a tracker gets what
+        TensorBoard gets.
         """
         self.name, self.shown, self.last_time = name, shown, time.perf_counter()
         self.max_skipped, self.say, self.kept = max_skipped, say, workdir / "skipped"
@@ -109,7 +110,7 @@ class Log:
         self.costs[step] = {"evaluation_seconds": round(seconds, 4)}
         if "evaluations" not in self.files:
             self.files["evaluations"] = self.evaluations.open("a", encoding="utf-8")
-        row = {"step": step, **figures, "samples": samples}
+        row = null({"step": step, **figures, "samples": samples})
         self.line("evaluations", row)
         self.chart(step, {f"eval/{name}": x for name, x in figures.items() if math.isfinite(x)})
         found = ", ".join(f"{name} {x:.3g}" for name, x in figures.items())

@@ -42,13 +42,8 @@ def main(argv=None) -> int:
     try:
         arguments, overrides = parse(argv)
         with processes.one_run(arguments.distributed):
-            fit(
-                configs.load(arguments.config, overrides),
-                arguments.workdir,
-                overrides,
-                arguments.profile,
-                arguments.wandb,
-            )
+            config = configs.load(arguments.config, overrides)
+            fit(config, arguments.workdir, overrides, arguments.profile, arguments.wandb)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -70,19 +65,20 @@ def fit(config: Config, workdir: str | Path | None = None, fixed: Collection[str
     """
     config = copy.deepcopy(config)
     configs.check(config)
-    if wandb:
-        tracker.package()
+    if wandb and jax.process_index() == 0:
+        tracker.package()  # before the hours after which it would be missed
     with Signals() as signals:  # not before jax.distributed, which takes SIGTERM for itself
         keep_programs()
         workdir = workdirs.place(workdir or Path("runs") / config.name)
         notices(lambda: signals.remember(signal.SIGTERM))
         with at_work(workdir):
-            return run(config, workdir, fixed, signals, profile, wandb)
+            run(config, workdir, fixed, signals, profile, wandb)
+    return records.read(workdir)
 
 
 def run(
     config: Config, workdir: Path, fixed: Collection[str], signals: Signals, profile=False, project: str = ""
-) -> Records:
+) -> None:
     """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there.
 
     Its parents are never profiled: that would slow what nobody asked about, and each can be asked for by itself. They too go
@@ -124,10 +120,10 @@ def run(
         together("summary")
     found = json.loads(summary.read_text())
     say(metrics.table(f"{config.name}: {found['steps']} steps in {found['training_seconds']:.0f} s", found["table"]))
-    left = records.read(workdir)
-    for warning in advice.advise(left.config, left.metrics, left.evaluations):
-        say(advice.brief(config.name, warning))
-    return left
+    if jax.process_index() == 0:
+        rows = (records.lines(workdir / f"{name}.jsonl") for name in ("metrics", "evaluations"))
+        for warning in advice.advise(dict(configs.flatten(config)), *rows):
+            say(advice.brief(config.name, warning))
 
 
 def resolve(config: Config, workdir: Path, signals: Signals, project: str = "") -> dict[str, Path]:
@@ -271,9 +267,7 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
     together("keep")
 
 
-def train(
-    config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations: Compilations, tracked=None
-):
+def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations, tracked=None):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     finite, files = jax.jit(update.finite), workdirs.staged(workdir)

@@ -1,25 +1,26 @@
 """Each warning is given by a run made to show it, said once and in time; healthy runs give none."""
 
+import re
+
 import pytest
 from runs import command
 
 from alignjax import advice, metrics, records, sharding, train
 from alignjax import config as configs
 
-PPO = ["--config.optimiser.schedule=constant", "--config.checkpoint_every=100", "--config.sample_every=100",
-       "--config.ppo.minibatches=1", "--config.ppo.pretrain_coef=0", "--config.ppo.pretrain_ratio=0"]  # fmt: skip
-FAULTS = {  # run -> its config, and the kinds of warnings that it is to give
-    "greedy": ("ppo-tiny", [*PPO, "--config.steps=22", "--config.ppo.reward_fn=test_advice:brevity", "--config.ppo.reward_weight=0",
-                            "--config.ppo.truncated_score=-20", "--config.ppo.kl_coef=0", "--config.optimiser.learning_rate=0.008",
-                            "--config.ppo.epochs=4", "--config.ppo.clip=0.05", "--config.ppo.value_warmup_steps=40",
-                            "--config.ppo.eval_every=10"],
+PPO = {"optimiser.schedule": "constant", "checkpoint_every": 100, "sample_every": 100, "ppo.minibatches": 1,
+       "ppo.pretrain_coef": 0, "ppo.pretrain_ratio": 0}  # fmt: skip
+FAULTS = {  # run -> its config, the fields that make it go wrong, the kinds of warnings that it is to give
+    "greedy": ("ppo-tiny", {**PPO, "steps": 30, "ppo.reward_fn": "test_advice:brevity", "ppo.reward_weight": 0, "ppo.kl_coef": 0,
+                            "ppo.truncated_score": -20, "optimiser.learning_rate": 0.006, "ppo.clip": 0.05, "ppo.epochs": 4,
+                            "ppo.value_warmup_steps": 40, "ppo.eval_every": 10},
                {"kl", "clip_high", "entropy", "one_length", "over_optimised", "no_signal", "alignment_tax"}),
-    "still": ("ppo-tiny", [*PPO, "--config.steps=20", "--config.ppo.response_length=4", "--config.optimiser.learning_rate=1e-9",
-                           "--config.value_optimiser.learning_rate=0.3", "--config.ppo.epochs=2", "--config.ppo.value_warmup_steps=0",
-                           "--config.ppo.pretrain_heldout=", "--config.ppo.eval_every=0"],
+    "still": ("ppo-tiny", {**PPO, "steps": 20, "data.examples": 8, "ppo.response_length": 4, "optimiser.learning_rate": 1e-9,
+                           "value_optimiser.learning_rate": 0.3, "ppo.epochs": 2, "ppo.value_warmup_steps": 0,
+                           "ppo.pretrain_heldout": "", "ppo.eval_every": 0},
               {"truncated", "explained_variance", "clip_zero"}),
-    "coin": ("rm-tiny", ["--config.steps=20", "--config.optimiser.learning_rate=0", "--config.ranking.demonstrations="], {"chance"}),
-    "hot": ("sft-tiny", ["--config.steps=12", "--config.optimiser.learning_rate=1"], {"loss"}),
+    "coin": ("rm-tiny", {"steps": 20, "optimiser.learning_rate": 0, "ranking.demonstrations": ""}, {"chance"}),
+    "hot": ("sft-tiny", {"steps": 12, "optimiser.learning_rate": 1}, {"loss"}),
 }  # fmt: skip
 
 
@@ -37,19 +38,20 @@ def faulty(chain, tmp_path_factory):
         mesh = sharding.make_mesh
         patch.setattr(sharding, "make_mesh", lambda asked: mesh(asked, train.jax.devices()[:1]))
 
-        def run(name, config, *more):
-            printed = []
+        def run(name, config, fields, parents):
+            printed, asked = [], fields | {f"parents.{role}": path for role, path in parents.items()}
             patch.setattr(train, "say", printed.append)
+            more = (f"--config.{field}={value}" for field, value in asked.items())
             assert train.main([*command(config, runs), "--workdir", str(runs / name), *more]) == 0
             found[name] = records.read(runs / name), printed
 
-        run("sft", "sft-tiny", "--config.steps=40", "--config.optimiser.learning_rate=0.02", "--config.optimiser.schedule=constant",
-            "--config.data.examples=0", f"--config.parents.model={chain[0] / 'lm-tiny'}", "--config.checkpoint_every=100")  # fmt: skip
-        parents = {
-            "ppo-tiny": dict(policy=runs / "sft", reference=runs / "sft", value=chain[0] / "rm-tiny", reward=chain[0] / "rm-tiny"),
-            "rm-tiny": {"model": chain[0] / "pmp-tiny"}, "sft-tiny": {"model": runs / "sft"}}  # fmt: skip
-        for name, (config, more, _) in FAULTS.items():
-            run(name, config, *more, *(f"--config.parents.{role}={path}" for role, path in parents[config].items()))
+        sft, tiny = runs / "sft", {name: chain[0] / f"{name}-tiny" for name in ("lm", "pmp", "rm")}
+        begun = {"steps": 40, "optimiser.learning_rate": 0.02, "optimiser.schedule": "constant", "data.examples": 0}
+        run("sft", "sft-tiny", begun | {"checkpoint_every": 100}, {"model": tiny["lm"]})
+        parents = {"ppo-tiny": {"policy": sft, "reference": sft, "value": tiny["rm"], "reward": tiny["rm"]},
+                   "rm-tiny": {"model": tiny["pmp"]}, "sft-tiny": {"model": sft}}  # fmt: skip
+        for name, (config, fields, _) in FAULTS.items():
+            run(name, config, fields, parents[config])
     return found
 
 
@@ -70,15 +72,12 @@ def test_a_run_that_goes_wrong_says_so_once_when_it_does_and_at_its_end(name, fa
 def test_every_kind_is_shown_by_a_run_and_names_fields_that_there_are():
     assert {rule.kind for rule in advice.RULES} == set().union(*(kinds for *_, kinds in FAULTS.values()))
     fields = {name for name, _ in configs.flatten(configs.Config())} | {
-        "parents.policy",
-        "parents.value",
-        "parents.reward",
+        f"parents.{role}" for role in configs.ROLES["ppo"]
     }
     for rule in advice.RULES:
-        named = {
-            word.strip(",;()").partition("=")[0] for word in f"{rule.meaning} {rule.remedy}".split() if "." in word[:-1]
-        }
-        assert named <= fields | {"samples.jsonl"} and named, rule.kind
+        words = re.findall(r"\w+\.\w+", f"{rule.meaning} {rule.remedy}")
+        named = set(words) - {"samples.jsonl"}
+        assert named and named <= fields, rule.kind
 
 
 def test_healthy_runs_give_no_warning(chain, faulty):
