@@ -42,8 +42,9 @@ def main(argv=None) -> int:
     try:
         arguments, overrides = parse(argv)
         with processes.one_run(arguments.distributed):
+            signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself; to the end of the process
             config = configs.load(arguments.config, overrides)
-            fit(config, arguments.workdir, overrides, arguments.profile, arguments.wandb)
+            fit(config, arguments.workdir, overrides, arguments.profile, arguments.wandb, signals)
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -55,19 +56,19 @@ def main(argv=None) -> int:
 
 
 def fit(config: Config, workdir: str | Path | None = None, fixed: Collection[str] = (), profile: bool = False,
-        wandb: str = "") -> Records:  # fmt: skip
+        wandb: str = "", signals: Signals | None = None) -> Records:  # fmt: skip
     """Train as a config says, after its parents, in `workdir` (default: runs/NAME), and give what the run has left.
 
     What is there already isn't done again: a run that was cut off goes on, one that is complete is read. `config` isn't
     changed. Parents that are runs or checkpoints give their architecture; a field named in `fixed`, such as "model.layers",
     must be theirs already. `wandb` is a project of Weights & Biases to write to besides. A first interrupt or SIGTERM saves and
-    raises `processes.Stopped`; a user's mistake is a UserError.
+    raises `processes.Stopped`; a user's mistake is a UserError. `signals` are those of a caller that hears of them itself.
     """
     config = copy.deepcopy(config)
     configs.check(config)
     if wandb and jax.process_index() == 0:
         tracker.package()  # before the hours after which it would be missed
-    with Signals() as signals:  # not before jax.distributed, which takes SIGTERM for itself
+    with contextlib.nullcontext(signals) if signals else Signals() as signals:
         keep_programs()
         workdir = workdirs.place(workdir or Path("runs") / config.name)
         notices(lambda: signals.remember(signal.SIGTERM))
