@@ -1,6 +1,6 @@
 """A claim put to the test in the embedded world, over several seeds: python -m alignjax.study warmup --seeds 5
 
-A study is a file of configs/studies/, or any path: a Study whose arms are one config with other fields. Each arm is run
+A study is a file of studies/, or any path: a Study whose arms are one config with other fields. Each arm is run
 with each seed by the command that its table shows, in WORKDIR/SEED/; arms of any study that are the same run, and what
 they begin with, are run once. The same command goes on where it was stopped, and does no finished run again.
 
@@ -28,6 +28,8 @@ from alignjax import config as configs
 from alignjax import workdir as workdirs
 from alignjax.claims import Study, Trial
 from alignjax.config import UserError
+
+STUDIES = configs.CONFIGS.parent / "studies"
 
 
 def main(argv=None) -> int:
@@ -66,12 +68,12 @@ def parse(argv):
 
 
 def known() -> list[str]:
-    return sorted(path.stem for path in (configs.CONFIGS / "studies").glob("*.py"))
+    return sorted(path.stem for path in STUDIES.glob("*.py"))
 
 
 def load(name: str) -> Study:
     """The study that a name or a path means, its arms' fields checked."""
-    path = Path(name) if name.endswith(".py") else configs.CONFIGS / "studies" / f"{name}.py"
+    path = Path(name) if name.endswith(".py") else STUDIES / f"{name}.py"
     if not path.is_file():
         raise UserError(f"study {name}: no file {path}{configs.nearest(name, known())}")
     study = runpy.run_path(str(path)).get("study")

@@ -93,7 +93,7 @@ def test_imports_are_absolute(path):
     assert all(not node.level for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
 
 
-@pytest.mark.parametrize("folder", ["alignjax", "configs", "benchmarks", "tests"])
+@pytest.mark.parametrize("folder", ["alignjax", "configs", "studies", "benchmarks", "tests"])
 def test_no_file_is_a_drawer_of_utilities_and_none_imports_pickle(folder):
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files and "utils.py" not in {path.name for path in files}
