@@ -1,12 +1,12 @@
-"""The KL coefficient, in a run that is long enough to over-optimise."""
+"""The KL coefficient, where the policy is pushed hard enough to over-optimise."""
 
-from alignjax.claims import Study, mean
+from alignjax.claims import Study
 
-LAST = {"steps": 150}
+HARD = {"steps": 150, "optimiser.learning_rate": 3e-4}
 
 
 def fallen(run) -> float:
-    """How far the true score is under its best, each a mean of ten rollouts."""
+    """How far the true score is under its best at the end, each a mean of ten rollouts."""
     scores = [row["objective/true_score"] for row in run.metrics]
     means = [sum(scores[i : i + 10]) / 10 for i in range(len(scores) - 9)]
     return max(means) - means[-1]
@@ -15,13 +15,16 @@ def fallen(run) -> float:
 study = Study(
     title="The KL coefficient",
     claim="""The report's KL coefficient is 0.04. What is learnt is the reward model's score; what is wanted is the true
-score. 150 rollouts, two and a half times the default, let the two part.""",
+score. For the two to part the policy has to be pushed: 150 rollouts in place of 60, and three times the default's learning
+rate. The last two arms keep the default's rate.""",
     arms={
-        "0.04": LAST,
-        "0": LAST | {"ppo.kl_coef": 0.0},
-        "0.01": LAST | {"ppo.kl_coef": 0.01},
-        "0.16": LAST | {"ppo.kl_coef": 0.16},
-        "0.64": LAST | {"ppo.kl_coef": 0.64},
+        "0.04": HARD,
+        "0": HARD | {"ppo.kl_coef": 0.0},
+        "0.01": HARD | {"ppo.kl_coef": 0.01},
+        "0.16": HARD | {"ppo.kl_coef": 0.16},
+        "0.64": HARD | {"ppo.kl_coef": 0.64},
+        "0.04, default rate": {"steps": 150},
+        "0, default rate": {"steps": 150, "ppo.kl_coef": 0.0},
     },
     figures={
         "score after": "score/after",
@@ -29,7 +32,6 @@ score. 150 rollouts, two and a half times the default, let the two part.""",
         "true score, fallen from its best": fallen,
         "KL after": "kl/after",
         "entropy after": "entropy/after",
-        "true score, mean of training": mean("objective/true_score"),
     },
     curves=("objective/scores", "objective/true_score", "objective/kl", "policy/entropy_avg"),
 )
