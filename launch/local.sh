@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on one machine: makes the environment, then pretraining, SFT, PMP, RM and PPO, into runs/, the report
-# runs/ppo/report.html, and the table of what the policy can do before PPO and after. With arguments, which are train's, it runs what they ask for, and no more:
-# ./launch/local.sh --config rm.py; EXTRA=cuda ./launch/local.sh installs for a GPU.
+# runs/ppo/report.html, and the table of what the policy can do before PPO and after. With arguments, which are train's, it
+# runs what they ask for, and no more: ./launch/local.sh --config rm.py; EXTRA=cuda ./launch/local.sh installs for a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
