@@ -19,4 +19,6 @@ rollout, and as many rollouts.""",
         "KL after": "kl/after",
     },
     curves=("objective/true_score", "objective/scores", "objective/kl", "policy/entropy_avg"),
+    found="""Not seen here: with 64 responses in each rollout, one, two, four and eight for a prompt end within 0.01 of each other,
+in true score, score and KL, all of it within the seeds' scatter.""",
 )

@@ -21,4 +21,7 @@ limit is so far that it never binds.""",
         "true score after": "true_score/after",
     },
     curves=("objective/true_score", "objective/kl", "value/explained_variance", "val/clipfrac_avg"),
+    found="""Neither matters here. Without the clip the explained variance is the same (0.456 and 0.451), without the running mean
+too. Dividing by the deviation makes the value model learn more slowly (0.38 explained in place of 0.45). The true score
+ends the same in all arms, within 0.005.""",
 )

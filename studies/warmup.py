@@ -34,4 +34,10 @@ of the PMP model, which has another scale and another mean.""",
         "true score after": "true_score/after",
     },
     curves=("objective/true_score", "objective/kl", "value/explained_variance", "loss/value_avg"),
+    found="""The value model gains by it, the policy doesn't. After 50 value-only updates the values explain 49 % of the variance
+while the policy takes its first steps, without them 17 %; the value loss is 2.8 against 4.6. Yet early KL is no larger
+without (0.23 against 0.27), and with as many policy updates the end is the same (0.868 and 0.874). At equal rollouts
+"none" ends higher, for its policy learns in all of them; 100 updates take most of a run of 60 rollouts, and cost the
+score. A value model of another reward adapts quickly whatever is done: 56 % explained without a warm-up, 74 % with 50.
+Responses of six tokens with whitened advantages forgive a poor value model; longer ones may not.""",
 )
