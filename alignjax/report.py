@@ -39,9 +39,8 @@ FIGURES = {"score": "score", "true_score": "true score", "kl": "KL", "length": "
 class Chart(NamedTuple):
     title: str
     unit: str
-    lines: dict[
-        str, str
-    ]  # {name of a metric: words}; where it ends with *, all that begin so, by the rest of their names
+    # {name of a metric: words}; where it ends with *, all that begin so, by the rest of their names
+    lines: dict[str, str]
     heldout: str = ""  # the figure of evaluations.jsonl that belongs here; its /before in the summary is a dashed line
     ends: str = ""  # figures of the summary that begin so are dashed lines, of a parent too
     log: bool = False
