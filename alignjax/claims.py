@@ -137,7 +137,7 @@ def document(out: Path) -> str:
         table = cells(found)
         lines = ["| " + " | ".join(line) + " |" for line in table]
         lines.insert(1, "|---" * len(table[0]) + "|")
-        commands = [f"{arm:<{max(map(len, found['arms']))}}  {had['command']}" for arm, had in found["arms"].items()]
+        commands = [f"{had['command']}  # {arm}" for arm, had in found["arms"].items()]
         parts.append("\n".join([
             f"## {found['title']}\n", f"{found['claim'].strip()}\n", *lines, "", f"![{found['title']}](study/{found['name']}.png)\n",
             f"{found['found'].strip()}\n", f"`python -m alignjax.study {found['name']} --seeds {found['seeds']}`; seeds 0 to "
