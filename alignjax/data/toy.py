@@ -166,7 +166,10 @@ def world_text(rng, stream) -> str:
 
 
 def english(split: str) -> list[str]:
-    """Paragraphs of the Python language reference, which is on every machine; every tenth is held out, by its text."""
+    """Paragraphs of the Python language reference, which is on every machine; every tenth is held out, by its text.
+
+    Their wording is that of the Python that runs: with another version, 3.11.2 and 3.11.7 too, text and tokenizer differ.
+    """
     from pydoc_data.topics import topics  # half a megabyte that only this needs
 
     found = {" ".join(p.split()): None for key in sorted(topics) for p in topics[key].split("\n\n") if len(p) > 80}
@@ -223,7 +226,8 @@ def comparisons(rng, stream, n: int, noisy: bool) -> list[dict]:
 
 
 def examples(spec: str, split: str, seed: int, limit: int = 0) -> list[dict]:
-    """The examples of one data set and split ("train", "heldout"), the same for the same seed on any machine.
+    """The examples of one data set and split ("train", "heldout"), the same for the same seed on any machine
+    (of text, with the same version of Python).
 
     `spec` is a name, with options if wanted, "comparisons-clean:tasks=copy+find,examples=300": prompts of these tasks alone,
     so many examples at most. So does `limit`, of text the documents of the world; 0 is all.
