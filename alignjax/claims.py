@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from alignjax import records
 from alignjax.records import Records
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
@@ -45,9 +44,8 @@ def mean(name: str, first: int = 0, last: int | None = None) -> Callable[[Record
     return lambda run: float(np.mean([row[name] for row in run.metrics[first:last] if name in row]))
 
 
-def outcome(study: Study, mine: list[Trial]) -> dict:
+def outcome(study: Study, mine: list[Trial], runs: list[Records]) -> dict:
     """Of an arm: what differs, its command of seed 0, seconds of training and figures, each of [seeds]."""
-    runs = [records.read(trial.workdir) for trial in mine]
     figures = {label: [run.summary[what] if isinstance(what, str) else what(run) for run in runs]
                for label, what in study.figures.items()}  # fmt: skip
     return {"fields": study.arms[mine[0].arm], "command": shlex.join(mine[0].command),
@@ -77,7 +75,7 @@ def cells(found: dict) -> list[list[str]]:
     return out
 
 
-def picture(study: Study, found: dict, planned: list[Trial]) -> Figure:
+def picture(study: Study, found: dict, runs: dict[str, list[Records]]) -> Figure:
     """A panel for each curve, its mean over seeds and what lies between the least and the largest; and for each figure, a
     point for each seed."""
     figures = list(study.figures)
@@ -87,7 +85,7 @@ def picture(study: Study, found: dict, planned: list[Trial]) -> Figure:
         whole = Figure(figsize=(3 * columns, 2.5 * rows), layout="constrained")
         axes = iter(whole.subplots(rows, columns).flat)
         for name in study.curves:
-            curve_panel(axis := next(axes), study, planned, name)
+            curve_panel(axis := next(axes), runs, name)
             axis.set_title(name)
         for _ in range(-len(study.curves) % columns):
             next(axes).axis("off")
@@ -109,14 +107,13 @@ def picture(study: Study, found: dict, planned: list[Trial]) -> Figure:
     return whole
 
 
-def curve_panel(axis, study: Study, planned: list[Trial], name: str) -> None:
-    for arm, colour in zip(study.arms, COLOURS, strict=False):
-        runs = [records.read(trial.workdir).metrics for trial in planned if trial.arm == arm]
-        steps = [row["step"] for row in runs[0] if name in row]
+def curve_panel(axis, runs: dict[str, list[Records]], name: str) -> None:
+    for mine, colour in zip(runs.values(), COLOURS, strict=False):
+        steps = [row["step"] for row in mine[0].metrics if name in row]
         if not steps:
             axis.plot([], [], color=colour)
             continue
-        lines = np.array([[row[name] for row in run if name in row] for run in runs])
+        lines = np.array([[row[name] for row in run.metrics if name in row] for run in mine])
         width = max(1, len(steps) // SMOOTH)
         lines = np.apply_along_axis(lambda line: np.convolve(line, np.ones(width) / width, "valid"), 1, lines)  # noqa: B023
         axis.plot(steps[width - 1 :], lines.mean(0), color=colour, linewidth=1.2)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from alignjax import claims, metrics, train
+from alignjax import claims, metrics, records, train
 from alignjax import config as configs
 from alignjax import workdir as workdirs
 from alignjax.claims import Study, Trial
@@ -110,10 +110,12 @@ def carry_out(name: str, study: Study, seeds: int, jobs: int, workdir: Path, out
     """Run what of a study has not been run, and write what came out."""
     name, planned = Path(name).stem, trials(study, seeds, workdir)
     run_all(name, planned, jobs)
+    mine = {arm: [trial for trial in planned if trial.arm == arm] for arm in study.arms}
+    runs = {arm: [records.read(trial.workdir) for trial in some] for arm, some in mine.items()}
     found = {"name": name, "title": study.title, "claim": study.claim, "found": study.found, "seeds": seeds,
-             "arms": {arm: claims.outcome(study, [t for t in planned if t.arm == arm]) for arm in study.arms}}  # fmt: skip
+             "arms": {arm: claims.outcome(study, mine[arm], runs[arm]) for arm in study.arms}}  # fmt: skip
     (out / "study").mkdir(parents=True, exist_ok=True)
-    claims.picture(study, found, planned).savefig(out / "study" / f"{name}.png", dpi=110)
+    claims.picture(study, found, runs).savefig(out / "study" / f"{name}.png", dpi=110)
     workdirs.write(out / "study" / f"{name}.json", json.dumps(found, indent=1) + "\n")
     workdirs.write(out / "study.md", claims.document(out))
     head, *lines = claims.cells(found)
