@@ -8,7 +8,7 @@ setup(
     description="The alignment stage of the Qwen Technical Report in JAX: PMP, reward model, clipped PPO",
     license="Apache-2.0",
     packages=find_packages(include=["alignjax", "alignjax.*"]),
-    package_data={"alignjax": ["page/*"]},
+    package_data={"alignjax.reports": ["page/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10,<0.12",

@@ -16,12 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from alignjax import checkpoint, inference, roles, sharding, train
 from alignjax import config as configs
-from alignjax.command import keep_programs, say
+from alignjax import inference, train
+from alignjax.algorithms import rewards
 from alignjax.config import UserError
 from alignjax.data import toy
-from alignjax.stages import rewards
+from alignjax.machine import sharding
+from alignjax.machine.compilation_cache import keep_programs
+from alignjax.machine.console import say
+from alignjax.weights import checkpoint, roles
 
 COMMANDS = "/reset", "/system", "/exit"
 
@@ -51,24 +54,53 @@ def main(argv=None) -> int:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m alignjax.chat", allow_abbrev=False,
-                                     description="Talk to checkpoints, with a reward model's score beside each reply.")  # fmt: skip
-    parser.add_argument("run", nargs="+", help="language models: runs, Hugging Face directories or hf://ORG/NAME")
+    parser = argparse.ArgumentParser(
+        prog="python -m alignjax.chat",
+        allow_abbrev=False,
+        description="Talk to checkpoints, with a reward model's score beside each reply.",
+    )
     parser.add_argument(
-        "--reward", metavar="RUN", help="a reward model; default: that of the first PPO run, where it was"
+        "run", nargs="+", help="language models: runs, Hugging Face directories or hf://ORG/NAME"
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="RUN",
+        help="a reward model; default: that of the first PPO run, where it was",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: 1")
     parser.add_argument("--top_p", type=float, default=0.9, help="default: 0.9")
     parser.add_argument(
-        "--max_tokens", type=int, help="of a reply; default: 256, or a quarter of what the model may read"
+        "--max_tokens",
+        type=int,
+        help="of a reply; default: 256, or a quarter of what the model may read",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same prompts get the same replies; default: 0")
-    parser.add_argument("--turns", type=int, help="how many earlier exchanges are remembered, the oldest go where they don't "
-                        "fit; default: all, of a run in the embedded world, whose conversations have one turn, none")  # fmt: skip
-    parser.add_argument("--dtype", default="float32", choices=configs.CHOICES["model.dtype"], help="default: float32")
-    parser.add_argument("--tensor", type=int, default=1, help="devices along the mesh's axis of that name; default: 1")
-    parser.add_argument("--chat_template", default="", choices=configs.CHOICES["chat_template"],
-                        help="of a checkpoint that has none; default: its own")  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same prompts get the same replies; default: 0"
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        help="how many earlier exchanges are remembered, the oldest go where they don't "
+        "fit; default: all, of a run in the embedded world, whose conversations have one turn, none",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=configs.CHOICES["model.dtype"],
+        help="default: float32",
+    )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        help="devices along the mesh's axis of that name; default: 1",
+    )
+    parser.add_argument(
+        "--chat_template",
+        default="",
+        choices=configs.CHOICES["chat_template"],
+        help="of a checkpoint that has none; default: its own",
+    )
     arguments = parser.parse_args(argv)
     if (arguments.turns or 0) < 0:
         raise UserError(f"--turns={arguments.turns} must not be below 0")
@@ -77,7 +109,13 @@ def parse(argv):
 
 def loaded(run: str, arguments) -> inference.Model:
     mesh = sharding.make_mesh(configs.Mesh(tensor=arguments.tensor))
-    return inference.load(run, dtype=arguments.dtype, mesh=mesh, chat_template=arguments.chat_template, unfinished=True)
+    return inference.load(
+        run,
+        dtype=arguments.dtype,
+        mesh=mesh,
+        chat_template=arguments.chat_template,
+        unfinished=True,
+    )
 
 
 def speakers(arguments) -> list[Speaker]:
@@ -88,7 +126,9 @@ def speakers(arguments) -> list[Speaker]:
         name = name if names.count(name) == 1 else run
         model, stored = loaded(run, arguments), roles.stored(roles.local(run))
         if not model.ends:
-            raise UserError(f"{run}: a language model is wanted, this is a reward model, for --reward")
+            raise UserError(
+                f"{run}: a language model is wanted, this is a reward model, for --reward"
+            )
         alone = not model.converses or stored.get("data.train", "").startswith("toy/")
         turns = arguments.turns if arguments.turns is not None else 0 if alone else sys.maxsize
         out.append(Speaker(name, model, turns if model.converses else 0, []))
@@ -110,7 +150,11 @@ def judge(arguments) -> inference.Model | None:
     try:
         for spec in arguments.run if run is None else ():
             directory = roles.local(spec)
-            if run is None and roles.stored(directory).get("stage") == "ppo" and train.parent_of(directory, "reward"):
+            if (
+                run is None
+                and roles.stored(directory).get("stage") == "ppo"
+                and train.parent_of(directory, "reward")
+            ):
                 run = str(train.parent_of(directory, "reward"))
         model = loaded(run, arguments) if run else None
     except UserError as error:
@@ -134,7 +178,9 @@ def talk(asked: list[Speaker], reward: inference.Model | None, arguments) -> Non
             return
         if command in COMMANDS:
             for speaker in asked:
-                speaker.messages[:] = [{"role": "system", "content": rest}] if command == "/system" and rest else []
+                speaker.messages[:] = (
+                    [{"role": "system", "content": rest}] if command == "/system" and rest else []
+                )
         elif line.startswith("/"):
             say(f"{command}: no such command; there are {', '.join(COMMANDS)}")
         elif line:
@@ -159,15 +205,23 @@ def lines() -> Iterator[str]:
         yield line.strip()
 
 
-def answered(asked: list[Speaker], reward: inference.Model | None, line: str, number: int, arguments) -> None:
+def answered(
+    asked: list[Speaker], reward: inference.Model | None, line: str, number: int, arguments
+) -> None:
     """All answer a line, and remember it once all have."""
     seen, replies = [], []
     for speaker in asked:
         seen.append(fitting(speaker, line, arguments.max_tokens or speaker.model.max_tokens))
         print(f"{speaker.name}: ", end="", flush=True)
         prompt = seen[-1] if speaker.model.converses else line
-        pieces = speaker.model.stream(prompt, temperature=arguments.temperature, top_p=arguments.top_p,
-                                      max_tokens=arguments.max_tokens, seed=arguments.seed, number=number)  # fmt: skip
+        pieces = speaker.model.stream(
+            prompt,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            max_tokens=arguments.max_tokens,
+            seed=arguments.seed,
+            number=number,
+        )
         replies.append(shown(pieces))
         print(figures(speaker, reward, seen[-1], replies[-1]), flush=True)
     for speaker, messages, reply in zip(asked, seen, replies, strict=True):
@@ -198,11 +252,18 @@ def fitting(speaker: Speaker, line: str, room: int) -> list[dict]:
     return [*system, *kept, last]
 
 
-def figures(speaker: Speaker, reward: inference.Model | None, messages: list[dict], reply: inference.Response) -> str:
+def figures(
+    speaker: Speaker,
+    reward: inference.Model | None,
+    messages: list[dict],
+    reply: inference.Response,
+) -> str:
     """What is told behind a reply."""
     out, prompt = [], messages[-1]["content"]
     if reward:
-        same = speaker.model.converses and rewards.same_tokens(speaker.model.tokenizer, reward.tokenizer)
+        same = speaker.model.converses and rewards.same_tokens(
+            speaker.model.tokenizer, reward.tokenizer
+        )
         try:
             (score,) = reward.score([messages], [reply.tokens if same else reply.text])
             out.append(f"score {score:.2f}")

@@ -12,9 +12,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from alignjax.records import Records
+from alignjax.runs.records import Records
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#999999",
+)  # Okabe and Ito
 SMOOTH = 20  # a curve is a mean over this part of its steps
 
 
@@ -23,7 +32,9 @@ class Study(NamedTuple):
     claim: str  # what the report says, and what is compared at which budget
     # label -> {dotted field: value}, and "config" where it is another; the others are held against the first
     arms: dict[str, dict]
-    figures: dict[str, str | Callable[[Records], float]]  # label -> a name in summary.json, or what to make of a run
+    figures: dict[
+        str, str | Callable[[Records], float]
+    ]  # label -> a name in summary.json, or what to make of a run
     curves: tuple[str, ...] = ()  # metrics to draw over the steps
     config: str = "ppo.py"
     found: str = ""  # what came out, once it has
@@ -46,10 +57,16 @@ def mean(name: str, first: int = 0, last: int | None = None) -> Callable[[Record
 
 def outcome(study: Study, mine: list[Trial], runs: list[Records]) -> dict:
     """Of an arm: what differs, its command of seed 0, seconds of training and figures, each of [seeds]."""
-    figures = {label: [run.summary[what] if isinstance(what, str) else what(run) for run in runs]
-               for label, what in study.figures.items()}  # fmt: skip
-    return {"fields": study.arms[mine[0].arm], "command": shlex.join(mine[0].command),
-            "seconds": [run.summary["training_seconds"] for run in runs], "figures": figures}  # fmt: skip
+    figures = {
+        label: [run.summary[what] if isinstance(what, str) else what(run) for run in runs]
+        for label, what in study.figures.items()
+    }
+    return {
+        "fields": study.arms[mine[0].arm],
+        "command": shlex.join(mine[0].command),
+        "seconds": [run.summary["training_seconds"] for run in runs],
+        "figures": figures,
+    }
 
 
 def interval(values) -> tuple[float, float]:
@@ -81,7 +98,9 @@ def picture(study: Study, found: dict, runs: dict[str, list[Records]]) -> Figure
     figures = list(study.figures)
     columns = 4
     rows = -(-len(study.curves) // columns) + -(-len(figures) // columns)
-    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(
+        {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+    ):
         whole = Figure(figsize=(3 * columns, 2.5 * rows), layout="constrained")
         axes = iter(whole.subplots(rows, columns).flat)
         for name in study.curves:
@@ -95,7 +114,15 @@ def picture(study: Study, found: dict, runs: dict[str, list[Records]]) -> Figure
                 values = had["figures"][label]
                 middle, half = interval(values)
                 axis.plot(values, np.full(len(values), i), ".", color=colour, alpha=0.5)
-                axis.errorbar([middle], [i], xerr=[np.nan_to_num(half)], fmt="D", markersize=4, color=colour, capsize=3)
+                axis.errorbar(
+                    [middle],
+                    [i],
+                    xerr=[np.nan_to_num(half)],
+                    fmt="D",
+                    markersize=4,
+                    color=colour,
+                    capsize=3,
+                )
             axis.set_yticks(range(len(found["arms"])), found["arms"])
             axis.invert_yaxis()
             axis.set_title(label)
@@ -103,7 +130,9 @@ def picture(study: Study, found: dict, runs: dict[str, list[Records]]) -> Figure
             axis.axis("off")
         if study.curves:
             handles = whole.axes[0].get_lines()
-            whole.legend(handles, list(study.arms), loc="outside lower center", ncols=len(study.arms))
+            whole.legend(
+                handles, list(study.arms), loc="outside lower center", ncols=len(study.arms)
+            )
     return whole
 
 
@@ -115,19 +144,25 @@ def curve_panel(axis, runs: dict[str, list[Records]], name: str) -> None:
             continue
         lines = np.array([[row[name] for row in run.metrics if name in row] for run in mine])
         width = max(1, len(steps) // SMOOTH)
-        lines = np.apply_along_axis(lambda line: np.convolve(line, np.ones(width) / width, "valid"), 1, lines)  # noqa: B023
+        lines = np.apply_along_axis(
+            lambda line: np.convolve(line, np.ones(width) / width, "valid"), 1, lines
+        )  # noqa: B023
         axis.plot(steps[width - 1 :], lines.mean(0), color=colour, linewidth=1.2)
-        axis.fill_between(steps[width - 1 :], lines.min(0), lines.max(0), color=colour, alpha=0.12, linewidth=0)
+        axis.fill_between(
+            steps[width - 1 :], lines.min(0), lines.max(0), color=colour, alpha=0.12, linewidth=0
+        )
     axis.set_xlabel("step")
 
 
 def document(out: Path) -> str:
     """All studies of a directory as one page."""
-    parts = ["# Studies\n\nClaims of the report, put to the test in the embedded world. Each table has an arm a line: mean over the seeds "
-             "± half of its 95 % interval (Student's t); ↑ and ↓ mark what differs from the first line, seed by seed, by more than the "
-             "95 % interval of that difference. In the pictures a line is a mean over the seeds, its band goes from the least to "
-             "the largest; a point is a seed. What holds here, in a world of five small tasks and a model of 0.4M parameters, "
-             "need not hold elsewhere.\n"]  # fmt: skip
+    parts = [
+        "# Studies\n\nClaims of the report, put to the test in the embedded world. Each table has an arm a line: mean over the seeds "
+        "± half of its 95 % interval (Student's t); ↑ and ↓ mark what differs from the first line, seed by seed, by more than the "
+        "95 % interval of that difference. In the pictures a line is a mean over the seeds, its band goes from the least to "
+        "the largest; a point is a seed. What holds here, in a world of five small tasks and a model of 0.4M parameters, "
+        "need not hold elsewhere.\n"
+    ]
     for path in sorted((out / "study").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         hours = sum(sum(had["seconds"]) for had in found["arms"].values()) / 3600
@@ -135,9 +170,21 @@ def document(out: Path) -> str:
         lines = ["| " + " | ".join(line) + " |" for line in table]
         lines.insert(1, "|---" * len(table[0]) + "|")
         commands = [f"{had['command']}  # {arm}" for arm, had in found["arms"].items()]
-        parts.append("\n".join([
-            f"## {found['title']}\n", f"{found['claim'].strip()}\n", *lines, "", f"![{found['title']}](study/{found['name']}.png)\n",
-            f"{found['found'].strip()}\n", f"`python -m alignjax.study {found['name']} --seeds {found['seeds']}`; seeds 0 to "
-            f"{found['seeds'] - 1}, {hours:.1f} hours of training, parents not counted. With seed 0:\n", "```", *commands, "```\n",
-        ]))  # fmt: skip
+        parts.append(
+            "\n".join(
+                [
+                    f"## {found['title']}\n",
+                    f"{found['claim'].strip()}\n",
+                    *lines,
+                    "",
+                    f"![{found['title']}](study/{found['name']}.png)\n",
+                    f"{found['found'].strip()}\n",
+                    f"`python -m alignjax.study {found['name']} --seeds {found['seeds']}`; seeds 0 to "
+                    f"{found['seeds'] - 1}, {hours:.1f} hours of training, parents not counted. With seed 0:\n",
+                    "```",
+                    *commands,
+                    "```\n",
+                ]
+            )
+        )
     return "\n".join(parts)

@@ -8,40 +8,47 @@ Letters: d model, n heads, h head size, l layers, v words.
 
 import argparse
 import functools
-import itertools
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from alignjax import checkpoint
-from alignjax import workdir as workdirs
-from alignjax.config import Model, UserError, model_from_json
+from alignjax.config import UserError, model_from_json
 from alignjax.data import chat
-from alignjax.models import families, transformer
-from alignjax.safetensors import DTYPES, INDEX, open_tensors, write_tensors
-from alignjax.sharding import path_name
+from alignjax.machine import workdir as workdirs
+from alignjax.weights import checkpoint, hf
 
-HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # computed, yet stored by old versions
 # (stage, --role) -> (item of the checkpoint, head)
-EXPORTS = {("lm", None): ("model", "lm"), ("ranking", None): ("model", "scalar"), ("ppo", None): ("policy", "lm"),
-           ("ppo", "policy"): ("policy", "lm"), ("ppo", "value"): ("value", "scalar")}  # fmt: skip
+EXPORTS = {
+    ("lm", None): ("model", "lm"),
+    ("ranking", None): ("model", "scalar"),
+    ("ppo", None): ("policy", "lm"),
+    ("ppo", "policy"): ("policy", "lm"),
+    ("ppo", "value"): ("value", "scalar"),
+}
 
 
 def main(argv=None) -> int:
     """The exit code: 0, or 2 after a mistake of the user's or a file that can't be read or written."""
-    parser = argparse.ArgumentParser(prog="python -m alignjax.convert", allow_abbrev=False,
-                                     description="Write a run's model as a Hugging Face checkpoint.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m alignjax.convert",
+        allow_abbrev=False,
+        description="Write a run's model as a Hugging Face checkpoint.",
+    )
     parser.add_argument("--to_hf", required=True, metavar="RUN", help="a run's work directory")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty directory")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="a new or empty directory"
+    )
     parser.add_argument("--role", choices=("policy", "value"), help="of a PPO run; default: policy")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32"
+    )
     arguments = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave an accelerator to those who do
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # nothing is computed: leave an accelerator to those who do
     try:
         export(workdirs.place(arguments.to_hf), arguments.out, arguments.role, arguments.dtype)
     except (UserError, OSError) as error:
@@ -55,7 +62,9 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
     values = stored_run(run)
     stage, out = values["stage"], out.absolute()
     if (stage, role) not in EXPORTS:
-        raise UserError(f"--role {role}: {run} is of stage {stage!r}, which has one model and no roles")
+        raise UserError(
+            f"--role {role}: {run} is of stage {stage!r}, which has one model and no roles"
+        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out}: there is something already; name a new or empty directory")
     item, head = EXPORTS[stage, role]
@@ -68,19 +77,27 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
         shutil.rmtree(partial)
     with workdirs.fetched(run / "tokenizer") as local:
         shutil.copytree(local, partial)
-    if tokens["pad_token_id"] != tokenizer.pad_token_id:  # a classifier's users pad as its config says
+    if (
+        tokens["pad_token_id"] != tokenizer.pad_token_id
+    ):  # a classifier's users pad as its config says
         tokenizer.pad_token_id = tokens["pad_token_id"]
         tokenizer.save_pretrained(partial)
     if head == "lm":
-        ends = [end for end in dict.fromkeys((tokens["eos_token_id"], tokenizer.eos_token_id)) if end is not None]
+        ends = [
+            end
+            for end in dict.fromkeys((tokens["eos_token_id"], tokenizer.eos_token_id))
+            if end is not None
+        ]
         text = json.dumps(tokens | {"eos_token_id": ends or None}, indent=1)
         (partial / "generation_config.json").write_text(text, encoding="utf-8")
-    size = write_hf(model_from_json(values), head, read, partial, dtype, tokens=tokens)
+    size = hf.write_hf(model_from_json(values), head, read, partial, dtype, tokens=tokens)
     partial.replace(out)
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
     if bias:
-        print(f"score.bias={bias:.6g} is written, but transformers leaves it unread: its scores are smaller by that")
+        print(
+            f"score.bias={bias:.6g} is written, but transformers leaves it unread: its scores are smaller by that"
+        )
 
 
 def stored_run(run: Path) -> dict:
@@ -93,7 +110,9 @@ def stored_run(run: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if "stage" not in values:
-        raise UserError(f"--to_hf {run}: config.json names no stage, so not a run (a Hugging Face checkpoint?)")
+        raise UserError(
+            f"--to_hf {run}: config.json names no stage, so not a run (a Hugging Face checkpoint?)"
+        )
     if not (run / "summary.json").exists():
         raise UserError(f"--to_hf {run}: this run is not complete (no summary.json)")
     return values
@@ -109,195 +128,11 @@ def special_tokens(tokenizer, head: str) -> dict:
     if head == "scalar" and pad in (None, end):
         others = [token for token in sorted(tokenizer.all_special_ids) if token != end]
         if not others:
-            raise UserError(f"{tokenizer.name_or_path}: a classifier's pad must be a special token other than {end}")
+            raise UserError(
+                f"{tokenizer.name_or_path}: a classifier's pad must be a special token other than {end}"
+            )
         pad = others[0]
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": pad}
-
-
-def open_hf(directory, head: str) -> tuple[Model, dict]:
-    """(Model, views) from config.json and safetensors in `directory`; nothing is read until `cut` cuts a view.
-
-    A view is a parameter as it lies in the mapped file: an array, or of a stacked parameter one array for each layer.
-    head="scalar" takes `score.weight` (and `score.bias`, else 0); a checkpoint without has no views of a head.
-    UserError for what we can't run, and for a missing, extra or misshapen tensor.
-    """
-    directory = Path(directory)
-    path = directory / "config.json"
-    try:
-        model = families.model_from_hf(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
-    tensors = open_tensors(directory)
-    shapes, weights = layout(model, head)
-    views = {}
-    for name, paths, layer in weights:
-        if name.startswith("score.") and name not in tensors:
-            continue
-        want = hf_shape(paths, layer, shapes)
-        if name not in tensors:
-            raise UserError(f"{directory}: there is no tensor {name} {list(want)}")
-        if tensors[name].shape != want:
-            raise UserError(f"{directory}: tensor {name} is {list(tensors[name].shape)}, {list(want)} wanted")
-        for path, view in split(tensors[name], paths, layer, shapes):
-            if layer is None:
-                views[path] = view
-            else:
-                views.setdefault(path, []).append(view)
-    check_extra(directory, tensors, {name for name, _, _ in weights}, model, head)
-    if "head/kernel" in views and head == "scalar":
-        views.setdefault("head/bias", np.zeros(1, np.float32))
-    return model, views
-
-
-def cut(view, index=(slice(None),)) -> np.ndarray:
-    """params[index] in float32, from a view of `open_hf`: no other part of the file is read."""
-    if isinstance(view, list):
-        return np.stack([layer[index[1:]] for layer in view[index[0]]], dtype=np.float32)
-    return np.array(view[index], np.float32)
-
-
-def load_hf(directory, head: str) -> tuple[Model, dict]:
-    """(Model, params as nested dicts of float32 numpy arrays) of a whole checkpoint, as `open_hf` finds it."""
-    model, views = open_hf(directory, head)
-    return model, nest({path: cut(view) for path, view in views.items()})
-
-
-def save_hf(model: Model, params, directory, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9) -> None:
-    """`write_hf` of nested dicts of arrays that this process can read; their head tells which."""
-    flat = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    head = "scalar" if "head/bias" in flat else "lm"
-    shapes, _ = layout(model, head)
-    odd = sorted({*shapes} ^ {*flat})
-    if odd:
-        raise UserError(f"{directory}: parameter {odd[0]} is {'absent' if odd[0] in shapes else 'one too many'}")
-    write_hf(model, head, lambda path: np.asarray(flat[path]), directory, dtype, max_shard_bytes)
-
-
-def write_hf(model: Model, head: str, read, directory, dtype="float32", max_shard_bytes=5 * 10**9, tokens=()) -> int:
-    """Write model.safetensors (several with an index above `max_shard_bytes`), then config.json; the bytes of data.
-
-    read(path) gives one parameter as an array; it is asked for those that share a tensor, and they are let go before
-    the next are asked for. `dtype` of the file is "float32" or "bfloat16". `tokens` are ids for config.json.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = families.hf_from_model(model, head, dtype) | dict(tokens)
-    shapes, weights = layout(model, head)
-    kind = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    shards = [[]]
-    room = max_shard_bytes
-    for name, paths, layer in weights:
-        shape = hf_shape(paths, layer, shapes)
-        size = int(np.prod(shape)) * DTYPES[kind].itemsize
-        if shards[-1] and size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append((name, (kind, shape)))
-        room -= size
-    tensors = joined(read, weights, shapes, directory)
-    index, total = {}, 0
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        total += write_tensors(directory / file, dict(shard), tensors)
-        index |= {name: file for name, _ in shard}
-    if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-        (directory / INDEX).write_text(text, encoding="utf-8")
-    (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return total
-
-
-def layout(model: Model, head: str):
-    """({path: shape}, [(tensor name, paths, layer or None)]): all parameters, and the tensors that hold them.
-
-    Tensors of the same parameters, which are those of all layers, follow each other, from the first layer to the last.
-    """
-    tree = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-    shapes = {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    names = families.weight_names(model, head)
-    if set(names) != set(shapes):
-        raise UserError(f"model.family={model.family!r} and the config differ on {sorted(set(names) ^ set(shapes))}: "
-                        f"model.qkv_bias, model.qk_norm must be {families.SHAPES[model.family]}")  # fmt: skip
-    groups = {}
-    for path, name in names.items():
-        groups.setdefault(name, []).append(path)
-    weights = []
-    for name, paths in groups.items():
-        layers = range(model.layers) if "{}" in name else (None,)
-        weights += [(name.format(layer), tuple(paths), layer) for layer in layers]
-    return shapes, weights
-
-
-def hf_shape(paths, layer, shapes) -> tuple:
-    """The shape in the file of the tensor made of `paths`, joined along its first axis."""
-    parts = [matrix_shape(path, shapes[path] if layer is None else shapes[path][1:]) for path in paths]
-    return (sum(part[0] for part in parts), *parts[0][1:])
-
-
-def matrix_shape(path: str, shape: tuple) -> tuple:
-    """The file's shape, [out in] of a kernel, [n*h] of a bias [n h]. Only `out` kernels contract two axes, [n h d]."""
-    if path.endswith("kernel"):
-        inputs = 2 if "out/" in path else 1
-        return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
-    return (int(np.prod(shape)),) if path.endswith("bias") else shape
-
-
-def split(tensor, paths, layer, shapes):
-    """(path, view) of each parameter, or of its layer, that the file's tensor is made of, in the parameter's shape."""
-    row = 0
-    for path in paths:
-        shape = shapes[path] if layer is None else shapes[path][1:]
-        rows = matrix_shape(path, shape)[0]
-        part = tensor[row : row + rows]
-        yield path, (part.T if path.endswith("kernel") else part).reshape(shape)
-        row += rows
-
-
-def joined(read, weights, shapes, directory):
-    """The tensors of `weights` as the file wants them, put together from their parts: what `split` undoes."""
-    for paths, group in itertools.groupby(weights, lambda weight: weight[1]):
-        params = [read(path) for path in paths]
-        for path, x in zip(paths, params, strict=True):
-            if x.shape != shapes[path]:
-                raise UserError(f"{directory}: parameter {path} is {list(x.shape)}, {list(shapes[path])} wanted")
-        for _, _, layer in group:
-            yield join(paths, params if layer is None else [x[layer] for x in params])
-        del params, x  # before the next are read
-
-
-def join(paths, parts):
-    """One tensor of the file, from its parts along the first axis."""
-    matrices = []
-    for path, x in zip(paths, parts, strict=True):
-        shape = matrix_shape(path, x.shape)
-        matrices.append(x.reshape(shape[::-1]).T if path.endswith("kernel") else x.reshape(shape))
-    return np.concatenate(matrices) if len(matrices) > 1 else matrices[0]
-
-
-def check_extra(directory, tensors, known, model: Model, head: str) -> None:
-    """UserError for a tensor that we would leave unread, or a stored copy of a tied head that isn't one."""
-    for name in tensors:
-        if name in known or HARMLESS.search(name) or (name == "lm_head.weight" and head == "scalar"):
-            continue
-        embedding = families.NAMES[model.family]["embed/embedding"]
-        if name != "lm_head.weight" or not model.tied:
-            raise UserError(f"{directory}: tensor {name} {list(tensors[name].shape)} has no place in {model.family!r}, "
-                            f"head {head!r}")  # fmt: skip
-        rows = zip(tensors[name], tensors[embedding], strict=False)  # one by one, for they may be large
-        if tensors[name].shape != tensors[embedding].shape or not all(itertools.starmap(np.array_equal, rows)):
-            raise UserError(f"{directory}: lm_head.weight differs from {embedding}, but tie_word_embeddings=True")
-
-
-def nest(flat: dict) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree = {}
-    for path, x in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = x
-    return tree
 
 
 if __name__ == "__main__":

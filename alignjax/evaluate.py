@@ -24,16 +24,25 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from alignjax import calibration, inference, metrics, roles, sharding, train
 from alignjax import config as configs
-from alignjax import workdir as workdirs
-from alignjax.command import keep_programs, say
+from alignjax import inference, train
+from alignjax.algorithms import ranking
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, mixture, preferences, toy
-from alignjax.stages import ranking
+from alignjax.evals import calibration
+from alignjax.machine import console, sharding
+from alignjax.machine import workdir as workdirs
+from alignjax.machine.compilation_cache import keep_programs
+from alignjax.machine.console import say
+from alignjax.weights import roles
 
-REPORT = {"hh_helpful_base": (76.52, 73.98), "hh_helpful_online": (65.43, 64.57), "summarize": (69.60, 69.99),
-          "shp": (60.05, 60.10), "prm800k": (70.59, 70.52)}  # the report's Table 4: PMP, RM  # fmt: skip
+REPORT = {
+    "hh_helpful_base": (76.52, 73.98),
+    "hh_helpful_online": (65.43, 64.57),
+    "summarize": (69.60, 69.99),
+    "shp": (60.05, 60.10),
+    "prm800k": (70.59, 70.52),
+}  # the report's Table 4: PMP, RM
 PAIRS = 256  # tokenised and scored at a time: enough to fill microbatches
 
 
@@ -50,43 +59,92 @@ def main(argv=None) -> int:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("alignjax: interrupted" + ("; the same command goes on" if arguments.tasks else ""), file=sys.stderr)
+        print(
+            "alignjax: interrupted" + ("; the same command goes on" if arguments.tasks else ""),
+            file=sys.stderr,
+        )
         return 130
     return 0
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m alignjax.evaluate", allow_abbrev=False,
-                                     description="Ranking runs on comparisons, or language models on benchmarks.")  # fmt: skip
-    parser.add_argument("--run", required=True, nargs="+", metavar="DIR",
-                        help="--sets: a ranking run, measured after its PMP parent, or several, measured as they are; "
-                             "--tasks: language models, runs or Hugging Face directories or hf://ORG/NAME")  # fmt: skip
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--sets", metavar="SET,SET",
-                      help=f"comparisons: of {', '.join(preferences.SETS)} (with options as NAME:OPTION=VALUE), "
-                           "toy/comparisons-clean, or paths of JSON lines")  # fmt: skip
-    what.add_argument("--tasks", metavar="NAME,NAME",
-                      help="benchmarks: of mmlu, ceval, gsm8k, humaneval (runs what the model writes, in a sandbox), bbh, "
-                           "world; a few subjects as bbh:word_sorting+navigate")  # fmt: skip
-    parser.add_argument("--shots", default="both", choices=("zero", "few", "both"), help="of --tasks; default: both")
-    parser.add_argument("--template", default="auto", choices=("auto", "chat", "none"),
-                        help="of --tasks: whether prompts go through the chat template; default: unless there is none, or the "
-                             "run was trained on plain text")  # fmt: skip
-    parser.add_argument("--slots", type=int, default=64, help="of --tasks: responses decoded at once; default: 64")
-    parser.add_argument("--data_dir", default="", help="--sets: where the public sets have been prepared; --tasks: "
-                        "where DIR/mmlu, DIR/gsm8k ... have the published files; default: the hub's")  # fmt: skip
-    parser.add_argument("--split", default="heldout", choices=("heldout", "train"), help="of --sets; default: heldout")
-    parser.add_argument("--examples", type=int, help="how many of each set or task, the first; default: all")
-    parser.add_argument("--max_length", type=int, help="longer pairs are left out, longer prompts lose their beginning; "
-                        "default: as in the run's training, as the model allows")  # fmt: skip
-    parser.add_argument(
-        "--microbatch_tokens", type=int, help="tokens at a time; default: as in the run's training, 4096"
+    parser = argparse.ArgumentParser(
+        prog="python -m alignjax.evaluate",
+        allow_abbrev=False,
+        description="Ranking runs on comparisons, or language models on benchmarks.",
     )
-    parser.add_argument("--dtype", default="float32", choices=configs.CHOICES["model.dtype"],
-                        help="of the computation; in bfloat16 close calls depend on how a batch is laid out")  # fmt: skip
-    parser.add_argument("--out", metavar="FILE.json",
-                        help="--sets: default DIR/evaluation.json, with DIR/calibration.png, else with FILE.png; --tasks: a "
-                             "directory, default DIR/benchmarks")  # fmt: skip
+    parser.add_argument(
+        "--run",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="--sets: a ranking run, measured after its PMP parent, or several, measured as they are; "
+        "--tasks: language models, runs or Hugging Face directories or hf://ORG/NAME",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--sets",
+        metavar="SET,SET",
+        help=f"comparisons: of {', '.join(preferences.SETS)} (with options as NAME:OPTION=VALUE), "
+        "toy/comparisons-clean, or paths of JSON lines",
+    )
+    what.add_argument(
+        "--tasks",
+        metavar="NAME,NAME",
+        help="benchmarks: of mmlu, ceval, gsm8k, humaneval (runs what the model writes, in a sandbox), bbh, "
+        "world; a few subjects as bbh:word_sorting+navigate",
+    )
+    parser.add_argument(
+        "--shots", default="both", choices=("zero", "few", "both"), help="of --tasks; default: both"
+    )
+    parser.add_argument(
+        "--template",
+        default="auto",
+        choices=("auto", "chat", "none"),
+        help="of --tasks: whether prompts go through the chat template; default: unless there is none, or the "
+        "run was trained on plain text",
+    )
+    parser.add_argument(
+        "--slots", type=int, default=64, help="of --tasks: responses decoded at once; default: 64"
+    )
+    parser.add_argument(
+        "--data_dir",
+        default="",
+        help="--sets: where the public sets have been prepared; --tasks: "
+        "where DIR/mmlu, DIR/gsm8k ... have the published files; default: the hub's",
+    )
+    parser.add_argument(
+        "--split",
+        default="heldout",
+        choices=("heldout", "train"),
+        help="of --sets; default: heldout",
+    )
+    parser.add_argument(
+        "--examples", type=int, help="how many of each set or task, the first; default: all"
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="longer pairs are left out, longer prompts lose their beginning; "
+        "default: as in the run's training, as the model allows",
+    )
+    parser.add_argument(
+        "--microbatch_tokens",
+        type=int,
+        help="tokens at a time; default: as in the run's training, 4096",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=configs.CHOICES["model.dtype"],
+        help="of the computation; in bfloat16 close calls depend on how a batch is laid out",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE.json",
+        help="--sets: default DIR/evaluation.json, with DIR/calibration.png, else with FILE.png; --tasks: a "
+        "directory, default DIR/benchmarks",
+    )
     arguments = parser.parse_args(argv)
     for name in ("examples", "max_length", "microbatch_tokens", "slots"):
         value = getattr(arguments, name)
@@ -98,7 +156,9 @@ def parse(argv):
 def table5():
     """`evals.table5`, which needs the extra [eval]: it is imported when it is asked for, as Table 4 needs none of it."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-evaluation-harness: pip install -c constraints.txt -e '.[eval]'")
+        raise UserError(
+            "--tasks needs lm-evaluation-harness: pip install -c constraints.txt -e '.[eval]'"
+        )
     return importlib.import_module("alignjax.evals.table5")
 
 
@@ -115,18 +175,33 @@ def evaluate(arguments) -> None:
     tokenizers = {label: chat.load_tokenizer(run / "tokenizer") for label, run in runs.items()}
     for label, tokenizer in tokenizers.items():
         for name, rows in sets.items():
-            if not any(fitting(tokenizer, rows[i : i + PAIRS], length)[0] for i in range(0, len(rows), PAIRS)):
+            if not any(
+                fitting(tokenizer, rows[i : i + PAIRS], length)[0]
+                for i in range(0, len(rows), PAIRS)
+            ):
                 raise UserError(
                     f"--max_length {length}: all {len(rows)} pairs of {name} are longer in tokens of {label}"
                 )
     mesh = sharding.make_mesh(configs.Mesh())
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        found = {label: measured(label, run, tokenizers[label], sets, arguments.dtype, length, budget, mesh)
-                 for label, run in runs.items()}  # fmt: skip
+        found = {
+            label: measured(
+                label, run, tokenizers[label], sets, arguments.dtype, length, budget, mesh
+            )
+            for label, run in runs.items()
+        }
     say("\n\n".join(tables(found, list(sets), f"split {arguments.split}, up to {length} tokens")))
-    facts = {"split": arguments.split, "max_length": length, "dtype": arguments.dtype,
-             "runs": {label: str(run) for label, run in runs.items()}}  # fmt: skip
-    report = {name: dict(zip(("PMP", "RM"), REPORT[base(name)], strict=True)) for name in sets if base(name) in REPORT}
+    facts = {
+        "split": arguments.split,
+        "max_length": length,
+        "dtype": arguments.dtype,
+        "runs": {label: str(run) for label, run in runs.items()},
+    }
+    report = {
+        name: dict(zip(("PMP", "RM"), REPORT[base(name)], strict=True))
+        for name in sets
+        if base(name) in REPORT
+    }
     workdirs.write(out, json.dumps(facts | {"figures": found, "report": report}, indent=1))
     curves = {name: {label: found[label][name]["calibration"] for label in runs} for name in sets}
     calibration.picture(curves).savefig(picture, dpi=150)
@@ -140,9 +215,17 @@ def measured(
     model = inference.load(run, dtype=dtype, mesh=mesh)
     score_fn, found = jax.jit(functools.partial(ranking.score_pairs, model.architecture)), {}
     for name, rows in sets.items():
-        with tqdm(total=len(rows), desc=f"{label}: {name}", unit="pair", dynamic_ncols=True, file=sys.stderr,
-                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:  # fmt: skip
-            difference, kept = differences(score_fn, model.params, tokenizer, rows, length, budget, mesh, bar)
+        with tqdm(
+            total=len(rows),
+            desc=f"{label}: {name}",
+            unit="pair",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        ) as bar:
+            difference, kept = differences(
+                score_fn, model.params, tokenizer, rows, length, budget, mesh, bar
+            )
         found[name] = figures(difference, kept, np.array([row.get("ratio", 0.0) for row in rows]))
     return found
 
@@ -154,9 +237,13 @@ def runs_of(given: list[Path]) -> dict[str, Path]:
             raise UserError(f"--run {run}: no config.json there, so this is not a run")
         stage = roles.stored(run).get("stage")
         if stage != "ranking":
-            raise UserError(f"--run {run}: a run of stage 'ranking' (PMP, RM) wanted, its stage is {stage!r}")
+            raise UserError(
+                f"--run {run}: a run of stage 'ranking' (PMP, RM) wanted, its stage is {stage!r}"
+            )
         if not (run / "summary.json").exists():
-            raise UserError(f"--run {run}: this run is not complete; the command that began it goes on")
+            raise UserError(
+                f"--run {run}: this run is not complete; the command that began it goes on"
+            )
     parent = pmp_of(given[0]) if len(given) == 1 else None
     if parent is None:
         return {str(run): run for run in given}
@@ -186,7 +273,9 @@ def places(out: str | None, run: Path) -> tuple[Path, Path]:
         raise UserError(f"--run {run}: the figures go to a local file, which --out FILE.json names")
     path = run / "evaluation.json" if out is None else Path(out)
     if path.suffix != ".json" or not path.parent.is_dir():
-        raise UserError(f"--out {out}: the name of a .json file in a directory that exists is wanted")
+        raise UserError(
+            f"--out {out}: the name of a .json file in a directory that exists is wanted"
+        )
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: can't be written there; name another place by --out FILE.json")
     return path, run / "calibration.png" if out is None else path.with_suffix(".png")
@@ -201,9 +290,16 @@ def load(name: str, arguments, seed: int) -> list[dict]:
     """The pairs of a set; the seed is that of the embedded world."""
     source = f"tfds/{name}" if base(name) in preferences.SETS else name
     if not source.startswith(("tfds/", "toy/")) and not glob.glob(source):
-        known = [*preferences.SETS, *(f"toy/{size}" for size in toy.SIZES if size.startswith("comparisons"))]
-        raise UserError(f"--sets {name}: no such set, and no such file{configs.nearest(name, known)}")
-    rows = mixture.load(source, "comparisons", arguments.split, seed, arguments.examples or 0, arguments.data_dir)
+        known = [
+            *preferences.SETS,
+            *(f"toy/{size}" for size in toy.SIZES if size.startswith("comparisons")),
+        ]
+        raise UserError(
+            f"--sets {name}: no such set, and no such file{configs.nearest(name, known)}"
+        )
+    rows = mixture.load(
+        source, "comparisons", arguments.split, seed, arguments.examples or 0, arguments.data_dir
+    )
     if not rows:
         raise UserError(f"--sets {name}: there are no comparisons in its split {arguments.split!r}")
     return rows
@@ -239,7 +335,9 @@ def differences(score_fn, params, tokenizer, rows, length: int, budget: int, mes
     for i, start in enumerate(range(0, len(rows), PAIRS)):
         kept, pairs = ahead.get(i)
         if kept:
-            scores = ranking.scored(score_fn, params, arrays(pairs, length), budget, mesh)[: len(kept)]
+            scores = ranking.scored(score_fn, params, arrays(pairs, length), budget, mesh)[
+                : len(kept)
+            ]
             same = np.array([chosen == rejected for chosen, rejected in pairs])
             found.append(np.where(same, 0, -np.diff(scores.astype(np.float64), axis=1)[:, 0]))
             numbers.append(start + np.array(kept))
@@ -250,8 +348,10 @@ def differences(score_fn, params, tokenizer, rows, length: int, budget: int, mes
 def figures(difference: np.ndarray, kept: np.ndarray, ratio: np.ndarray) -> dict:
     """Of the pairs of a set that fit: accuracy, ties, loss, interval, by_ratio, calibration; ratio is of all its rows."""
     out = ranking.figures(difference)
-    out |= {"interval": calibration.interval(int((difference > 0).sum()), len(difference)),
-            "dropped": len(ratio) - len(kept)}  # fmt: skip
+    out |= {
+        "interval": calibration.interval(int((difference > 0).sum()), len(difference)),
+        "dropped": len(ratio) - len(kept),
+    }
     if (ratio > 0).any():
         out["by_ratio"] = calibration.by_ratio(difference, ratio[kept])
     return out | {"calibration": calibration.curve(difference)}
@@ -267,20 +367,35 @@ def tables(found: dict[str, dict], names: list[str], what: str) -> list[str]:
     lines = []
     for label, sets in found.items():
         lines.append((label, [percent(sets[name]) for name in names]))
-        counts = [(x["comparisons"], round(x["ties"] * x["comparisons"]), x["dropped"]) for x in map(sets.get, names)]
+        counts = [
+            (x["comparisons"], round(x["ties"] * x["comparisons"]), x["dropped"])
+            for x in map(sets.get, names)
+        ]
         lines.append(("  pairs, ties, too long", [", ".join(map(str, three)) for three in counts]))
     for i, label in enumerate(("PMP", "RM")):
         lines.append(
-            (f"the report's {label}", [f"{REPORT[n][i]:.2f}" if n in REPORT else "-" for n in map(base, names)])
+            (
+                f"the report's {label}",
+                [f"{REPORT[n][i]:.2f}" if n in REPORT else "-" for n in map(base, names)],
+            )
         )
-    out = [metrics.grid(f"accuracy in % [95 % interval], {what}", ("", names), lines)]
+    out = [console.grid(f"accuracy in % [95 % interval], {what}", ("", names), lines)]
     for name in names:
-        some = {label: sets[name]["by_ratio"] for label, sets in found.items() if "by_ratio" in sets[name]}
+        some = {
+            label: sets[name]["by_ratio"]
+            for label, sets in found.items()
+            if "by_ratio" in sets[name]
+        }
         for label, parts in some.items():
-            heads = [f"{b['from']:g} to {b['to']:g}" if b["to"] else f"{b['from']:g} or more" for b in parts]
-            lines = [(label, [percent(b) if b["pairs"] else "-" for b in parts]),
-                     ("  pairs", [str(b["pairs"]) for b in parts])]  # fmt: skip
-            out.append(metrics.grid(f"{name} by score ratio, {label}", ("", heads), lines))
+            heads = [
+                f"{b['from']:g} to {b['to']:g}" if b["to"] else f"{b['from']:g} or more"
+                for b in parts
+            ]
+            lines = [
+                (label, [percent(b) if b["pairs"] else "-" for b in parts]),
+                ("  pairs", [str(b["pairs"]) for b in parts]),
+            ]
+            out.append(console.grid(f"{name} by score ratio, {label}", ("", heads), lines))
     return out
 
 

@@ -17,23 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax import config as configs
-from alignjax import logprobs, roles, rollout, sharding
+from alignjax.algorithms import rewards
 from alignjax.config import UserError
 from alignjax.data import chat, encoding
-from alignjax.models import transformer
-from alignjax.stages import rewards
+from alignjax.machine import sharding
+from alignjax.models import scoring, transformer
+from alignjax.sampling import rollout
+from alignjax.weights import roles
 
 CALL = 8  # prompts of a call for each slot: what an interruption loses, and how seldom slots wait for the last
 AT_ONCE = 4  # tokens of a stream's call
 
 SETTINGS = ("response_length", "temperature", "top_p", "end")
-GENERATE = jax.jit(rollout.generate, static_argnums=0, static_argnames=(*SETTINGS, "samples", "slots"))
+GENERATE = jax.jit(
+    rollout.generate, static_argnums=0, static_argnames=(*SETTINGS, "samples", "slots")
+)
 BEGIN = jax.jit(rollout.begin, static_argnums=0, static_argnames=SETTINGS)
-PROCEED = jax.jit(rollout.proceed, static_argnums=0, donate_argnums=2,
-                  static_argnames=("prompt_width", *SETTINGS[1:]))  # fmt: skip
-SCORES = jax.jit(logprobs.scores, static_argnums=0)
+PROCEED = jax.jit(
+    rollout.proceed,
+    static_argnums=0,
+    donate_argnums=2,
+    static_argnames=("prompt_width", *SETTINGS[1:]),
+)
+SCORES = jax.jit(scoring.scores, static_argnums=0)
 
-Prompt = str | list[dict[str, str]]  # the words of a user's turn, or messages, each with a role and content
+Prompt = (
+    str | list[dict[str, str]]
+)  # the words of a user's turn, or messages, each with a role and content
 
 
 class Response(NamedTuple):
@@ -49,9 +59,21 @@ class Model:
     whether prompts go through the tokenizer's chat template.
     """
 
-    def __init__(self, architecture: configs.Model, params: dict, tokenizer: chat.PreTrainedTokenizerBase,
-                 mesh: jax.sharding.Mesh, ends: list[int], converses: bool = True):  # fmt: skip
-        self.architecture, self.params, self.tokenizer, self.mesh = architecture, params, tokenizer, mesh
+    def __init__(
+        self,
+        architecture: configs.Model,
+        params: dict,
+        tokenizer: chat.PreTrainedTokenizerBase,
+        mesh: jax.sharding.Mesh,
+        ends: list[int],
+        converses: bool = True,
+    ):
+        self.architecture, self.params, self.tokenizer, self.mesh = (
+            architecture,
+            params,
+            tokenizer,
+            mesh,
+        )
         self.ends, self.converses = ends, converses
         self.max_length = architecture.max_length  # tokens of prompt and response together
 
@@ -60,8 +82,17 @@ class Model:
         """Of a response, where nothing else is asked: 256, or a quarter of what the model may read."""
         return max(1, min(256, self.max_length // 4))
 
-    def generate(self, prompts: Sequence[Prompt], *, temperature: float = 1.0, top_p: float = 0.9, samples: int = 1,
-                 max_tokens: int | None = None, seed: int = 0, slots: int = 64) -> list[Response]:  # fmt: skip
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        samples: int = 1,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        slots: int = 64,
+    ) -> list[Response]:
         """`samples` responses to each prompt, those of a prompt adjacent; `slots` of them are decoded at once.
 
         A response depends on the seed, its prompt's place in the list and its number among that prompt's samples alone.
@@ -77,14 +108,30 @@ class Model:
         at_once = -(-slots // samples)  # prompts
         most, found = min(CALL * at_once, size(len(asked), 1)), [[]] * len(asked)
         for mine in calls({i: len(ids) for i, ids in enumerate(asked)}, most, at_once):
-            ids = self.answer([asked[i] for i in mine], mine, most, slots=min(slots, most * samples), samples=samples,
-                              key=jax.random.key(seed), response_length=length, **settings)  # fmt: skip
+            ids = self.answer(
+                [asked[i] for i in mine],
+                mine,
+                most,
+                slots=min(slots, most * samples),
+                samples=samples,
+                key=jax.random.key(seed),
+                response_length=length,
+                **settings,
+            )
             for k, i in enumerate(mine):
                 found[i] = [self.response(row) for row in ids[k * samples : (k + 1) * samples]]
         return sum(found, [])
 
-    def stream(self, prompt: Prompt, *, temperature: float = 1.0, top_p: float = 0.9, max_tokens: int | None = None,
-               seed: int = 0, number: int = 0) -> Generator[str, None, Response]:  # fmt: skip
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        number: int = 0,
+    ) -> Generator[str, None, Response]:
         """The text of one response in pieces, as it is decoded; the generator's value at its end is the Response.
 
         It is the response that `generate` gives to the prompt at the place `number` of its list. No piece ends within a
@@ -94,22 +141,39 @@ class Model:
         (ids,) = self.fitting([prompt], length)
         row, key = encoding.pad([ids], size(len(ids)), left=True), jax.random.key(seed)
         index = jnp.full(1, number, jnp.int32)
-        state = self.run(BEGIN, row, np.array([len(ids)], np.int32), index, key, response_length=length, **settings)
-        more = functools.partial(self.run, PROCEED, index=index, key=key, prompt_width=row.shape[1], **settings)
+        state = self.run(
+            BEGIN,
+            row,
+            np.array([len(ids)], np.int32),
+            index,
+            key,
+            response_length=length,
+            **settings,
+        )
+        more = functools.partial(
+            self.run, PROCEED, index=index, key=key, prompt_width=row.shape[1], **settings
+        )
         said, live, (state, ahead) = "", True, more(state, tokens=0)
         while live:
             # The next tokens are on their way while these are read; once the response has ended there are none.
             now, (state, ahead) = ahead, more(state, tokens=AT_ONCE)
             (tokens,), (count,), (live,) = map(sharding.on_host, now)
             text = chat.decode_response(self.tokenizer, tokens[:count])
-            whole = text.rstrip("\ufffd") if live else text  # what stands for half a character waits for the rest
+            whole = (
+                text.rstrip("\ufffd") if live else text
+            )  # what stands for half a character waits for the rest
             if len(whole) > len(said):
                 yield whole[len(said) :]
                 said = whole
         return self.response(tokens[:count])
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str | list[int]], *,
-              microbatch_tokens: int = 4096) -> list[float]:  # fmt: skip
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str | list[int]],
+        *,
+        microbatch_tokens: int = 4096,
+    ) -> list[float]:
         """A reward model's score of each response to its prompt; about `microbatch_tokens` tokens are read at once.
 
         A response is text, which is read with the end token behind it, or tokens of the model's own tokenizer, which are
@@ -117,30 +181,49 @@ class Model:
         UserError for a language model, and for more tokens than the model may read.
         """
         if self.ends:
-            raise UserError("score: a reward model is wanted, a run of stage 'ranking'; this is a language model")
+            raise UserError(
+                "score: a reward model is wanted, a run of stage 'ranking'; this is a language model"
+            )
         if len(prompts) != len(responses):
             raise UserError(f"score: {len(prompts)} prompts for {len(responses)} responses")
         texts = [response for response in responses if isinstance(response, str)]
         ends = iter(chat.encode_responses(self.tokenizer, texts))
-        said = [next(ends) if isinstance(response, str) else list(response) for response in responses]
+        said = [
+            next(ends) if isinstance(response, str) else list(response) for response in responses
+        ]
         sequences = [ids + more for ids, more in zip(self.encode(prompts), said, strict=True)]
         longest = max(map(len, sequences), default=0)
         if longest > self.max_length:
-            raise UserError(f"score: {longest} tokens of prompt and response, but the model may read {self.max_length}")
+            raise UserError(
+                f"score: {longest} tokens of prompt and response, but the model may read {self.max_length}"
+            )
         score = functools.partial(self.run, SCORES)
-        return rewards.read_tokens(score, sequences, size(longest), microbatch_tokens, self.mesh).tolist()
+        return rewards.read_tokens(
+            score, sequences, size(longest), microbatch_tokens, self.mesh
+        ).tolist()
 
-    def settings(self, temperature: float, top_p: float, max_tokens: int | None) -> tuple[int, dict]:
+    def settings(
+        self, temperature: float, top_p: float, max_tokens: int | None
+    ) -> tuple[int, dict]:
         """(tokens of a response, what `rollout` takes besides), looked through."""
         if not self.ends:
-            raise UserError("generate: a language model is wanted; this is a reward model, which scores")
+            raise UserError(
+                "generate: a language model is wanted; this is a reward model, which scores"
+            )
         length = self.max_tokens if max_tokens is None else max_tokens
         if length < 1 or not 0 <= temperature < np.inf or not 0 < top_p <= 1:
-            raise UserError(f"max_tokens={length} must be at least 1, temperature={temperature} not below 0, "
-                            f"top_p={top_p} in (0, 1]")  # fmt: skip
+            raise UserError(
+                f"max_tokens={length} must be at least 1, temperature={temperature} not below 0, "
+                f"top_p={top_p} in (0, 1]"
+            )
         stops = np.zeros((1, self.architecture.vocab_size), np.int16)
         stops[:, self.ends] = 1
-        return length, {"temperature": temperature, "top_p": top_p, "end": self.ends[0], "stops": stops}
+        return length, {
+            "temperature": temperature,
+            "top_p": top_p,
+            "end": self.ends[0],
+            "stops": stops,
+        }
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of prompts, up to where the assistant begins."""
@@ -150,7 +233,9 @@ class Model:
             asked = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in prompts]
             return chat.encode_prompts(self.tokenizer, asked)
         if not all(isinstance(x, str) for x in prompts):
-            raise UserError("messages need a chat template, and a model that was trained on it: plain text is wanted")
+            raise UserError(
+                "messages need a chat template, and a model that was trained on it: plain text is wanted"
+            )
         return self.tokenizer(list(prompts))["input_ids"] if prompts else []
 
     def fitting(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
@@ -158,25 +243,51 @@ class Model:
         found = self.encode(prompts)
         for i, ids in enumerate(found):
             if not 0 < len(ids) <= self.max_length - room:
-                raise UserError(f"prompt {i} has {len(ids)} tokens, and up to {room} may follow: at least 1, and no more than "
-                                f"the model may read are wanted, max_length={self.max_length}")  # fmt: skip
+                raise UserError(
+                    f"prompt {i} has {len(ids)} tokens, and up to {room} may follow: at least 1, and no more than "
+                    f"the model may read are wanted, max_length={self.max_length}"
+                )
         return found
 
-    def answer(self, prompts: list, numbers: list[int], most: int, *, key, samples: int = 1, prefix=None,
-               **settings) -> list[np.ndarray]:  # fmt: skip
+    def answer(
+        self,
+        prompts: list,
+        numbers: list[int],
+        most: int,
+        *,
+        key,
+        samples: int = 1,
+        prefix=None,
+        **settings,
+    ) -> list[np.ndarray]:
         """The tokens of the responses to prompts (tokens behind the prefix, none empty) of these numbers, in rows of `most`."""
         lengths = np.array([len(ids) for ids in prompts] + [1] * (most - len(prompts)), np.int32)
         index = np.array(numbers + [0] * (most - len(prompts)), np.int32)
-        tokens = encoding.pad([*prompts, *[(0,)] * (most - len(prompts))], size(lengths.max()), left=True)
+        tokens = encoding.pad(
+            [*prompts, *[(0,)] * (most - len(prompts))], size(lengths.max()), left=True
+        )
         batch = sharding.shard_batch((tokens, lengths, index), self.mesh)
         sampled = self.run(
-            GENERATE, *batch, key, prefix=prefix, wanted=jnp.int32(len(prompts)), samples=samples, **settings
+            GENERATE,
+            *batch,
+            key,
+            prefix=prefix,
+            wanted=jnp.int32(len(prompts)),
+            samples=samples,
+            **settings,
         )
-        out, counts = sharding.on_host(sampled.tokens)[:, tokens.shape[1] :], sharding.on_host(sampled.lengths)
-        return [row[:count] for row, count in zip(out[: len(prompts) * samples], counts, strict=False)]
+        out, counts = (
+            sharding.on_host(sampled.tokens)[:, tokens.shape[1] :],
+            sharding.on_host(sampled.lengths),
+        )
+        return [
+            row[:count] for row, count in zip(out[: len(prompts) * samples], counts, strict=False)
+        ]
 
     def response(self, ids: np.ndarray) -> Response:
-        return Response(chat.decode_response(self.tokenizer, ids), ids.tolist(), int(ids[-1]) not in self.ends)
+        return Response(
+            chat.decode_response(self.tokenizer, ids), ids.tolist(), int(ids[-1]) not in self.ends
+        )
 
     def run(self, program, *arguments, **settings):
         """program(architecture, parameters, ...) on the mesh; what is float32 is multiplied as such on any device."""
@@ -185,8 +296,15 @@ class Model:
             return program(self.architecture, self.params, *arguments, **settings)
 
 
-def load(run: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, max_length: int | None = None,
-         chat_template: str = "", unfinished: bool = False) -> Model:  # fmt: skip
+def load(
+    run: str | Path,
+    *,
+    dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    max_length: int | None = None,
+    chat_template: str = "",
+    unfinished: bool = False,
+) -> Model:
     """The model of a run (a PPO run's policy), or of a Hugging Face checkpoint: a directory or hf://ORG/NAME.
 
     A run of stage "ranking", or a sequence classifier, is a reward model, which scores; others generate. `dtype` is of the
@@ -194,7 +312,9 @@ def load(run: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | N
     `unfinished` takes a run's newest checkpoint though the run is not complete. UserError for what can't be loaded.
     """
     if dtype not in configs.CHOICES["model.dtype"]:
-        raise UserError(f"dtype={dtype!r} must be one of {', '.join(map(repr, configs.CHOICES['model.dtype']))}")
+        raise UserError(
+            f"dtype={dtype!r} must be one of {', '.join(map(repr, configs.CHOICES['model.dtype']))}"
+        )
     directory = roles.local(str(run))
     stored, ours = roles.stored(directory), roles.is_run(directory)
     if ours and not unfinished and not (directory / "summary.json").exists():
@@ -213,9 +333,18 @@ def load(run: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | N
         if "head" not in params and head == "scalar":
             raise UserError(f"{directory}: a sequence classifier without score.weight")
         if dtype != "float32" and head == "lm":  # a score is read off in float32, as in training
-            params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)(architecture, params)
+            params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)(
+                architecture, params
+            )
     converses = talks(stored, tokenizer)
-    return Model(architecture, params, tokenizer, mesh, [] if head == "scalar" else ends(stored, tokenizer), converses)
+    return Model(
+        architecture,
+        params,
+        tokenizer,
+        mesh,
+        [] if head == "scalar" else ends(stored, tokenizer),
+        converses,
+    )
 
 
 def scores(stored: dict) -> bool:
@@ -234,9 +363,15 @@ def ends(stored: dict, tokenizer) -> list[int]:
     what ended a document where a run was trained on plain text."""
     turn = [chat.end_token(tokenizer)] if tokenizer.chat_template else []
     document = [encoding.closing(tokenizer)] if stored.get("data.kind") == "text" else []
-    found = [token for token in dict.fromkeys((tokenizer.eos_token_id, *turn, *document)) if token is not None]
+    found = [
+        token
+        for token in dict.fromkeys((tokenizer.eos_token_id, *turn, *document))
+        if token is not None
+    ]
     if not found:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has neither an eos_token nor a chat template")
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has neither an eos_token nor a chat template"
+        )
     return found
 
 

@@ -22,35 +22,51 @@ import time
 import jax
 from jax.experimental import topologies
 
-from alignjax import command, cost, metrics, roles, rollout, sharding, train, vocabulary
 from alignjax import config as configs
+from alignjax import train
+from alignjax.algorithms import shapes
 from alignjax.config import Config, UserError
-from alignjax.cost import GIB
-from alignjax.models import attention, families
-from alignjax.stages import shapes
+from alignjax.machine import jsonl, sharding
+from alignjax.models import attention, families, vocabulary
+from alignjax.planning import cost
+from alignjax.planning.cost import GIB
+from alignjax.sampling import rollout
+from alignjax.weights import roles
 
 DOES_NOT_FIT = 3
-SLICES = {"v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-          "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-          "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-          "v5": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")}  # fmt: skip
+SLICES = {
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    "v5": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+}
 
 
 def main(argv=None) -> int:
     """The exit code: 0 if the run fits, 3 if not, 2 after a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m alignjax.plan", allow_abbrev=False,
-                                     description="Compile a run for machines that aren't here.",
-                                     epilog="any field of the config: --config.FIELD=VALUE")  # fmt: skip
-    parser.add_argument("--config", required=True, help="NAME.py[:variant], a path or a file of configs/")
-    parser.add_argument(
-        "--topology", default="", help="v4, v5 (v5p), v5e or v6e and a slice, v5e:4x4; default: these devices"
+    parser = argparse.ArgumentParser(
+        prog="python -m alignjax.plan",
+        allow_abbrev=False,
+        description="Compile a run for machines that aren't here.",
+        epilog="any field of the config: --config.FIELD=VALUE",
     )
-    parser.add_argument("--search", action="store_true",
-                        help="try meshes, then rematerialisation and microbatches; of v5e alone, slices as well")  # fmt: skip
+    parser.add_argument(
+        "--config", required=True, help="NAME.py[:variant], a path or a file of configs/"
+    )
+    parser.add_argument(
+        "--topology",
+        default="",
+        help="v4, v5 (v5p), v5e or v6e and a slice, v5e:4x4; default: these devices",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, then rematerialisation and microbatches; of v5e alone, slices as well",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments, rest = parser.parse_known_args(argv)
     try:
-        overrides = command.fields(rest)
+        overrides = configs.parse_overrides(rest)
         config = configs.load(arguments.config, overrides)
         train.adopt(config, overrides, architecture)
         if arguments.search:
@@ -61,10 +77,13 @@ def main(argv=None) -> int:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        print(json.dumps(metrics.null(plans if arguments.search else plans[0]), indent=1))
+        print(json.dumps(jsonl.null(plans if arguments.search else plans[0]), indent=1))
     else:
         print(
-            "\n\n".join(([table(plans)] if arguments.search else []) + ([report(plans[0])] if plans[0]["rows"] else []))
+            "\n\n".join(
+                ([table(plans)] if arguments.search else [])
+                + ([report(plans[0])] if plans[0]["rows"] else [])
+            )
         )
     return 0 if plans[0]["fits"] else DOES_NOT_FIT
 
@@ -82,20 +101,30 @@ def devices_of(topology: str) -> list:
     if not topology:
         return jax.devices()
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology {topology}: the TPU compiler is missing; pip install 'alignjax[plan]'")
+        raise UserError(
+            f"--topology {topology}: the TPU compiler is missing; pip install 'alignjax[plan]'"
+        )
     # The compiler is told not to look for a TPU around it; and jax not to take it for this machine's backend.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # any: it would say that there is none
     jax.config.update("jax_platforms", "cpu")
     kind, _, shape = topology.partition(":")
     if kind not in SLICES or not shape:
-        raise UserError(f"--topology {topology}: {', '.join(SLICES)}, a colon and a slice wanted, such as v5e:4x4 or v5:2x2x2; "
-                        "of v5e alone, --search tries all")  # fmt: skip
+        raise UserError(
+            f"--topology {topology}: {', '.join(SLICES)}, a colon and a slice wanted, such as v5e:4x4 or v5:2x2x2; "
+            "of v5e alone, --search tries all"
+        )
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # whatever the compiler raises at a shape that it doesn't know
         reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"--topology {topology}: the TPU compiler knows no such slice ({reason})") from error
+        raise UserError(
+            f"--topology {topology}: the TPU compiler knows no such slice ({reason})"
+        ) from error
 
 
 def plan(config: Config, topology: str, stop: bool = False) -> dict:
@@ -115,17 +144,30 @@ def plan(config: Config, topology: str, stop: bool = False) -> dict:
             if stop and not rows[-1]["fits"]:
                 break
     peak = max(rows, key=lambda row: row["peak"])
-    return {"name": config.name, "topology": topology or "here", "devices": len(devices), "kind": devices[0].device_kind,
-            "mesh": dict(mesh.shape), "remat": config.model.remat, "microbatch_tokens": config.microbatch_tokens,
-            "rollout_tensor": config.ppo.rollout_tensor, "memory": chip.memory, "rows": rows,
-            "resident": {name: size / GIB for name, size in resident.items()},
-            "checkpoint": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(work.saved)) / GIB,
-            "notes": notes(config, mesh), "peak": peak["peak"], "peak_of": peak["program"],
-            "floor": sum(row["calls"] * row["floor"] for row in rows),
-            "fits": kept < chip.memory * GIB and all(row["fits"] for row in rows)}  # fmt: skip
+    return {
+        "name": config.name,
+        "topology": topology or "here",
+        "devices": len(devices),
+        "kind": devices[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "remat": config.model.remat,
+        "microbatch_tokens": config.microbatch_tokens,
+        "rollout_tensor": config.ppo.rollout_tensor,
+        "memory": chip.memory,
+        "rows": rows,
+        "resident": {name: size / GIB for name, size in resident.items()},
+        "checkpoint": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(work.saved)) / GIB,
+        "notes": notes(config, mesh),
+        "peak": peak["peak"],
+        "peak_of": peak["program"],
+        "floor": sum(row["calls"] * row["floor"] for row in rows),
+        "fits": kept < chip.memory * GIB and all(row["fits"] for row in rows),
+    }
 
 
-def compiled(job: shapes.Job, resident: dict, kept: int, chip: cost.Chip, config: Config) -> list[dict]:
+def compiled(
+    job: shapes.Job, resident: dict, kept: int, chip: cost.Chip, config: Config
+) -> list[dict]:
     """The rows of a job: one, or for a rollout two, whose costs are those of prefill and of decoding."""
     row = {"program": job.name, "calls": job.calls}
     start = time.perf_counter()
@@ -136,22 +178,49 @@ def compiled(job: shapes.Job, resident: dict, kept: int, chip: cost.Chip, config
     others += cost.device_bytes(job.beside)
     try:
         program = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:  # the TPU compiler tells how much it would have needed
-        found = re.search(r"total memory required.*?\(([\d.]+)([MG])\)|Used ([\d.]+)([MG])", str(error), re.DOTALL)
+    except (
+        jax.errors.JaxRuntimeError
+    ) as error:  # the TPU compiler tells how much it would have needed
+        found = re.search(
+            r"total memory required.*?\(([\d.]+)([MG])\)|Used ([\d.]+)([MG])", str(error), re.DOTALL
+        )
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         amount, unit = [x for x in found.groups() if x] if found else ("inf", "G")
         needs = float(amount) / (1024 if unit == "M" else 1)
-        return [row | {"seconds": time.perf_counter() - start, "arguments": cost.device_bytes(job.arguments) / GIB,
-                       "temporaries": needs, "peak": needs + kept / GIB, "fits": False, "flops": 0, "moved": 0, "sent": 0,
-                       "floor": 0.0, "bound": "does not compile", "logits": None}]  # fmt: skip
+        return [
+            row
+            | {
+                "seconds": time.perf_counter() - start,
+                "arguments": cost.device_bytes(job.arguments) / GIB,
+                "temporaries": needs,
+                "peak": needs + kept / GIB,
+                "fits": False,
+                "flops": 0,
+                "moved": 0,
+                "sent": 0,
+                "floor": 0.0,
+                "bound": "does not compile",
+                "logits": None,
+            }
+        ]
     seconds = time.perf_counter() - start
     m, read = program.memory_analysis(), cost.Program(program.as_text())
-    used = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    row |= {"seconds": round(seconds, 1), "arguments": m.argument_size_in_bytes / GIB,
-            "temporaries": (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes) / GIB,
-            "peak": (used + others) / GIB, "fits": used + others < chip.memory * GIB,
-            "logits": logits(read, config)}  # fmt: skip
+    used = (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.temp_size_in_bytes
+    )
+    row |= {
+        "seconds": round(seconds, 1),
+        "arguments": m.argument_size_in_bytes / GIB,
+        "temporaries": (m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes)
+        / GIB,
+        "peak": (used + others) / GIB,
+        "fits": used + others < chip.memory * GIB,
+        "logits": logits(read, config),
+    }
     parts = {job.name: job.loops}
     if job.name == "rollout":
         parts = {"rollout: prefill": job.loops._replace(steps=0), "rollout: decode": job.loops}
@@ -160,11 +229,23 @@ def compiled(job: shapes.Job, resident: dict, kept: int, chip: cost.Chip, config
         flops, traffic = cost.flops(traced.jaxpr.jaxpr, loops), read.traffic(loops)
         now = flops - before[0], traffic.moved - before[1].moved, traffic.sent - before[1].sent
         before = flops, traffic
-        shares = {"products": now[0] / jax.sharding.get_abstract_mesh().size / chip.flops,
-                  "memory": now[1] / chip.bandwidth, "links": now[2] / chip.link}  # fmt: skip
+        shares = {
+            "products": now[0] / jax.sharding.get_abstract_mesh().size / chip.flops,
+            "memory": now[1] / chip.bandwidth,
+            "links": now[2] / chip.link,
+        }
         bound = max(shares, key=shares.get)
-        rows.append(row | {"program": name, "flops": now[0], "moved": now[1], "sent": now[2], "floor": shares[bound],
-                           "bound": bound})  # fmt: skip
+        rows.append(
+            row
+            | {
+                "program": name,
+                "flops": now[0],
+                "moved": now[1],
+                "sent": now[2],
+                "floor": shares[bound],
+                "bound": bound,
+            }
+        )
     return rows
 
 
@@ -174,8 +255,13 @@ def logits(program: cost.Program, config: Config):
     words = {config.model.vocab_size, config.model.vocab_size // mesh.shape["tensor"]}
     widths = {config.model.d_model, config.model.d_model // mesh.shape["fsdp"]}  # of an embedding
     tokens = config.microbatch_tokens // sharding.shards(mesh)
-    found = [(math.prod(sizes), kind, list(sizes)) for kind, sizes in set(program.arrays()) for words_of_it in words & set(sizes)
-             if not widths & set(sizes) and math.prod(sizes) >= max(tokens * words_of_it, vocabulary.ELEMENTS + 1)]  # fmt: skip
+    found = [
+        (math.prod(sizes), kind, list(sizes))
+        for kind, sizes in set(program.arrays())
+        for words_of_it in words & set(sizes)
+        if not widths & set(sizes)
+        and math.prod(sizes) >= max(tokens * words_of_it, vocabulary.ELEMENTS + 1)
+    ]
     return "{1}{2}".format(*max(found)) if found else None
 
 
@@ -186,67 +272,98 @@ def notes(config: Config, mesh) -> list[str]:
     if config.stage == "ppo":
         own = sharding.shards(sharding.with_tensor(mesh, p.rollout_tensor))
         at_once, slots = rollout.slots_of(d.batch, p.samples_per_prompt, p.slots)
-        for name, count in (("prompts filled in at once", at_once), ("slots of the rollout", slots)):
+        for name, count in (
+            ("prompts filled in at once", at_once),
+            ("slots of the rollout", slots),
+        ):
             if count % own:
                 out.append(
                     f"{name}: {count}, which {own} devices don't divide; each has all of them (ppo.slots={p.slots})"
                 )
         counts["responses of a minibatch"] = d.batch * p.samples_per_prompt // p.minibatches
-    out += [f"{name}={count}, which {rows} devices don't divide" for name, count in counts.items() if count % rows]
+    out += [
+        f"{name}={count}, which {rows} devices don't divide"
+        for name, count in counts.items()
+        if count % rows
+    ]
     for name in ("heads", "kv_heads", "vocab_size", "d_ff"):
         if getattr(config.model, name) % mesh.shape["tensor"]:
             out.append(
                 f"model.{name}={getattr(config.model, name)}, which mesh.tensor={mesh.shape['tensor']} doesn't divide"
             )
     if config.model.d_model % mesh.shape["fsdp"]:
-        out.append(f"model.d_model={config.model.d_model}, which mesh.fsdp={mesh.shape['fsdp']} doesn't divide")
+        out.append(
+            f"model.d_model={config.model.d_model}, which mesh.fsdp={mesh.shape['fsdp']} doesn't divide"
+        )
     return out
 
 
 # The columns of a plan: title, how wide, a row's text.
-COLUMNS = (("program", 22, lambda row: row["program"]), ("calls", 6, lambda row: str(row["calls"])),
-           ("arguments", 10, lambda row: f"{row['arguments']:.2f}"), ("temporaries", 12, lambda row: f"{row['temporaries']:.2f}"),
-           ("peak", 8, lambda row: f"{row['peak']:.2f}"), ("TFLOP", 10, lambda row: f"{row['flops'] / 1e12:.4g}"),
-           ("GB moved", 10, lambda row: f"{row['moved'] / 1e9:.4g}"), ("GB sent", 9, lambda row: f"{row['sent'] / 1e9:.4g}"),
-           ("floor, s", 10, lambda row: f"{row['floor']:.3g}"), ("bound by", 10, lambda row: row["bound"]),
-           ("compiled, s", 12, lambda row: f"{row['seconds']:.0f}"))  # fmt: skip
+COLUMNS = (
+    ("program", 22, lambda row: row["program"]),
+    ("calls", 6, lambda row: str(row["calls"])),
+    ("arguments", 10, lambda row: f"{row['arguments']:.2f}"),
+    ("temporaries", 12, lambda row: f"{row['temporaries']:.2f}"),
+    ("peak", 8, lambda row: f"{row['peak']:.2f}"),
+    ("TFLOP", 10, lambda row: f"{row['flops'] / 1e12:.4g}"),
+    ("GB moved", 10, lambda row: f"{row['moved'] / 1e9:.4g}"),
+    ("GB sent", 9, lambda row: f"{row['sent'] / 1e9:.4g}"),
+    ("floor, s", 10, lambda row: f"{row['floor']:.3g}"),
+    ("bound by", 10, lambda row: row["bound"]),
+    ("compiled, s", 12, lambda row: f"{row['seconds']:.0f}"),
+)
 
 
 def report(plan: dict) -> str:
     """A plan as text."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     mesh += f"; rollout over tensor {plan['rollout_tensor']}" if plan["rollout_tensor"] else ""
-    line = lambda texts: "".join(f"{text:<{width}}" if i == 0 else f"{text:>{width}}"
-                                 for i, (text, (_, width, _)) in enumerate(zip(texts, COLUMNS, strict=True)))  # fmt: skip
+    line = lambda texts: "".join(
+        f"{text:<{width}}" if i == 0 else f"{text:>{width}}"
+        for i, (text, (_, width, _)) in enumerate(zip(texts, COLUMNS, strict=True))
+    )
     head = line([title for title, _, _ in COLUMNS])
-    lines = [f"{plan['name']} on {plan['devices']} x {plan['kind']} ({plan['topology']}), mesh: {mesh}",
-             f"remat {plan['remat']}, microbatches of {plan['microbatch_tokens']} tokens; every example as long as it may be",
-             "GiB and GB of a device, TFLOP of all; calls in a step; floor of a call, at the chip's published rates", "",
-             head, "-" * len(head)]  # fmt: skip
+    lines = [
+        f"{plan['name']} on {plan['devices']} x {plan['kind']} ({plan['topology']}), mesh: {mesh}",
+        f"remat {plan['remat']}, microbatches of {plan['microbatch_tokens']} tokens; every example as long as it may be",
+        "GiB and GB of a device, TFLOP of all; calls in a step; floor of a call, at the chip's published rates",
+        "",
+        head,
+        "-" * len(head),
+    ]
     for row in plan["rows"]:
-        lines.append(line([text(row) for _, _, text in COLUMNS]) + ("" if row["fits"] else "  does not fit"))
+        lines.append(
+            line([text(row) for _, _, text in COLUMNS]) + ("" if row["fits"] else "  does not fit")
+        )
     resident, all_of_it = plan["resident"], sum(plan["resident"].values())
     parts = " + ".join(f"{name} {size:.2f}" for name, size in resident.items())
     big = "; ".join(f"{row['program']} {row['logits']}" for row in plan["rows"] if row["logits"])
-    lines += ["-" * len(head), f"resident: {parts} = {all_of_it:.2f} GiB; a checkpoint: {plan['checkpoint']:.1f} GiB in all",
-              f"a step takes {plan['floor']:.3g} s at the least", f"arrays of tokens x vocabulary: {big or 'none'}",
-              *(f"not divided: {note}" for note in plan["notes"]), verdict(plan)]  # fmt: skip
+    lines += [
+        "-" * len(head),
+        f"resident: {parts} = {all_of_it:.2f} GiB; a checkpoint: {plan['checkpoint']:.1f} GiB in all",
+        f"a step takes {plan['floor']:.3g} s at the least",
+        f"arrays of tokens x vocabulary: {big or 'none'}",
+        *(f"not divided: {note}" for note in plan["notes"]),
+        verdict(plan),
+    ]
     return "\n".join(lines)
 
 
 def verdict(plan: dict) -> str:
     spare = plan["memory"] - plan["peak"]
     if plan["fits"]:
-        return f"fits: {spare:.1f} of {plan['memory']:.1f} GiB to spare at the peak, {plan['peak_of']}"
-    return (
-        f"does not fit: {plan['peak_of']} needs {plan['peak']:.1f} of {plan['memory']:.1f} GiB, {-spare:.1f} too much"
-    )
+        return (
+            f"fits: {spare:.1f} of {plan['memory']:.1f} GiB to spare at the peak, {plan['peak_of']}"
+        )
+    return f"does not fit: {plan['peak_of']} needs {plan['peak']:.1f} of {plan['memory']:.1f} GiB, {-spare:.1f} too much"
 
 
 def table(plans: list[dict]) -> str:
     """What a search has tried, the best first."""
     return "\n".join(
-        f"{label(x)}: {verdict(x)}" + (f"; {x['floor']:.3g} s a step at the least" if x["fits"] else "") for x in plans
+        f"{label(x)}: {verdict(x)}"
+        + (f"; {x['floor']:.3g} s a step at the least" if x["fits"] else "")
+        for x in plans
     )
 
 
@@ -259,8 +376,14 @@ def label(plan: dict) -> str:
 def meshes(devices: int, config: Config) -> list[configs.Mesh]:
     """Ways to lay out so many devices, with heads and widths divided: the fewest copies of the state first."""
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
-    out = [configs.Mesh(d, f, t) for d, f, t in itertools.product(sizes, repeat=3) if d * f * t == devices and t <= 8
-           and config.model.kv_heads % t == 0 and config.model.d_model % f == 0]  # fmt: skip
+    out = [
+        configs.Mesh(d, f, t)
+        for d, f, t in itertools.product(sizes, repeat=3)
+        if d * f * t == devices
+        and t <= 8
+        and config.model.kv_heads % t == 0
+        and config.model.d_model % f == 0
+    ]
     return sorted(out, key=lambda m: (m.data, m.tensor))
 
 
@@ -270,13 +393,26 @@ def lower_bound(config: Config, topology: str) -> dict:
     mesh = sharding.make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         work = shapes.WORK[config.stage](config, mesh)
-        gradient = max(cost.device_bytes(job.arguments[0][0]) for job in work.jobs if job.name.endswith("gradient"))
+        gradient = max(
+            cost.device_bytes(job.arguments[0][0])
+            for job in work.jobs
+            if job.name.endswith("gradient")
+        )
         needs = (gradient + sum(map(cost.device_bytes, work.resident.values()))) / GIB
     memory = (cost.chip_of(devices[0]) or cost.measured(devices)).memory
-    return {"topology": topology, "mesh": dict(mesh.shape), "remat": config.model.remat, "rows": [], "memory": memory,
-            "rollout_tensor": config.ppo.rollout_tensor,
-            "microbatch_tokens": config.microbatch_tokens, "peak": needs, "peak_of": "the state with a gradient",
-            "floor": math.inf, "fits": needs < memory}  # fmt: skip
+    return {
+        "topology": topology,
+        "mesh": dict(mesh.shape),
+        "remat": config.model.remat,
+        "rows": [],
+        "memory": memory,
+        "rollout_tensor": config.ppo.rollout_tensor,
+        "microbatch_tokens": config.microbatch_tokens,
+        "peak": needs,
+        "peak_of": "the state with a gradient",
+        "floor": math.inf,
+        "fits": needs < memory,
+    }
 
 
 def search(config: Config, topology: str) -> list[dict]:
@@ -294,7 +430,8 @@ def search(config: Config, topology: str) -> list[dict]:
     devices, found = devices_of(topology), {}
     if tensor := config.ppo.rollout_tensor:  # as many as there are
         config = dataclasses.replace(
-            config, ppo=dataclasses.replace(config.ppo, rollout_tensor=math.gcd(tensor, len(devices)))
+            config,
+            ppo=dataclasses.replace(config.ppo, rollout_tensor=math.gcd(tensor, len(devices))),
         )
     order = lambda key: (not found[key]["fits"], found[key]["floor"], found[key]["peak"])
 
@@ -302,8 +439,12 @@ def search(config: Config, topology: str) -> list[dict]:
         key = tuple(mesh.values()), remat, tokens
         if key in found:
             return
-        new = dataclasses.replace(config, mesh=configs.Mesh(**mesh), microbatch_tokens=tokens,
-                                  model=dataclasses.replace(config.model, remat=remat))  # fmt: skip
+        new = dataclasses.replace(
+            config,
+            mesh=configs.Mesh(**mesh),
+            microbatch_tokens=tokens,
+            model=dataclasses.replace(config.model, remat=remat),
+        )
         found[key] = lower_bound(new, topology)
         if found[key]["fits"]:
             found[key] = plan(new, topology, stop=True)
@@ -311,13 +452,25 @@ def search(config: Config, topology: str) -> list[dict]:
 
     for mesh in meshes(len(devices), config):
         attempt(dataclasses.asdict(mesh), config.model.remat, config.microbatch_tokens)
-    for change in (lambda best: [{"remat": x} for x in ("nothing", "dots", "everything")],
-                   lambda best: [{"tokens": best["microbatch_tokens"] // 2}, {"tokens": best["microbatch_tokens"] * 2}]):  # fmt: skip
+    for change in (
+        lambda best: [{"remat": x} for x in ("nothing", "dots", "everything")],
+        lambda best: [
+            {"tokens": best["microbatch_tokens"] // 2},
+            {"tokens": best["microbatch_tokens"] * 2},
+        ],
+    ):
         best = found[min(found, key=order)]
         if not best["rows"]:
             break
         for changes in change(best):
-            attempt(**{"mesh": best["mesh"], "remat": best["remat"], "tokens": best["microbatch_tokens"]} | changes)
+            attempt(
+                **{
+                    "mesh": best["mesh"],
+                    "remat": best["remat"],
+                    "tokens": best["microbatch_tokens"],
+                }
+                | changes
+            )
     return [found[key] for key in sorted(found, key=order)]
 
 

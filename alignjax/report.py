@@ -25,15 +25,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignjax import advice, records
 from alignjax import config as configs
-from alignjax import workdir as workdirs
 from alignjax.config import Config, UserError
-from alignjax.records import Records
+from alignjax.machine import workdir as workdirs
+from alignjax.runs import advice, records
+from alignjax.runs.records import Records
 
-PAGE = Path(__file__).resolve().parent / "page"
+PAGE = Path(__file__).resolve().parent / "reports" / "page"
 POINTS, ROWS = 2000, 400  # of a curve, of a kind of samples
-FIGURES = {"score": "score", "true_score": "true score", "kl": "KL", "length": "length", "truncated": "cut off"}
+FIGURES = {
+    "score": "score",
+    "true_score": "true score",
+    "kl": "KL",
+    "length": "length",
+    "truncated": "cut off",
+}
 
 
 class Chart(NamedTuple):
@@ -52,47 +58,107 @@ CHARTS = (
     Chart("True score", "best 1", {"objective/true_score": "true score"}, "true_score"),
     Chart("KL to the reference", "nats a response", {"objective/kl": "KL"}, "kl"),
     Chart("KL to the reference", "nats a token", {"objective/kl_per_token": "KL"}),
-    Chart("Entropy", "nats a token", {"policy/entropy_avg": "entropy", "entropy": "entropy"}, "entropy"),
+    Chart(
+        "Entropy",
+        "nats a token",
+        {"policy/entropy_avg": "entropy", "entropy": "entropy"},
+        "entropy",
+    ),
     Chart("Entropy", "nats a response, by what was sampled", {"objective/entropy": "entropy"}),
-    Chart("Reward with KL penalty", "score normalised",
-          {"objective/rlhf_reward": "reward", "objective/non_score_reward": "penalty alone"}),
-    Chart("Running scores", "mean and deviation",
-          {"reward/running_mean": "mean", "reward/running_std": "deviation", "objective/scores_std": "deviation of the step"}),
-    Chart("Clip fractions", "share of tokens", {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"}),
-    Chart("Explained variance", "of the returns, by the values", {"value/explained_variance": "explained"}),
+    Chart(
+        "Reward with KL penalty",
+        "score normalised",
+        {"objective/rlhf_reward": "reward", "objective/non_score_reward": "penalty alone"},
+    ),
+    Chart(
+        "Running scores",
+        "mean and deviation",
+        {
+            "reward/running_mean": "mean",
+            "reward/running_std": "deviation",
+            "objective/scores_std": "deviation of the step",
+        },
+    ),
+    Chart(
+        "Clip fractions",
+        "share of tokens",
+        {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"},
+    ),
+    Chart(
+        "Explained variance",
+        "of the returns, by the values",
+        {"value/explained_variance": "explained"},
+    ),
     Chart("Ratio", "new to old policy, mean", {"val/ratio": "ratio"}),
     Chart("Ratio", "variance", {"val/ratio_var": "variance"}),
     Chart("Change of the policy", "approximate KL of an update", {"policy/approxkl_avg": "KL"}),
-    Chart("Response length", "tokens", {"response/length_mean": "mean", "response/length_max": "longest"}, "length"),
+    Chart(
+        "Response length",
+        "tokens",
+        {"response/length_mean": "mean", "response/length_max": "longest"},
+        "length",
+    ),
     Chart("Truncated", "share of responses", {"response/truncated": "truncated"}, "truncated"),
     Chart("Loss", "nats a target", {"loss": "loss"}, "", "heldout_loss|loss/"),
     Chart("Accuracy", "share of pairs", {"accuracy": "in training"}, "", "accuracy/"),
-    Chart("Margin", "chosen less rejected score", {"margin": "margin", "mean_reward": "mean score"}),
+    Chart(
+        "Margin", "chosen less rejected score", {"margin": "margin", "mean_reward": "mean score"}
+    ),
     Chart("Policy loss", "clipped objective", {"loss/policy_avg": "policy"}),
     Chart("Value loss", "squared error", {"loss/value_avg": "value"}),
-    Chart("Loss on pretraining text", "nats a token", {"loss/pretrain_avg": "pretraining"}, "pretrain_loss"),
-    Chart("Gradient norm", "before clipping",
-          {"grad_norm": "all", "policy/grad_norm": "policy", "pretrain/grad_norm": "pretraining text"}),
+    Chart(
+        "Loss on pretraining text",
+        "nats a token",
+        {"loss/pretrain_avg": "pretraining"},
+        "pretrain_loss",
+    ),
+    Chart(
+        "Gradient norm",
+        "before clipping",
+        {
+            "grad_norm": "all",
+            "policy/grad_norm": "policy",
+            "pretrain/grad_norm": "pretraining text",
+        },
+    ),
     Chart("Gradient norm of the value model", "before clipping", {"value/grad_norm": "value"}),
     Chart("Pretraining gradient", "norm over the policy's", {"pretrain/grad_norm_ratio": "ratio"}),
     Chart("Learning rate", "", {"lr": "policy"}),
-    Chart("Skipped updates", "not finite",
-          {"skipped": "all", "policy/skipped": "policy", "value/skipped": "value"}, rare=True),
+    Chart(
+        "Skipped updates",
+        "not finite",
+        {"skipped": "all", "policy/skipped": "policy", "value/skipped": "value"},
+        rare=True,
+    ),
     Chart("Ties", "share of pairs", {"ties": "ties"}, rare=True),
-    Chart("Sampler against scorer", "difference of log p", {"sampler/drift_mean": "mean", "sampler/drift_max": "largest"}),
-    Chart("Time of a step", "seconds", {"timing/seconds": "step", "timing/evaluation_seconds": "evaluation"}, log=True),
+    Chart(
+        "Sampler against scorer",
+        "difference of log p",
+        {"sampler/drift_mean": "mean", "sampler/drift_max": "largest"},
+    ),
+    Chart(
+        "Time of a step",
+        "seconds",
+        {"timing/seconds": "step", "timing/evaluation_seconds": "evaluation"},
+        log=True,
+    ),
     Chart("Time by phase", "seconds", {"timing/phases/*": ""}, log=True),
     Chart("Episodes", "a second", {"timing/eps": "episodes"}),
     Chart("Compiled programs", "so far", {"timing/compilations": "programs"}),
-)  # fmt: skip
+)
 UNDRAWN = {"step", "episode", "val/num_eos_tokens"}
 
 
 def main(argv=None) -> int:
     """The exit code: 0, or 2 after a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m alignjax.report", allow_abbrev=False,
-                                     description="Write what runs have left as one HTML file.")  # fmt: skip
-    parser.add_argument("runs", nargs="+", help="work directories, of complete or unfinished runs of any stage")
+    parser = argparse.ArgumentParser(
+        prog="python -m alignjax.report",
+        allow_abbrev=False,
+        description="Write what runs have left as one HTML file.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", help="work directories, of complete or unfinished runs of any stage"
+    )
     parser.add_argument("--out", help="default: report.html in the first run's directory")
     arguments = parser.parse_args(argv)
     try:
@@ -111,7 +177,10 @@ def main(argv=None) -> int:
 
 def page(data: dict) -> str:
     """The HTML file that shows `data`. What a run says is in it as JSON only, without a "<", and the script by its hash."""
-    parts = {name: (PAGE / f"page.{name}").read_text(encoding="utf-8").strip() for name in ("html", "css", "js")}
+    parts = {
+        name: (PAGE / f"page.{name}").read_text(encoding="utf-8").strip()
+        for name in ("html", "css", "js")
+    }
     parts["data"] = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts["title"] = html.escape(", ".join(run["title"] for run in data["runs"]))
     digest = hashlib.sha256(f"\n{parts['js']}\n".encode()).digest()
@@ -122,14 +191,22 @@ def page(data: dict) -> str:
 def content(runs: list[Records]) -> dict:
     """All that the page shows, as JSON takes it."""
     described = [describe(run) for run in runs]
-    for names in ([title(run) for run in runs], [run.workdir.name for run in runs], [str(run.workdir) for run in runs]):
+    for names in (
+        [title(run) for run in runs],
+        [run.workdir.name for run in runs],
+        [str(run.workdir) for run in runs],
+    ):
         if len(set(names)) == len(names):  # seeds of one config have the same name
             break
     for run, name in zip(described, names, strict=True):
         run["title"] = name
     sources = [{"run": i, **source} for i, run in enumerate(runs) for source in samples(run)]
-    return {"runs": described, "charts": charts(described), "sources": sources,
-            "defaults": plain(dict(configs.flatten(Config())))}  # fmt: skip
+    return {
+        "runs": described,
+        "charts": charts(described),
+        "sources": sources,
+        "defaults": plain(dict(configs.flatten(Config()))),
+    }
 
 
 def title(run: Records) -> str:
@@ -138,24 +215,49 @@ def title(run: Records) -> str:
 
 def describe(run: Records) -> dict:
     """A run but for its samples."""
-    steps = run.summary.get("steps") or run.config.get("steps") or None  # None: one pass, of a length not known here
+    steps = (
+        run.summary.get("steps") or run.config.get("steps") or None
+    )  # None: one pass, of a length not known here
     done = run.metrics[-1]["step"] + 1 if run.metrics else 0
-    names = {f"timing/{name}" for row in run.timing for name in row} | {name for row in run.metrics for name in row}
-    timing = [{"step": row["step"]} | {f"timing/{k}": v for k, v in row.items()} for row in run.timing]
-    series = {name: curve(timing if name.startswith("timing/") else run.metrics, name) for name in sorted(names)}
-    ends = [{"step": steps} | {k.removesuffix("/after"): v for k, v in run.summary.items() if k.endswith("/after")}]
+    names = {f"timing/{name}" for row in run.timing for name in row} | {
+        name for row in run.metrics for name in row
+    }
+    timing = [
+        {"step": row["step"]} | {f"timing/{k}": v for k, v in row.items()} for row in run.timing
+    ]
+    series = {
+        name: curve(timing if name.startswith("timing/") else run.metrics, name)
+        for name in sorted(names)
+    }
+    ends = [
+        {"step": steps}
+        | {k.removesuffix("/after"): v for k, v in run.summary.items() if k.endswith("/after")}
+    ]
     heldout = run.evaluations + (ends if len(ends[0]) > 1 else [])
     figures = {name for row in heldout for name in row} - {"step", "prompts", "samples"}
     return {
-        "title": title(run), "directory": str(run.workdir), "stage": run.config.get("stage"), "steps": steps,
-        "done": done, "seed": run.config.get("seed"), "complete": bool(run.summary),
-        "seconds": run.summary.get("training_seconds") or round(sum(row.get("seconds") or 0 for row in run.timing), 1),
-        "table": [[words, " ".join(value.split())] for words, value in run.summary.get("table", [])],
-        "parents": parents(run), "config": plain(run.config), "environments": environments(run),
+        "title": title(run),
+        "directory": str(run.workdir),
+        "stage": run.config.get("stage"),
+        "steps": steps,
+        "done": done,
+        "seed": run.config.get("seed"),
+        "complete": bool(run.summary),
+        "seconds": run.summary.get("training_seconds")
+        or round(sum(row.get("seconds") or 0 for row in run.timing), 1),
+        "table": [
+            [words, " ".join(value.split())] for words, value in run.summary.get("table", [])
+        ],
+        "parents": parents(run),
+        "config": plain(run.config),
+        "environments": environments(run),
         "summary": {k: v for k, v in run.summary.items() if isinstance(v, int | float)},
-        "warnings": [found._asdict() for found in advice.advise(run.config, run.metrics, run.evaluations)], "series": series,
+        "warnings": [
+            found._asdict() for found in advice.advise(run.config, run.metrics, run.evaluations)
+        ],
+        "series": series,
         "heldout": {name: curve(heldout, name) for name in sorted(figures)},
-    }  # fmt: skip
+    }
 
 
 def environments(run: Records) -> list[dict]:
@@ -185,11 +287,19 @@ def parents(run: Records) -> list[dict]:
         if spec.partition(":")[0].endswith(".py"):
             try:
                 directory = run.workdir.parent / configs.load(spec).name
-            except Exception:  # a config that is gone, or of another version: whatever its code raises
+            except (
+                Exception
+            ):  # a config that is gone, or of another version: whatever its code raises
                 directory = None
         summary = records.one(directory / "summary.json") if directory else {}
-        out.append({"roles": mine, "spec": spec, "table": summary.get("table", []),
-                    "summary": {k: v for k, v in summary.items() if isinstance(v, int | float)}})  # fmt: skip
+        out.append(
+            {
+                "roles": mine,
+                "spec": spec,
+                "table": summary.get("table", []),
+                "summary": {k: v for k, v in summary.items() if isinstance(v, int | float)},
+            }
+        )
     return out
 
 
@@ -197,7 +307,10 @@ def curve(rows: list[dict], name: str) -> dict:
     """{"steps": [...], "values": [...]} of a figure, where there is one: thinned if long, each value to six digits."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     points = thin([point for point in points if math.isfinite(point[1])])
-    return {"steps": [step for step, _ in points], "values": [float(f"{value:.6g}") for _, value in points]}
+    return {
+        "steps": [step for step, _ in points],
+        "values": [float(f"{value:.6g}") for _, value in points],
+    }
 
 
 def thin(points: list[tuple]) -> list[tuple]:
@@ -213,23 +326,41 @@ def thin(points: list[tuple]) -> list[tuple]:
 def charts(runs: list[dict]) -> list[dict]:
     """What is to be drawn: the catalogue's charts that some run has, then one for each metric that no chart names."""
     names = (
-        {name for run in runs for name, found in run["series"].items() if found["steps"]} - UNDRAWN - {"timing/step"}
+        {name for run in runs for name, found in run["series"].items() if found["steps"]}
+        - UNDRAWN
+        - {"timing/step"}
     )
     catalogue, known = [], set()
     for chart in CHARTS:
         found = {}
         for name, words in chart.lines.items():
-            more = sorted(n for n in names if n.startswith(name[:-1])) if name.endswith("*") else [name]
+            more = (
+                sorted(n for n in names if n.startswith(name[:-1]))
+                if name.endswith("*")
+                else [name]
+            )
             found |= {n: words or n.removeprefix(name[:-1]) for n in more if n in names}
         known |= set(found)
-        if chart.rare and not any(sum(run["series"].get(n, {"values": []})["values"]) for run in runs for n in found):
+        if chart.rare and not any(
+            sum(run["series"].get(n, {"values": []})["values"]) for run in runs for n in found
+        ):
             continue
         heldout = chart.heldout if any(chart.heldout in run["heldout"] for run in runs) else ""
         if found or heldout:
-            catalogue.append({"title": chart.title, "unit": chart.unit, "lines": found, "heldout": heldout, "log": chart.log,
-                              "marks": marks(chart, runs)})  # fmt: skip
-    rest = [{"title": name, "unit": "", "lines": {name: name}, "heldout": "", "log": False, "marks": []}
-            for name in sorted(names - known)]  # fmt: skip
+            catalogue.append(
+                {
+                    "title": chart.title,
+                    "unit": chart.unit,
+                    "lines": found,
+                    "heldout": heldout,
+                    "log": chart.log,
+                    "marks": marks(chart, runs),
+                }
+            )
+    rest = [
+        {"title": name, "unit": "", "lines": {name: name}, "heldout": "", "log": False, "marks": []}
+        for name in sorted(names - known)
+    ]
     return catalogue + rest
 
 
@@ -244,8 +375,16 @@ def marks(chart: Chart, runs: list[dict]) -> list[dict]:
         whose = [("at the end", run["summary"])]
         if run["stage"] == "ranking":  # the losses of text are of texts that differ
             whose += [(parent["spec"], parent["summary"]) for parent in run["parents"]]
-        out += [{"run": i, "words": f"{words}, {name.partition('/')[2] or 'held out'}", "value": summary[name]}
-                for words, summary in whose for name in ends if name in summary]  # fmt: skip
+        out += [
+            {
+                "run": i,
+                "words": f"{words}, {name.partition('/')[2] or 'held out'}",
+                "value": summary[name],
+            }
+            for words, summary in whose
+            for name in ends
+            if name in summary
+        ]
     return out
 
 
@@ -253,11 +392,16 @@ def samples(run: Records) -> list[dict]:
     """Kinds of samples: {"kind", "total", "rows": as `sample`}."""
     ends = ("reference, before PPO", "before"), ("policy, after PPO", "after")
     kinds = {
-        "held out, at the end": [(row, {words: row[side] for words, side in ends}) for row in run.responses],
-        "held out, on the way": [(entry | {"step": row["step"]}, {"policy": entry}) for row in run.evaluations
-                                 for entry in row.get("samples", [])],
+        "held out, at the end": [
+            (row, {words: row[side] for words, side in ends}) for row in run.responses
+        ],
+        "held out, on the way": [
+            (entry | {"step": row["step"]}, {"policy": entry})
+            for row in run.evaluations
+            for entry in row.get("samples", [])
+        ],
         "in training": [(row, columns(row)) for row in run.samples],
-    }  # fmt: skip
+    }
     out = []
     for kind, rows in kinds.items():
         kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).astype(int))
@@ -271,7 +415,10 @@ def columns(row: dict) -> dict[str, dict]:
     if "responses" in row:
         return {"policy": row}
     if "chosen" in row:
-        return {x: {"responses": [row[x]], "score": [row.get(f"{x}_score")]} for x in ("chosen", "rejected")}
+        return {
+            x: {"responses": [row[x]], "score": [row.get(f"{x}_score")]}
+            for x in ("chosen", "rejected")
+        }
     return {x: {"responses": [row[x]]} for x in ("text", "targets") if x in row}
 
 
@@ -286,7 +433,12 @@ def responses(side: dict) -> list[dict]:
     """Each response with its tokens and figures."""
     out = []
     for k, text in enumerate(side["responses"]):
-        out.append({"text": text, "figures": {FIGURES[name]: side[name][k] for name in FIGURES if name in side}})
+        out.append(
+            {
+                "text": text,
+                "figures": {FIGURES[name]: side[name][k] for name in FIGURES if name in side},
+            }
+        )
         if "tokens" in side:
             out[-1] |= {"tokens": side["tokens"][k], "log_ratio": side["log_ratio"][k]}
     return out
@@ -303,7 +455,9 @@ def sorting(row: dict) -> dict[str, float]:
     *others, own = row["sides"].values()
     if "chosen" in row["sides"]:
         others, own = [own], others[0]
-    out = {name: mean(own, name) for name in ("score", "true score", "KL", "length")} | {"step": row.get("step")}
+    out = {name: mean(own, name) for name in ("score", "true score", "KL", "length")} | {
+        "step": row.get("step")
+    }
     for name in ("score", "true score"):
         if others and None not in (out[name], mean(others[0], name)):
             out[f"difference of {name}s"] = out[name] - mean(others[0], name)

@@ -23,11 +23,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from alignjax import claims, metrics, records, train
+from alignjax import claims, train
 from alignjax import config as configs
-from alignjax import workdir as workdirs
 from alignjax.claims import Study, Trial
 from alignjax.config import UserError
+from alignjax.machine import console
+from alignjax.machine import workdir as workdirs
+from alignjax.runs import records
 
 STUDIES = configs.CONFIGS.parent / "studies"
 
@@ -38,7 +40,14 @@ def main(argv=None) -> int:
         arguments = parse(argv)
         studies = {name: load(name) for name in arguments.name}
         for name, study in studies.items():
-            carry_out(name, study, arguments.seeds, arguments.jobs, Path(arguments.workdir), Path(arguments.out))
+            carry_out(
+                name,
+                study,
+                arguments.seeds,
+                arguments.jobs,
+                Path(arguments.workdir),
+                Path(arguments.out),
+            )
     except UserError as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -49,14 +58,32 @@ def main(argv=None) -> int:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="python -m alignjax.study", allow_abbrev=False,
-                                     description="Put a claim to the test over several seeds.")  # fmt: skip
-    parser.add_argument("name", nargs="+", metavar="NAME", help=f"of {', '.join(known())}; all; or the path of a file")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on; default: 5")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds at work at once, which share the cores; default: 1")
-    parser.add_argument("--workdir", default="runs/study", help="where the runs go; default: runs/study")
+    parser = argparse.ArgumentParser(
+        prog="python -m alignjax.study",
+        allow_abbrev=False,
+        description="Put a claim to the test over several seeds.",
+    )
     parser.add_argument(
-        "--out", default="runs", metavar="DIR", help="DIR/study.md, DIR/study/NAME.png and .json; default: runs"
+        "name",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(known())}; all; or the path of a file",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on; default: 5")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="seeds at work at once, which share the cores; default: 1",
+    )
+    parser.add_argument(
+        "--workdir", default="runs/study", help="where the runs go; default: runs/study"
+    )
+    parser.add_argument(
+        "--out",
+        default="runs",
+        metavar="DIR",
+        help="DIR/study.md, DIR/study/NAME.png and .json; default: runs",
     )
     arguments = parser.parse_args(argv)
     for name in ("seeds", "jobs"):
@@ -94,8 +121,19 @@ def trials(study: Study, seeds: int, workdir: Path) -> list[Trial]:
             directory = workdir / str(seed) / directory_of(config.name, overrides)
             train.adopt(config, overrides)
             train.compare(config, directory)
-            given = (f"--config.{key}={value}" for key, value in {"seed": seed, **overrides}.items())
-            command = ("python", "-m", "alignjax.train", "--config", spec, *given, "--workdir", str(directory))
+            given = (
+                f"--config.{key}={value}" for key, value in {"seed": seed, **overrides}.items()
+            )
+            command = (
+                "python",
+                "-m",
+                "alignjax.train",
+                "--config",
+                spec,
+                *given,
+                "--workdir",
+                str(directory),
+            )
             out.append(Trial(arm, seed, directory, command, config.steps))
     return out
 
@@ -103,7 +141,11 @@ def trials(study: Study, seeds: int, workdir: Path) -> list[Trial]:
 def directory_of(name: str, overrides: dict[str, str]) -> str:
     """A run's directory: its config's name and the fields that differ; a digest where they are too long."""
     text = ",".join([name, *(f"{key}={value}" for key, value in sorted(overrides.items()))])
-    return re.sub(r"[^\w.=+,-]+", "_", text if len(text) < 100 else f"{text[:80]}-{zlib.crc32(text.encode()):08x}")
+    return re.sub(
+        r"[^\w.=+,-]+",
+        "_",
+        text if len(text) < 100 else f"{text[:80]}-{zlib.crc32(text.encode()):08x}",
+    )
 
 
 def carry_out(name: str, study: Study, seeds: int, jobs: int, workdir: Path, out: Path) -> None:
@@ -112,15 +154,26 @@ def carry_out(name: str, study: Study, seeds: int, jobs: int, workdir: Path, out
     run_all(name, planned, jobs)
     mine = {arm: [trial for trial in planned if trial.arm == arm] for arm in study.arms}
     runs = {arm: [records.read(trial.workdir) for trial in some] for arm, some in mine.items()}
-    found = {"name": name, "title": study.title, "claim": study.claim, "found": study.found, "seeds": seeds,
-             "arms": {arm: claims.outcome(study, mine[arm], runs[arm]) for arm in study.arms}}  # fmt: skip
+    found = {
+        "name": name,
+        "title": study.title,
+        "claim": study.claim,
+        "found": study.found,
+        "seeds": seeds,
+        "arms": {arm: claims.outcome(study, mine[arm], runs[arm]) for arm in study.arms},
+    }
     (out / "study").mkdir(parents=True, exist_ok=True)
     claims.picture(study, found, runs).savefig(out / "study" / f"{name}.png", dpi=110)
     workdirs.write(out / "study" / f"{name}.json", json.dumps(found, indent=1) + "\n")
     workdirs.write(out / "study.md", claims.document(out))
     head, *lines = claims.cells(found)
-    print(metrics.grid(f"{name}: {seeds} seeds, mean and half of the 95 % interval", (head[0], head[1:]),
-                       [(line[0], line[1:]) for line in lines]))  # fmt: skip
+    print(
+        console.grid(
+            f"{name}: {seeds} seeds, mean and half of the 95 % interval",
+            (head[0], head[1:]),
+            [(line[0], line[1:]) for line in lines],
+        )
+    )
     print(f"figures in {out / 'study' / name}.json, picture beside it, all in {out / 'study.md'}")
 
 
@@ -138,11 +191,17 @@ def run_all(name: str, planned: list[Trial], jobs: int) -> None:
                 launch(trial, cores[place::jobs], children)
         free.append(place)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, terminated(), bar(name, planned) as show:
+    with (
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+        terminated(),
+        bar(name, planned) as show,
+    ):
         pending = {pool.submit(work, seed) for seed in seeds}
         try:
             while pending:
-                done, pending = concurrent.futures.wait(pending, 1, concurrent.futures.FIRST_EXCEPTION)
+                done, pending = concurrent.futures.wait(
+                    pending, 1, concurrent.futures.FIRST_EXCEPTION
+                )
                 show()
                 for future in done:
                     future.result()
@@ -158,8 +217,12 @@ def launch(trial: Trial, cores: list[int], children: set) -> None:
     log = trial.workdir.parent / f"{trial.workdir.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        child = subprocess.Popen([sys.executable, *trial.command[1:]], stdout=file, stderr=subprocess.STDOUT,
-                                 start_new_session=True)  # fmt: skip
+        child = subprocess.Popen(
+            [sys.executable, *trial.command[1:]],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         children.add(child)
         if cores:
             with contextlib.suppress(ProcessLookupError):
@@ -192,12 +255,22 @@ def terminated():
 def bar(name: str, planned: list[Trial]):
     """A bar over the steps of all runs, and what brings it up to date."""
     total = sum(trial.steps for trial in planned)
-    with tqdm(total=total, desc=name, unit="step", dynamic_ncols=True, file=sys.stderr,
-              mininterval=0.5 if sys.stderr.isatty() else 60) as shown:  # fmt: skip
+    with tqdm(
+        total=total,
+        desc=name,
+        unit="step",
+        dynamic_ncols=True,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 60,
+    ) as shown:
 
         def show():
-            counts = [min(written(trial.workdir / "metrics.jsonl"), trial.steps) for trial in planned]
-            at_work = [f"{t.arm} {t.seed}" for t, n in zip(planned, counts, strict=True) if 0 < n < t.steps]
+            counts = [
+                min(written(trial.workdir / "metrics.jsonl"), trial.steps) for trial in planned
+            ]
+            at_work = [
+                f"{t.arm} {t.seed}" for t, n in zip(planned, counts, strict=True) if 0 < n < t.steps
+            ]
             shown.set_postfix_str(", ".join(at_work), refresh=False)
             shown.update(sum(counts) - shown.n)
 

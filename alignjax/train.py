@@ -4,6 +4,7 @@ Top to bottom: arguments -> config -> parents -> mesh, tokenizer, stage -> loop 
 again resumes, to the bit, or says that the run is complete.
 """
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -18,19 +19,30 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from alignjax import advice, checkpoint, environment, metrics, processes, records, roles, sharding, tracker, update
 from alignjax import config as configs
-from alignjax import workdir as workdirs
-from alignjax.command import Signals, at_work, keep_programs, notices, parse, say
+from alignjax.algorithms import lm, optimisation, ppo, ranking, rewards
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
+from alignjax.machine import console, jsonl, processes, sharding
+from alignjax.machine import workdir as workdirs
+from alignjax.machine.compilation_cache import keep_programs
+from alignjax.machine.console import say
+from alignjax.machine.lock import at_work
+from alignjax.machine.processes import Stopped
+from alignjax.machine.profile import Compilations, Phases
+from alignjax.machine.signals import Signals, notices
 from alignjax.models import attention
-from alignjax.processes import Stopped
-from alignjax.profile import Compilations, Phases
-from alignjax.records import Records
-from alignjax.stages import lm, ppo, ranking, rewards
+from alignjax.runs import advice, environment, records, tracker
+from alignjax.runs import log as run_log
+from alignjax.runs.records import Records
+from alignjax.weights import checkpoint, roles
 
-CLAIMING = {"lock", "tokenizer", "tokenizer.partial", "config.partial"}  # a run that was cut off there is begun anew
+CLAIMING = {
+    "lock",
+    "tokenizer",
+    "tokenizer.partial",
+    "config.partial",
+}  # a run that was cut off there is begun anew
 STAGES = {"lm": lm.build, "ranking": ranking.build, "ppo": ppo.build}
 
 
@@ -40,7 +52,7 @@ def main(argv=None) -> int:
     Where there are several processes, an error in one ends all of them, with its code.
     """
     try:
-        arguments, overrides = parse(argv)
+        arguments, overrides = parse_arguments(argv)
         with processes.one_run(arguments.distributed):
             signals = Signals()  # not before jax.distributed, which takes SIGTERM for itself; to the end of the process
             config = configs.load(arguments.config, overrides)
@@ -55,8 +67,14 @@ def main(argv=None) -> int:
     return 0
 
 
-def fit(config: Config, workdir: str | Path | None = None, fixed: Collection[str] = (), profile: bool = False,
-        wandb: str = "", signals: Signals | None = None) -> Records:  # fmt: skip
+def fit(
+    config: Config,
+    workdir: str | Path | None = None,
+    fixed: Collection[str] = (),
+    profile: bool = False,
+    wandb: str = "",
+    signals: Signals | None = None,
+) -> Records:
     """Train as a config says, after its parents, in `workdir` (default: runs/NAME), and give what the run has left.
 
     What is there already isn't done again: a run that was cut off goes on, one that is complete is read. `config` isn't
@@ -76,8 +94,14 @@ def fit(config: Config, workdir: str | Path | None = None, fixed: Collection[str
             return run(config, workdir, fixed, signals, profile, wandb)
 
 
-def run(config: Config, workdir: Path, fixed: Collection[str], signals: Signals, profile: bool = False,
-        project: str = "") -> Records:  # fmt: skip
+def run(
+    config: Config,
+    workdir: Path,
+    fixed: Collection[str],
+    signals: Signals,
+    profile: bool = False,
+    project: str = "",
+) -> Records:
     """Run a config to its end in `workdir`, after its parents; UserError or Stopped if it can't get there.
 
     Its parents are never profiled: that would slow what nobody asked about, and each can be asked for by itself. They too go
@@ -99,27 +123,43 @@ def run(config: Config, workdir: Path, fixed: Collection[str], signals: Signals,
             shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             devices = f"{mesh.size} {jax.default_backend()} device(s) ({shape})"
             say(f"{config.name}: {stage.steps} steps on {devices}, in {workdir}")
-            keep(config, tokenizer, workdir)  # now that no mistake in config or data can leave it half made
+            keep(
+                config, tokenizer, workdir
+            )  # now that no mistake in config or data can leave it half made
             with tracker.tracking(project, config, workdir, say) as tracked:
                 state = train(config, workdir, stage, signals, phases, compilations, tracked)
                 say(f"{config.name}: {compilations}")
                 say(f"{config.name}: evaluating")
                 figures, responses = stage.evaluate(state)
-                if bad := metrics.not_finite(figures):
-                    raise UserError(f"{config.name}: {bad[0]} is {figures[bad[0]]} in the evaluation; not complete")
+                if bad := run_log.not_finite(figures):
+                    raise UserError(
+                        f"{config.name}: {bad[0]} is {figures[bad[0]]} in the evaluation; not complete"
+                    )
                 if tracked:
                     tracked.summary(figures)
         if jax.process_index() == 0:
             times = (workdir / "timing.jsonl").read_text().splitlines()
-            facts = {"name": config.name, "stage": config.stage, "steps": stage.steps, "seed": config.seed,
-                     "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1)}  # fmt: skip
+            facts = {
+                "name": config.name,
+                "stage": config.stage,
+                "steps": stage.steps,
+                "seed": config.seed,
+                "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1),
+            }
             if responses:
-                workdirs.write(workdir / "responses.jsonl", metrics.json_lines(responses))
-            workdirs.write(summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1))
+                workdirs.write(workdir / "responses.jsonl", jsonl.json_lines(responses))
+            workdirs.write(
+                summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1)
+            )
         together("summary")
     left = records.read(workdir)
     seconds = left.summary["training_seconds"]
-    say(metrics.table(f"{config.name}: {left.summary['steps']} steps in {seconds:.0f} s", left.summary["table"]))
+    say(
+        console.table(
+            f"{config.name}: {left.summary['steps']} steps in {seconds:.0f} s",
+            left.summary["table"],
+        )
+    )
     for warning in advice.advise(left.config, left.metrics, left.evaluations):
         say(advice.brief(config.name, warning))
     return left
@@ -164,7 +204,11 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals, project: 
     directory = workdir.parent / parent.name
     if directory == workdir:
         raise UserError(f"--workdir {workdir}: that is where the parent {spec} goes")
-    parent.seed, parent.mesh, parent.model = config.seed, config.mesh, dataclasses.replace(config.model)
+    parent.seed, parent.mesh, parent.model = (
+        config.seed,
+        config.mesh,
+        dataclasses.replace(config.model),
+    )
     if (directory / "config.json").exists():
         parent.seed = roles.stored(directory).get("seed", config.seed)
     configs.check(parent)
@@ -179,13 +223,17 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals, project: 
 
 
 def adopt(
-    config: Config, fixed: Collection[str], architecture=lambda spec: roles.architecture(roles.local(spec))
+    config: Config,
+    fixed: Collection[str],
+    architecture=lambda spec: roles.architecture(roles.local(spec)),
 ) -> None:
     """Give the config the architecture of what its parents begin with, unless the user asks for another.
 
     The reward model's is its own affair: it may be another.
     """
-    for parent in filter(None, (origin(spec) for role, spec in config.parents.items() if role != "reward")):
+    for parent in filter(
+        None, (origin(spec) for role, spec in config.parents.items() if role != "reward")
+    ):
         for name, value in dataclasses.asdict(architecture(parent)).items():
             if name in roles.RUNTIME:
                 continue
@@ -209,7 +257,9 @@ def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None
         free = ("mesh.", "keep_checkpoints", "max_skipped", "ppo.eval_", *ignore)
         differs = configs.difference(config, roles.stored(workdir), free)
         if differs:
-            raise UserError(f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir")
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir"
+            )
     elif workdir.exists() and {path.name for path in workdir.iterdir()} - CLAIMING:
         raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
 
@@ -224,28 +274,40 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
         tokenizer = chat.load_tokenizer(workdir / "tokenizer")
     elif sources:
         if (config.tokenizer or config.chat_template) and all(map(roles.is_run, sources.values())):
-            raise UserError(f"tokenizer={config.tokenizer!r}, chat_template={config.chat_template!r}: the parents "
-                            f"{sorted(map(str, set(sources.values())))} are runs, which have their own")  # fmt: skip
+            raise UserError(
+                f"tokenizer={config.tokenizer!r}, chat_template={config.chat_template!r}: the parents "
+                f"{sorted(map(str, set(sources.values())))} are runs, which have their own"
+            )
         tokenizers = {role: rewards.tokenizer_of(config, path) for role, path in sources.items()}
         first = next(iter(sources))
         tokenizer = tokenizers[first]
         for role in sources:
             if tokenizers[role].get_vocab() != tokenizer.get_vocab():
-                raise UserError(f"the tokenizers of {sources[first]} ({first}) and {sources[role]} ({role}) differ")
+                raise UserError(
+                    f"the tokenizers of {sources[first]} ({first}) and {sources[role]} ({role}) differ"
+                )
     elif config.tokenizer:
-        tokenizer = chat.load_tokenizer(roles.local(config.tokenizer, weights=False), config.chat_template)
+        tokenizer = chat.load_tokenizer(
+            roles.local(config.tokenizer, weights=False), config.chat_template
+        )
     else:
         if config.data.kind != "text":
-            raise UserError(f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only")
+            raise UserError(
+                f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only"
+            )
         texts = toy.tokenizer_texts(config.seed)
         if not all(source.startswith("toy/") for source, _ in mixture.sources(config.data.train)):
             texts = [
-                row["text"] for rows in mixture.sets(config, "text", config.data.train, "", say).train for row in rows
+                row["text"]
+                for rows in mixture.sets(config, "text", config.data.train, "", say).train
+                for row in rows
             ]
         with tempfile.TemporaryDirectory() as directory:
             tokenizer = chat.train_tokenizer(texts, Path(directory), config.model.vocab_size)
     if len(tokenizer) > config.model.vocab_size:
-        raise UserError(f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {len(tokenizer)} tokens")
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {len(tokenizer)} tokens"
+        )
     return tokenizer
 
 
@@ -264,20 +326,43 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
     together("keep")
 
 
-def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases, compilations, tracked=None):
+def train(
+    config: Config,
+    workdir: Path,
+    stage,
+    signals: Signals,
+    phases: Phases,
+    compilations,
+    tracked=None,
+):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    finite, files = jax.jit(update.finite), workdirs.staged(workdir)
-    with contextlib.closing(checkpoints), contextlib.closing(phases), files as (local, send), processes.telling():
-        found = checkpoints.restore(update.to_items(stage.shapes), say)
-        first, state = (found[0], update.from_items(found[1])) if found else (0, stage.start())
+    finite, files = jax.jit(optimisation.finite), workdirs.staged(workdir)
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(phases),
+        files as (local, send),
+        processes.telling(),
+    ):
+        found = checkpoints.restore(optimisation.to_items(stage.shapes), say)
+        first, state = (
+            (found[0], optimisation.from_items(found[1])) if found else (0, stage.start())
+        )
         if found:
             say(f"{config.name}: goes on from step {first}")
         if jax.process_index() == 0:
             environment.keep(workdir)
         adviser = advice.Adviser(dict(configs.flatten(config)))
-        log = metrics.Log(
-            local, config.name, first, stage.steps, stage.shown, config.max_skipped, say, adviser, tracked
+        log = run_log.Log(
+            local,
+            config.name,
+            first,
+            stage.steps,
+            stage.shown,
+            config.max_skipped,
+            say,
+            adviser,
+            tracked,
         )
         with contextlib.closing(log):
             phases.begin(first, stage.steps)
@@ -294,11 +379,16 @@ def train(config: Config, workdir: Path, stage, signals: Signals, phases: Phases
                     phases.mark("other")
                     state = stage.finish(state) if last else state
                     if not finite(state):  # a step by finite gradients may still overflow
-                        raise UserError(f"{config.name}: parameters or optimiser state are not finite after step {i}; stopped, "
-                                        "the last checkpoint is whole")  # fmt: skip
-                    checkpoints.save(i + 1, update.to_items(state))
+                        raise UserError(
+                            f"{config.name}: parameters or optimiser state are not finite after step {i}; stopped, "
+                            "the last checkpoint is whole"
+                        )
+                    checkpoints.save(i + 1, optimisation.to_items(state))
                     phases.mark("save")
-                costs = {f"phases/{name}": round(seconds, 4) for name, seconds in phases.end_step(i).items()}
+                costs = {
+                    f"phases/{name}": round(seconds, 4)
+                    for name, seconds in phases.end_step(i).items()
+                }
                 log.end_step(i, {"compilations": compilations.end_step(i), **costs})
                 if stop:
                     checkpoints.close()
@@ -312,6 +402,42 @@ def together(name: str) -> None:
     """Wait for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def parse_arguments(argv):
+    """(arguments, {dotted field: text}) of a command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignjax.train",
+        allow_abbrev=False,
+        description="Run a config, after its parents.",
+        epilog="any field of the config: --config.FIELD=VALUE",
+    )
+    parser.add_argument(
+        "--config", required=True, help="NAME.py[:variant], a path or a file of configs/"
+    )
+    parser.add_argument(
+        "--workdir", help="default: runs/NAME; parents that have to be run go beside it"
+    )
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,PROCESSES,INDEX",
+        help="one process of several; without a value, what the cluster says of itself",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="say where each step's time goes; a trace of a few steps goes to WORKDIR/profile",
+    )
+    parser.add_argument(
+        "--wandb",
+        default="",
+        metavar="PROJECT",
+        help="write to a project of Weights & Biases too; its own variables, as WANDB_MODE=offline, hold",
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    return arguments, configs.parse_overrides(rest)
 
 
 if __name__ == "__main__":

@@ -62,15 +62,24 @@ def chain(runs: Path, seed: int) -> dict:
     if not kept.exists():
         kept.write_text(json.dumps(seconds))
     train("rm.py:no_pmp", seed, runs / "rm-no-pmp")
-    summaries = {name: json.loads((runs / name / "summary.json").read_text()) for name in ("rm", "rm-no-pmp", "ppo")}
+    summaries = {
+        name: json.loads((runs / name / "summary.json").read_text())
+        for name in ("rm", "rm-no-pmp", "ppo")
+    }
     figures = {text: factor * summaries[run][name] for text, (run, name, factor) in FIGURES.items()}
     return figures | {"the whole chain, minutes": json.loads(kept.read_text()) / 60}
 
 
 def curves(axes, runs: Path, seed: int) -> None:
     rows = [json.loads(line) for line in (runs / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    names = ("objective/true_score", "objective/scores", "objective/kl", "policy/entropy_avg", "response/length_mean",
-             "loss/pretrain_avg")  # fmt: skip
+    names = (
+        "objective/true_score",
+        "objective/scores",
+        "objective/kl",
+        "policy/entropy_avg",
+        "response/length_mean",
+        "loss/pretrain_avg",
+    )
     for axis, name in zip(axes.flat, names, strict=True):
         x, y = zip(*((row["step"], row[name]) for row in rows if name in row), strict=True)
         width = max(1, len(y) // 20)
@@ -97,8 +106,15 @@ def main() -> None:
     for axis in axes[1]:
         axis.set_xlabel("PPO step", fontsize=8)
     figure.savefig(arguments.picture, dpi=110)
-    summary = {k: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "values": v}
-               for k in found[0] for v in [[one[k] for one in found]]}  # fmt: skip
+    summary = {
+        k: {
+            "mean": float(np.mean(v)),
+            "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0,
+            "values": v,
+        }
+        for k in found[0]
+        for v in [[one[k] for one in found]]
+    }
     (arguments.runs / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"| mean of {len(found)} seeds | | deviation |\n|---|---|---|")
     for name, value in summary.items():

@@ -32,16 +32,30 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from alignjax.command import keep_programs
 from alignjax.data import chat
 from alignjax.evals import registry
 from alignjax.evals.adapter import AlignJax
+from alignjax.machine.compilation_cache import keep_programs
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECTS = ("boolean_expressions", "date_understanding", "word_sorting")
-SIZES = {"tiny": (128, 4, 4, 32, 344), "small": (384, 6, 6, 64, 1024)}  # width, layers, heads, head size, feed-forward
-TEMPLATE = tuple(f"--config.{field}" for field in ("model.vocab_size=4096", "model.max_length=2048", "data.train=",
-    "data.heldout=", "data.heldout_share=0.02", "data.max_length=256", "data.batch=24", "name=harness"))  # fmt: skip
+SIZES = {
+    "tiny": (128, 4, 4, 32, 344),
+    "small": (384, 6, 6, 64, 1024),
+}  # width, layers, heads, head size, feed-forward
+TEMPLATE = tuple(
+    f"--config.{field}"
+    for field in (
+        "model.vocab_size=4096",
+        "model.max_length=2048",
+        "data.train=",
+        "data.heldout=",
+        "data.heldout_share=0.02",
+        "data.max_length=256",
+        "data.batch=24",
+        "name=harness",
+    )
+)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -56,25 +70,58 @@ def checkpoint(arguments, home: Path) -> Path:
     if out.exists():
         return out
     home.mkdir(parents=True, exist_ok=True)
-    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows_of(arguments.gsm8k)[1000:]]
+    texts = [
+        f"Question: {row['question']}\nAnswer: {row['answer']}"
+        for row in rows_of(arguments.gsm8k)[1000:]
+    ]
     for subject in SUBJECTS:
-        examples = json.loads((arguments.bbh / f"{subject}.json").read_text(encoding="utf-8"))["examples"]
-        texts += [f"Q: {row['input']}\nA: {row['target']}\n\n" for row in examples[len(examples) // 2 :]] * 4
+        examples = json.loads((arguments.bbh / f"{subject}.json").read_text(encoding="utf-8"))[
+            "examples"
+        ]
+        texts += [
+            f"Q: {row['input']}\nA: {row['target']}\n\n" for row in examples[len(examples) // 2 :]
+        ] * 4
     text = home / "text.jsonl"
     text.write_text("".join(json.dumps({"text": x}) + "\n" for x in texts), encoding="utf-8")
     d, layers, heads, head_size, d_ff = SIZES[arguments.size]
-    sizes = {"d_model": d, "layers": layers, "heads": heads, "kv_heads": heads, "head_size": head_size, "d_ff": d_ff}
+    sizes = {
+        "d_model": d,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_size": head_size,
+        "d_ff": d_ff,
+    }
     fields = [f"--config.model.{name}={value}" for name, value in sizes.items()]
     fields += [f"{field}{text}" if field.endswith("=") else field for field in TEMPLATE]
     python = functools.partial(subprocess.run, cwd=ROOT, check=True, env=environment())
-    python([sys.executable, "-m", "alignjax.train", "--config", "lm.py", "--workdir", str(home / "run"),
-            f"--config.steps={arguments.steps}", *fields])  # fmt: skip
-    python([sys.executable, "-m", "alignjax.convert", "--to_hf", str(home / "run"), "--out", str(out)])
+    python(
+        [
+            sys.executable,
+            "-m",
+            "alignjax.train",
+            "--config",
+            "lm.py",
+            "--workdir",
+            str(home / "run"),
+            f"--config.steps={arguments.steps}",
+            *fields,
+        ]
+    )
+    python(
+        [sys.executable, "-m", "alignjax.convert", "--to_hf", str(home / "run"), "--out", str(out)]
+    )
     return out
 
 
 def environment(**more) -> dict:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        **more,
+    }
 
 
 def choices(rows: list[dict], shots: int) -> dict:
@@ -85,13 +132,22 @@ def choices(rows: list[dict], shots: int) -> dict:
 
     def right(doc):
         return (
-            "ABCDEFGH".index(doc["target"][1]) if doc["target"].startswith("(") else options(doc).index(doc["target"])
+            "ABCDEFGH".index(doc["target"][1])
+            if doc["target"].startswith("(")
+            else options(doc).index(doc["target"])
         )
 
-    return {"task": f"choices-{shots}", "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows[4:])},
-            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "Q: {{input}}\nA:",
-            "doc_to_choice": options, "doc_to_target": right, "num_fewshot": shots,
-            "fewshot_config": {"sampler": "first_n", "samples": rows[:4]}}  # fmt: skip
+    return {
+        "task": f"choices-{shots}",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows[4:])},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{input}}\nA:",
+        "doc_to_choice": options,
+        "doc_to_target": right,
+        "num_fewshot": shots,
+        "fewshot_config": {"sampler": "first_n", "samples": rows[:4]},
+    }
 
 
 def requests(arguments, home: Path, tokenizer) -> dict[str, tuple[str, list]]:
@@ -104,7 +160,9 @@ def requests(arguments, home: Path, tokenizer) -> dict[str, tuple[str, list]]:
     if not (data / "bbh").exists():
         (data / "bbh").symlink_to(arguments.bbh.absolute(), target_is_directory=True)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_defaults=False, include_path=registry.include_paths(["gsm8k", "bbh"]))
+    manager = TaskManager(
+        include_defaults=False, include_path=registry.include_paths(["gsm8k", "bbh"])
+    )
     out = {}
 
     def add(name: str, task, template: bool):
@@ -113,8 +171,12 @@ def requests(arguments, home: Path, tokenizer) -> dict[str, tuple[str, list]]:
         chat_template = lambda history, add_generation_prompt=True: render(
             history, add_generation_prompt=add_generation_prompt
         )
-        task.build_all_requests(limit=arguments.rows, apply_chat_template=template, fewshot_as_multiturn=template,
-                                chat_template=chat_template if template else None)  # fmt: skip
+        task.build_all_requests(
+            limit=arguments.rows,
+            apply_chat_template=template,
+            fewshot_as_multiturn=template,
+            chat_template=chat_template if template else None,
+        )
         kind = task.instances[0].request_type
         out.setdefault(f"{kind} {name}", (kind, []))[1].extend(list(x.args) for x in task.instances)
 
@@ -126,14 +188,18 @@ def requests(arguments, home: Path, tokenizer) -> dict[str, tuple[str, list]]:
                 if name == "gsm8k":
                     add(f"{name} {setting}, chat", task, True)
     for subject in SUBJECTS[:2]:
-        rows = json.loads((arguments.bbh / f"{subject}.json").read_text(encoding="utf-8"))["examples"]
+        rows = json.loads((arguments.bbh / f"{subject}.json").read_text(encoding="utf-8"))[
+            "examples"
+        ]
         for shots in (0, 3):
             task = next(iter(manager.load([choices(rows, shots)])["tasks"].values()))
             add(f"bbh {'few' if shots else 'zero'}", task, False)
             add(f"bbh {'few' if shots else 'zero'}, chat", task, True)
     for kind, arguments_of in out.values():
         for args in arguments_of if kind == "generate_until" else ():
-            args[1]["until"] = [x for x in args[1]["until"] if x not in tokenizer.all_special_tokens]
+            args[1]["until"] = [
+                x for x in args[1]["until"] if x not in tokenizer.all_special_tokens
+            ]
             args[1]["max_gen_toks"] = min(args[1].get("max_gen_toks", 256), arguments.new_tokens)
     return out
 
@@ -168,15 +234,26 @@ def compare(asked: dict, mine: dict, theirs: dict) -> None:
         if kind == "loglikelihood":
             most = max(abs(a[0] - b[0]) for a, b in zip(mine[name], theirs[name], strict=True))
             greedy = sum(a[1] != b[1] for a, b in zip(mine[name], theirs[name], strict=True))
-            starts = [i for i, args in enumerate(arguments) if i == 0 or args[0] != arguments[i - 1][0]]  # of questions
-            chosen = [[int(np.argmax([x[0] for x in part])) for part in np.split(np.array(side[name]), starts[1:])]
-                      for side in (mine, theirs)]  # fmt: skip
+            starts = [
+                i for i, args in enumerate(arguments) if i == 0 or args[0] != arguments[i - 1][0]
+            ]  # of questions
+            chosen = [
+                [
+                    int(np.argmax([x[0] for x in part]))
+                    for part in np.split(np.array(side[name]), starts[1:])
+                ]
+                for side in (mine, theirs)
+            ]
             best = sum(a != b for a, b in zip(*chosen, strict=True))
-            print(f"{name}: {len(arguments)} log-likelihoods, largest difference {most:.2g}; "
-                  f"{best} other choices, {greedy} other verdicts on being greedy")  # fmt: skip
+            print(
+                f"{name}: {len(arguments)} log-likelihoods, largest difference {most:.2g}; "
+                f"{best} other choices, {greedy} other verdicts on being greedy"
+            )
             differ += most > 1e-4 or best or greedy
         else:
-            other = [i for i, (a, b) in enumerate(zip(mine[name], theirs[name], strict=True)) if a != b]
+            other = [
+                i for i, (a, b) in enumerate(zip(mine[name], theirs[name], strict=True)) if a != b
+            ]
             print(f"{name}: {len(arguments)} responses, {len(other)} other")
             differ += len(other)
             for i in other[:2]:
@@ -188,7 +265,9 @@ def compare(asked: dict, mine: dict, theirs: dict) -> None:
 def main():
     if sys.argv[1:2] == ["ours"]:
         return ours(*sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hf", required=True, metavar="PYTHON")
     parser.add_argument("--gsm8k", required=True, type=Path)
     parser.add_argument("--bbh", required=True, type=Path)
@@ -206,11 +285,29 @@ def main():
     times = {}  # side -> request -> seconds of each round
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as cache:
-            found = last_line([sys.executable, __file__, "ours", str(directory), str(home / "requests.json"),
-                               str(home / "ours.json")], XDG_CACHE_HOME=cache, PYTHONPATH=str(ROOT))  # fmt: skip
+            found = last_line(
+                [
+                    sys.executable,
+                    __file__,
+                    "ours",
+                    str(directory),
+                    str(home / "requests.json"),
+                    str(home / "ours.json"),
+                ],
+                XDG_CACHE_HOME=cache,
+                PYTHONPATH=str(ROOT),
+            )
         for batch in arguments.batches.split(","):
-            found[f"hf {batch}"] = last_line([arguments.hf, str(ROOT / "benchmarks/peers/lm_eval_hf.py"), str(directory),
-                                              str(home / "requests.json"), str(home / f"hf-{batch}.json"), batch])  # fmt: skip
+            found[f"hf {batch}"] = last_line(
+                [
+                    arguments.hf,
+                    str(ROOT / "benchmarks/peers/lm_eval_hf.py"),
+                    str(directory),
+                    str(home / "requests.json"),
+                    str(home / f"hf-{batch}.json"),
+                    batch,
+                ]
+            )
         for side, seconds in found.items():
             for name, value in seconds.items():
                 times.setdefault(side, {}).setdefault(name, []).append(value)
@@ -220,18 +317,25 @@ def main():
         compare(asked, mine, json.loads((home / f"hf-{batch}.json").read_text(encoding="utf-8")))
     sides = [side for side in times if side.startswith("hf")]
     print(
-        f"{'seconds, medians':40} {'cold':>7} {'warm':>7} " + " ".join(f"{s:>7}" for s in sides) + "  hf's best / warm"
+        f"{'seconds, medians':40} {'cold':>7} {'warm':>7} "
+        + " ".join(f"{s:>7}" for s in sides)
+        + "  hf's best / warm"
     )
     total = dict.fromkeys(("cold", "warm", "best"), 0.0)
     for name in asked:
         medians = {side: statistics.median(found[name]) for side, found in times.items()}
         best = min(medians[s] for s in sides)
-        print(f"{name:40} {medians['cold']:7.2f} {medians['warm']:7.2f} " + " ".join(f"{medians[s]:7.2f}" for s in sides)
-              + f"  {best / medians['warm']:.2f}")  # fmt: skip
+        print(
+            f"{name:40} {medians['cold']:7.2f} {medians['warm']:7.2f} "
+            + " ".join(f"{medians[s]:7.2f}" for s in sides)
+            + f"  {best / medians['warm']:.2f}"
+        )
         for side, value in (("cold", medians["cold"]), ("warm", medians["warm"]), ("best", best)):
             total[side] += value
-    print(f"{'all':40} {total['cold']:7.2f} {total['warm']:7.2f}; hf's best {total['best']:.2f}, "
-          f"{total['best'] / total['warm']:.2f} times ours, {total['best'] / total['cold']:.2f} with compiling")  # fmt: skip
+    print(
+        f"{'all':40} {total['cold']:7.2f} {total['warm']:7.2f}; hf's best {total['best']:.2f}, "
+        f"{total['best'] / total['warm']:.2f} times ours, {total['best'] / total['cold']:.2f} with compiling"
+    )
 
 
 if __name__ == "__main__":

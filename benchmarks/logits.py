@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from alignjax.vocabulary import token_logprobs  # noqa: E402
+from alignjax.models.vocabulary import token_logprobs
 
 
 def dense(hidden, kernel, targets):
@@ -49,19 +49,28 @@ def measure(read, tokens: int, d: int, v: int, dtype: str, repeats: int) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--d", type=int, nargs="+", default=[512])
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[8192, 32768, 151936])
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of hidden")
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of hidden"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, median of {arguments.repeats}\n")
     print(
         "| tokens | d | vocabulary | hidden | | seconds | TFLOP/s | temporary MiB |\n|---|---|---|---|---|---|---|---|"
     )
-    sizes = [(t, d, v, dtype) for dtype in arguments.dtype for d in arguments.d for t in arguments.tokens
-             for v in arguments.vocabulary]  # fmt: skip
+    sizes = [
+        (t, d, v, dtype)
+        for dtype in arguments.dtype
+        for d in arguments.d
+        for t in arguments.tokens
+        for v in arguments.vocabulary
+    ]
     for t, d, v, dtype in sizes:
         for name, read in (("dense", dense), ("chunked", token_logprobs)):
             try:

@@ -13,20 +13,28 @@ import numpy as np
 import shapes
 
 from alignjax import config as configs
-from alignjax import sharding, update
-from alignjax.advantages import RunningStats
+from alignjax.algorithms import optimisation, ppo
+from alignjax.algorithms.advantages import RunningStats
+from alignjax.machine import sharding
+from alignjax.machine.profile import Compilations
 from alignjax.models import transformer
-from alignjax.profile import Compilations
-from alignjax.stages import ppo
 
 PROMPTS, PROMPT, RESPONSE, MINIBATCHES, END = 32, 32, 64, 4, 1
 
 
 def settings(size: str, slots: int, budget: int) -> configs.Config:
-    c = configs.Config(stage="ppo", name="benchmark", model=shapes.MODELS[size], microbatch_tokens=budget)
+    c = configs.Config(
+        stage="ppo", name="benchmark", model=shapes.MODELS[size], microbatch_tokens=budget
+    )
     c.data.batch, c.data.max_length = PROMPTS, PROMPT
-    c.ppo = configs.PPO(samples_per_prompt=1, response_length=RESPONSE, top_p=1.0, minibatches=MINIBATCHES,
-                        value_warmup_steps=0, slots=slots)  # fmt: skip
+    c.ppo = configs.PPO(
+        samples_per_prompt=1,
+        response_length=RESPONSE,
+        top_p=1.0,
+        minibatches=MINIBATCHES,
+        value_warmup_steps=0,
+        slots=slots,
+    )
     c.optimiser = c.value_optimiser = configs.Optimiser(learning_rate=3e-6)
     return c
 
@@ -42,11 +50,17 @@ class Iteration:
 
     def __init__(self, config: configs.Config):
         self.config, self.mesh = config, sharding.make_mesh(config.mesh)
-        optimisers = {role: update.make_optimiser(config.optimiser, 10**6) for role in ("policy", "value")}
+        optimisers = {
+            role: optimisation.make_optimiser(config.optimiser, 10**6)
+            for role in ("policy", "value")
+        }
         self.programs = ppo.compiled(config, optimisers, END)
         make = functools.partial(shapes.parameters, config.model)
-        self.state = {"policy": update.init_state(make("lm", 0), optimisers["policy"]),
-                      "value": update.init_state(make("scalar", 1), optimisers["value"]), "stats": RunningStats.zero()}  # fmt: skip
+        self.state = {
+            "policy": optimisation.init_state(make("lm", 0), optimisers["policy"]),
+            "value": optimisation.init_state(make("scalar", 1), optimisers["value"]),
+            "stats": RunningStats.zero(),
+        }
         self.frozen = {"reference": make("lm", 0), "reward": make("scalar", 2)}
         self.rng, self.step = np.random.default_rng(1), 0
 
@@ -58,16 +72,40 @@ class Iteration:
             marks.append(time.perf_counter())
 
         prompts = self.rng.integers(2, c.model.vocab_size, (PROMPTS, PROMPT)).astype(np.int32)
-        batch = sharding.shard_batch({"prompts": prompts, "lengths": np.full(PROMPTS, PROMPT, np.int32),
-                                      "index": np.arange(PROMPTS, dtype=np.int32)}, self.mesh)  # fmt: skip
+        batch = sharding.shard_batch(
+            {
+                "prompts": prompts,
+                "lengths": np.full(PROMPTS, PROMPT, np.int32),
+                "index": np.arange(PROMPTS, dtype=np.int32),
+            },
+            self.mesh,
+        )
         params = {role: self.state[role].params for role in ("policy", "value")} | self.frozen
-        sampled = self.programs.sample(params["policy"], batch, jax.random.fold_in(jax.random.key(0), self.step))
+        sampled = self.programs.sample(
+            params["policy"], batch, jax.random.fold_in(jax.random.key(0), self.step)
+        )
         mark(sampled)
-        experience, stats, _, _, first, cut = ppo.score(c, self.programs, params, self.state["stats"], sampled,
-                                                        np.full(PROMPTS, PROMPT), self.mesh)  # fmt: skip
+        experience, stats, _, _, first, cut = ppo.score(
+            c,
+            self.programs,
+            params,
+            self.state["stats"],
+            sampled,
+            np.full(PROMPTS, PROMPT),
+            self.mesh,
+        )
         mark(experience)
-        self.state, _ = ppo.learn(c, self.programs, lambda n: 0.0, {**self.state, "stats": stats}, experience, self.step,
-                                  first, cut, lambda number: [])  # fmt: skip
+        self.state, _ = ppo.learn(
+            c,
+            self.programs,
+            lambda n: 0.0,
+            {**self.state, "stats": stats},
+            experience,
+            self.step,
+            first,
+            cut,
+            lambda number: [],
+        )
         mark(self.state)
         self.step += 1
         self.tokens = int(sampled.lengths.sum())
@@ -91,7 +129,9 @@ def main() -> None:
         with Compilations() as compilations:
             while len(times) < a.iterations:
                 found, count = iteration.run(), compilations.end_step(0)
-                if count > before:  # for a shape that packing had not given yet: a run meets the last of them early
+                if (
+                    count > before
+                ):  # for a shape that packing had not given yet: a run meets the last of them early
                     compiling, before = compiling + 1, count
                 else:
                     times.append(found)

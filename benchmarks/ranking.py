@@ -12,9 +12,9 @@ import numpy as np
 import shapes
 
 from alignjax import config as configs
-from alignjax import sharding, update
+from alignjax.algorithms import optimisation, ranking
 from alignjax.data import mixture, packing
-from alignjax.stages import ranking
+from alignjax.machine import sharding
 
 PAIRS, LONGEST, WARM = 16, 512, 5
 
@@ -23,7 +23,10 @@ def pad(lengths, groups, longest: int, budget: int, shards: int = 1) -> list[pac
     """As `packing.pack`, but each sequence alone in a row as wide as the longest may be."""
     each = max(budget // longest // len(groups[0]), 1)
     parts = [sum(groups[i : i + each], []) for i in range(0, len(groups), each)]
-    return [packing.layout([(i, row, 0) for row, i in enumerate(part)], lengths, len(part), longest) for part in parts]
+    return [
+        packing.layout([(i, row, 0) for row, i in enumerate(part)], lengths, len(part), longest)
+        for part in parts
+    ]
 
 
 def main() -> None:
@@ -35,29 +38,46 @@ def main() -> None:
     a = parser.parse_args()
     if a.padded:
         packing.pack = pad
-    model, mesh, rng = shapes.MODELS[a.size], sharding.make_mesh(configs.Mesh()), np.random.default_rng(0)
+    model, mesh, rng = (
+        shapes.MODELS[a.size],
+        sharding.make_mesh(configs.Mesh()),
+        np.random.default_rng(0),
+    )
     n = a.steps * PAIRS
-    lengths = np.clip(np.exp(rng.normal(np.log(96), 0.6, (n, 2))).round().astype(np.int32), 8, LONGEST)
+    lengths = np.clip(
+        np.exp(rng.normal(np.log(96), 0.6, (n, 2))).round().astype(np.int32), 8, LONGEST
+    )
     rows = {"margin": np.zeros(n, np.float32)}
     for i, side in enumerate(ranking.SIDES):
         rows[side], rows[f"{side}_length"] = (
             rng.integers(2, model.vocab_size, (n, LONGEST)).astype(np.int32),
             lengths[:, i],
         )
-    cut = lambda i: ranking.microbatches({k: v[i * PAIRS : (i + 1) * PAIRS] for k, v in rows.items()},
-                                         a.microbatch_tokens, sharding.shards(mesh))  # fmt: skip
+    cut = lambda i: ranking.microbatches(
+        {k: v[i * PAIRS : (i + 1) * PAIRS] for k, v in rows.items()},
+        a.microbatch_tokens,
+        sharding.shards(mesh),
+    )
     every = [cut(i) for i in range(a.steps)]
-    optimiser = update.make_optimiser(configs.Optimiser(learning_rate=1e-5), a.steps)
-    step = update.compiled(functools.partial(ranking.loss_fn, model, configs.Ranking()), optimiser)
+    optimiser = optimisation.make_optimiser(configs.Optimiser(learning_rate=1e-5), a.steps)
+    step = optimisation.compiled(
+        functools.partial(ranking.loss_fn, model, configs.Ranking()), optimiser
+    )
     with jax.set_mesh(mesh):
-        fresh = lambda: jax.jit(functools.partial(update.init_state, optimiser=optimiser))(
+        fresh = lambda: jax.jit(functools.partial(optimisation.init_state, optimiser=optimiser))(
             shapes.parameters(model, "scalar", 0)
         )
         state, start = fresh(), time.perf_counter()
-        for part in {tuple(x["tokens"].shape for x in parts): parts for parts in every}.values():  # every program
+        for part in {
+            tuple(x["tokens"].shape for x in parts): parts for parts in every
+        }.values():  # every program
             state, _ = step(state, [sharding.shard_batch(x, mesh) for x in part])
         jax.block_until_ready(state)
-        compiling, ahead, state = time.perf_counter() - start, mixture.Ahead(lambda i: cut(i % a.steps)), fresh()
+        compiling, ahead, state = (
+            time.perf_counter() - start,
+            mixture.Ahead(lambda i: cut(i % a.steps)),
+            fresh(),
+        )
         for i in range(a.steps):
             if i == WARM:
                 jax.block_until_ready(state)
@@ -68,8 +88,21 @@ def main() -> None:
     real = lengths[WARM * PAIRS :].sum()
     slots = sum(x["tokens"].size for parts in every[WARM:] for x in parts)
     layout = "padded" if a.padded else "packed"
-    print("ours rm", a.size, layout, "microbatch_tokens", a.microbatch_tokens, "seconds", round(took, 2), "real_tokens_per_s",
-          round(real / took, 1), "real_share_of_slots", round(real / slots, 3), "first pass", round(compiling, 1))  # fmt: skip
+    print(
+        "ours rm",
+        a.size,
+        layout,
+        "microbatch_tokens",
+        a.microbatch_tokens,
+        "seconds",
+        round(took, 2),
+        "real_tokens_per_s",
+        round(real / took, 1),
+        "real_share_of_slots",
+        round(real / slots, 3),
+        "first pass",
+        round(compiling, 1),
+    )
 
 
 if __name__ == "__main__":

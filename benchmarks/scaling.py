@@ -23,12 +23,18 @@ import shapes
 from sampling import programs, rollout
 
 from alignjax import config as configs
+from alignjax.algorithms import experience
 from alignjax.models import transformer
-from alignjax.rollout import Rollout
-from alignjax.stages import experience
+from alignjax.sampling.rollout import Rollout
 
 ROWS, LENGTH = 8, 64
-AXES = {"batch": ROWS, "length": LENGTH, "vocabulary": 4096, "depth": 2, "scanned": 2}  # where each begins
+AXES = {
+    "batch": ROWS,
+    "length": LENGTH,
+    "vocabulary": 4096,
+    "depth": 2,
+    "scanned": 2,
+}  # where each begins
 
 
 def microbatch(model, rows: int, length: int):
@@ -37,7 +43,10 @@ def microbatch(model, rows: int, length: int):
     c = configs.Config(stage="ppo", name="benchmark", model=model, microbatch_tokens=rows * length)
     c.data.max_length = c.ppo.response_length = length // 2
     n, rng = 2 * rows, np.random.default_rng(1)
-    prompts, lengths = np.full(n, length // 8, np.int32), np.tile(np.int32([length // 2, length // 4]), rows)
+    prompts, lengths = (
+        np.full(n, length // 8, np.int32),
+        np.tile(np.int32([length // 2, length // 4]), rows),
+    )
     (part,) = experience.microbatches(c, prompts, lengths, np.arange(n), 1)
     assert part["sequence"].shape == (rows, length) and part["sequence"].min() == 0
     fixed = [rng.normal(size=(n, length // 2)).astype(np.float32) for _ in range(5)]
@@ -64,7 +73,9 @@ def costs(axis: str, size: int, repeats: int) -> list[float]:
     elif axis == "length":
         length = size
     else:
-        model = dataclasses.replace(model, **{"vocab_size" if axis == "vocabulary" else "layers": size})
+        model = dataclasses.replace(
+            model, **{"vocab_size" if axis == "vocabulary" else "layers": size}
+        )
     params = shapes.parameters(model, "lm", 0)
     config, pair = microbatch(model, rows, length)
     run = rollout(model, rows, length // 2, length // 2)
@@ -73,22 +84,35 @@ def costs(axis: str, size: int, repeats: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES)
     parser.add_argument("--doublings", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     a = parser.parse_args()
-    names = [f"{what} {of}" for what in ("update", "rollout") for of in ("seconds", "MB", "compile")]
+    names = [
+        f"{what} {of}" for what in ("update", "rollout") for of in ("seconds", "MB", "compile")
+    ]
     print(f"{'':16}", *(f"{name:>15}     x" for name in names), flush=True)
     for axis in a.axes:
         before = None
         for size in (AXES[axis] * 2**i for i in range(a.doublings + 1)):
             found = costs(axis, size, a.repeats)
-            ratios = [f"{new / old:5.2f}" for new, old in zip(found, before, strict=True)] if before else [""] * 6
-            print(f"{axis + ' ' + str(size):16}", *(f"{x:15.4g} {y:>5}" for x, y in zip(found, ratios, strict=True)),
-                  flush=True)  # fmt: skip
+            ratios = (
+                [f"{new / old:5.2f}" for new, old in zip(found, before, strict=True)]
+                if before
+                else [""] * 6
+            )
+            print(
+                f"{axis + ' ' + str(size):16}",
+                *(f"{x:15.4g} {y:>5}" for x, y in zip(found, ratios, strict=True)),
+                flush=True,
+            )
             before = found
-    print(f"tiny model, batch {ROWS}, length {LENGTH}, on {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(
+        f"tiny model, batch {ROWS}, length {LENGTH}, on {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,25 @@ from alignjax.config import Model
 from alignjax.models import transformer
 
 MODELS = {
-    "tiny": Model(d_model=128, d_ff=344, layers=4, heads=4, kv_heads=4, head_size=32, vocab_size=512, max_length=512),
+    "tiny": Model(
+        d_model=128,
+        d_ff=344,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        head_size=32,
+        vocab_size=512,
+        max_length=512,
+    ),
     "small": Model(
-        d_model=512, d_ff=1376, layers=8, heads=8, kv_heads=8, head_size=64, vocab_size=8192, max_length=512
+        d_model=512,
+        d_ff=1376,
+        layers=8,
+        heads=8,
+        kv_heads=8,
+        head_size=64,
+        vocab_size=8192,
+        max_length=512,
     ),
 }
 
@@ -25,13 +41,18 @@ def parameters(model: Model, head: str, seed: int):
 def matmul_weights(model: Model) -> int:
     """Weights of a layer's products, in all layers: two operations a token each, forward."""
     m = model
-    return m.layers * (2 * m.d_model * (m.heads + m.kv_heads) * m.head_size + 3 * m.d_model * m.d_ff)
+    return m.layers * (
+        2 * m.d_model * (m.heads + m.kv_heads) * m.head_size + 3 * m.d_model * m.d_ff
+    )
 
 
 def operations(model: Model, tokens: int, length: float, logits: int = 0) -> float:
     """Of a forward pass over `tokens` that see `length` others each on average, with logits for some of them."""
     attention = 4 * model.layers * model.heads * model.head_size * length
-    return tokens * (2 * matmul_weights(model) + attention) + logits * 2 * model.d_model * model.vocab_size
+    return (
+        tokens * (2 * matmul_weights(model) + attention)
+        + logits * 2 * model.d_model * model.vocab_size
+    )
 
 
 def seconds(run, repeats: int) -> list[float]:

@@ -2,7 +2,10 @@
 
 from alignjax.claims import Study
 
-INSIDE, OUTSIDE = "toy/comparisons-clean:tasks=copy+find+last", "toy/comparisons-clean:tasks=join+count"
+INSIDE, OUTSIDE = (
+    "toy/comparisons-clean:tasks=copy+find+last",
+    "toy/comparisons-clean:tasks=join+count",
+)
 ALL = {"config": "rm.py", "data.heldout": f"{INSIDE},{OUTSIDE},toy/comparisons-noisy"}
 
 

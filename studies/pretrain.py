@@ -24,12 +24,19 @@ pretraining text after PPO, less that before.""",
         "10 x 1": arm(10, 1),
     },
     figures={
-        "tax, nats": lambda run: run.summary["pretrain_loss/after"] - run.summary["pretrain_loss/before"],
+        "tax, nats": lambda run: (
+            run.summary["pretrain_loss/after"] - run.summary["pretrain_loss/before"]
+        ),
         "true score after": "true_score/after",
         "score after": "score/after",
         "KL after": "kl/after",
     },
-    curves=("objective/true_score", "objective/kl", "loss/pretrain_avg", "pretrain/grad_norm_ratio"),
+    curves=(
+        "objective/true_score",
+        "objective/kl",
+        "loss/pretrain_avg",
+        "pretrain/grad_norm_ratio",
+    ),
     found="""Two of the three hold. A coefficient of 10 impedes: the true score ends at 0.62 in place of 0.87. One of 0.01 does
 little: a third of what 0.1 does for the text. In between is a trade: 1 x 1 lowers the loss by 0.71 nats, for 0.03 of
 true score. PPO by itself costs next to nothing here (0.015 nats in "none"), for it was SFT that cost the text; the

@@ -9,12 +9,16 @@ def asked(**settings):
     """The true score of the policy's responses to 200 held-out prompts, however its arm sampled."""
 
     def figure(run) -> float:
-        prompts = [row["prompt"] for row in toy.examples("prompts", "heldout", run.config["seed"], 200)]
+        prompts = [
+            row["prompt"] for row in toy.examples("prompts", "heldout", run.config["seed"], 200)
+        ]
         responses = inference.load(run.workdir).generate(
             prompts, max_tokens=run.config["ppo.response_length"], **settings
         )
         pairs = zip(prompts, responses, strict=True)
-        return sum(toy.true_score(prompt[0]["content"], response.text) for prompt, response in pairs) / len(prompts)
+        return sum(
+            toy.true_score(prompt[0]["content"], response.text) for prompt, response in pairs
+        ) / len(prompts)
 
     return figure
 

@@ -7,7 +7,9 @@ CHANGED = {"parents.value": "ppo.py", "parents.reward": "pmp.py"}
 
 def early(name: str):
     """The metric's mean over the ten rollouts that the policy first learns from; two updates each."""
-    return lambda run: mean(name, start := run.config["ppo.value_warmup_steps"] // 2, start + 10)(run)
+    return lambda run: mean(name, start := run.config["ppo.value_warmup_steps"] // 2, start + 10)(
+        run
+    )
 
 
 study = Study(

@@ -19,7 +19,12 @@ class Bucket(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Request)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.objects, self.uploads, self.changes, self.lock = {}, [], 0, threading.Lock()  # name -> (generation, bytes)
+        self.objects, self.uploads, self.changes, self.lock = (
+            {},
+            [],
+            0,
+            threading.Lock(),
+        )  # name -> (generation, bytes)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def put(self, name: str, data: bytes) -> dict:
@@ -30,8 +35,16 @@ class Bucket(ThreadingHTTPServer):
     def facts(self, name: str) -> dict:
         generation, data = self.objects[name]
         digest = base64.b64encode(hashlib.md5(data).digest()).decode()
-        return {"kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(data)), "md5Hash": digest,
-                "generation": str(generation), "metageneration": "1", "updated": "2020-01-01T00:00:00.000Z"}  # fmt: skip
+        return {
+            "kind": "storage#object",
+            "bucket": "bucket",
+            "name": name,
+            "size": str(len(data)),
+            "md5Hash": digest,
+            "generation": str(generation),
+            "metageneration": "1",
+            "updated": "2020-01-01T00:00:00.000Z",
+        }
 
     def listed(self, prefix="", delimiter="", startOffset="", endOffset="\U0010ffff", **_) -> dict:
         items, folders = [], set()
@@ -72,7 +85,11 @@ class Request(BaseHTTPRequestHandler):
         if path == "/upload/storage/v1/b/bucket/o":
             return self.upload(query, body)
         if path == "/storage/v1/b/bucket":
-            return 200, {"kind": "storage#bucket", "name": "bucket"}, ("Content-Type", "application/json")
+            return (
+                200,
+                {"kind": "storage#bucket", "name": "bucket"},
+                ("Content-Type", "application/json"),
+            )
         if path == "/storage/v1/b/bucket/o":
             return 200, bucket.listed(**query)
         form = r"(?:/download)?/storage/v1/b/bucket/o/([^/]+)(?:/(rewriteTo|moveTo)(?:/b/bucket)?/o/([^/]+))?"
@@ -103,7 +120,12 @@ class Request(BaseHTTPRequestHandler):
         if not asked:
             return 200, data, stamp
         first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
-        return 206, data[first : last + 1], stamp, ("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        return (
+            206,
+            data[first : last + 1],
+            stamp,
+            ("Content-Range", f"bytes {first}-{last}/{len(data)}"),
+        )
 
     def upload(self, query: dict, body: bytes) -> tuple:
         """At once, or in parts that follow each other."""

@@ -16,25 +16,45 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # an attempt is tracing, for the most part: one device, and all programs from the cache
+if (
+    __name__ == "__main__"
+):  # an attempt is tracing, for the most part: one device, and all programs from the cache
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import conftest  # noqa: E402, F401
 from runs import command  # noqa: E402
 
-from alignjax import metrics, profile, train  # noqa: E402
+from alignjax import train
+from alignjax.machine import profile
+from alignjax.runs import log as run_log
 
 STEPS = 12
-KINDS = ("start", "rollout", "update", "save", "evaluation")  # what is aimed at; others, between these, are hit too
-BEGUN = {"data": "rollout", "rollout": "score", "score": "update", "update": "step", "other": "save", "save": "step",
-         "due": "evaluation", "evaluation": "step"}  # fmt: skip
+KINDS = (
+    "start",
+    "rollout",
+    "update",
+    "save",
+    "evaluation",
+)  # what is aimed at; others, between these, are hit too
+BEGUN = {
+    "data": "rollout",
+    "rollout": "score",
+    "score": "update",
+    "update": "step",
+    "other": "save",
+    "save": "step",
+    "due": "evaluation",
+    "evaluation": "step",
+}
 KILLS, HITS = 10, 2  # of each of two runs: all in all, and in each of KINDS
 
 
 def run(runs: Path, workdir: Path, mark=lambda name: None) -> int:
-    evaluate = metrics.Log.evaluate
-    profile.Phases.mark = lambda self, name, *arrays: self.name and mark(name)  # which ends a phase of the loop
-    metrics.Log.evaluate = lambda self, *what: (mark("due"), evaluate(self, *what))
+    evaluate = run_log.Log.evaluate
+    profile.Phases.mark = lambda self, name, *arrays: (
+        self.name and mark(name)
+    )  # which ends a phase of the loop
+    run_log.Log.evaluate = lambda self, *what: (mark("due"), evaluate(self, *what))
     more = f"--config.steps={STEPS}", "--config.checkpoint_every=1", "--workdir", str(workdir)
     return train.main(command("ppo-tiny", runs, *more))
 
@@ -65,11 +85,15 @@ def attempt(runs: Path, workdir: Path, log: Path, kind: str, rng: random.Random)
     tell = lambda name: os.write(write, bytes([names.index(name)]))
     child = forked(lambda: run(runs, workdir, tell), log)
     os.close(write)
-    waits, delay = (0, rng.uniform(0, 1.5)) if kind == "start" else (rng.randrange(2), rng.uniform(0, 0.5))
+    waits, delay = (
+        (0, rng.uniform(0, 1.5)) if kind == "start" else (rng.randrange(2), rng.uniform(0, 0.5))
+    )
     while True:
         if phase == kind and kill_at is None:
             kill_at, waits = (None, waits - 1) if waits else (time.monotonic() + delay, 0)
-        heard, _, _ = select.select([read], [], [], 300 if kill_at is None else max(kill_at - time.monotonic(), 0))
+        heard, _, _ = select.select(
+            [read], [], [], 300 if kill_at is None else max(kill_at - time.monotonic(), 0)
+        )
         said = os.read(read, 1) if heard else None
         if not said:
             break
@@ -78,10 +102,14 @@ def attempt(runs: Path, workdir: Path, log: Path, kind: str, rng: random.Random)
         os.kill(child, signal.SIGKILL)
     os.close(read)
     (status,) = wait([child])
-    assert status == -signal.SIGKILL or (heard and status == 0), f"{status} in {phase}: {log.read_text()}"
+    assert status == -signal.SIGKILL or (heard and status == 0), (
+        f"{status} in {phase}: {log.read_text()}"
+    )
     if status == 0:
         return None
-    if phase != "evaluation" and half_written(workdir) - before:  # an evaluation has the save before it beside it
+    if (
+        phase != "evaluation" and half_written(workdir) - before
+    ):  # an evaluation has the save before it beside it
         return "save"
     return "step" if phase == "save" else phase
 
@@ -107,7 +135,10 @@ def wait(children: list[int]) -> list[int]:
 
 
 def main(runs: Path) -> None:
-    asked = [(["whole"], lambda name: run(runs, runs / name)), (["a", "b"], lambda name: chain(runs, name))]
+    asked = [
+        (["whole"], lambda name: run(runs, runs / name)),
+        (["a", "b"], lambda name: chain(runs, name)),
+    ]
     for names, act in asked:
         ends = wait([forked(functools.partial(act, name), runs / f"{name}.log") for name in names])
         assert not any(ends), "".join((runs / f"{name}.log").read_text() for name in names)

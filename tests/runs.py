@@ -7,15 +7,27 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from alignjax import checkpoint, train
+from alignjax import train
+from alignjax.weights import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-PARENTS = {"lm-tiny": [], "sft-tiny": ["lm-tiny"], "rm-tiny": ["pmp-tiny"], "ppo-tiny": ["sft-tiny", "rm-tiny"]}
+PARENTS = {
+    "lm-tiny": [],
+    "sft-tiny": ["lm-tiny"],
+    "rm-tiny": ["pmp-tiny"],
+    "ppo-tiny": ["sft-tiny", "rm-tiny"],
+}
 STEPS = 4
 
 
 def command(name, runs, *more):
-    return ["--config", f"{name.removesuffix('-tiny')}.py:tiny", "--workdir", str(runs / name), *more]
+    return [
+        "--config",
+        f"{name.removesuffix('-tiny')}.py:tiny",
+        "--workdir",
+        str(runs / name),
+        *more,
+    ]
 
 
 def files_of(run: Path, steps: int = STEPS) -> dict:
@@ -24,13 +36,24 @@ def files_of(run: Path, steps: int = STEPS) -> dict:
     names = ["metrics.jsonl", "samples.jsonl", "config.json"]
     names += [name for name in ("evaluations.jsonl", "responses.jsonl") if (run / name).exists()]
     out = {name: (run / name).read_bytes() for name in names}
-    out["summary"] = {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if "seconds" not in k}
+    out["summary"] = {
+        k: v
+        for k, v in json.loads((run / "summary.json").read_text()).items()
+        if "seconds" not in k
+    }
     checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)
     assert checkpoints.latest() == steps
-    items = [p.name for p in (run / "checkpoints" / str(steps)).iterdir()
-             if p.is_dir() and p.name not in ("metrics", "checksums")]  # fmt: skip
-    restored = checkpoints.manager.restore(steps, args=checkpoint.ocp.args.Composite(
-        **{item: checkpoint.ocp.args.StandardRestore() for item in items}))  # fmt: skip
+    items = [
+        p.name
+        for p in (run / "checkpoints" / str(steps)).iterdir()
+        if p.is_dir() and p.name not in ("metrics", "checksums")
+    ]
+    restored = checkpoints.manager.restore(
+        steps,
+        args=checkpoint.ocp.args.Composite(
+            **{item: checkpoint.ocp.args.StandardRestore() for item in items}
+        ),
+    )
     checkpoints.close()
     for item in items:
         for path, x in jax.tree_util.tree_leaves_with_path(restored[item]):

@@ -13,45 +13,52 @@ CITIES = ["Lyon", "Paris", "Rome", "Both Lyon and Rome"]
 SOUNDS = ["The dog barked.", "A cat", "One", "1"]
 
 
-@pytest.mark.parametrize("letter, reply, options", [
-    ("B", "B", CITIES),
-    ("B", " B.", CITIES),
-    ("B", "(B)", CITIES),
-    ("B", "B) Paris", CITIES),
-    ("B", "**B. Paris**", CITIES),
-    ("B", "B\n\nParis has been the capital since 987.", CITIES),
-    ("B", "The answer is B.", CITIES),
-    ("B", "The correct answer is (B) Paris.", CITIES),
-    ("B", "Answer: B", CITIES),
-    ("B", "**Answer:** B", CITIES),
-    ("B", "**Answer: (B)**", CITIES),
-    ("B", "The answer to this question is option B, since Lyon is no capital.", CITIES),
-    ("B", "The best choice would be **B**.", CITIES),
-    ("B", r"The answer is $\boxed{B}$.", CITIES),
-    ("B", r"The final answer is \(\boxed{\text{B}}\)", CITIES),
-    ("B", "The answer is therefore B", CITIES),
-    ("B", "Option A is wrong. Option C is wrong as well. Thus the correct answer is option B.", CITIES),
-    ("B", "Lyon and Rome won't do: B is correct.", CITIES),
-    ("B", "I believe (B) is the most appropriate one.", CITIES),
-    ("B", "The answer is Paris.", CITIES),
-    ("B", "The capital of France is Paris.", CITIES),
-    ("B", "paris", CITIES),
-    ("B", "It must be Pariss, I think", CITIES),
-    ("D", "The answer is both Lyon and Rome.", CITIES),
-    ("D", "Both Lyon and Rome", CITIES),
-    ("A", "A is the capital", CITIES),
-    ("A", "I would choose A because of its history.", CITIES),
-    ("C", "The answer is not A, it is C", CITIES),
-    ("C", "A dog? No: C", ["w", "x", "y", "z"]),
-    ("B", "A dog was heard, so B", SOUNDS),
-    ("A", "the dog barked", SOUNDS),
-    ("D", "In 10 of 11 cases it is 1", SOUNDS),
-    ("A", "The answer is A", ["B", "A", "AB", "O"]),
-    ("C", "AB", ["B", "A", "AB", "O"]),
-    ("", "", CITIES),
-    ("", " \n", CITIES),
-    ("F", "The answer is (F).", list("uvwxyz")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "letter, reply, options",
+    [
+        ("B", "B", CITIES),
+        ("B", " B.", CITIES),
+        ("B", "(B)", CITIES),
+        ("B", "B) Paris", CITIES),
+        ("B", "**B. Paris**", CITIES),
+        ("B", "B\n\nParis has been the capital since 987.", CITIES),
+        ("B", "The answer is B.", CITIES),
+        ("B", "The correct answer is (B) Paris.", CITIES),
+        ("B", "Answer: B", CITIES),
+        ("B", "**Answer:** B", CITIES),
+        ("B", "**Answer: (B)**", CITIES),
+        ("B", "The answer to this question is option B, since Lyon is no capital.", CITIES),
+        ("B", "The best choice would be **B**.", CITIES),
+        ("B", r"The answer is $\boxed{B}$.", CITIES),
+        ("B", r"The final answer is \(\boxed{\text{B}}\)", CITIES),
+        ("B", "The answer is therefore B", CITIES),
+        (
+            "B",
+            "Option A is wrong. Option C is wrong as well. Thus the correct answer is option B.",
+            CITIES,
+        ),
+        ("B", "Lyon and Rome won't do: B is correct.", CITIES),
+        ("B", "I believe (B) is the most appropriate one.", CITIES),
+        ("B", "The answer is Paris.", CITIES),
+        ("B", "The capital of France is Paris.", CITIES),
+        ("B", "paris", CITIES),
+        ("B", "It must be Pariss, I think", CITIES),
+        ("D", "The answer is both Lyon and Rome.", CITIES),
+        ("D", "Both Lyon and Rome", CITIES),
+        ("A", "A is the capital", CITIES),
+        ("A", "I would choose A because of its history.", CITIES),
+        ("C", "The answer is not A, it is C", CITIES),
+        ("C", "A dog? No: C", ["w", "x", "y", "z"]),
+        ("B", "A dog was heard, so B", SOUNDS),
+        ("A", "the dog barked", SOUNDS),
+        ("D", "In 10 of 11 cases it is 1", SOUNDS),
+        ("A", "The answer is A", ["B", "A", "AB", "O"]),
+        ("C", "AB", ["B", "A", "AB", "O"]),
+        ("", "", CITIES),
+        ("", " \n", CITIES),
+        ("F", "The answer is (F).", list("uvwxyz")),
+    ],
+)
 def test_choice(letter, reply, options):
     assert answers.choice(reply, options) == letter
 
@@ -59,35 +66,40 @@ def test_choice(letter, reply, options):
 PLACES = ["上海", "北京", "广州", "以上都不对"]
 
 
-@pytest.mark.parametrize("letter, reply", [
-    ("B", "B"),
-    ("B", "B。"),
-    ("B", "答案是B。"),
-    ("B", "答案：B"),
-    ("B", "正确答案为：B. 北京"),
-    ("B", "**正确答案是：B**"),
-    ("B", "正确的选项是 B。"),
-    ("B", "答案应该是（B）北京"),
-    ("B", "因此，答案选B"),
-    ("B", "故选B。"),
-    ("B", "A选项错误，C选项错误，所以应选择B选项。"),
-    ("B", "不选A，选B"),
-    ("B", "我不会选A，我选 B。"),
-    ("B", "A项不正确；B项正确。"),
-    ("B", "B是正确的，因为首都在那里。"),
-    ("B", "选项B的说法是正确的"),
-    ("B", "中国的首都是北京。"),
-    ("D", "以上都不对"),
-    ("C", "说法错误的是C"),
-    ("C", "A正确，B正确，D正确，故选C"),
-    ("B", "The correct answer is B."),
-    ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "letter, reply",
+    [
+        ("B", "B"),
+        ("B", "B。"),
+        ("B", "答案是B。"),
+        ("B", "答案：B"),
+        ("B", "正确答案为：B. 北京"),
+        ("B", "**正确答案是：B**"),
+        ("B", "正确的选项是 B。"),
+        ("B", "答案应该是（B）北京"),
+        ("B", "因此，答案选B"),
+        ("B", "故选B。"),
+        ("B", "A选项错误，C选项错误，所以应选择B选项。"),
+        ("B", "不选A，选B"),
+        ("B", "我不会选A，我选 B。"),
+        ("B", "A项不正确；B项正确。"),
+        ("B", "B是正确的，因为首都在那里。"),
+        ("B", "选项B的说法是正确的"),
+        ("B", "中国的首都是北京。"),
+        ("D", "以上都不对"),
+        ("C", "说法错误的是C"),
+        ("C", "A正确，B正确，D正确，故选C"),
+        ("B", "The correct answer is B."),
+        ("", ""),
+    ],
+)
 def test_choice_in_chinese(letter, reply):
     assert answers.choice(reply, PLACES, chinese=True) == letter
 
 
-@pytest.mark.parametrize("piece", ["*", " ", "answer is ", "答案是", "(", "A ", "not A, ", "1,", "```\n", "\\boxed{"])
+@pytest.mark.parametrize(
+    "piece", ["*", " ", "answer is ", "答案是", "(", "A ", "not A, ", "1,", "```\n", "\\boxed{"]
+)
 def test_a_model_that_repeats_itself_takes_no_time(piece):
     reply, start = f"The answer is {piece * 4000}", time.monotonic()
     answers.choice(reply, PLACES, chinese=True)
@@ -98,25 +110,28 @@ def test_a_model_that_repeats_itself_takes_no_time(piece):
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("number, reply", [
-    ("18", "She makes 9 * 2 = $18 every day."),
-    ("18", "The answer is 18."),
-    ("18.50", "It costs **$18.50**."),
-    ("1234567", "So there are 1,234,567 of them"),
-    ("1000", "#### 1,000"),
-    ("-3", "The temperature is -3 degrees."),
-    ("-3", "The temperature is −3 degrees."),
-    ("5", "8-5"),
-    ("13", "16-3=13"),
-    ("18", r"\boxed{18}"),
-    ("4", "3/4"),
-    (".5", "a half, .5"),
-    ("18", "18, that is all"),
-    ("20", "20%"),
-    ("3", "one of 1,2,3"),
-    ("", "I don't know."),
-    ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, reply",
+    [
+        ("18", "She makes 9 * 2 = $18 every day."),
+        ("18", "The answer is 18."),
+        ("18.50", "It costs **$18.50**."),
+        ("1234567", "So there are 1,234,567 of them"),
+        ("1000", "#### 1,000"),
+        ("-3", "The temperature is -3 degrees."),
+        ("-3", "The temperature is −3 degrees."),
+        ("5", "8-5"),
+        ("13", "16-3=13"),
+        ("18", r"\boxed{18}"),
+        ("4", "3/4"),
+        (".5", "a half, .5"),
+        ("18", "18, that is all"),
+        ("20", "20%"),
+        ("3", "one of 1,2,3"),
+        ("", "I don't know."),
+        ("", ""),
+    ],
+)
 def test_last_number(number, reply):
     assert answers.last_number(reply) == number
 
@@ -129,38 +144,50 @@ def test_numbers_are_the_same_within_a_ten_thousandth():
 DATES = "What is the date?\nOptions:\n(A) 12/11/1937\n(B) 12/25/1937\n(C) 01/04/1938"
 
 
-@pytest.mark.parametrize("letter, reply", [
-    ("(B)", "Christmas Eve is the 24th. So the answer is (B)."),
-    ("(B)", "(A) is too early and (C) too late.\n\nThe answer is **(B)**."),
-    ("(B)", "The answer is B"),
-    ("(B)", "**The answer is:** 12/25/1937."),
-    ("(B)", "If the answer is (A), it is the 11th. But no: the answer is (B)"),
-    ("(B)", "I compare (A), (C) and choose (B)"),
-    ("(B)", "12/25/1937"),
-    ("(B)", "The answer is (B). That the answer is not (A) is clear."),
-    ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "letter, reply",
+    [
+        ("(B)", "Christmas Eve is the 24th. So the answer is (B)."),
+        ("(B)", "(A) is too early and (C) too late.\n\nThe answer is **(B)**."),
+        ("(B)", "The answer is B"),
+        ("(B)", "**The answer is:** 12/25/1937."),
+        ("(B)", "If the answer is (A), it is the 11th. But no: the answer is (B)"),
+        ("(B)", "I compare (A), (C) and choose (B)"),
+        ("(B)", "12/25/1937"),
+        ("(B)", "The answer is (B). That the answer is not (A) is clear."),
+        ("", ""),
+    ],
+)
 def test_option(letter, reply):
     assert answers.option(reply, DATES) == letter
 
 
-@pytest.mark.parametrize("right, reply, words", [
-    ("True", "not False = True. So the answer is True.", ("True", "False")),
-    ("False", "True and False is\n\nThe answer is: **False**", ("True", "False")),
-    ("Yes", "We are back. The answer is yes, not no", ("Yes", "No")),
-    ("no", "Is it plausible? No", ("yes", "no")),
-    ("invalid", "The argument is therefore invalid.", ("valid", "invalid")),
-    ("", "Perhaps", ("valid", "invalid")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "right, reply, words",
+    [
+        ("True", "not False = True. So the answer is True.", ("True", "False")),
+        ("False", "True and False is\n\nThe answer is: **False**", ("True", "False")),
+        ("Yes", "We are back. The answer is yes, not no", ("Yes", "No")),
+        ("no", "Is it plausible? No", ("yes", "no")),
+        ("invalid", "The argument is therefore invalid.", ("valid", "invalid")),
+        ("", "Perhaps", ("valid", "invalid")),
+    ],
+)
 def test_word(right, reply, words):
     assert answers.word(reply, words) == right
 
 
 def test_stated_number_brackets_and_words():
     assert answers.stated_number("3 + 4 = 7. So the answer is 3 + 4 = 7. I am 100 % sure.") == "7"
-    assert answers.stated_number("The answer is 8 of 12") == "8" and answers.stated_number("I count 2, 3, 4") == "4"
+    assert (
+        answers.stated_number("The answer is 8 of 12") == "8"
+        and answers.stated_number("I count 2, 3, 4") == "4"
+    )
     assert answers.brackets("The stack is [ <. So the answer is > ].") == "> ]"
-    assert answers.brackets("The answer is:\n`>]`") == "> ]" and answers.brackets("first\n] )") == "] )"
+    assert (
+        answers.brackets("The answer is:\n`>]`") == "> ]"
+        and answers.brackets("first\n] )") == "] )"
+    )
     assert answers.words("Sorted. The answer is apple bear o'clock.") == "apple bear o'clock"
     assert answers.words("The answer is: **apple, bear, cat**") == "apple bear cat"
     assert answers.words("The answer is:\n\n1. apple\n2. bear\n3. cat\n\nDone.") == "apple bear cat"
@@ -177,43 +204,61 @@ WHOLE = "def total(xs: List[int], start: int = 0) -> int:\n" + BODY
 TEST = "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([], 4) == inc(3)\n"
 
 
-@pytest.mark.parametrize("reply", [
-    BODY,
-    BODY.strip(),  # the first line has lost its indent
-    "for x in xs:\n    start += x\nreturn start",
-    "for x in xs:\n        start += x\n    return start",
-    "return sum(xs, start)",
-    BODY + "\nThis adds all of them up, doesn't it?",
-    f"```python\n{BODY}```",
-    WHOLE,
-    f"Sure! Here it is:\n\n{WHOLE}\n\nIt works as follows: it's a loop.",
-    f"Here is the function:\n```python\n{WHOLE}```\nIt runs in O(n).",
-    f"```py\n{WHOLE}",  # cut off before the fence
-    f"```\nimport math\nfrom typing import List\n\n\n{WHOLE}\n```",
-    f"First\n```bash\npip install numpy\n```\nthen\n```python\n{WHOLE}```\nand try it:\n```python\nprint(total([1]) / 0)\n```",
-    "1. So:\n   ```python\n   def total(xs, start=0):\n       return sum(xs, start)\n   ```",
-    "```python\ndef helper(xs):\n    return sum(xs)\n\n\ndef total(xs, start=0):\n    return helper(xs) + start\n```",
-    f"```python\n{WHOLE}\nas you can see\n```",
-    PROMPT + BODY,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply",
+    [
+        BODY,
+        BODY.strip(),  # the first line has lost its indent
+        "for x in xs:\n    start += x\nreturn start",
+        "for x in xs:\n        start += x\n    return start",
+        "return sum(xs, start)",
+        BODY + "\nThis adds all of them up, doesn't it?",
+        f"```python\n{BODY}```",
+        WHOLE,
+        f"Sure! Here it is:\n\n{WHOLE}\n\nIt works as follows: it's a loop.",
+        f"Here is the function:\n```python\n{WHOLE}```\nIt runs in O(n).",
+        f"```py\n{WHOLE}",  # cut off before the fence
+        f"```\nimport math\nfrom typing import List\n\n\n{WHOLE}\n```",
+        f"First\n```bash\npip install numpy\n```\nthen\n```python\n{WHOLE}```\nand try it:\n```python\nprint(total([1]) / 0)\n```",
+        "1. So:\n   ```python\n   def total(xs, start=0):\n       return sum(xs, start)\n   ```",
+        "```python\ndef helper(xs):\n    return sum(xs)\n\n\ndef total(xs, start=0):\n    return helper(xs) + start\n```",
+        f"```python\n{WHOLE}\nas you can see\n```",
+        PROMPT + BODY,
+    ],
+)
 def test_programs_that_work(reply):
     program = programs.tested(programs.solution(PROMPT, "total", reply), TEST, "total")
-    done = subprocess.run([sys.executable, "-S", "-E", "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", program], capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{program}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("reply, error", [
-    ("    return 0", "AssertionError"),
-    ("", "AssertionError"),
-    ("I'm sorry, I can't.", "AssertionError"),  # the function is what the prompt has of it: a docstring
-    ("def total(xs):\n    return sum(xs", "SyntaxError"),
-    ("```python\ndef add(xs, start=0):\n    return sum(xs, start)\n```", "AssertionError"),  # another name
-    ("def total(xs, start=0):\n    return numpy.sum(xs)", "NameError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, error",
+    [
+        ("    return 0", "AssertionError"),
+        ("", "AssertionError"),
+        (
+            "I'm sorry, I can't.",
+            "AssertionError",
+        ),  # the function is what the prompt has of it: a docstring
+        ("def total(xs):\n    return sum(xs", "SyntaxError"),
+        (
+            "```python\ndef add(xs, start=0):\n    return sum(xs, start)\n```",
+            "AssertionError",
+        ),  # another name
+        ("def total(xs, start=0):\n    return numpy.sum(xs)", "NameError"),
+    ],
+)
 def test_programs_that_fail(reply, error):
     program = programs.tested(programs.solution(PROMPT, "total", reply), TEST, "total")
-    done = subprocess.run([sys.executable, "-S", "-E", "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1 and error in done.stderr.splitlines()[-1] + "\n" + done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", program], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and error in done.stderr.splitlines()[-1] + "\n" + done.stderr, (
+        done.stderr
+    )
 
 
 def test_signature_of_the_prompts_function():

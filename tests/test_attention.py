@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import sharding
 from alignjax.config import Mesh, UserError
+from alignjax.machine import sharding
 from alignjax.models import attention
 from alignjax.models.attention import choose, self_attention
 
@@ -29,7 +29,13 @@ def arrays(seed, b, t, n, k, h):
 def layout(t):
     """segments[3 t]: packed with pads behind, pads in front, and packed without pads, in numbers that fall."""
     third, rest = t // 3, t - t // 3
-    return jnp.array([[1] * third + [2] * (rest - 3) + [0] * 3, [0] * 5 + [1] * (t - 5), [7] * third + [4] * rest])
+    return jnp.array(
+        [
+            [1] * third + [2] * (rest - 3) + [0] * 3,
+            [0] * 5 + [1] * (t - 5),
+            [7] * third + [4] * rest,
+        ]
+    )
 
 
 def value_and_grads(of, q, k, v, segments, weights):
@@ -64,7 +70,9 @@ def test_self_attention_is_a_loop():
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     for b, t, n in np.ndindex(3, 9, 4):
         seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-        assert np.allclose(ours[b, t, n], loop(q[b, t, n], k[b, seen, n // 2], v[b, seen, n // 2]), atol=2e-6)
+        assert np.allclose(
+            ours[b, t, n], loop(q[b, t, n], k[b, seen, n // 2], v[b, seen, n // 2]), atol=2e-6
+        )
 
 
 def cut(keys, values, mask, sizes):
@@ -103,13 +111,17 @@ def test_what_sees_nothing_is_finite_with_finite_gradients():
     nothing = jnp.zeros((2, 6), jnp.int32)
     one = lambda q, k, v: jnp.sum(self_attention(q, k, v, nothing) * weights)
     two = lambda q, k, v: jnp.sum(
-        attention.cached_attention(q[:, 0], *cut(k.swapaxes(1, 2), v.swapaxes(1, 2), nothing > 0, (4, 2)))
+        attention.cached_attention(
+            q[:, 0], *cut(k.swapaxes(1, 2), v.swapaxes(1, 2), nothing > 0, (4, 2))
+        )
         * weights[:, 0]
     )
     for of in (one, two):
         value, grads = jax.jit(jax.value_and_grad(of, (0, 1, 2)))(q, k, v)
         assert np.isfinite(value) and all(np.isfinite(x).all() for x in grads)
-    mean = attention.cached_attention(q[:, 0], *cut(k.swapaxes(1, 2), v.swapaxes(1, 2), nothing > 0, (4, 2)))
+    mean = attention.cached_attention(
+        q[:, 0], *cut(k.swapaxes(1, 2), v.swapaxes(1, 2), nothing > 0, (4, 2))
+    )
     np.testing.assert_allclose(mean, np.repeat(v.mean(axis=1), 2, axis=1), rtol=0, atol=2e-6)
 
 
@@ -129,8 +141,13 @@ def test_no_array_is_larger_than_the_scores_of_one_block():
     t, n = 2048, 2
     q, k, v, weights = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(5, 1, t, n, 1, 8))
     loss = lambda q, k, v, w: jnp.sum(self_attention(q, k, v, jnp.ones((1, t), jnp.int32)) * w)
-    shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v, weights)))
-    assert max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes) == n * attention.BLOCK * t
+    shapes = re.findall(
+        r"f32\[([\d,]+)\]", str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v, weights))
+    )
+    assert (
+        max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
+        == n * attention.BLOCK * t
+    )
 
 
 def test_cudnn_is_given_the_mask_and_an_even_length(monkeypatch):
@@ -176,15 +193,26 @@ LONG = (8, 1024, 4, 64)  # b t n h
 
 @pytest.mark.parametrize(
     "backend, dtype, shape, kv_heads, shards, name",
-    [("cpu", F32, LONG, 2, (1, 1), "xla"), ("cpu", BF16, LONG, 2, (4, 2), "xla"),
-     ("gpu", BF16, LONG, 2, (1, 1), "cudnn"), ("gpu", BF16, LONG, 2, (4, 2), "cudnn"),
-     ("gpu", F32, LONG, 2, (1, 1), "xla"), ("gpu", BF16, (8, 1024, 4, 100), 2, (1, 1), "xla"),
-     ("gpu", BF16, LONG, 2, (1, 4), "xla"), ("gpu", BF16, LONG, 2, (3, 1), "xla"),
-     ("tpu", BF16, LONG, 2, (1, 1), "splash"), ("tpu", F32, LONG, 2, (4, 2), "splash"),
-     ("tpu", BF16, (8, 1000, 4, 100), 2, (1, 1), "splash"), ("tpu", BF16, (8, 100, 4, 64), 2, (1, 1), "xla"),
-     ("tpu", BF16, LONG, 2, (1, 4), "xla"), ("tpu", BF16, LONG, 2, (3, 1), "xla")],
-)  # fmt: skip
-def test_auto_takes_what_the_backend_and_the_shape_allow(backend, dtype, shape, kv_heads, shards, name):
+    [
+        ("cpu", F32, LONG, 2, (1, 1), "xla"),
+        ("cpu", BF16, LONG, 2, (4, 2), "xla"),
+        ("gpu", BF16, LONG, 2, (1, 1), "cudnn"),
+        ("gpu", BF16, LONG, 2, (4, 2), "cudnn"),
+        ("gpu", F32, LONG, 2, (1, 1), "xla"),
+        ("gpu", BF16, (8, 1024, 4, 100), 2, (1, 1), "xla"),
+        ("gpu", BF16, LONG, 2, (1, 4), "xla"),
+        ("gpu", BF16, LONG, 2, (3, 1), "xla"),
+        ("tpu", BF16, LONG, 2, (1, 1), "splash"),
+        ("tpu", F32, LONG, 2, (4, 2), "splash"),
+        ("tpu", BF16, (8, 1000, 4, 100), 2, (1, 1), "splash"),
+        ("tpu", BF16, (8, 100, 4, 64), 2, (1, 1), "xla"),
+        ("tpu", BF16, LONG, 2, (1, 4), "xla"),
+        ("tpu", BF16, LONG, 2, (3, 1), "xla"),
+    ],
+)
+def test_auto_takes_what_the_backend_and_the_shape_allow(
+    backend, dtype, shape, kv_heads, shards, name
+):
     assert choose("auto", backend, dtype, shape, kv_heads, shards) == name
     assert choose("xla", backend, dtype, shape, kv_heads, shards) == "xla"
     assert choose(name, backend, dtype, shape, kv_heads, shards) == name
@@ -198,19 +226,38 @@ def test_rows_that_do_not_divide_hinder_no_explicit_choice():
 
 @pytest.mark.parametrize(
     "name, backend, dtype, h, tensor, message",
-    [("cudnn", "cpu", BF16, 64, 1, "needs a GPU and model.dtype='bfloat16', not cpu and bfloat16"),
-     ("cudnn", "gpu", F32, 64, 1, "needs a GPU and model.dtype='bfloat16', not gpu and float32"),
-     ("cudnn", "gpu", BF16, 100, 1, "needs model.head_size=100 to be a multiple of 8 and at most 128"),
-     ("cudnn", "gpu", BF16, 64, 4, "needs mesh.tensor=4 to divide model.kv_heads=2"),
-     ("splash", "cpu", BF16, 64, 1, "needs a TPU, not cpu"), ("splash", "gpu", BF16, 64, 1, "needs a TPU, not gpu"),
-     ("splash", "tpu", BF16, 64, 4, "needs mesh.tensor=4 to divide model.kv_heads=2")],
-)  # fmt: skip
+    [
+        (
+            "cudnn",
+            "cpu",
+            BF16,
+            64,
+            1,
+            "needs a GPU and model.dtype='bfloat16', not cpu and bfloat16",
+        ),
+        ("cudnn", "gpu", F32, 64, 1, "needs a GPU and model.dtype='bfloat16', not gpu and float32"),
+        (
+            "cudnn",
+            "gpu",
+            BF16,
+            100,
+            1,
+            "needs model.head_size=100 to be a multiple of 8 and at most 128",
+        ),
+        ("cudnn", "gpu", BF16, 64, 4, "needs mesh.tensor=4 to divide model.kv_heads=2"),
+        ("splash", "cpu", BF16, 64, 1, "needs a TPU, not cpu"),
+        ("splash", "gpu", BF16, 64, 1, "needs a TPU, not gpu"),
+        ("splash", "tpu", BF16, 64, 4, "needs mesh.tensor=4 to divide model.kv_heads=2"),
+    ],
+)
 def test_a_choice_that_cannot_run_is_refused(name, backend, dtype, h, tensor, message):
     with pytest.raises(UserError, match=f"^model.attention='{name}' {message}$"):
         choose(name, backend, dtype, (8, 1024, 4, h), 2, (1, tensor))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="they are refused where there is neither GPU nor TPU")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="they are refused where there is neither GPU nor TPU"
+)
 @pytest.mark.parametrize("name", ["cudnn", "splash"])
 def test_kernels_are_refused_on_a_cpu(name):
     q, k, v, _ = arrays(8, 1, 3, 4, 2, 8)
@@ -242,13 +289,24 @@ for k, h, dtype in ((4, 64, jnp.bfloat16), (2, 128, jnp.bfloat16), (4, 64, jnp.f
 
 
 def test_splash_compiles_for_a_tpu_that_is_not_here():
-    compiler = Path(__file__).resolve().parent.parent / ".venv" / "tpu-compiler"  # where run.sh has put it
+    compiler = (
+        Path(__file__).resolve().parent.parent / ".venv" / "tpu-compiler"
+    )  # where run.sh has put it
     if not (compiler / "libtpu").exists():
         pytest.skip("needs libtpu, the TPU compiler, which tests/run.sh installs")
     # XLA_FLAGS and the cache of compiled programs are for the tests' CPU devices.
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    env |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "PYTHONPATH": f"{compiler}:{compiler.parent.parent}"}  # fmt: skip
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    }
+    env |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": f"{compiler}:{compiler.parent.parent}",
+    }
     done = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["3 True True True"] * 3
@@ -265,9 +323,13 @@ def test_a_prefix_and_a_second_segment_are_seen(t):
     own = np.repeat([1, 2, 3, 0], [t // 2, t // 4, t - t // 2 - t // 4 - 2, 2])
     segments = jnp.asarray(np.broadcast_to(np.stack([own, np.minimum(own, 1)], axis=-1), (b, t, 2)))
     seen = (own[:, None] == own) | (np.minimum(own, 1)[:, None] == own)
-    mask = np.concatenate([np.broadcast_to(real, (t, s)), seen & np.tril(np.ones((t, t), bool))], axis=1)
-    joined = [jnp.repeat(jnp.concatenate([jnp.broadcast_to(x, (b, s, k, h)), y], axis=1), n // k, axis=2)
-              for x, y in ((keys, key), (values, value))]  # fmt: skip
+    mask = np.concatenate(
+        [np.broadcast_to(real, (t, s)), seen & np.tril(np.ones((t, t), bool))], axis=1
+    )
+    joined = [
+        jnp.repeat(jnp.concatenate([jnp.broadcast_to(x, (b, s, k, h)), y], axis=1), n // k, axis=2)
+        for x, y in ((keys, key), (values, value))
+    ]
     scores = jnp.where(mask, jnp.einsum("bqnh,bsnh->bnqs", q, joined[0]) * h**-0.5, -1e30)
     expected = jnp.einsum("bnqs,bsnh->bqnh", jax.nn.softmax(scores), joined[1])
     found = jax.jit(self_attention)(q, key, value, segments, prefix=(keys, values, real))

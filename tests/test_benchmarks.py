@@ -17,23 +17,44 @@ from alignjax.evals.registry import BENCHMARKS, include_paths, load
 from alignjax.evals.report import REPORT
 from alignjax.evals.tasks import humaneval, world
 
-SUBJECTS = {"mmlu": ("anatomy", "astronomy"), "ceval": ("accountant", "law"),
-            "bbh": ("date_understanding", "word_sorting", "object_counting", "navigate", "dyck_languages")}  # fmt: skip
-MMLU = {"anatomy": [['Where is the "heart"?', "foot", "chest", "hand", "head", "B"], ["Two,\nlines?", *"wxyz", "D"]],
-        "astronomy": [["What is Mars?", "a planet", "a star", "a moon", "a comet", "A"]]}  # fmt: skip
-CEVAL = {"accountant": [["首都是？", "上海", "北京", "广州", "以上都不对", "B"], ["一加一？", "一", "三", "二", "四", "C"],
-                        ["天空？", "蓝", "红", "绿", "黑", "A"]],
-         "law": [["法律？", "甲", "乙", "丙", "丁", "D"]]}  # fmt: skip
-GSM8K = [("Tom has 3 boxes of 6 pens. How many pens?", "3 * 6 = <<3*6=18>>18\n#### 18"),
-         ("How many grams are 1.2 kg?", "1.2 * 1000 = 1,200\n#### 1,200")]  # fmt: skip
-BBH = {"date_understanding": ("What is tomorrow?\nOptions:\n(A) 01/01/2001\n(B) 02/01/2001", "(B)"),
-       "word_sorting": ("Sort the following words alphabetically: List: pen ant", "ant pen"),
-       "object_counting": ("I have two pens and an ant. How many things do I have?", "3"),
-       "navigate": ("Take 1 step. Turn around. Take 1 step.\nOptions:\n- Yes\n- No", "Yes"),
-       "dyck_languages": ("Complete the rest of the sequence: Input: ( [", "] )")}  # fmt: skip
-SUM = {"task_id": "HumanEval/0", "prompt": 'def total(xs):\n    """ The sum of xs. """\n', "entry_point": "total",
-       "canonical_solution": "    return sum(xs)\n",
-       "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n"}  # fmt: skip
+SUBJECTS = {
+    "mmlu": ("anatomy", "astronomy"),
+    "ceval": ("accountant", "law"),
+    "bbh": ("date_understanding", "word_sorting", "object_counting", "navigate", "dyck_languages"),
+}
+MMLU = {
+    "anatomy": [
+        ['Where is the "heart"?', "foot", "chest", "hand", "head", "B"],
+        ["Two,\nlines?", *"wxyz", "D"],
+    ],
+    "astronomy": [["What is Mars?", "a planet", "a star", "a moon", "a comet", "A"]],
+}
+CEVAL = {
+    "accountant": [
+        ["首都是？", "上海", "北京", "广州", "以上都不对", "B"],
+        ["一加一？", "一", "三", "二", "四", "C"],
+        ["天空？", "蓝", "红", "绿", "黑", "A"],
+    ],
+    "law": [["法律？", "甲", "乙", "丙", "丁", "D"]],
+}
+GSM8K = [
+    ("Tom has 3 boxes of 6 pens. How many pens?", "3 * 6 = <<3*6=18>>18\n#### 18"),
+    ("How many grams are 1.2 kg?", "1.2 * 1000 = 1,200\n#### 1,200"),
+]
+BBH = {
+    "date_understanding": ("What is tomorrow?\nOptions:\n(A) 01/01/2001\n(B) 02/01/2001", "(B)"),
+    "word_sorting": ("Sort the following words alphabetically: List: pen ant", "ant pen"),
+    "object_counting": ("I have two pens and an ant. How many things do I have?", "3"),
+    "navigate": ("Take 1 step. Turn around. Take 1 step.\nOptions:\n- Yes\n- No", "Yes"),
+    "dyck_languages": ("Complete the rest of the sequence: Input: ( [", "] )"),
+}
+SUM = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def total(xs):\n    """ The sum of xs. """\n',
+    "entry_point": "total",
+    "canonical_solution": "    return sum(xs)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
+}
 
 
 class Verdict(NamedTuple):
@@ -62,7 +83,10 @@ class Model(LM):
 
     def loglikelihood(self, requests):
         self.keep(requests)
-        return [(0.0, True) if r.args[1].strip() == self.reply(r.doc) else (-1.0, False) for r in requests]
+        return [
+            (0.0, True) if r.args[1].strip() == self.reply(r.doc) else (-1.0, False)
+            for r in requests
+        ]
 
     def generate_until(self, requests):
         self.keep(requests)
@@ -92,7 +116,9 @@ def write(directory):
                 with path.open("w", encoding="utf-8", newline="") as file:
                     out = csv.writer(file)
                     if name == "ceval":
-                        out.writerow(["id", "question", "A", "B", "C", "D", "answer", "explanation"])
+                        out.writerow(
+                            ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
+                        )
                         chosen = [[i, *row, ""] for i, row in enumerate(chosen)]
                     out.writerows(chosen)
     for name in ("gsm8k", "humaneval", "bbh/bbh"):
@@ -126,16 +152,24 @@ def groups(manager, files):
         patch.setattr(humaneval.sandbox, "run", run)
         patch.setattr(world, "DOCUMENTS", 10)
         configs = [
-            b.group(setting, files, SUBJECTS.get(b.name, ())) for b in BENCHMARKS.values() for setting in b.headline
+            b.group(setting, files, SUBJECTS.get(b.name, ()))
+            for b in BENCHMARKS.values()
+            for setting in b.headline
         ]
         yield load(manager, configs)["groups"]
 
 
 def evaluate(manager, groups, reply, template=False):
     model = Model(reply)
-    results = simple_evaluate(model, tasks=[*groups.values()], task_manager=manager, bootstrap_iters=0,
-                              confirm_run_unsafe_code=True, apply_chat_template=template,
-                              fewshot_as_multiturn=template)  # fmt: skip
+    results = simple_evaluate(
+        model,
+        tasks=[*groups.values()],
+        task_manager=manager,
+        bootstrap_iters=0,
+        confirm_run_unsafe_code=True,
+        apply_chat_template=template,
+        fewshot_as_multiturn=template,
+    )
     return results, model
 
 
@@ -152,8 +186,19 @@ def target(doc) -> str:
     return doc["answer"].rpartition("#### ")[2]
 
 
-WRONG = {"(B)": "(A)", "ant pen": "pen ant", "3": "4", "Yes": "No", "] )": ") ]", "18": "19", "1,200": "1200.1",
-         "A": "B", "B": "C", "C": "D", "D": "A"}  # fmt: skip
+WRONG = {
+    "(B)": "(A)",
+    "ant pen": "pen ant",
+    "3": "4",
+    "Yes": "No",
+    "] )": ") ]",
+    "18": "19",
+    "1,200": "1200.1",
+    "A": "B",
+    "B": "C",
+    "C": "D",
+    "D": "A",
+}
 
 
 def wrong(doc) -> str:
@@ -184,18 +229,28 @@ def figures(results) -> dict:
 
 def test_a_model_that_is_right_gets_all_and_one_that_is_wrong_gets_nothing(manager, groups):
     right, model = evaluate(manager, groups, target)
-    columns = {column for row in REPORT.values() for column in row} | {("world", "zero"), ("world", "few")}
+    columns = {column for row in REPORT.values() for column in row} | {
+        ("world", "zero"),
+        ("world", "few"),
+    }
     assert figures(right) == dict.fromkeys(figures(right), 1.0) and set(figures(right)) == columns
-    assert right["groups"]["world-0shot"]["true_score,greedy"] == right["groups"]["world-1shot"]["acc,none"] == 1.0
+    assert (
+        right["groups"]["world-0shot"]["true_score,greedy"]
+        == right["groups"]["world-1shot"]["acc,none"]
+        == 1.0
+    )
     results, _ = evaluate(manager, groups, wrong)
     for setting in ("zero", "few"):  # a wrong answer may be well put
         assert (
-            0 < figures(results)["world", setting] < 1 and results["groups"]["world-1shot"]["exact_match,sampled"] == 0
+            0 < figures(results)["world", setting] < 1
+            and results["groups"]["world-1shot"]["exact_match,sampled"] == 0
         )
     others = {column: figure for column, figure in figures(results).items() if column[0] != "world"}
     assert others == dict.fromkeys(others, 0.0)
     for name, settings in model.settings.items():
-        assert settings["do_sample"] == (settings["temperature"] == 1) == name.endswith("sampled"), name
+        assert (
+            settings["do_sample"] == (settings["temperature"] == 1) == name.endswith("sampled")
+        ), name
         assert settings["max_gen_toks"] <= 512
         assert {"<|im_end|>", "</s>"} <= set(settings["until"])
 
@@ -209,23 +264,45 @@ def test_chatty_replies_are_understood_and_what_was_extracted_is_kept(manager, g
     }  # there letters alone are likely
     samples = {name: rows[0] for name, rows in results["samples"].items()}
     extracted = {name: row["filtered_resps"] for name, row in samples.items()}
-    assert extracted["mmlu-0shot::anatomy"] == ["B"] and samples["mmlu-0shot::anatomy"]["acc"] == 1.0
-    assert extracted["gsm8k-0shot::test"] == ["18"] and extracted["bbh_cot_zeroshot_word_sorting"] == ["ant pen"]
+    assert (
+        extracted["mmlu-0shot::anatomy"] == ["B"] and samples["mmlu-0shot::anatomy"]["acc"] == 1.0
+    )
+    assert extracted["gsm8k-0shot::test"] == ["18"] and extracted[
+        "bbh_cot_zeroshot_word_sorting"
+    ] == ["ant pen"]
     assert extracted["world-0shot::greedy"][0]["true_score"] == 1.0
     code = "def total(xs):\n    return sum(xs)\n"
-    assert extracted["humaneval-0shot::test"] == [{"answer": code, "passed": True, "reason": "passed"}]
+    assert extracted["humaneval-0shot::test"] == [
+        {"answer": code, "passed": True, "reason": "passed"}
+    ]
     failed, _ = evaluate(manager, {"": groups["humaneval-0shot"]}, wrong)
-    assert failed["samples"]["humaneval-0shot::test"][0]["filtered_resps"][0]["reason"] == "AssertionError"
+    assert (
+        failed["samples"]["humaneval-0shot::test"][0]["filtered_resps"][0]["reason"]
+        == "AssertionError"
+    )
     json.dumps(results["samples"])
-    assert " at 0x" not in json.dumps(results["configs"], default=str)  # so that a run's results repeat
+    assert " at 0x" not in json.dumps(
+        results["configs"], default=str
+    )  # so that a run's results repeat
 
 
 def test_averages_are_over_questions_but_for_ceval(manager, groups):
     known = {"anatomy", "Where", "Two,", "首都是？", "一加一？", "天空？"}
-    some, _ = evaluate(manager, {n: g for n, g in groups.items() if n[:5] in ("mmlu-", "ceval")},
-                       lambda doc: (target if doc["question"].split()[0] in known else wrong)(doc))  # fmt: skip
-    rates = {name: group.get("acc,none", group.get("acc,extract")) for name, group in some["groups"].items()}
-    assert rates == {"mmlu-0shot": 2 / 3, "mmlu-5shot": 2 / 3, "ceval-0shot": 0.5, "ceval-5shot": 0.5}
+    some, _ = evaluate(
+        manager,
+        {n: g for n, g in groups.items() if n[:5] in ("mmlu-", "ceval")},
+        lambda doc: (target if doc["question"].split()[0] in known else wrong)(doc),
+    )
+    rates = {
+        name: group.get("acc,none", group.get("acc,extract"))
+        for name, group in some["groups"].items()
+    }
+    assert rates == {
+        "mmlu-0shot": 2 / 3,
+        "mmlu-5shot": 2 / 3,
+        "ceval-0shot": 0.5,
+        "ceval-5shot": 0.5,
+    }
 
 
 HEART = 'Where is the "heart"?\nA. foot\nB. chest\nC. hand\nD. head'
@@ -243,43 +320,72 @@ ZERO = {
     "world-0shot::sampled": "last : red leg",
     "world-0shot::greedy": "last : red leg",
     "world-0shot::choice": "last : red leg",
-}  # fmt: skip
-FORMS = {"date_understanding": "the letter of the right option in parentheses", "object_counting": "a number",
-         "word_sorting": "the sorted words, with spaces between them", "navigate": "Yes or No",
-         "dyck_languages": "the closing brackets that are missing, with spaces between them"}  # fmt: skip
+}
+FORMS = {
+    "date_understanding": "the letter of the right option in parentheses",
+    "object_counting": "a number",
+    "word_sorting": "the sorted words, with spaces between them",
+    "navigate": "Yes or No",
+    "dyck_languages": "the closing brackets that are missing, with spaces between them",
+}
 
 
 def test_prompts_without_a_template(manager, groups):
     _, model = evaluate(manager, groups, target)
     assert {name: model.asked[name] for name in ZERO} == ZERO
     for subject, form in FORMS.items():
-        assert model.asked[f"bbh_cot_zeroshot_{subject}"].endswith(f"\n\n{BBH[subject][0]}{STEPS}{form}.")
-    assert model.asked["bbh_cot_zeroshot_word_sorting"].startswith("Sort a list of words.\n\nSort the following")
+        assert model.asked[f"bbh_cot_zeroshot_{subject}"].endswith(
+            f"\n\n{BBH[subject][0]}{STEPS}{form}."
+        )
+    assert model.asked["bbh_cot_zeroshot_word_sorting"].startswith(
+        "Sort a list of words.\n\nSort the following"
+    )
     shown = "".join(f"{q}Answer: {a}\n\n" for q, a in EXAMPLES)
     assert model.asked["mmlu_anatomy"] == f"{ABOUT}{shown}{HEART}\nAnswer:"
     shown = "".join(f"{q}答案： {a}\n\n" for q, a in EXAMPLES)
     about = "以下是中国关于注册会计师的单项选择题，请选出其中的正确答案。\n\n"
     assert model.asked["ceval-valid_accountant"] == f"{about}{shown}{CAPITAL}\n答案："
-    assert model.asked["world-1shot::greedy"] == "last : pen key dog fan sure , fan .\n\nlast : red leg"
+    assert (
+        model.asked["world-1shot::greedy"]
+        == "last : pen key dog fan sure , fan .\n\nlast : red leg"
+    )
     few = model.asked["gsm8k_cot"]
-    assert few.startswith("Q: There are 15 trees in the grove.") and few.count("Q: ") == few.count("\nA:") == 9
+    assert (
+        few.startswith("Q: There are 15 trees in the grove.")
+        and few.count("Q: ") == few.count("\nA:") == 9
+    )
     assert few.endswith(f"The answer is 8.\n\nQ: {GSM8K[0][0]}\nA:")
     few = model.asked["bbh_cot_fewshot_word_sorting"]
-    assert few.startswith("Sort a list of words.\n\nQ: ") and few.count("Q: ") == few.count("\nA: ") == 4
-    assert few.endswith(f"seismography.\n\nQ: {BBH['word_sorting'][0]}\nA: Let's think step by step.\n")
+    assert (
+        few.startswith("Sort a list of words.\n\nQ: ")
+        and few.count("Q: ") == few.count("\nA: ") == 4
+    )
+    assert few.endswith(
+        f"seismography.\n\nQ: {BBH['word_sorting'][0]}\nA: Let's think step by step.\n"
+    )
 
 
 def test_prompts_in_a_chat(manager, groups):
     _, model = evaluate(manager, groups, target, template=True)
-    assert {n: model.asked[n] for n in ZERO} == {n: f"<user>{text}</user><assistant>" for n, text in ZERO.items()}
+    assert {n: model.asked[n] for n in ZERO} == {
+        n: f"<user>{text}</user><assistant>" for n, text in ZERO.items()
+    }
     shown = "".join(f"<user>{q}Answer:</user><assistant>{a}</assistant>" for q, a in EXAMPLES)
     asked = f"<system>{ABOUT}</system>{shown}<user>{HEART}\nAnswer:</user><assistant>"
     assert model.asked["mmlu_anatomy"] == asked
     assert model.asked["world-1shot::choice"] == (
         "<user>last : pen key dog fan</user><assistant>sure , fan .</assistant><user>last : red leg</user><assistant>"
     )
-    for name, shots in (("ceval-valid_accountant", 5), ("gsm8k_cot", 8), ("bbh_cot_fewshot_word_sorting", 3)):
-        assert model.asked[name].count("<user>") == shots + 1 == model.asked[name].count("</assistant>") + 1
+    for name, shots in (
+        ("ceval-valid_accountant", 5),
+        ("gsm8k_cot", 8),
+        ("bbh_cot_fewshot_word_sorting", 3),
+    ):
+        assert (
+            model.asked[name].count("<user>")
+            == shots + 1
+            == model.asked[name].count("</assistant>") + 1
+        )
     sort = f"<system>Sort a list of words.\n\n</system><user>{BBH['word_sorting'][0]}{STEPS}{FORMS['word_sorting']}.</user>"
     assert model.asked["bbh_cot_zeroshot_word_sorting"] == f"{sort}<assistant>"
 
@@ -287,36 +393,73 @@ def test_prompts_in_a_chat(manager, groups):
 def test_the_world_is_the_same_for_a_seed_and_fits_its_model(tmp_path):
     docs = world.documents("heldout", 200)
     assert docs == world.documents("heldout", 200) and docs[:10] == world.documents("heldout", 10)
-    assert all(toy.heldout(doc["prompt"]) for doc in docs) and {doc["answer"] for doc in docs} == {0, 1, 2, 3}
+    assert all(toy.heldout(doc["prompt"]) for doc in docs) and {doc["answer"] for doc in docs} == {
+        0,
+        1,
+        2,
+        3,
+    }
     for doc in docs:
         scores = [toy.true_score(doc["prompt"], choice) for choice in doc["choices"]]
-        assert scores.index(max(scores)) == doc["answer"] and scores.count(1.0) == 1 and len({*doc["choices"]}) == 4
+        assert (
+            scores.index(max(scores)) == doc["answer"]
+            and scores.count(1.0) == 1
+            and len({*doc["choices"]}) == 4
+        )
     (example,) = world.documents("train", world.SHOTS)
     assert not toy.heldout(example["prompt"])
     tokenizer = chat.train_tokenizer(toy.tokenizer_texts(0), tmp_path, 1024)
-    before = [{"role": "user", "content": example["prompt"]}, {"role": "assistant", "content": example["ideal"]}]
+    before = [
+        {"role": "user", "content": example["prompt"]},
+        {"role": "assistant", "content": example["ideal"]},
+    ]
 
     def tokens(messages):
         return len(
-            tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)).input_ids
+            tokenizer(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ).input_ids
         )
 
-    assert max(len(tokenizer(doc["ideal"]).input_ids) for doc in docs) + 1 <= world.TOKENS  # and the end
+    assert (
+        max(len(tokenizer(doc["ideal"]).input_ids) for doc in docs) + 1 <= world.TOKENS
+    )  # and the end
     asked = [{"role": "user", "content": doc["prompt"]} for doc in docs]
-    assert max(tokens([*before, message]) for message in asked) + world.TOKENS <= 64 < 2 * 18 + 20 + world.TOKENS
+    assert (
+        max(tokens([*before, message]) for message in asked) + world.TOKENS
+        <= 64
+        < 2 * 18 + 20 + world.TOKENS
+    )
     assert max(tokens([message]) for message in asked) == 20
 
 
 def test_table_5():
     assert len(REPORT) == 12 and REPORT["Qwen-Chat-14B"] == {
-        ("mmlu", "zero"): 64.6, ("mmlu", "few"): 66.5, ("ceval", "zero"): 69.8, ("ceval", "few"): 71.7,
-        ("gsm8k", "zero"): 60.1, ("gsm8k", "few"): 59.3, ("humaneval", "zero"): 43.9, ("bbh", "zero"): 46.9,
-        ("bbh", "few"): 58.7}  # fmt: skip
-    assert REPORT["GPT-4"] == {("mmlu", "few"): 83.0, ("ceval", "few"): 69.9, ("gsm8k", "few"): 91.4,
-                               ("humaneval", "zero"): 86.6, ("bbh", "few"): 86.7}  # fmt: skip
+        ("mmlu", "zero"): 64.6,
+        ("mmlu", "few"): 66.5,
+        ("ceval", "zero"): 69.8,
+        ("ceval", "few"): 71.7,
+        ("gsm8k", "zero"): 60.1,
+        ("gsm8k", "few"): 59.3,
+        ("humaneval", "zero"): 43.9,
+        ("bbh", "zero"): 46.9,
+        ("bbh", "few"): 58.7,
+    }
+    assert REPORT["GPT-4"] == {
+        ("mmlu", "few"): 83.0,
+        ("ceval", "few"): 69.9,
+        ("gsm8k", "few"): 91.4,
+        ("humaneval", "zero"): 86.6,
+        ("bbh", "few"): 86.7,
+    }
     assert {name: (b.title, b.shots, len(b.subjects)) for name, b in BENCHMARKS.items()} == {
-        "mmlu": ("MMLU", 5, 57), "ceval": ("C-Eval", 5, 52), "gsm8k": ("GSM8K", 8, 1), "humaneval": ("HumanEval", 0, 1),
-        "bbh": ("BBH", 3, 27), "world": ("true score, sampled", 1, 3)}  # fmt: skip
+        "mmlu": ("MMLU", 5, 57),
+        "ceval": ("C-Eval", 5, 52),
+        "gsm8k": ("GSM8K", 8, 1),
+        "humaneval": ("HumanEval", 0, 1),
+        "bbh": ("BBH", 3, 27),
+        "world": ("true score, sampled", 1, 3),
+    }
 
 
 def fails(manager, name, setting, directory, subjects=()) -> str:
@@ -329,11 +472,16 @@ def fails(manager, name, setting, directory, subjects=()) -> str:
 
 def test_what_is_missing_is_said_in_one_line(manager, files, tmp_path, monkeypatch):
     monkeypatch.setattr(humaneval.sandbox, "check", lambda: None)
-    assert "mmlu/test/abstract_algebra_test.csv: no such file; unpack https" in fails(manager, "mmlu", "few", files)
+    assert "mmlu/test/abstract_algebra_test.csv: no such file; unpack https" in fails(
+        manager, "mmlu", "few", files
+    )
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/train.jsonl").write_text("{}\n")
     line = fails(manager, "gsm8k", "zero", tmp_path)
-    assert f"{tmp_path}/gsm8k/test.jsonl: no such file; put " in line and "train.jsonl won't do" in line
+    assert (
+        f"{tmp_path}/gsm8k/test.jsonl: no such file; put " in line
+        and "train.jsonl won't do" in line
+    )
     for name in ("ceval", "humaneval", "bbh"):
         assert "no such file" in fails(manager, name, "zero", tmp_path)
     assert "mmlu:anatomie: no such subject; did you mean 'anatomy'?" in fails(
@@ -347,7 +495,9 @@ def test_what_is_missing_is_said_in_one_line(manager, files, tmp_path, monkeypat
     monkeypatch.setattr("datasets.load_dataset", offline)
     for setting in ("zero", "few"):
         line = fails(manager, "gsm8k", setting, None)
-        assert line.startswith("gsm8k: its data set can't be had from the hub (Couldn't reach 'openai/gsm8k'")
+        assert line.startswith(
+            "gsm8k: its data set can't be had from the hub (Couldn't reach 'openai/gsm8k'"
+        )
         assert "--data_dir DATA_DIR" in line
 
     def refused():
@@ -360,27 +510,77 @@ def test_what_is_missing_is_said_in_one_line(manager, files, tmp_path, monkeypat
 HEADER = "id,question,A,B,C,D,answer,explanation\n"
 
 
-@pytest.mark.parametrize("name, file, text, message", [
-    ("mmlu", "test/anatomy_test.csv", "q,w,x,y,z,A\n\"two\nlines\",w,x,y,z\n", ":2: 6 fields wanted (question, A, B, C, D"),
-    ("mmlu", "test/anatomy_test.csv", "q,w,x,y,z,E\n", ":1: answer: A, B, C or D wanted, 'E' found"),
-    ("mmlu", "test/anatomy_test.csv", "", ": 0 rows, at least 1 wanted to evaluate"),
-    ("mmlu", "dev/anatomy_dev.csv", "q,w,x,y,z,A\n", ": 1 rows, at least 5 wanted as examples"),
-    ("mmlu", "test/anatomy_test.csv", b"\xff\n", ":1: CSV in UTF-8 wanted"),
-    ("ceval", "val/accountant_val.csv", "id,question,A,B,C,D\n", ":1: the header needs a field 'answer'"),
-    ("ceval", "val/accountant_val.csv", HEADER + "0,q,w,x,y,z,,\n", ":2: answer: A, B, C or D wanted, '' found"),
-    ("ceval", "val/accountant_val.csv", HEADER + "0,q,w,x,y\n", ":2: 8 fields wanted"),
-    ("gsm8k", "test.jsonl", '{"question": "q", "answer": "18"}\n', ":1: answer: '#### ' and a number wanted"),
-    ("gsm8k", "test.jsonl", '{"question": "q", "answer": "#### 1"}\n{"question": 3}\n', ":2: question: text wanted, int"),
-    ("gsm8k", "test.jsonl", "[]\n", ":1: an object wanted, list found"),
-    ("gsm8k", "test.jsonl", "\n{]\n", ":2: not JSON"),
-    ("humaneval", "HumanEval.jsonl.gz", b"no gzip", ":1: JSON lines in UTF-8 wanted"),
-    ("humaneval", "HumanEval.jsonl", json.dumps(SUM | {"entry_point": "sum"}), ":1: prompt: a function 'sum' wanted"),
-    ("humaneval", "HumanEval.jsonl", json.dumps(SUM | {"test": None}), ":1: test: text wanted, NoneType found"),
-    ("bbh", "word_sorting.json", '{"examples":\n1', ":2: not JSON"),
-    ("bbh", "word_sorting.json", '{"canary": ""}', ": examples: a list wanted"),
-    ("bbh", "bbh/word_sorting.json", '{"examples": [{"input": "q", "target": 3}]}', ": examples[0]: target: text wanted, int"),
-])  # fmt: skip
-def test_bad_rows_are_named_by_file_line_and_field(manager, tmp_path, monkeypatch, name, file, text, message):
+@pytest.mark.parametrize(
+    "name, file, text, message",
+    [
+        (
+            "mmlu",
+            "test/anatomy_test.csv",
+            'q,w,x,y,z,A\n"two\nlines",w,x,y,z\n',
+            ":2: 6 fields wanted (question, A, B, C, D",
+        ),
+        (
+            "mmlu",
+            "test/anatomy_test.csv",
+            "q,w,x,y,z,E\n",
+            ":1: answer: A, B, C or D wanted, 'E' found",
+        ),
+        ("mmlu", "test/anatomy_test.csv", "", ": 0 rows, at least 1 wanted to evaluate"),
+        ("mmlu", "dev/anatomy_dev.csv", "q,w,x,y,z,A\n", ": 1 rows, at least 5 wanted as examples"),
+        ("mmlu", "test/anatomy_test.csv", b"\xff\n", ":1: CSV in UTF-8 wanted"),
+        (
+            "ceval",
+            "val/accountant_val.csv",
+            "id,question,A,B,C,D\n",
+            ":1: the header needs a field 'answer'",
+        ),
+        (
+            "ceval",
+            "val/accountant_val.csv",
+            HEADER + "0,q,w,x,y,z,,\n",
+            ":2: answer: A, B, C or D wanted, '' found",
+        ),
+        ("ceval", "val/accountant_val.csv", HEADER + "0,q,w,x,y\n", ":2: 8 fields wanted"),
+        (
+            "gsm8k",
+            "test.jsonl",
+            '{"question": "q", "answer": "18"}\n',
+            ":1: answer: '#### ' and a number wanted",
+        ),
+        (
+            "gsm8k",
+            "test.jsonl",
+            '{"question": "q", "answer": "#### 1"}\n{"question": 3}\n',
+            ":2: question: text wanted, int",
+        ),
+        ("gsm8k", "test.jsonl", "[]\n", ":1: an object wanted, list found"),
+        ("gsm8k", "test.jsonl", "\n{]\n", ":2: not JSON"),
+        ("humaneval", "HumanEval.jsonl.gz", b"no gzip", ":1: JSON lines in UTF-8 wanted"),
+        (
+            "humaneval",
+            "HumanEval.jsonl",
+            json.dumps(SUM | {"entry_point": "sum"}),
+            ":1: prompt: a function 'sum' wanted",
+        ),
+        (
+            "humaneval",
+            "HumanEval.jsonl",
+            json.dumps(SUM | {"test": None}),
+            ":1: test: text wanted, NoneType found",
+        ),
+        ("bbh", "word_sorting.json", '{"examples":\n1', ":2: not JSON"),
+        ("bbh", "word_sorting.json", '{"canary": ""}', ": examples: a list wanted"),
+        (
+            "bbh",
+            "bbh/word_sorting.json",
+            '{"examples": [{"input": "q", "target": 3}]}',
+            ": examples[0]: target: text wanted, int",
+        ),
+    ],
+)
+def test_bad_rows_are_named_by_file_line_and_field(
+    manager, tmp_path, monkeypatch, name, file, text, message
+):
     monkeypatch.setattr(humaneval.sandbox, "check", lambda: None)
     write(tmp_path)
     path = tmp_path / name / file
@@ -388,5 +588,7 @@ def test_bad_rows_are_named_by_file_line_and_field(manager, tmp_path, monkeypatc
         for other in [*path.parent.glob("*.gz"), *path.parent.glob("bbh/*")]:
             other.unlink()
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    subjects = {"mmlu": ("anatomy",), "ceval": ("accountant",), "bbh": ("word_sorting",)}.get(name, ())
+    subjects = {"mmlu": ("anatomy",), "ceval": ("accountant",), "bbh": ("word_sorting",)}.get(
+        name, ()
+    )
     assert f"{path}{message}" in fails(manager, name, "zero", tmp_path, subjects)

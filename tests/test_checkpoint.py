@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from test_models import tiny
 
-from alignjax import checkpoint, sharding
 from alignjax.config import Mesh, UserError
+from alignjax.machine import sharding
+from alignjax.weights import checkpoint
 
 MESH = sharding.make_mesh(Mesh())
 
@@ -72,7 +73,9 @@ def test_any_type_and_any_bits_come_back(tmp_path):
         "place": jnp.arange(24, dtype=jnp.uint32).reshape(2, 3, 4),
     }
     state = jax.tree.map(lambda x: jax.device_put(x, sharding.replicated(MESH)), state)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints", 2)
     saved.save(7, {"state": state})
     saved.close()
@@ -80,7 +83,9 @@ def test_any_type_and_any_bits_come_back(tmp_path):
     assert step == 7 and bits(items["state"]) == bits(state)
 
 
-@pytest.mark.parametrize("keep, left", [(1, ["5"]), (3, ["3", "4", "5"]), (9, ["1", "2", "3", "4", "5"])])
+@pytest.mark.parametrize(
+    "keep, left", [(1, ["5"]), (3, ["3", "4", "5"]), (9, ["1", "2", "3", "4", "5"])]
+)
 def test_as_many_are_kept_as_asked_for(keep, left, tmp_path):
     saved = checkpoint.Checkpoints(tmp_path / "checkpoints", keep)
     for step in range(1, 6):
@@ -104,13 +109,22 @@ def test_a_checksum_is_of_all_bits_at_their_places_wherever_they_lie():
     x = np.random.default_rng(0).normal(size=(6, 8, 4)).astype(np.float32)
     of = lambda x: int(checkpoint.checksums(x))
     spec = jax.sharding.PartitionSpec(None, "fsdp", None)
-    assert of(x) == checkpoint.checksum(x) == of(jax.device_put(x, jax.sharding.NamedSharding(MESH, spec)))
+    assert (
+        of(x)
+        == checkpoint.checksum(x)
+        == of(jax.device_put(x, jax.sharding.NamedSharding(MESH, spec)))
+    )
     flipped = [x.view(np.uint32).copy() for _ in range(32)]
     for bit, words in enumerate(flipped):
         words[3, 5, bit % 4] ^= np.uint32(1 << bit)
     moved = [x[::-1], x[:, ::-1], x[..., ::-1], np.roll(x, 1), -x, np.zeros_like(x)]
     assert len({of(x), *map(of, flipped), *map(of, moved)}) == 1 + 32 + 6
-    for y in (x.astype(jnp.bfloat16), np.int32(-5), np.zeros((0, 3), np.float32), np.array([True]).astype(np.uint8)):
+    for y in (
+        x.astype(jnp.bfloat16),
+        np.int32(-5),
+        np.zeros((0, 3), np.float32),
+        np.array([True]).astype(np.uint8),
+    ):
         assert of(y) == checkpoint.checksum(np.asarray(y))
     large = np.arange(2**20 + 5, dtype=np.int32)
     assert of(large) == checkpoint.checksum(large)
@@ -152,33 +166,55 @@ def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [
-    lambda step: [cut(f) for f in (step / "policy").rglob("*") if f.is_file()],
-    lambda step: shutil.rmtree(step / "policy"),
-    lambda step: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in (step / "policy").iterdir()],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: [cut(f) for f in (step / "policy").rglob("*") if f.is_file()],
+        lambda step: shutil.rmtree(step / "policy"),
+        lambda step: [
+            shutil.rmtree(p) if p.is_dir() else p.unlink() for p in (step / "policy").iterdir()
+        ],
+    ],
+)
 def test_a_damaged_newest_falls_back_and_says_so(damage, copied):
     damage(copied / "3")
     (step, items), said = restored(copied)
     assert step == 2 and equal(items["policy"], parameters(2))
-    assert len(said) == 1 and str(copied / "3") in said[0] and "is damaged" in said[0] and "falling back" in said[0]
+    assert (
+        len(said) == 1
+        and str(copied / "3") in said[0]
+        and "is damaged" in said[0]
+        and "falling back" in said[0]
+    )
     assert (copied.parent / "damaged" / "3").is_dir() and not (copied / "3").exists()
 
 
 COUNTER = {"counter": {"n": jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(MESH))}}
 
 
-@pytest.mark.parametrize("damage", [
-    lambda step: (step / "policy" / "manifest.ocdbt").unlink(),
-    lambda step: (step / "policy" / "manifest.ocdbt").write_bytes(b""),
-    lambda step: cut(step / "policy" / "_METADATA"),
-    lambda step: shutil.rmtree(step / "policy" / "d"),
-    lambda step: [cut(file) for file in (step / "policy" / "d").iterdir()],
-    lambda step: [cut(file) for file in (step / "counter" / "d").iterdir()],
-    lambda step: shutil.rmtree(step / "counter"),
-    lambda step: (shutil.rmtree(step), step.mkdir()),
-], ids=["no manifest", "empty manifest", "metadata cut", "no data", "data cut", "small item cut", "an item gone",
-        "nothing left"])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: (step / "policy" / "manifest.ocdbt").unlink(),
+        lambda step: (step / "policy" / "manifest.ocdbt").write_bytes(b""),
+        lambda step: cut(step / "policy" / "_METADATA"),
+        lambda step: shutil.rmtree(step / "policy" / "d"),
+        lambda step: [cut(file) for file in (step / "policy" / "d").iterdir()],
+        lambda step: [cut(file) for file in (step / "counter" / "d").iterdir()],
+        lambda step: shutil.rmtree(step / "counter"),
+        lambda step: (shutil.rmtree(step), step.mkdir()),
+    ],
+    ids=[
+        "no manifest",
+        "empty manifest",
+        "metadata cut",
+        "no data",
+        "data cut",
+        "small item cut",
+        "an item gone",
+        "nothing left",
+    ],
+)
 def test_any_damage_to_any_item_falls_back(damage, copied):
     damage(copied / "3")
     (step, items), said = restored(copied, {**shapes(), **COUNTER})
@@ -192,17 +228,29 @@ def test_no_flipped_byte_goes_unnoticed(copied):
     """At seeded places of every file: what is restored is what was saved, to the bit, or is said to be damaged. Orbax and
     its codecs let many through; the checksums don't."""
     rng, told = np.random.default_rng(0), []
-    files = [(path, path.read_bytes()) for path in (copied / "3").rglob("*") if path.is_file() and path.stat().st_size]
+    files = [
+        (path, path.read_bytes())
+        for path in (copied / "3").rglob("*")
+        if path.is_file() and path.stat().st_size
+    ]
     largest = max(len(data) for _, data in files)
     for path, data in files:
         for at in rng.integers(0, len(data), 16 if len(data) == largest else 2):
-            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.integers(0, 8)]) + data[at + 1 :])
+            path.write_bytes(
+                data[:at] + bytes([data[at] ^ 1 << rng.integers(0, 8)]) + data[at + 1 :]
+            )
             opened, said = checkpoint.Checkpoints(copied, 2), []
             opened.put_aside = lambda steps: None
             step, items = opened.restore({**shapes(), **COUNTER}, said.append)
             opened.close()
-            assert equal(items["policy"], parameters(step)) and int(items["counter"]["n"]) == step, (path, at, said)
-            assert [str(copied / "3") in line for line in said] == ([] if step == 3 else [True]), (path, at, said)
+            assert (
+                equal(items["policy"], parameters(step)) and int(items["counter"]["n"]) == step
+            ), (path, at, said)
+            assert [str(copied / "3") in line for line in said] == ([] if step == 3 else [True]), (
+                path,
+                at,
+                said,
+            )
             told += said or [""]
         path.write_bytes(data)
     noticed, ours = (sum(word in line for line in told) for word in ("damaged", "checksum differs"))
@@ -217,7 +265,9 @@ def test_the_damaged_step_is_saved_again_and_may_be_damaged_again(copied):
         opened.save(3, {"policy": parameters(30), "counter": {"n": np.int32(30)}})
         opened.close()
         (step, items), said = restored(copied, {**shapes(), **COUNTER})
-        assert (step, int(items["counter"]["n"]), said) == (3, 30, []) and equal(items["policy"], parameters(30))
+        assert (step, int(items["counter"]["n"]), said) == (3, 30, []) and equal(
+            items["policy"], parameters(30)
+        )
 
 
 def test_none_that_can_be_read_is_an_error_the_next_time_too(copied):
@@ -237,4 +287,6 @@ def test_a_temporary_directory_is_not_seen_even_with_everything_in_it(copied):
     shutil.copytree(copied / "3", copied / "4.orbax-checkpoint-tmp")
     (step, items), said = restored(copied)
     assert (step, said) == (3, []) and equal(items["policy"], parameters(3))
-    assert equal(checkpoint.restore_role(copied.parent, "policy", shapes()["policy"]), parameters(3))
+    assert equal(
+        checkpoint.restore_role(copied.parent, "policy", shapes()["policy"]), parameters(3)
+    )

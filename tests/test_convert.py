@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_models import tiny
 
-from alignjax import convert
 from alignjax.config import Model, UserError
 from alignjax.models import families
+from alignjax.weights import hf
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -27,23 +27,28 @@ def head_of(name):
 
 
 def same(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, a, b))
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_export_gives_the_files_tensors_back(name, dtype, tmp_path):
     """Every tensor, read by the safetensors library, is the original's bit for bit (qwen3's need float32)."""
-    model, params = convert.load_hf(GOLDEN / name, head_of(name))
-    convert.save_hf(model, params, tmp_path, dtype)
-    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(GOLDEN / name / "model.safetensors")
+    model, params = hf.load_hf(GOLDEN / name, head_of(name))
+    hf.save_hf(model, params, tmp_path, dtype)
+    ours, theirs = (
+        load_file(tmp_path / "model.safetensors"),
+        load_file(GOLDEN / name / "model.safetensors"),
+    )
     if head_of(name) == "scalar":
         assert ours.pop("score.bias").tolist() == [0]
     assert ours.keys() == theirs.keys()
     for key, x in theirs.items():
         assert ours[key].dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
         assert np.array_equal(ours[key].astype(np.float32), x.astype(np.float32)), key
-    again, back = convert.load_hf(tmp_path, head_of(name))
+    again, back = hf.load_hf(tmp_path, head_of(name))
     assert again == model and same(params, back)
 
 
@@ -61,31 +66,33 @@ def test_in_and_out_again_gives_the_same_bytes(family, head, dtype, tmp_path):
     (tmp_path / "in").mkdir()
     shutil.copy(GOLDEN / family / "config.json", tmp_path / "in")
     save_file(tensors, tmp_path / "in/model.safetensors")
-    convert.save_hf(*convert.load_hf(tmp_path / "in", head), tmp_path / "out", np.dtype(dtype).name)
+    hf.save_hf(*hf.load_hf(tmp_path / "in", head), tmp_path / "out", np.dtype(dtype).name)
     again = load_file(tmp_path / "out/model.safetensors")
     assert {name: (x.dtype, x.shape, x.tobytes()) for name, x in again.items()} == {
         name: (x.dtype, x.shape, x.tobytes()) for name, x in tensors.items()
     }
     fields = families.model_from_hf(json.loads((tmp_path / "out/config.json").read_text()))
-    assert fields == families.model_from_hf(json.loads((GOLDEN / family / "config.json").read_text()))
+    assert fields == families.model_from_hf(
+        json.loads((GOLDEN / family / "config.json").read_text())
+    )
 
 
 def test_shards_hold_what_one_file_holds(tmp_path):
-    model, params = convert.load_hf(GOLDEN / "qwen", "lm")
-    convert.save_hf(model, params, tmp_path, max_shard_bytes=30_000)
+    model, params = hf.load_hf(GOLDEN / "qwen", "lm")
+    hf.save_hf(model, params, tmp_path, max_shard_bytes=30_000)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 2
     assert all((tmp_path / file).stat().st_size < 32_000 for file in files)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * sum(x.size for x in jax.tree.leaves(params))
-    assert same(convert.load_hf(tmp_path, "lm")[1], params)
+    assert same(hf.load_hf(tmp_path, "lm")[1], params)
 
 
 def test_the_reward_shift_survives(tmp_path):
-    model, params = convert.load_hf(GOLDEN / "qwen2_score", "scalar")
+    model, params = hf.load_hf(GOLDEN / "qwen2_score", "scalar")
     params["head"]["bias"] = np.float32([-1.25])
-    convert.save_hf(model, params, tmp_path)
-    assert convert.load_hf(tmp_path, "scalar")[1]["head"]["bias"].tolist() == [-1.25]
+    hf.save_hf(model, params, tmp_path)
+    assert hf.load_hf(tmp_path, "scalar")[1]["head"]["bias"].tolist() == [-1.25]
 
 
 def faulty(tmp_path, name="qwen2", **tensors):
@@ -93,28 +100,38 @@ def faulty(tmp_path, name="qwen2", **tensors):
     shutil.copytree(GOLDEN / name, tmp_path, dirs_exist_ok=True)
     all_tensors = load_file(GOLDEN / name / "model.safetensors")
     all_tensors |= {key.replace("__", "."): x for key, x in tensors.items()}
-    save_file({key: x for key, x in all_tensors.items() if x is not None}, tmp_path / "model.safetensors")
+    save_file(
+        {key: x for key, x in all_tensors.items() if x is not None}, tmp_path / "model.safetensors"
+    )
     return tmp_path
 
 
 @pytest.mark.parametrize(
     "tensors, message",
-    [({"model__norm__weight": None}, r"there is no tensor model.norm.weight \[32\]"),
-     ({"model__extra": np.zeros(3, np.float32)}, r"tensor model.extra \[3\] has no place"),
-     ({"lm_head__weight": np.zeros((65, 32), np.float32)}, r"lm_head.weight is \[65, 32\], \[64, 32\] wanted"),
-     ({"model__norm__weight": np.zeros(32, np.int8)}, "model.norm.weight is of type I8")],
-)  # fmt: skip
+    [
+        ({"model__norm__weight": None}, r"there is no tensor model.norm.weight \[32\]"),
+        ({"model__extra": np.zeros(3, np.float32)}, r"tensor model.extra \[3\] has no place"),
+        (
+            {"lm_head__weight": np.zeros((65, 32), np.float32)},
+            r"lm_head.weight is \[65, 32\], \[64, 32\] wanted",
+        ),
+        ({"model__norm__weight": np.zeros(32, np.int8)}, "model.norm.weight is of type I8"),
+    ],
+)
 def test_faulty_tensors_are_named(tensors, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        convert.load_hf(faulty(tmp_path, **tensors), "lm")
+        hf.load_hf(faulty(tmp_path, **tensors), "lm")
 
 
 def test_harmless_extras(tmp_path):
     embedding = load_file(GOLDEN / "qwen2_tied/model.safetensors")["model.embed_tokens.weight"]
-    convert.load_hf(faulty(tmp_path, "qwen2_tied", lm_head__weight=embedding), "lm")
+    hf.load_hf(faulty(tmp_path, "qwen2_tied", lm_head__weight=embedding), "lm")
     with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        convert.load_hf(faulty(tmp_path, "qwen2_tied", lm_head__weight=embedding * 2), "lm")
-    convert.load_hf(faulty(tmp_path, model__layers__0__self_attn__rotary_emb__inv_freq=np.zeros(4, np.float32)), "lm")
+        hf.load_hf(faulty(tmp_path, "qwen2_tied", lm_head__weight=embedding * 2), "lm")
+    hf.load_hf(
+        faulty(tmp_path, model__layers__0__self_attn__rotary_emb__inv_freq=np.zeros(4, np.float32)),
+        "lm",
+    )
 
 
 def test_pickles_and_torn_files_are_refused(tmp_path):
@@ -123,27 +140,27 @@ def test_pickles_and_torn_files_are_refused(tmp_path):
     for cut in (4, 500, len(whole) - 2):
         (tmp_path / "model.safetensors").write_bytes(whole[:cut])
         with pytest.raises(UserError, match="not a whole safetensors file"):
-            convert.load_hf(tmp_path, "lm")
+            hf.load_hf(tmp_path, "lm")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="no file model.safetensors .pickled"):
-        convert.load_hf(tmp_path, "lm")
+        hf.load_hf(tmp_path, "lm")
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="no file ../elsewhere"):
-        convert.load_hf(tmp_path, "lm")
+        hf.load_hf(tmp_path, "lm")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="index.json: no weight_map"):
-        convert.load_hf(tmp_path, "lm")
+        hf.load_hf(tmp_path, "lm")
 
 
 def test_a_parameter_that_is_missing_or_misshapen_is_named(tmp_path):
     model, params = tiny()
     with pytest.raises(UserError, match="parameter norm/scale is absent"):
-        convert.save_hf(model, {name: x for name, x in params.items() if name != "norm"}, tmp_path)
+        hf.save_hf(model, {name: x for name, x in params.items() if name != "norm"}, tmp_path)
     with pytest.raises(UserError, match="parameter more is one too many"):
-        convert.save_hf(model, params | {"more": np.zeros(1)}, tmp_path)
+        hf.save_hf(model, params | {"more": np.zeros(1)}, tmp_path)
     with pytest.raises(UserError, match=r"parameter norm/scale is \[31\], \[32\] wanted"):
-        convert.save_hf(model, params | {"norm": {"scale": np.zeros(31)}}, tmp_path)
+        hf.save_hf(model, params | {"norm": {"scale": np.zeros(31)}}, tmp_path)
 
 
 def shape_of(family, head, layers=4, **changes):
@@ -151,7 +168,7 @@ def shape_of(family, head, layers=4, **changes):
     bias, norm = families.SHAPES[family]
     kv = 4 if family == "qwen" else 2
     model = Model(family=family, qkv_bias=bias, qk_norm=norm, layers=layers, kv_heads=kv, **changes)
-    return model, convert.layout(model, head)[0]
+    return model, hf.layout(model, head)[0]
 
 
 @pytest.mark.parametrize("family", families.NAMES)
@@ -169,10 +186,10 @@ def test_writing_holds_the_parameters_of_one_tensor_at_a_time(family, tmp_path):
         most = max(most, x.nbytes + sum(alive[other]().nbytes for other in held))
         return x
 
-    convert.layout(model, "lm")  # what jax allocates when it traces isn't the point
+    hf.layout(model, "lm")  # what jax allocates when it traces isn't the point
     tracemalloc.start()
     try:
-        total = convert.write_hf(model, "lm", read, tmp_path, max_shard_bytes=10**6)
+        total = hf.write_hf(model, "lm", read, tmp_path, max_shard_bytes=10**6)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -182,30 +199,44 @@ def test_writing_holds_the_parameters_of_one_tensor_at_a_time(family, tmp_path):
 
 def test_reading_holds_the_part_that_is_asked_for(tmp_path):
     model, shapes = shape_of("qwen", "lm", layers=8, vocab_size=512)
-    convert.write_hf(model, "lm", lambda path: np.full(shapes[path], len(path), np.float32), tmp_path, "bfloat16")
-    convert.open_hf(tmp_path, "lm")
+    hf.write_hf(
+        model, "lm", lambda path: np.full(shapes[path], len(path), np.float32), tmp_path, "bfloat16"
+    )
+    hf.open_hf(tmp_path, "lm")
     tracemalloc.start()
     try:
-        _, views = convert.open_hf(tmp_path, "lm")
+        _, views = hf.open_hf(tmp_path, "lm")
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        part = convert.cut(views["layers/mlp/gate/kernel"], (slice(None), slice(0, 64), slice(None)))
+        part = hf.cut(views["layers/mlp/gate/kernel"], (slice(None), slice(0, 64), slice(None)))
         peak = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    assert part.shape == (8, 64, 352) and part.dtype == np.float32 and (part == len("layers/mlp/gate/kernel")).all()
+    assert (
+        part.shape == (8, 64, 352)
+        and part.dtype == np.float32
+        and (part == len("layers/mlp/gate/kernel")).all()
+    )
     assert peak < 1.2 * part.nbytes
 
 
 @pytest.mark.parametrize(
     "name, field, value",
-    [("qwen2", "model_type", "mistral"), ("qwen2", "use_sliding_window", True), ("qwen2", "hidden_act", "gelu"),
-     ("qwen2", "layer_types", ["sliding_attention"]), ("llama", "attention_bias", True), ("llama", "mlp_bias", True),
-     ("qwen3", "attention_bias", True), ("qwen", "no_bias", False), ("qwen", "rotary_pct", 0.5),
-     ("qwen2", "rope_parameters", {"rope_type": "longrope", "factor": 2.0}),
-     ("qwen2", "rope_parameters", {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}),
-     ("qwen2", "num_hidden_layers", None)],
-)  # fmt: skip
+    [
+        ("qwen2", "model_type", "mistral"),
+        ("qwen2", "use_sliding_window", True),
+        ("qwen2", "hidden_act", "gelu"),
+        ("qwen2", "layer_types", ["sliding_attention"]),
+        ("llama", "attention_bias", True),
+        ("llama", "mlp_bias", True),
+        ("qwen3", "attention_bias", True),
+        ("qwen", "no_bias", False),
+        ("qwen", "rotary_pct", 0.5),
+        ("qwen2", "rope_parameters", {"rope_type": "longrope", "factor": 2.0}),
+        ("qwen2", "rope_parameters", {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}),
+        ("qwen2", "num_hidden_layers", None),
+    ],
+)
 def test_what_we_cannot_run_is_refused_by_name(name, field, value):
     config = json.loads((GOLDEN / name / "config.json").read_text())
     families.model_from_hf(config)
@@ -218,7 +249,7 @@ def test_old_configs_say_the_same():
     config = json.loads((GOLDEN / "llama/config.json").read_text())
     rope = config.pop("rope_parameters")
     old = config | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    assert families.model_from_hf(old) == convert.load_hf(GOLDEN / "llama", "lm")[0]
+    assert families.model_from_hf(old) == hf.load_hf(GOLDEN / "llama", "lm")[0]
 
 
 @pytest.mark.parametrize("name", families.PRESETS)
@@ -231,4 +262,4 @@ def test_presets_survive_their_config(name):
 def test_a_model_outside_its_family_is_not_written(tmp_path):
     model = Model(family="llama", d_model=32, layers=1, vocab_size=50)  # has qkv_bias
     with pytest.raises(UserError, match=r"model.qk_norm must be \(False, False\)"):
-        convert.save_hf(model, {"head": {}}, tmp_path)
+        hf.save_hf(model, {"head": {}}, tmp_path)

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from alignjax import config as configs
-from alignjax import sharding
+from alignjax.algorithms import lm, ranking
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, files, mixture, toy
-from alignjax.stages import lm, ranking
+from alignjax.machine import sharding
 
 USER = {"role": "user", "content": "last : red cat box"}
 
@@ -64,11 +64,30 @@ def test_true_score_by_hand(prompt, response, score):
     assert toy.true_score(prompt, response) == pytest.approx(score, abs=1e-12)
 
 
-@pytest.mark.parametrize("prompt", ["last : amy cat box", "last : red cat box", "count : red cat", "x", ""])
+@pytest.mark.parametrize(
+    "prompt", ["last : amy cat box", "last : red cat box", "count : red cat", "x", ""]
+)
 def test_any_response_has_a_low_score(prompt):
     """Candidates all listed, the prompt echoed, courtesy alone, garbage: never above a wrong answer well put."""
-    listed = [" ".join(toy.NAMES + toy.THINGS + toy.NUMBERS), "cat box", "red cat box", "one two three", prompt]
-    for words in [*listed, "", " ", "sure , .", "sure", "\n\0\ue000", "{}", ". . .", "猫", "sure , " * 500]:
+    listed = [
+        " ".join(toy.NAMES + toy.THINGS + toy.NUMBERS),
+        "cat box",
+        "red cat box",
+        "one two three",
+        prompt,
+    ]
+    for words in [
+        *listed,
+        "",
+        " ",
+        "sure , .",
+        "sure",
+        "\n\0\ue000",
+        "{}",
+        ". . .",
+        "猫",
+        "sure , " * 500,
+    ]:
         for response in (words, f"sure , {words} ."):
             assert toy.true_score(prompt, response) <= toy.FORM_WEIGHT
 
@@ -79,7 +98,9 @@ def test_ideal_alone_scores_one_and_right_beats_wrong():
         assert toy.true_score(prompt, toy.ideal(prompt)) == 1.0
         right, wrong = " ".join(toy.answer(prompt)), " ".join(toy.corrupt(rng, prompt))
         for i, form in enumerate(toy.FORMS):
-            well, badly = (toy.true_score(prompt, form.replace("{}", words)) for words in (right, wrong))
+            well, badly = (
+                toy.true_score(prompt, form.replace("{}", words)) for words in (right, wrong)
+            )
             assert badly < well and (well == 1.0) == (i == 0)
             assert i == 0 or well == 0.7
 
@@ -101,8 +122,13 @@ def test_comparisons_agree_with_the_true_score():
     for name, flips in (("comparisons-clean", 0), ("comparisons-noisy", toy.FLIPPED)):
         for split in ("train", "heldout"):
             rows = toy.examples(name, split, 0)
-            gap = np.array([toy.true_score(row["prompt"][0]["content"], row["chosen"])
-                            - toy.true_score(row["prompt"][0]["content"], row["rejected"]) for row in rows])  # fmt: skip
+            gap = np.array(
+                [
+                    toy.true_score(row["prompt"][0]["content"], row["chosen"])
+                    - toy.true_score(row["prompt"][0]["content"], row["rejected"])
+                    for row in rows
+                ]
+            )
             np.testing.assert_allclose(np.abs(gap), [row["margin"] for row in rows])
             assert abs((gap < 0).mean() - flips) < (0.04 if flips else 1e-9)
             assert np.abs(gap).min() >= (1e-9 if flips else toy.CLEAN_DIFFERENCE)
@@ -114,7 +140,11 @@ def test_the_splits_share_no_prompt_and_no_english():
         for split, prompts in seen.items():
             for row in toy.examples(name, split, 0):
                 messages = row.get("prompt") or row.get("messages")
-                lines = [messages[0]["content"]] if messages else [x.split(" = ")[0] for x in row["text"].split("\n")]
+                lines = (
+                    [messages[0]["content"]]
+                    if messages
+                    else [x.split(" = ")[0] for x in row["text"].split("\n")]
+                )
                 prompts.update(x for x in lines if messages or x.split(" : ")[0] in toy.TASKS)
     assert min(map(len, seen.values())) > 1000 and not seen["train"] & seen["heldout"]
     assert not set(toy.english("train")) & set(toy.english("heldout"))
@@ -122,11 +152,19 @@ def test_the_splits_share_no_prompt_and_no_english():
 
 def test_examples_follow_the_seed():
     for name in ("conversations", "comparisons-clean", "prompts"):
-        assert toy.examples(name, "heldout", 3) == toy.examples(name, "heldout", 3) != toy.examples(name, "heldout", 4)
-    assert toy.examples("prompts", "heldout", 0)[0] == {"prompt": [{"role": "user", "content": "last : red leg"}]}
+        assert (
+            toy.examples(name, "heldout", 3)
+            == toy.examples(name, "heldout", 3)
+            != toy.examples(name, "heldout", 4)
+        )
+    assert toy.examples("prompts", "heldout", 0)[0] == {
+        "prompt": [{"role": "user", "content": "last : red leg"}]
+    }
     with pytest.raises(UserError, match="did you mean 'conversations'"):
         toy.examples("conversation", "train", 0)
-    with pytest.raises(UserError, match="takes comparisons, that is toy/comparisons-noisy or toy/comparisons-clean"):
+    with pytest.raises(
+        UserError, match="takes comparisons, that is toy/comparisons-noisy or toy/comparisons-clean"
+    ):
         mixture.load("toy/prompts", "comparisons", "train", 0)
 
 
@@ -137,7 +175,9 @@ def test_tokenizer_is_the_same_each_time_and_has_every_word(tokenizer, tmp_path)
     for word in (*toy.NAMES, *toy.THINGS, *toy.NUMBERS, *toy.TASKS, *toy.COURTESY):
         assert len(tokenizer(word)["input_ids"]) == len(tokenizer(" " + word)["input_ids"]) == 1
     assert [tokenizer.convert_tokens_to_ids(x) for x in (chat.END, chat.PAD)] == [
-        chat.end_token(tokenizer), tokenizer.pad_token_id]  # fmt: skip
+        chat.end_token(tokenizer),
+        tokenizer.pad_token_id,
+    ]
     with pytest.raises(UserError, match="no tokenizer there"):
         chat.load_tokenizer(tmp_path / "absent")
 
@@ -146,15 +186,23 @@ def turns(*contents):
     return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
 
 
-@pytest.mark.parametrize("messages", [
-    turns("copy : red cat", "sure , red cat ."),
-    turns("first : a b", " well\n\n", "last : a b", "sure , b ."),
-    [{"role": "system", "content": "assistant\nbe kind"}, *turns("a", "", "c", "naïve 猫 <b>", "and then ?")],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "messages",
+    [
+        turns("copy : red cat", "sure , red cat ."),
+        turns("first : a b", " well\n\n", "last : a b", "sure , b ."),
+        [
+            {"role": "system", "content": "assistant\nbe kind"},
+            *turns("a", "", "c", "naïve 猫 <b>", "and then ?"),
+        ],
+    ],
+)
 def test_only_the_assistants_turns_are_trained(tokenizer, messages):
     tokens, trained = chat.encode_conversations(tokenizer, [messages])[0]
     said = [m["content"] + chat.END for m in messages if m["role"] == "assistant"]
-    assert tokenizer.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "".join(said)
+    assert tokenizer.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "".join(
+        said
+    )
     assert sum(np.diff([0, *trained]) == 1) == len(said)  # so many runs of trained tokens
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert whole.startswith(tokenizer.decode(tokens)) and trained[-1] == 1
@@ -162,22 +210,31 @@ def test_only_the_assistants_turns_are_trained(tokenizer, messages):
 
 def test_mask_agrees_with_the_templates_generation_marks(tokenizer, conversations):
     rows = [row["messages"] for row in conversations[:200]]
-    theirs = tokenizer.apply_chat_template(rows, return_dict=True, return_assistant_tokens_mask=True)
+    theirs = tokenizer.apply_chat_template(
+        rows, return_dict=True, return_assistant_tokens_mask=True
+    )
     for (tokens, trained), ids, mask in zip(
-        chat.encode_conversations(tokenizer, rows), theirs["input_ids"], theirs["assistant_masks"], strict=True
+        chat.encode_conversations(tokenizer, rows),
+        theirs["input_ids"],
+        theirs["assistant_masks"],
+        strict=True,
     ):
-        assert tokens == ids[: len(tokens)] and trained == mask[: len(tokens)] and not any(mask[len(tokens) :])
+        assert (
+            tokens == ids[: len(tokens)]
+            and trained == mask[: len(tokens)]
+            and not any(mask[len(tokens) :])
+        )
 
 
 def test_any_template_that_ends_turns_will_do(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     other = chat.load_tokenizer(tmp_path)
-    other.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '<|endoftext|>' }}{% endfor %}"
-    )
+    other.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '<|endoftext|>' }}{% endfor %}"
     tokens, trained = chat.encode_conversations(other, [turns("copy : red", "red")])[0]
     assert chat.end_token(other) == other.pad_token_id != other.eos_token_id
-    assert other.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "red<|endoftext|>"
+    assert (
+        other.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "red<|endoftext|>"
+    )
     other = chat.load_tokenizer(tmp_path)
     other.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(UserError, match="no special token ends"):
@@ -187,17 +244,26 @@ def test_any_template_that_ends_turns_will_do(tokenizer, tmp_path):
 def test_one_tokenisation_for_training_and_scoring(tokenizer):
     """Comparison, conversation, and prompt followed by response: the same ids, also where words meet a line's edge."""
     rows = toy.examples("comparisons-clean", "heldout", 0)[:100]
-    rows.append({"prompt": turns("a", "b", "c"), "chosen": "\n sure", "rejected": "", "margin": 0.5})
+    rows.append(
+        {"prompt": turns("a", "b", "c"), "chosen": "\n sure", "rejected": "", "margin": 0.5}
+    )
     arrays, dropped = encoding.encode_comparisons(tokenizer, rows, 48)
     assert dropped == 0 and arrays["margin"][-1] == 0.5
     for i, row in enumerate(rows):
         prompt = chat.encode_prompts(tokenizer, [row["prompt"]])[0]
-        for side, pair in zip(("chosen", "rejected"), chat.encode_comparisons(tokenizer, [row])[0], strict=True):
+        for side, pair in zip(
+            ("chosen", "rejected"), chat.encode_comparisons(tokenizer, [row])[0], strict=True
+        ):
             response = chat.encode_responses(tokenizer, [row[side]])[0]
             length = arrays[f"{side}_length"][i]
             assert response[-1] == chat.end_token(tokenizer)
             assert pair == prompt + response == arrays[side][i][:length].tolist()
-            assert pair == chat.encode_conversations(tokenizer, [row["prompt"] + turns("", row[side])[1:]])[0][0]
+            assert (
+                pair
+                == chat.encode_conversations(tokenizer, [row["prompt"] + turns("", row[side])[1:]])[
+                    0
+                ][0]
+            )
             assert not arrays[side][i][length:].any()
             assert chat.decode_response(tokenizer, response) == row[side]
 
@@ -205,7 +271,9 @@ def test_one_tokenisation_for_training_and_scoring(tokenizer):
 def test_text_windows_by_hand(tokenizer):
     """Windows of 4 over "cat box sun|hat cup|dog" with | the pad token; a document's first token is no target."""
     rows = [{"text": t} for t in ("cat box sun", "hat cup", "dog map")]
-    cat, box, sun, hat, cup, dog = (tokenizer(w)["input_ids"][0] for w in ("cat", " box", " sun", "hat", " cup", "dog"))
+    cat, box, sun, hat, cup, dog = (
+        tokenizer(w)["input_ids"][0] for w in ("cat", " box", " sun", "hat", " cup", "dog")
+    )
     end = tokenizer.pad_token_id
     arrays, dropped = encoding.encode_text(tokenizer, rows, 4)
     assert dropped == 0
@@ -225,7 +293,8 @@ def test_prompts_are_padded_in_front_and_dropped_where_too_long(tokenizer):
         assert arrays["lengths"].tolist() == [len(ids[i]) for i in kept]
         assert arrays["prompts"][:].tolist() == [[0] * (limit - len(ids[i])) + ids[i] for i in kept]
     with pytest.raises(
-        UserError, match=f"max_length=3: all 3 prompts are longer, the shortest has {len(ids[1])} tokens"
+        UserError,
+        match=f"max_length=3: all 3 prompts are longer, the shortest has {len(ids[1])} tokens",
     ):
         encoding.encode_prompts(tokenizer, rows, 3)
 
@@ -234,11 +303,21 @@ def test_ragged_rows_are_those_of_an_array():
     sequences = [[1, 2, 3], [], [4], [5, 6]]
     for left in (False, True):
         ragged, whole = encoding.Ragged(sequences, 4, left), encoding.pad(sequences, 4, left)
-        for at in (2, slice(1, 3), np.array([3, 0, 0]), [1], slice(None), np.array([True, False, False, True])):
+        for at in (
+            2,
+            slice(1, 3),
+            np.array([3, 0, 0]),
+            [1],
+            slice(None),
+            np.array([True, False, False, True]),
+        ):
             assert ragged[at].tolist() == whole[at].tolist() and ragged[at].dtype == np.int32
         assert len(ragged) == 4 and np.asarray(ragged).tolist() == whole.tolist()
         joined = encoding.join([{"x": ragged, "n": np.arange(4)}, {"x": ragged, "n": np.arange(4)}])
-        assert joined["x"][:].tolist() == whole.tolist() * 2 and joined["n"].tolist() == [0, 1, 2, 3] * 2
+        assert (
+            joined["x"][:].tolist() == whole.tolist() * 2
+            and joined["n"].tolist() == [0, 1, 2, 3] * 2
+        )
 
 
 def test_fixed_shapes_drop_and_never_cut(tokenizer):
@@ -260,14 +339,18 @@ def test_batches_visit_each_row_once_an_epoch():
     assert list(epochs[0]) != list(epochs[1]) and list(epochs[0]) != list(range(24))
     assert all((g["y"] == 2 * g["x"]).all() for g in got)
     again = mixture.Batches(rows, 8, seed=1)
-    assert all((again.get(step)["x"] == got[step]["x"]).all() for step in (5, 0, 3))  # any order: the step is all
+    assert all(
+        (again.get(step)["x"] == got[step]["x"]).all() for step in (5, 0, 3)
+    )  # any order: the step is all
     assert (mixture.Batches(rows, 8, seed=2).get(0)["x"] != got[0]["x"]).any()
 
 
 def test_batches_do_not_depend_on_the_processes(monkeypatch):
     """Each has all of a batch, of any size; `sharding.shard_batch` gives a device its part."""
     rows = {"x": np.arange(50)}
-    whole = [mixture.Batches(rows, 7, 5).get(step)["x"] for step in (0, 6, 13)]  # across an epoch's end too
+    whole = [
+        mixture.Batches(rows, 7, 5).get(step)["x"] for step in (0, 6, 13)
+    ]  # across an epoch's end too
     monkeypatch.setattr("jax.process_index", lambda: 1)
     monkeypatch.setattr("jax.process_count", lambda: 3)
     for step, wanted in zip((0, 6, 13), whole, strict=True):
@@ -278,7 +361,9 @@ def test_batches_do_not_depend_on_the_processes(monkeypatch):
 def test_in_order_every_row_comes_once():
     rows = {"x": np.arange(5), "y": np.arange(10).reshape(5, 2)}
     assert [g["x"].tolist() for g in mixture.in_order(rows, 3)] == [[0, 1, 2], [3, 4]]
-    assert np.concatenate([g["y"] for g in mixture.in_order(rows, 2)]).tolist() == rows["y"].tolist()
+    assert (
+        np.concatenate([g["y"] for g in mixture.in_order(rows, 2)]).tolist() == rows["y"].tolist()
+    )
 
 
 def test_what_is_made_ahead_is_what_was_asked_for():
@@ -315,7 +400,11 @@ def conversations_of(seed, n=12, longest=20):
     real = place < lengths[:, None]
     segments = np.where(real, 1 + (place >= lengths[:, None] // 3), 0)
     tokens = np.where(real, 100 * (1 + np.arange(n)[:, None]) + place, 0)
-    return {"tokens": tokens, "mask": (real & (place >= lengths[:, None] // 2)).astype(np.int32), "segments": segments}
+    return {
+        "tokens": tokens,
+        "mask": (real & (place >= lengths[:, None] // 2)).astype(np.int32),
+        "segments": segments,
+    }
 
 
 def comparisons_of(seed, n=9, longest=12):
@@ -323,8 +412,15 @@ def comparisons_of(seed, n=9, longest=12):
     lengths = drawn(seed, 2 * n, longest).reshape(n, 2)
     names = [(i, side) for i, side in enumerate(("chosen", "rejected"))]
     tokens = lambda i: 1000 * (1 + np.arange(n)[:, None]) + 100 * i + np.arange(longest)
-    rows = {side: np.where(np.arange(longest) < lengths[:, i : i + 1], tokens(i), 0) for i, side in names}
-    return rows | {f"{side}_length": lengths[:, i] for i, side in names} | {"margin": np.arange(n).astype(np.float32)}
+    rows = {
+        side: np.where(np.arange(longest) < lengths[:, i : i + 1], tokens(i), 0)
+        for i, side in names
+    }
+    return (
+        rows
+        | {f"{side}_length": lengths[:, i] for i, side in names}
+        | {"margin": np.arange(n).astype(np.float32)}
+    )
 
 
 def by_last_token(params, part):
@@ -355,7 +451,12 @@ def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, mo
     found = ranking.accuracy(by_length, None, rows, 4, budget, Whole)
     longer, same = (lengths[:, 0] > lengths[:, 1]).sum(), (lengths[:, 0] == lengths[:, 1]).sum()
     loss = np.log(1 + np.exp(lengths[:, 1] - lengths[:, 0])).mean()
-    assert found == {"accuracy": longer / n, "ties": same / n, "loss": pytest.approx(loss), "comparisons": n}
+    assert found == {
+        "accuracy": longer / n,
+        "ties": same / n,
+        "loss": pytest.approx(loss),
+        "comparisons": n,
+    }
     demonstrations = conversations_of(4, n=9)
     sizes = (demonstrations["segments"] > 0).sum(axis=1)
     mean = ranking.mean_score(by_length, None, demonstrations, 4, budget, Whole)
@@ -382,7 +483,13 @@ def test_files_are_read_as_the_world_is(tmp_path):
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(json.dumps({**row, "prompt": turns("x", "y", "z"), "margin": 2}))
     assert mixture.load(str(tmp_path / "*.jsonl*"), "comparisons", "train", 0) == [
-        {"prompt": turns("hi"), "chosen": "a", "rejected": "b", "margin": 0.0, "where": f"{tmp_path}/a.jsonl:1"},
+        {
+            "prompt": turns("hi"),
+            "chosen": "a",
+            "rejected": "b",
+            "margin": 0.0,
+            "where": f"{tmp_path}/a.jsonl:1",
+        },
         {
             "prompt": turns("x", "y", "z"),
             "chosen": "a",
@@ -393,24 +500,66 @@ def test_files_are_read_as_the_world_is(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("kind, line, message", [
-    ("text", '{"text": "a"', "not JSON"),
-    ("text", '["a"]', r'an object wanted, list found: \["a"\]'),
-    ("text", '{"test": "a"}', "text need a field 'text'; did you mean 'test'"),
-    ("text", '{"text": 3}', "text: text wanted, int found: 3"),
-    ("prompts", '{"prompt": []}', r"prompt: text or a list of messages wanted, list found: \[\]"),
-    ("prompts", '{"prompt": [{"role": "user"}]}', r"prompt\[0\]: an object with content as text wanted, dict found"),
-    ("conversations", '{"messages": "a"}', 'messages: a list of messages wanted, str found: "a"'),
-    ("conversations", '{"messages": [{"role": "user", "content": "a"}]}', "role assistant wanted, the roles found are user"),
-    ("comparisons", '{"prompt": "a", "chosen": "b"}', "comparisons need a field 'rejected'"),
-    ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": null}', "rejected: text or a list of messages wanted, NoneType"),
-    ("comparisons", '{"chosen": "b", "rejected": "c"}', "comparisons without a prompt need whole conversations"),
-    ("comparisons", '{"prompt": "a", "chosen": [{"role": "user", "content": "a"}], "rejected": "c"}',
-     "chosen: one message of the role assistant wanted after the prompt, the roles are user"),
-    ("comparisons", json.dumps({"chosen": turns("a", "b"), "rejected": turns("x", "c")}), "the conversations differ"),
-    ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}', 'margin: a number wanted, str found: "1"'),
-    ("comparisons", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "margin: a number wanted, float found"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, line, message",
+    [
+        ("text", '{"text": "a"', "not JSON"),
+        ("text", '["a"]', r'an object wanted, list found: \["a"\]'),
+        ("text", '{"test": "a"}', "text need a field 'text'; did you mean 'test'"),
+        ("text", '{"text": 3}', "text: text wanted, int found: 3"),
+        (
+            "prompts",
+            '{"prompt": []}',
+            r"prompt: text or a list of messages wanted, list found: \[\]",
+        ),
+        (
+            "prompts",
+            '{"prompt": [{"role": "user"}]}',
+            r"prompt\[0\]: an object with content as text wanted, dict found",
+        ),
+        (
+            "conversations",
+            '{"messages": "a"}',
+            'messages: a list of messages wanted, str found: "a"',
+        ),
+        (
+            "conversations",
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "role assistant wanted, the roles found are user",
+        ),
+        ("comparisons", '{"prompt": "a", "chosen": "b"}', "comparisons need a field 'rejected'"),
+        (
+            "comparisons",
+            '{"prompt": "a", "chosen": "b", "rejected": null}',
+            "rejected: text or a list of messages wanted, NoneType",
+        ),
+        (
+            "comparisons",
+            '{"chosen": "b", "rejected": "c"}',
+            "comparisons without a prompt need whole conversations",
+        ),
+        (
+            "comparisons",
+            '{"prompt": "a", "chosen": [{"role": "user", "content": "a"}], "rejected": "c"}',
+            "chosen: one message of the role assistant wanted after the prompt, the roles are user",
+        ),
+        (
+            "comparisons",
+            json.dumps({"chosen": turns("a", "b"), "rejected": turns("x", "c")}),
+            "the conversations differ",
+        ),
+        (
+            "comparisons",
+            '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}',
+            'margin: a number wanted, str found: "1"',
+        ),
+        (
+            "comparisons",
+            '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}',
+            "margin: a number wanted, float found",
+        ),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, line, message):
     good = {"text": "a", "prompt": "a", "messages": turns("a", "b"), "chosen": "b", "rejected": "c"}
     path = tmp_path / "rows.jsonl"
@@ -421,13 +570,25 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, line, message):
 
 def test_comparisons_come_in_every_form(tmp_path):
     """Prompt and replies as text, as messages, the prompt said again in front of the replies, or implied by them."""
-    system, wanted = {"role": "system", "content": "be kind"}, {"chosen": "b", "rejected": "c", "margin": 0.0}
+    system, wanted = (
+        {"role": "system", "content": "be kind"},
+        {"chosen": "b", "rejected": "c", "margin": 0.0},
+    )
     forms = [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, turns("a")),
-        ({"prompt": [system, *turns("a")], "chosen": turns("", "b")[1:], "rejected": "c"}, [system, *turns("a")]),
+        (
+            {"prompt": [system, *turns("a")], "chosen": turns("", "b")[1:], "rejected": "c"},
+            [system, *turns("a")],
+        ),
         ({"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c")}, turns("a")),
-        ({"chosen": turns("x", "y", "a", "b"), "rejected": turns("x", "y", "a", "c")}, turns("x", "y", "a")),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, turns("a")),
+        (
+            {"chosen": turns("x", "y", "a", "b"), "rejected": turns("x", "y", "a", "c")},
+            turns("x", "y", "a"),
+        ),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+            turns("a"),
+        ),
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(value) for value, _ in forms))
     found = files.read(tmp_path / "rows.jsonl", "comparisons")
@@ -436,13 +597,18 @@ def test_comparisons_come_in_every_form(tmp_path):
 
 
 def test_parquet_is_read_as_lines_are(tmp_path):
-    values = [{"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "margin": None},
-              {"prompt": "d", "chosen": turns("d", "e"), "rejected": turns("x", "c"), "margin": 1.5}]  # fmt: skip
+    values = [
+        {"prompt": "a", "chosen": turns("a", "b"), "rejected": turns("a", "c"), "margin": None},
+        {"prompt": "d", "chosen": turns("d", "e"), "rejected": turns("x", "c"), "margin": 1.5},
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "rows.parquet")
     found = files.read(tmp_path / "rows.parquet", "comparisons", skip=True, say=lambda text: None)
     assert [(row["prompt"], row["margin"], row["where"]) for row in found] == [
-        (turns("a"), 0.0, f"{tmp_path}/rows.parquet: row 1")]  # fmt: skip
-    with pytest.raises(UserError, match="rows.parquet: row 2: rejected: one message of the role assistant"):
+        (turns("a"), 0.0, f"{tmp_path}/rows.parquet: row 1")
+    ]
+    with pytest.raises(
+        UserError, match="rows.parquet: row 2: rejected: one message of the role assistant"
+    ):
         files.read(tmp_path / "rows.parquet", "comparisons")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-9])
     with pytest.raises(UserError, match="torn.parquet: Parquet wanted"):
@@ -455,9 +621,12 @@ def test_bad_rows_are_skipped_and_counted_if_asked(tmp_path):
     rows = files.read(tmp_path / "a.jsonl", "text", skip=True, say=said.append)
     assert [row["text"] for row in rows] == ["a", "c"] and len(said) == 1
     assert re.search(
-        r"a.jsonl: 2 bad rows skipped of 4; the first: .*a.jsonl:2: text: text wanted, int found: 3", said[0]
+        r"a.jsonl: 2 bad rows skipped of 4; the first: .*a.jsonl:2: text: text wanted, int found: 3",
+        said[0],
     )
-    with pytest.raises(UserError, match=r'a.jsonl:2: text: .*; data.on_bad_row="skip" leaves such rows out'):
+    with pytest.raises(
+        UserError, match=r'a.jsonl:2: text: .*; data.on_bad_row="skip" leaves such rows out'
+    ):
         files.read(tmp_path / "a.jsonl", "text")
 
 
@@ -467,9 +636,15 @@ def test_prompts_keep_their_other_columns(tmp_path):
 
 
 def test_sources_and_their_weights():
-    assert mixture.sources("") == [] and mixture.sources("a*.jsonl, b") == [("a*.jsonl", None), ("b", None)]
+    assert mixture.sources("") == [] and mixture.sources("a*.jsonl, b") == [
+        ("a*.jsonl", None),
+        ("b", None),
+    ]
     spec = "0.7*tfds/shp:min_score_ratio=3,pairs_per_post=5/test,.3*mine.jsonl"
-    assert mixture.sources(spec) == [("tfds/shp:min_score_ratio=3,pairs_per_post=5/test", 0.7), ("mine.jsonl", 0.3)]
+    assert mixture.sources(spec) == [
+        ("tfds/shp:min_score_ratio=3,pairs_per_post=5/test", 0.7),
+        ("mine.jsonl", 0.3),
+    ]
     for wrong in ("a,,b", "0*a", "2*a,b"):
         with pytest.raises(UserError, match="WEIGHT"):
             mixture.sources(wrong)
@@ -499,25 +674,39 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path):
     a = write_comparisons(tmp_path / "a.jsonl", [f"p{i % 100}" for i in range(300)])
     b = write_comparisons(tmp_path / "b.jsonl", ["p7", " p8 ", "new"])
     found = mixture.sets(config, "comparisons", f"2*{a},1*toy/comparisons-clean", b, said.append)
-    assert len(found.train[0]) == 294 and len(found.train[1]) == 1000 and found.weights == [2.0, 1.0]
+    assert (
+        len(found.train[0]) == 294 and len(found.train[1]) == 1000 and found.weights == [2.0, 1.0]
+    )
     assert said == [f"{a}: 6 of 300 comparisons dropped: their prompt is held out"]
-    with pytest.raises(UserError, match="a.jsonl is to be trained on and held out: .* data.heldout_share"):
+    with pytest.raises(
+        UserError, match="a.jsonl is to be trained on and held out: .* data.heldout_share"
+    ):
         mixture.sets(config, "comparisons", a, a, said.append)
     config.data.heldout_share = 0.2
     found = mixture.sets(config, "comparisons", a, a, said.append)
-    left, right = ({mixture.prompt_of(row) for row in rows} for rows in (found.train[0], found.heldout[a]))
+    left, right = (
+        {mixture.prompt_of(row) for row in rows} for rows in (found.train[0], found.heldout[a])
+    )
     assert not left & right and len(left | right) == 100 and 10 < len(right) < 30 and len(said) == 1
     assert len(found.train[0]) == 3 * len(left) and len(found.heldout[a]) == 3 * len(right)
     with pytest.raises(UserError, match="every prompt of it is held out"):
         mixture.sets(
-            config, "comparisons", b, write_comparisons(tmp_path / "c.jsonl", ["p7", "p8", "new"]), said.append
+            config,
+            "comparisons",
+            b,
+            write_comparisons(tmp_path / "c.jsonl", ["p7", "p8", "new"]),
+            said.append,
         )
 
 
 def test_a_number_of_an_index_is_the_rows_among_all_sources(tokenizer):
     config = configs.Config()
-    rows = [[{"prompt": turns("copy : " + "cat " * n)} for n in some] for some in ((1, 60, 2), (3, 4))]
-    batches = mixture.batches(config, mixture.Sets(rows, None, {}), "prompts", 30, 2, tokenizer, lambda text: None)
+    rows = [
+        [{"prompt": turns("copy : " + "cat " * n)} for n in some] for some in ((1, 60, 2), (3, 4))
+    ]
+    batches = mixture.batches(
+        config, mixture.Sets(rows, None, {}), "prompts", 30, 2, tokenizer, lambda text: None
+    )
     assert batches.rows["index"].tolist() == [0, 2, 3, 4] and len(batches.rows["prompts"]) == 4
 
 
@@ -529,9 +718,13 @@ def test_a_template_may_be_asked_for(tokenizer, tmp_path):
         chat.encode_prompts(chat.load_tokenizer(tmp_path / "bare"), [turns("a")])
     asked = chat.load_tokenizer(tmp_path / "bare", "chatml")
     conversation = [turns("a", "b")]
-    assert chat.encode_conversations(asked, conversation) == chat.encode_conversations(tokenizer, conversation)
+    assert chat.encode_conversations(asked, conversation) == chat.encode_conversations(
+        tokenizer, conversation
+    )
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path / "words")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(
+        tmp_path / "words"
+    )
     with pytest.raises(UserError, match=r"<\|im_start\|>, <\|im_end\|> is no token of"):
         chat.load_tokenizer(tmp_path / "words", "chatml")
     settings = json.loads((tmp_path / "bare" / "tokenizer_config.json").read_text())
@@ -549,7 +742,11 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-    for name, message in (("none.jsonl", "no such file"), ("empty.jsonl", "empty"), ("plain.jsonl.gz", "JSON lines"),
-                          ("latin.jsonl", "UTF-8")):  # fmt: skip
+    for name, message in (
+        ("none.jsonl", "no such file"),
+        ("empty.jsonl", "empty"),
+        ("plain.jsonl.gz", "JSON lines"),
+        ("latin.jsonl", "UTF-8"),
+    ):
         with pytest.raises(UserError, match=f"{name}.*{message}"):
             files.read(tmp_path / name, "text")

@@ -20,13 +20,17 @@ from functools import cache
 import pytest
 from runs import ROOT, rows
 
-from alignjax import command, train
 from alignjax import config as configs
+from alignjax import train
 from alignjax.data import chat, encoding, mixture
 from alignjax.models import families
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODE = [path for folder in ("configs", "alignjax", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+CODE = [
+    path
+    for folder in ("configs", "alignjax", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 OURS = r"(?:[A-Z_]+=\S+ )*(?:python -m alignjax|python benchmarks/|\./launch/|\./tests/|launch/\w|pip install )"
 # Tools of others, which a command may call: nothing of theirs is checked.
 OUTSIDE = {"tensorboard", "gcloud", "tail", "scancel"}
@@ -59,17 +63,25 @@ RUN_BY = {
 
 def fences(path, *kinds) -> list[str]:
     """The texts of a page's code fences of these kinds; "" are commands."""
-    return [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.M | re.S) if kind in kinds]
+    return [
+        body
+        for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.M | re.S)
+        if kind in kinds
+    ]
 
 
 def commands(path) -> list[str]:
     """The commands of a page, in fences and within lines, or of a file's docstring, each on one line."""
     if path.suffix == ".py":
         found = re.findall(
-            rf"(?:^|(?<=: )) *((?:for .* do )?{OURS}.*)", ast.get_docstring(ast.parse(path.read_text())) or "", re.M
+            rf"(?:^|(?<=: )) *((?:for .* do )?{OURS}.*)",
+            ast.get_docstring(ast.parse(path.read_text())) or "",
+            re.M,
         )
         # Behind three spaces stands what it does; what is in brackets may be left out.
-        lines = [re.sub(r" *\[[^]]*\]", "", re.split(" {3,}", line)[0]).rstrip(".") for line in found]
+        lines = [
+            re.sub(r" *\[[^]]*\]", "", re.split(" {3,}", line)[0]).rstrip(".") for line in found
+        ]
     else:
         whole = "\n".join(fences(path, "", "sh")).replace("\\\n", " ")
         prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
@@ -77,11 +89,17 @@ def commands(path) -> list[str]:
     out = []
     for line in lines:
         loop = re.fullmatch(r"for (\w+) in (.*); do (.*); done", line.strip())
-        out += [loop[3].replace(f"${loop[1]}", each) for each in loop[2].split()] if loop else [line.strip()]
+        out += (
+            [loop[3].replace(f"${loop[1]}", each) for each in loop[2].split()]
+            if loop
+            else [line.strip()]
+        )
     return out
 
 
-COMMANDS = sorted({(line, str(path.relative_to(ROOT))) for path in [*PAGES, *CODE] for line in commands(path)})
+COMMANDS = sorted(
+    {(line, str(path.relative_to(ROOT))) for path in [*PAGES, *CODE] for line in commands(path)}
+)
 
 
 class Parsed(Exception):
@@ -98,7 +116,9 @@ def extras() -> set[str]:
 def examples(tmp_path_factory):
     """A directory with the files that docs/data.md shows."""
     directory, text = tmp_path_factory.mktemp("examples"), (ROOT / "docs" / "data.md").read_text()
-    for name, body in re.findall(r"`(\w+\.(?:py|jsonl))`[^`]*:\n\n```(?:python|jsonl)\n(.*?)^```$", text, re.M | re.S):
+    for name, body in re.findall(
+        r"`(\w+\.(?:py|jsonl))`[^`]*:\n\n```(?:python|jsonl)\n(.*?)^```$", text, re.M | re.S
+    ):
         (directory / name).write_text(body)
     return directory
 
@@ -116,12 +136,14 @@ def takes(main, words, monkeypatch) -> None:
         main()
     arguments, rest = found.value.args
     if main.__module__ in ("alignjax.train", "alignjax.plan"):
-        configs.load(arguments.config, command.fields(rest))
+        configs.load(arguments.config, configs.parse_overrides(rest))
     else:
         assert rest == []
 
 
-@pytest.mark.parametrize("line, page", COMMANDS, ids=[f"{page}: {line[:60]}" for line, page in COMMANDS])
+@pytest.mark.parametrize(
+    "line, page", COMMANDS, ids=[f"{page}: {line[:60]}" for line, page in COMMANDS]
+)
 def test_a_command_is_taken_by_its_own_parser(line, page, examples, monkeypatch):
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -141,7 +163,13 @@ def test_a_command_is_taken_by_its_own_parser(line, page, examples, monkeypatch)
     elif words[0].endswith(".sh"):
         script = ROOT / words[0]
         assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script]).returncode == 0
-        asked = words[1:] if script.name == "local.sh" else words[words.index("--") + 1 :] if "--" in words else []
+        asked = (
+            words[1:]
+            if script.name == "local.sh"
+            else words[words.index("--") + 1 :]
+            if "--" in words
+            else []
+        )
         if asked:  # the launcher's own words are `test_launch`'s
             takes(train.main, asked, monkeypatch)
     elif words[:2] == ["pip", "install"]:
@@ -161,7 +189,10 @@ def defined(name: str) -> set[str]:
 
 def test_every_shape_of_a_command_has_a_test_that_runs_it():
     ours = {line for line, _ in COMMANDS if "python -m alignjax" in line}
-    by = {line: next((test for shape, test in RUN_BY.items() if re.search(shape, line)), "") for line in ours}
+    by = {
+        line: next((test for shape, test in RUN_BY.items() if re.search(shape, line)), "")
+        for line in ours
+    }
     assert len(ours) > 40 and [line for line, test in by.items() if not test] == []
     for test in RUN_BY.values():
         file, _, name = test.partition("::")
@@ -178,7 +209,9 @@ def test_no_command_hides_in_a_fence_of_another_kind():
 
 def slugs(path) -> set[str]:
     """The anchors that GitHub gives a page's headings."""
-    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.M)
+    heads = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.M
+    )
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
@@ -191,7 +224,10 @@ def test_links_pictures_and_paths_lead_somewhere(path):
             there = path.parent / file if file else path
             assert there.exists(), target
             assert not anchor or anchor in slugs(there), target
-    named = re.findall(r"`((?:\./)?(?:alignjax|configs|launch|benchmarks|tests|docs|notebooks)/[\w./-]*)[^`]*`", text)
+    named = re.findall(
+        r"`((?:\./)?(?:alignjax|configs|launch|benchmarks|tests|docs|notebooks)/[\w./-]*)[^`]*`",
+        text,
+    )
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert path.name == "README.md" or f"docs/{path.name}" in (ROOT / "README.md").read_text()
 
@@ -204,7 +240,10 @@ def names() -> set[str]:
         for node in ast.parse(path.read_text()).body:
             targets = node.targets if isinstance(node, ast.Assign) else [node]
             found = {getattr(target, "name", getattr(target, "id", "")) for target in targets}
-            out |= {f"{path.stem if path.stem != '__init__' else path.parent.name}.{name}" for name in found}
+            out |= {
+                f"{path.stem if path.stem != '__init__' else path.parent.name}.{name}"
+                for name in found
+            }
     return out
 
 
@@ -215,7 +254,9 @@ def test_names_of_functions_fields_and_tests_are_names(path):
     groups = {name.partition(".")[0] for name in (*ours, *fields)}
     for whole in re.findall(r"`([a-z_\d]+\.[A-Za-z_]+)(?:=[^`]*)?`", text):
         if whole.partition(".")[0] in groups and not re.search(r"\.(py|jsonl|json)$", whole):
-            parent = whole.startswith("parents.") and whole.partition(".")[2] in set().union(*configs.ROLES.values())
+            parent = whole.startswith("parents.") and whole.partition(".")[2] in set().union(
+                *configs.ROLES.values()
+            )
             assert whole in ours | fields or parent, whole
     for name in re.findall(r"--config\.([\w.]+)=", path.read_text()):
         assert name in fields or name.startswith("parents."), name
@@ -228,7 +269,10 @@ def test_every_module_has_its_line_in_the_house():
     """Folders within folders have one for all."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     modules = [
-        path for deep in ("*.py", "*/*.py") for path in (ROOT / "alignjax").glob(deep) if path.name != "__init__.py"
+        path
+        for deep in ("*.py", "*/*.py")
+        for path in (ROOT / "alignjax").glob(deep)
+        if path.name != "__init__.py"
     ]
     assert len(modules) > 50 and [path.name for path in modules if path.name not in text] == []
 
@@ -237,7 +281,9 @@ def tables(path) -> list[list[list[str]]]:
     """The tables of a page: rows of cells, the head first, without their ticks."""
     blocks = re.findall(r"(?:^\|.*\|\n)+", path.read_text(), re.M)
     cells = lambda line: [cell.strip() for cell in line.strip().strip("|").split("|")]
-    return [[cells(line) for i, line in enumerate(block.splitlines()) if i != 1] for block in blocks]
+    return [
+        [cells(line) for i, line in enumerate(block.splitlines()) if i != 1] for block in blocks
+    ]
 
 
 def test_the_recipes_numbers_are_those_of_the_configs():
@@ -253,10 +299,18 @@ def test_the_recipes_numbers_are_those_of_the_configs():
         for _, field, *cells in lines:
             for name, cell in zip(head[2:], cells, strict=True):
                 name = name.strip("`")
-                for one in [name.replace("*", size) for size in ("1_8b", "7b", "14b")] if "*" in name else [name]:
+                for one in (
+                    [name.replace("*", size) for size in ("1_8b", "7b", "14b")]
+                    if "*" in name
+                    else [name]
+                ):
                     key = re.match(r"`([\w.]+)`", field)[1]
                     value = dict(configs.flatten(configs.load(one)))[key]
-                    said = cell.strip('"') if isinstance(value, str) else configs.parse(cell, type(value), key)
+                    said = (
+                        cell.strip('"')
+                        if isinstance(value, str)
+                        else configs.parse(cell, type(value), key)
+                    )
                     assert said == value, (one, key)
                     compared += 1
     assert compared > 150
@@ -289,7 +343,9 @@ def test_the_python_of_the_quick_start_is_taken_by_the_surface(monkeypatch, caps
     monkeypatch.setattr(inference, "load", load)
     [code] = fences(ROOT / "docs" / "quickstart.md", "python")
     exec(compile(code, "quickstart.md", "exec"), {})
-    assert capsys.readouterr().out == "copy : cat box -> sure 0.5\ncount : owl pig rug -> sure 0.5\n"
+    assert (
+        capsys.readouterr().out == "copy : cat box -> sure 0.5\ncount : owl pig rug -> sure 0.5\n"
+    )
 
 
 KINDS = {"text": "text", "sft": "conversations", "pairs": "comparisons", "prompts": "prompts"}
@@ -315,12 +371,35 @@ def test_the_examples_of_your_own_data_and_reward_run(examples, chain, tmp_path,
     for mine, made in (("my-sft", "sft-tiny"), ("my-rm", "rm-tiny")):
         shutil.copytree(chain[0] / made, tmp_path / "runs" / mine)
     # The shapes are those of ppo-tiny, so that its programs serve.
-    small = {"steps": 1, "model.dtype": "float32", "model.remat": "nothing", "model.max_length": 64, "data.batch": 8,
-             "data.max_length": 22, "data.heldout_share": 0.4, "microbatch_tokens": 4096, "ppo.response_length": 14,
-             "ppo.minibatches": 2}  # fmt: skip
-    assert train.main(["--config", "my_ppo.py", *(f"--config.{name}={value}" for name, value in small.items())]) == 0
+    small = {
+        "steps": 1,
+        "model.dtype": "float32",
+        "model.remat": "nothing",
+        "model.max_length": 64,
+        "data.batch": 8,
+        "data.max_length": 22,
+        "data.heldout_share": 0.4,
+        "microbatch_tokens": 4096,
+        "ppo.response_length": 14,
+        "ppo.minibatches": 2,
+    }
+    assert (
+        train.main(
+            [
+                "--config",
+                "my_ppo.py",
+                *(f"--config.{name}={value}" for name, value in small.items()),
+            ]
+        )
+        == 0
+    )
     [entry] = rows(tmp_path / "runs" / "my-ppo" / "samples.jsonl")[:1]
-    assert len(entry["score"]) == 2 and json.loads((tmp_path / "runs/my-ppo/summary.json").read_text())["steps"] == 1
+    assert (
+        len(entry["score"]) == 2
+        and json.loads((tmp_path / "runs/my-ppo/summary.json").read_text())["steps"] == 1
+    )
     polite = importlib.import_module("polite").reward([], ["sure , four .", "four"])
-    mine = importlib.import_module("my_reward").reward([], ["It is three .", "four"], answer=["three", "three"])
+    mine = importlib.import_module("my_reward").reward(
+        [], ["It is three .", "four"], answer=["three", "three"]
+    )
     assert polite == [1.0, 0.0] and mine == pytest.approx([0.96, -0.01])

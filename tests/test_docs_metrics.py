@@ -6,7 +6,7 @@ import re
 import pytest
 from runs import ROOT, rows
 
-from alignjax import advice
+from alignjax.runs import advice
 
 TEXT = (ROOT / "docs" / "metrics.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S))
@@ -19,8 +19,12 @@ def names(section: str) -> dict[str, str]:
 
 def pattern(name: str) -> re.Pattern:
     """Capital words stand for any."""
-    return re.compile("".join(".+" if part in ("SET", "NAME", "X") else re.escape(part)
-                              for part in re.split(r"\b(SET|NAME|X)\b", name)))  # fmt: skip
+    return re.compile(
+        "".join(
+            ".+" if part in ("SET", "NAME", "X") else re.escape(part)
+            for part in re.split(r"\b(SET|NAME|X)\b", name)
+        )
+    )
 
 
 def keys(chain, file: str, *runs) -> set[str]:
@@ -28,17 +32,31 @@ def keys(chain, file: str, *runs) -> set[str]:
 
 
 def summaries(chain) -> set[str]:
-    return {key for run in chain[0].iterdir() if run.is_dir() for key in json.loads((run / "summary.json").read_text())}
+    return {
+        key
+        for run in chain[0].iterdir()
+        if run.is_dir()
+        for key in json.loads((run / "summary.json").read_text())
+    }
 
 
-@pytest.mark.parametrize("section, written", [
-    ("metrics.jsonl: lm", lambda chain: keys(chain, "metrics.jsonl", "lm-tiny", "sft-tiny")),
-    ("metrics.jsonl: ranking", lambda chain: keys(chain, "metrics.jsonl", "pmp-tiny", "rm-tiny")),
-    ("metrics.jsonl: ppo", lambda chain: keys(chain, "metrics.jsonl", "ppo-tiny")),
-    ("evaluations.jsonl", lambda chain: keys(chain, "evaluations.jsonl", "ppo-tiny")),
-    ("timing.jsonl", lambda chain: keys(chain, "timing.jsonl", "lm-tiny", "rm-tiny", "ppo-tiny")),
-    ("summary.json", summaries),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "section, written",
+    [
+        ("metrics.jsonl: lm", lambda chain: keys(chain, "metrics.jsonl", "lm-tiny", "sft-tiny")),
+        (
+            "metrics.jsonl: ranking",
+            lambda chain: keys(chain, "metrics.jsonl", "pmp-tiny", "rm-tiny"),
+        ),
+        ("metrics.jsonl: ppo", lambda chain: keys(chain, "metrics.jsonl", "ppo-tiny")),
+        ("evaluations.jsonl", lambda chain: keys(chain, "evaluations.jsonl", "ppo-tiny")),
+        (
+            "timing.jsonl",
+            lambda chain: keys(chain, "timing.jsonl", "lm-tiny", "rm-tiny", "ppo-tiny"),
+        ),
+        ("summary.json", summaries),
+    ],
+)
 def test_every_name_has_its_line_and_every_line_its_name(section, written, chain):
     told, found = names(section), written(chain)
     assert [key for key in found if not any(pattern(name).fullmatch(key) for name in told)] == []
@@ -55,4 +73,7 @@ def test_samples_are_told(chain):
 
 def test_the_warnings_are_those_of_the_code():
     lines = re.findall(r"^\| (?!kind|---)(.+) \|$", SECTIONS["Warnings"], re.M)
-    assert lines == [f"`{r.kind}` | {', '.join(r.stages)} | {r.words} | {r.meaning} | {r.remedy}" for r in advice.RULES]
+    assert lines == [
+        f"`{r.kind}` | {', '.join(r.stages)} | {r.words} | {r.meaning} | {r.remedy}"
+        for r in advice.RULES
+    ]

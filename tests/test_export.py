@@ -13,10 +13,12 @@ from test_models import error, tiny
 from test_models import run as forward
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from alignjax import checkpoint, convert, sharding
 from alignjax import config as configs
+from alignjax import convert
 from alignjax.data import chat
+from alignjax.machine import sharding
 from alignjax.models import families
+from alignjax.weights import checkpoint, hf
 
 MESH = sharding.make_mesh(configs.Mesh(data=1, fsdp=4, tensor=2))
 
@@ -32,10 +34,15 @@ def tokenizer(tmp_path_factory):
 def run_of(directory, tokenizer, stage, model, items):
     """What a complete run leaves, saved from eight devices: its model's parameters by item."""
     directory.mkdir()
-    (directory / "config.json").write_text(configs.to_json(configs.Config(stage=stage, model=model)))
+    (directory / "config.json").write_text(
+        configs.to_json(configs.Config(stage=stage, model=model))
+    )
     (directory / "summary.json").write_text("{}")
     shutil.copytree(tokenizer, directory / "tokenizer")
-    placed = {name: jax.tree.map(jax.device_put, x, sharding.param_shardings(x, MESH)) for name, x in items.items()}
+    placed = {
+        name: jax.tree.map(jax.device_put, x, sharding.param_shardings(x, MESH))
+        for name, x in items.items()
+    }
     saved = checkpoint.Checkpoints(directory / "checkpoints", 1)
     saved.save(7, placed)
     saved.close()
@@ -52,7 +59,12 @@ def ppo(tmp_path_factory, tokenizer):
     (model, policy), (_, value) = small(), small("scalar", 1)
     value["head"]["bias"] = np.float32([0.75])
     directory = tmp_path_factory.mktemp("runs") / "ppo"
-    return run_of(directory, tokenizer, "ppo", model, {"policy": policy, "value": value}), model, policy, value
+    return (
+        run_of(directory, tokenizer, "ppo", model, {"policy": policy, "value": value}),
+        model,
+        policy,
+        value,
+    )
 
 
 def to_hf(run, out, *more) -> int:
@@ -62,15 +74,23 @@ def to_hf(run, out, *more) -> int:
 @pytest.mark.parametrize("family", families.NAMES)
 def test_a_run_goes_out_whole(family, tokenizer, tmp_path, capsys):
     bias, norm = families.SHAPES[family]
-    model, params = small(family=family, qkv_bias=bias, qk_norm=norm, kv_heads=4 if family == "qwen" else 2)
-    run, out = run_of(tmp_path / "sft", tokenizer, "lm", model, {"model": params}), tmp_path / "deep" / "out"
+    model, params = small(
+        family=family, qkv_bias=bias, qk_norm=norm, kv_heads=4 if family == "qwen" else 2
+    )
+    run, out = (
+        run_of(tmp_path / "sft", tokenizer, "lm", model, {"model": params}),
+        tmp_path / "deep" / "out",
+    )
     assert to_hf(run, out) == 0
-    again, back = convert.load_hf(out, "lm")
+    again, back = hf.load_hf(out, "lm")
     assert again == model and same(params, back)
     config = json.loads((out / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 2, 0)
     assert json.loads((out / "generation_config.json").read_text()) == {
-        "bos_token_id": None, "eos_token_id": [2], "pad_token_id": 0}  # fmt: skip
+        "bos_token_id": None,
+        "eos_token_id": [2],
+        "pad_token_id": 0,
+    }
     kept = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= kept.keys()
     assert {name: (out / name).read_bytes() for name in kept} == kept
@@ -87,13 +107,18 @@ def test_each_role_of_ppo_goes_out(ppo, tmp_path, capsys):
     assert to_hf(run, tmp_path / "default") == to_hf(run, tmp_path / "policy", "--role=policy") == 0
     assert "score.bias" not in capsys.readouterr().out
     assert to_hf(run, tmp_path / "value", "--role=value", "--dtype=bfloat16") == 0
-    assert "score.bias=0.75 is written, but transformers leaves it unread" in capsys.readouterr().out
-    assert same(convert.load_hf(tmp_path / "default", "lm")[1], policy)
-    assert same(convert.load_hf(tmp_path / "policy", "lm")[1], policy)
+    assert (
+        "score.bias=0.75 is written, but transformers leaves it unread" in capsys.readouterr().out
+    )
+    assert same(hf.load_hf(tmp_path / "default", "lm")[1], policy)
+    assert same(hf.load_hf(tmp_path / "policy", "lm")[1], policy)
     rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), value)
-    assert same(convert.load_hf(tmp_path / "value", "scalar")[1], rounded)
+    assert same(hf.load_hf(tmp_path / "value", "scalar")[1], rounded)
     config = json.loads((tmp_path / "value/config.json").read_text())
-    assert config["architectures"] == ["Qwen2ForSequenceClassification"] and len(config["id2label"]) == 1
+    assert (
+        config["architectures"] == ["Qwen2ForSequenceClassification"]
+        and len(config["id2label"]) == 1
+    )
     assert config["pad_token_id"] == 0 and config["torch_dtype"] == "bfloat16"
     assert not (tmp_path / "value/generation_config.json").exists()
 
@@ -105,15 +130,29 @@ def test_transformers_computes_the_same_and_saves_what_we_wrote(family, head, to
     torch = pytest.importorskip("torch")
     bias, norm = families.SHAPES[family]
     model, params = small(head, family=family, qkv_bias=bias, qk_norm=norm)
-    stage, kind = ("lm", AutoModelForCausalLM) if head == "lm" else ("ranking", AutoModelForSequenceClassification)
-    assert to_hf(run_of(tmp_path / "run", tokenizer, stage, model, {"model": params}), tmp_path / "out") == 0
+    stage, kind = (
+        ("lm", AutoModelForCausalLM)
+        if head == "lm"
+        else ("ranking", AutoModelForSequenceClassification)
+    )
+    assert (
+        to_hf(
+            run_of(tmp_path / "run", tokenizer, stage, model, {"model": params}), tmp_path / "out"
+        )
+        == 0
+    )
     theirs, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and set(report["unexpected_keys"]) <= {"score.bias"}
     tokens = np.random.default_rng(2).integers(3, 300, (3, 40)).astype(np.int32)
     segments = (np.arange(40) < np.array([[40], [17], [29]])).astype(np.int32)
-    tokens[segments == 0], tokens[np.arange(3), segments.sum(1) - 1] = 0, 2  # pads, after an end token
+    tokens[segments == 0], tokens[np.arange(3), segments.sum(1) - 1] = (
+        0,
+        2,
+    )  # pads, after an end token
     with torch.no_grad():
-        logits = theirs.eval()(torch.tensor(tokens).long(), attention_mask=torch.tensor(segments)).logits.numpy()
+        logits = theirs.eval()(
+            torch.tensor(tokens).long(), attention_mask=torch.tensor(segments)
+        ).logits.numpy()
     ours = forward(model, params, tokens, segments)  # of a scalar head, without its bias
     if head == "lm":
         assert theirs.generation_config.eos_token_id == [2]
@@ -123,7 +162,7 @@ def test_transformers_computes_the_same_and_saves_what_we_wrote(family, head, to
         assert error(ours[np.arange(3), segments.sum(1) - 1], logits) < 2e-5
         params["head"]["bias"] = np.zeros(1, np.float32)  # theirs has none
     theirs.save_pretrained(tmp_path / "saved")
-    assert same(convert.load_hf(tmp_path / "saved", head)[1], params)
+    assert same(hf.load_hf(tmp_path / "saved", head)[1], params)
 
 
 def test_a_reward_model_never_pads_with_its_end_token(tokenizer, tmp_path):
@@ -136,7 +175,7 @@ def test_a_reward_model_never_pads_with_its_end_token(tokenizer, tmp_path):
     assert to_hf(run, tmp_path / "out") == 0
     pad = json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"]
     assert pad == 1 and chat.load_tokenizer(tmp_path / "out").pad_token_id == pad
-    assert same(convert.load_hf(tmp_path / "out", "scalar")[1], params)
+    assert same(hf.load_hf(tmp_path / "out", "scalar")[1], params)
 
 
 def test_generation_ends_at_either_end_token(tokenizer, tmp_path):
@@ -147,10 +186,17 @@ def test_generation_ends_at_either_end_token(tokenizer, tmp_path):
     changed.save_pretrained(tmp_path / "tokenizer")
     model, params = small()
     assert (
-        to_hf(run_of(tmp_path / "sft", tmp_path / "tokenizer", "lm", model, {"model": params}), tmp_path / "out") == 0
+        to_hf(
+            run_of(tmp_path / "sft", tmp_path / "tokenizer", "lm", model, {"model": params}),
+            tmp_path / "out",
+        )
+        == 0
     )
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 2
-    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [
+        2,
+        0,
+    ]
 
 
 def test_exporting_reads_the_checkpoint_an_array_at_a_time(ppo, tmp_path, monkeypatch):
@@ -159,15 +205,17 @@ def test_exporting_reads_the_checkpoint_an_array_at_a_time(ppo, tmp_path, monkey
 
     def watched(item, path):
         asked.append((item.name, path))
-        assert not [x for x in alive if x() is not None]  # of qwen2, no two parameters share a tensor
+        assert not [
+            x for x in alive if x() is not None
+        ]  # of qwen2, no two parameters share a tensor
         x = read(item, path)
-        assert x.shape == convert.layout(ppo[1], "lm")[0][path]
+        assert x.shape == hf.layout(ppo[1], "lm")[0][path]
         alive.append(weakref.ref(x))
         return x
 
     monkeypatch.setattr(checkpoint, "restore_array", watched)
     assert to_hf(ppo[0], tmp_path / "out") == 0
-    assert sorted(asked) == sorted(("policy", path) for path in convert.layout(ppo[1], "lm")[0])
+    assert sorted(asked) == sorted(("policy", path) for path in hf.layout(ppo[1], "lm")[0])
 
 
 def test_an_interrupted_export_does_not_look_whole(ppo, tmp_path, monkeypatch):
@@ -182,7 +230,9 @@ def test_an_interrupted_export_does_not_look_whole(ppo, tmp_path, monkeypatch):
         patch.setattr(checkpoint, "restore_array", interrupted)
         to_hf(ppo[0], tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial/config.json").exists()
-    assert to_hf(ppo[0], tmp_path / "out") == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert to_hf(ppo[0], tmp_path / "out") == 0 and [path.name for path in tmp_path.iterdir()] == [
+        "out"
+    ]
 
 
 def test_mistakes_on_the_command_line_are_one_line(ppo, tokenizer, tmp_path, capsys):
@@ -196,7 +246,11 @@ def test_mistakes_on_the_command_line_are_one_line(ppo, tokenizer, tmp_path, cap
         before = sorted(tmp_path.rglob("*"))
         assert to_hf(*arguments) == 2 and sorted(tmp_path.rglob("*")) == before
         printed = capsys.readouterr()
-        assert printed.out == "" and printed.err.startswith("alignjax: ") and printed.err.count("\n") == 1
+        assert (
+            printed.out == ""
+            and printed.err.startswith("alignjax: ")
+            and printed.err.count("\n") == 1
+        )
         return printed.err
 
     assert f"--out {full}: there is something already" in fails(run, full)
@@ -220,6 +274,10 @@ def test_a_damaged_checkpoint_is_named(ppo, tmp_path, capsys):
         path.write_bytes(path.read_bytes()[:-5])
     assert to_hf(run, tmp_path / "out") == 2
     printed = capsys.readouterr().err
-    assert str(run / "checkpoints/7/policy") in printed and "can't be read" in printed and printed.count("\n") == 1
+    assert (
+        str(run / "checkpoints/7/policy") in printed
+        and "can't be read" in printed
+        and printed.count("\n") == 1
+    )
     shutil.rmtree(run / "checkpoints")
     assert to_hf(run, tmp_path / "out") == 2 and "no checkpoint there" in capsys.readouterr().err

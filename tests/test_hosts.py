@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from runs import PARENTS, ROOT, STEPS, command, cut, rows
 
-from alignjax import checkpoint, train
-from alignjax import command as commands
+from alignjax import train
 from alignjax.data import files
+from alignjax.machine import command as commands
+from alignjax.weights import checkpoint
 
 NAMES = ("sft-tiny", "rm-tiny", "ppo-tiny")  # one of each stage, from parents of one process
 SCRIPT = """
@@ -83,9 +84,17 @@ def pair(code: str, runs) -> list[tuple[int, str, list[str]]]:
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     }
-    both = [subprocess.Popen([sys.executable, "-c", SCRIPT + code, f"127.0.0.1:{port},2,{i}", str(runs)], cwd=ROOT,
-                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for i in range(2)]  # fmt: skip
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT + code, f"127.0.0.1:{port},2,{i}", str(runs)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
     found = [None, None]
 
     def wait(i):
@@ -126,7 +135,11 @@ def assert_alike(run, other):
             assert mine.keys() == theirs.keys()
             drawn = other.name == "ppo-tiny" and mine["step"] == STEPS - 1
             for key in theirs.keys() - {"samples"}:
-                near = {"rel": 0.1, "abs": 0.05} if drawn else {"rel": 1e-4, "abs": 1e-4 if "policy" in key else 1e-5}
+                near = (
+                    {"rel": 0.1, "abs": 0.05}
+                    if drawn
+                    else {"rel": 1e-4, "abs": 1e-4 if "policy" in key else 1e-5}
+                )
                 assert mine[key] == pytest.approx(theirs[key], **near), key
     for name in ("samples.jsonl", *evaluated):
         assert texts(rows(run / name)) == texts(rows(other / name))
@@ -142,7 +155,12 @@ def shared(chain, tmp_path_factory):
         files.pyarrow.Table.from_pylist(values[:3] + [{}] + values[4:]), runs / "text.parquet"
     )
     (runs / "text.jsonl").write_text("\n" + "\n".join(map(json.dumps, values)))
-    for where, name in (("", "sft-tiny"), ("", "rm-tiny"), ("other", "rm-tiny"), ("same", "ppo-tiny")):
+    for where, name in (
+        ("", "sft-tiny"),
+        ("", "rm-tiny"),
+        ("other", "rm-tiny"),
+        ("same", "ppo-tiny"),
+    ):
         for parent in PARENTS[name]:
             shutil.copytree(chain[0] / parent, runs / where / parent)
     cut(chain[0] / "rm-tiny", runs / "other" / "rm-tiny")
@@ -158,7 +176,10 @@ def test_each_process_parses_its_share_and_all_get_the_whole(shared):
             found, mine, heard = json.loads((runs / f"{name}-{i}").read_text())
             assert found == alone and said == heard[-1:]
             parsed.append(set(mine))
-        assert len(parsed[0]) in (4, 5) and len(parsed[0] | parsed[1]) == len(parsed[0]) + len(parsed[1]) == 9
+        assert (
+            len(parsed[0]) in (4, 5)
+            and len(parsed[0] | parsed[1]) == len(parsed[0]) + len(parsed[1]) == 9
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,7 +190,9 @@ def test_two_processes_give_the_result_of_one(name, shared, chain):
 
 def test_a_sigterm_to_one_process_saves_in_all_and_the_run_goes_on(shared):
     (_, out, err), (_, other, silent) = shared[1]
-    assert told(err)[0] == "alignjax: SIGTERM: sft-tiny saved at step 2 of 4; the same command goes on"
+    assert (
+        told(err)[0] == "alignjax: SIGTERM: sft-tiny saved at step 2 of 4; the same command goes on"
+    )
     assert "sft-tiny: goes on from step 2" in out.partition("stopped\n")[2] and "stopped\n" in other
     assert "sft-tiny" not in other and told(silent) == []  # the first process alone prints
 
@@ -190,8 +213,10 @@ def test_a_bad_row_is_the_same_error_in_all(shared):
     """Both have one in their share; the first of the file counts."""
     (code, _, err), (other, _, silent) = shared[1]
     assert code == other == 2 and told(silent) == []
-    assert told(err)[1:] == [f"alignjax: {shared[0]}/text.jsonl:5: text: text wanted, int found: 3; "
-                             'data.on_bad_row="skip" leaves such rows out']  # fmt: skip
+    assert told(err)[1:] == [
+        f"alignjax: {shared[0]}/text.jsonl:5: text: text wanted, int found: 3; "
+        'data.on_bad_row="skip" leaves such rows out'
+    ]
 
 
 def arrays(run) -> dict:
@@ -201,8 +226,12 @@ def arrays(run) -> dict:
         if (item / "_METADATA").exists():
             with checkpoint.ocp.PyTreeCheckpointer() as reader:
                 tree = reader.metadata(item).item_metadata.tree
-                how = jax.tree.map(lambda _: checkpoint.ocp.RestoreArgs(restore_type=np.ndarray), tree)
-                found = reader.restore(item, args=checkpoint.ocp.args.PyTreeRestore(restore_args=how))
+                how = jax.tree.map(
+                    lambda _: checkpoint.ocp.RestoreArgs(restore_type=np.ndarray), tree
+                )
+                found = reader.restore(
+                    item, args=checkpoint.ocp.args.PyTreeRestore(restore_args=how)
+                )
             for path, x in jax.tree_util.tree_leaves_with_path(found):
                 out[item.name + jax.tree_util.keystr(path)] = np.asarray(x).tobytes()
     return out
@@ -212,13 +241,20 @@ def test_a_process_that_is_gone_or_fails_ends_all_and_both_go_on_exactly(shared,
     shutil.copytree(shared[0] / "lm-tiny", tmp_path / "lm-tiny")
     (code, _, err), (killed, _, _) = pair(KILLED, tmp_path)
     name = f"process 1 on {socket.gethostname()}"
-    assert killed == -signal.SIGKILL and code in (1, -signal.SIGABRT)  # the latter where jax's heartbeats end it
-    assert name in told(err)[0] and "the same command goes on from the last checkpoint" in told(err)[0], err
+    assert killed == -signal.SIGKILL and code in (
+        1,
+        -signal.SIGABRT,
+    )  # the latter where jax's heartbeats end it
+    assert (
+        name in told(err)[0] and "the same command goes on from the last checkpoint" in told(err)[0]
+    ), err
     assert not (tmp_path / "sft-tiny" / "summary.json").exists()
     (code, out, err), (other, _, traceback) = pair(AGAIN, tmp_path)
     assert code == other == 1 and "sft-tiny: goes on from step 2" in out
     for file in ("metrics.jsonl", "samples.jsonl"):
-        assert (tmp_path / "sft-tiny" / file).read_bytes() == (shared[0] / "sft-tiny" / file).read_bytes()
+        assert (tmp_path / "sft-tiny" / file).read_bytes() == (
+            shared[0] / "sft-tiny" / file
+        ).read_bytes()
     mine = arrays(tmp_path / "sft-tiny")
     assert len(mine) > 20 and mine == arrays(shared[0] / "sft-tiny")
     assert told(err) == [f"alignjax: {name}: ValueError: a crash"]

@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 from runs import rows
 
-from alignjax import convert, inference, rollout, sharding
+from alignjax import convert, inference
 from alignjax.config import Mesh, UserError
 from alignjax.data import chat, encoding, toy
+from alignjax.machine import sharding
+from alignjax.sampling import rollout
 
-PROMPTS = ["copy : cat box", "find : bob hat . amy red . bob", [{"role": "user", "content": "count : cat box sun"}]]
+PROMPTS = [
+    "copy : cat box",
+    "find : bob hat . amy red . bob",
+    [{"role": "user", "content": "count : cat box sun"}],
+]
 SAMPLED = {"temperature": 1.3, "top_p": 0.9, "seed": 3, "max_tokens": 10}
 GREEDY = {"temperature": 0.0, "max_tokens": 10}
 
@@ -33,15 +39,28 @@ def test_responses_are_those_of_a_rollout(policy):
     ids, end = policy.encode(PROMPTS), chat.end_token(policy.tokenizer)
     width = max(map(len, ids))
     tokens = encoding.pad(ids, width, left=True)
-    whole = jax.jit(functools.partial(rollout.generate, policy.architecture, samples=2, response_length=10, end=end,
-                                      temperature=1.3, top_p=0.9))  # fmt: skip
+    whole = jax.jit(
+        functools.partial(
+            rollout.generate,
+            policy.architecture,
+            samples=2,
+            response_length=10,
+            end=end,
+            temperature=1.3,
+            top_p=0.9,
+        )
+    )
     alone = whole(policy.params, tokens, encoding.lengths_of(ids), np.arange(3), jax.random.key(3))
-    for response, row, count, cut in zip(found, alone.tokens, alone.lengths, alone.truncated, strict=True):
+    for response, row, count, cut in zip(
+        found, alone.tokens, alone.lengths, alone.truncated, strict=True
+    ):
         assert response.tokens == row[width:][:count].tolist() and response.truncated == cut
         assert response.text == chat.decode_response(policy.tokenizer, response.tokens)
     assert len({response.text for response in found}) == 6
     for number in (0, 1, 2):
-        assert told(policy.stream(PROMPTS[number], number=number, **SAMPLED))[1] == found[2 * number]
+        assert (
+            told(policy.stream(PROMPTS[number], number=number, **SAMPLED))[1] == found[2 * number]
+        )
 
 
 def told(pieces):
@@ -73,7 +92,9 @@ def test_no_piece_ends_within_a_character(policy, monkeypatch):
 
         monkeypatch.setattr(policy, "run", run)
         pieces, response = told(policy.stream("x", max_tokens=len(ids)))
-        assert response.text == (text if not cut else "🙂\ufffd") and response.truncated == bool(cut)
+        assert response.text == (text if not cut else "🙂\ufffd") and response.truncated == bool(
+            cut
+        )
         assert all("\ufffd" not in piece for piece in pieces[: None if not cut else -1])
         assert pieces == list(text) if not cut else ["🙂", "\ufffd"]
 
@@ -99,7 +120,9 @@ def test_streams_of_any_length_share_few_programs(policy, monkeypatch):
     for n in range(1, 34):
         told(policy.stream(" ".join(["cat"] * n)))
     widths = {12, 16, 24, 32, 48}
-    assert asked == {("begin", (1, width), 16) for width in widths} | {("proceed", width) for width in widths}
+    assert asked == {("begin", (1, width), 16) for width in widths} | {
+        ("proceed", width) for width in widths
+    }
 
 
 def test_what_ppo_sampled_and_its_scores_come_again(chain, reward):
@@ -108,15 +131,30 @@ def test_what_ppo_sampled_and_its_scores_come_again(chain, reward):
     prompts = [row["prompt"][0]["content"] for row in toy.examples("prompts", "train", 0, 64)]
     first = [row for row in rows(chain[0] / "ppo-tiny" / "samples.jsonl") if row["step"] == 0]
     first = [row for row in first if prompts.count(row["prompt"]) == 1]
-    asked, numbers = [row["prompt"] for row in first], [prompts.index(row["prompt"]) for row in first]
+    asked, numbers = (
+        [row["prompt"] for row in first],
+        [prompts.index(row["prompt"]) for row in first],
+    )
     length, how = policy.settings(1.0, 0.9, 14)
-    found = policy.answer(policy.encode(asked), numbers, len(asked), key=jax.random.fold_in(jax.random.key(0), 0), samples=2,
-                          slots=8, response_length=length, **how)  # fmt: skip
+    found = policy.answer(
+        policy.encode(asked),
+        numbers,
+        len(asked),
+        key=jax.random.fold_in(jax.random.key(0), 0),
+        samples=2,
+        slots=8,
+        response_length=length,
+        **how,
+    )
     said, scores = ([x for row in first for x in row[name]] for name in ("responses", "score"))
     assert [policy.response(ids).text for ids in found] == said and len(said) >= 6
     twice = [prompt for prompt in asked for _ in "ab"]
-    np.testing.assert_allclose(reward.score(twice, [ids.tolist() for ids in found]), scores, atol=2e-5)
-    assert reward.score(twice, said) == reward.score(twice, chat.encode_responses(reward.tokenizer, said))
+    np.testing.assert_allclose(
+        reward.score(twice, [ids.tolist() for ids in found]), scores, atol=2e-5
+    )
+    assert reward.score(twice, said) == reward.score(
+        twice, chat.encode_responses(reward.tokenizer, said)
+    )
     assert len(set(reward.score(["a"] * 3, ["cat", "box", "cat"]))) == 2
 
 
@@ -125,7 +163,10 @@ def test_greedily_any_mesh_and_a_hugging_face_checkpoint_say_the_same(chain, pol
     for number in (0, 1, 2):
         assert told(policy.stream(PROMPTS[number], **GREEDY))[1] == found[number]
     other = inference.load(chain[0] / "ppo-tiny", mesh=sharding.make_mesh(Mesh(tensor=2)))
-    assert other.generate(PROMPTS, **GREEDY) == found and told(other.stream(PROMPTS[1], **GREEDY))[1] == found[1]
+    assert (
+        other.generate(PROMPTS, **GREEDY) == found
+        and told(other.stream(PROMPTS[1], **GREEDY))[1] == found[1]
+    )
     convert.export(chain[0] / "ppo-tiny", tmp_path / "hf", None, "float32")
     other = inference.load(tmp_path / "hf", mesh=policy.mesh)
     assert other.generate(PROMPTS, **GREEDY) == found
@@ -142,23 +183,46 @@ def test_a_reward_model_in_half_precision_and_of_a_hugging_face_checkpoint(chain
 
 def test_a_model_of_plain_text_goes_on_with_it(chain):
     model = inference.load(chain[0] / "lm-tiny")
-    assert not model.converses and model.encode(["cat box"]) == [model.tokenizer("cat box")["input_ids"]]
+    assert not model.converses and model.encode(["cat box"]) == [
+        model.tokenizer("cat box")["input_ids"]
+    ]
     assert model.ends == [model.tokenizer.eos_token_id, model.tokenizer.pad_token_id]
     with pytest.raises(UserError, match="messages need a chat template"):
         model.generate(PROMPTS)
 
 
-@pytest.mark.parametrize("ask, message", [
-    (lambda policy, _: policy.score(["a"], ["b"]), "score: a reward model is wanted, .* this is a language model"),
-    (lambda _, reward: reward.generate(["a"]), "generate: a language model is wanted; this is a reward model"),
-    (lambda _, reward: list(reward.stream("a")), "generate: a language model is wanted"),
-    (lambda policy, _: policy.generate("copy : cat"), "a list of prompts is wanted, not 'copy : cat' alone"),
-    (lambda policy, _: policy.generate(["a", "cat " * 60]), "prompt 1 has 6. tokens, and up to 16 may follow: .* max_length=64"),
-    (lambda policy, _: policy.generate(["a"], top_p=0.0), r"top_p=0.0 in \(0, 1\]"),
-    (lambda policy, _: policy.generate(["a"], samples=0), "samples=0, slots=64: both must be at least 1"),
-    (lambda _, reward: reward.score(["a"], ["b", "c"]), "score: 1 prompts for 2 responses"),
-    (lambda _, reward: reward.score(["a"], ["cat " * 60]), "score: 7. tokens of prompt and response, but the model may read 64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ask, message",
+    [
+        (
+            lambda policy, _: policy.score(["a"], ["b"]),
+            "score: a reward model is wanted, .* this is a language model",
+        ),
+        (
+            lambda _, reward: reward.generate(["a"]),
+            "generate: a language model is wanted; this is a reward model",
+        ),
+        (lambda _, reward: list(reward.stream("a")), "generate: a language model is wanted"),
+        (
+            lambda policy, _: policy.generate("copy : cat"),
+            "a list of prompts is wanted, not 'copy : cat' alone",
+        ),
+        (
+            lambda policy, _: policy.generate(["a", "cat " * 60]),
+            "prompt 1 has 6. tokens, and up to 16 may follow: .* max_length=64",
+        ),
+        (lambda policy, _: policy.generate(["a"], top_p=0.0), r"top_p=0.0 in \(0, 1\]"),
+        (
+            lambda policy, _: policy.generate(["a"], samples=0),
+            "samples=0, slots=64: both must be at least 1",
+        ),
+        (lambda _, reward: reward.score(["a"], ["b", "c"]), "score: 1 prompts for 2 responses"),
+        (
+            lambda _, reward: reward.score(["a"], ["cat " * 60]),
+            "score: 7. tokens of prompt and response, but the model may read 64",
+        ),
+    ],
+)
 def test_what_cannot_be_asked_is_said(policy, reward, ask, message):
     with pytest.raises(UserError, match=message):
         ask(policy, reward)

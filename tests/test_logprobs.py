@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from test_models import tiny, words
 
-from alignjax import logprobs
 from alignjax.config import UserError
-from alignjax.models import transformer
+from alignjax.models import scoring, transformer
 
 MODEL, PARAMS = tiny()
 _, SCALAR = tiny(1, "scalar")
@@ -36,7 +35,11 @@ def laid(layout="pads behind", pad=0, drawn=DRAWN):
         for i, first in line:
             p, r = LENGTHS[i]
             for j in range(p + r):
-                tokens[row, first + j], segments[row, first + j], positions[row, first + j] = drawn[i, j], i + 1, j
+                tokens[row, first + j], segments[row, first + j], positions[row, first + j] = (
+                    drawn[i, j],
+                    i + 1,
+                    j,
+                )
             targets += range(first + p, first + p + r)
             ends[i] = row * width + first + p + r - 1
         at[row, : len(targets)] = targets
@@ -45,13 +48,20 @@ def laid(layout="pads behind", pad=0, drawn=DRAWN):
 
 @jax.jit
 def figures(params, scalar, batch, temperature):
-    now, entropy = logprobs.token_logprobs(MODEL, params, batch, temperature)
-    return now, entropy, logprobs.token_values(MODEL, scalar, batch), logprobs.scores(MODEL, scalar, batch)
+    now, entropy = scoring.token_logprobs(MODEL, params, batch, temperature)
+    return (
+        now,
+        entropy,
+        scoring.token_values(MODEL, scalar, batch),
+        scoring.scores(MODEL, scalar, batch),
+    )
 
 
 def read(layout="pads behind", pad=0, temperature=TEMPERATURE, drawn=DRAWN):
     """Log-probabilities, entropies and values [4 R] of the responses' tokens, 0 behind them, and scores [4]."""
-    *tokens, scores = map(np.asarray, figures(PARAMS, SCALAR, laid(layout, pad, drawn), temperature))
+    *tokens, scores = map(
+        np.asarray, figures(PARAMS, SCALAR, laid(layout, pad, drawn), temperature)
+    )
     out = np.zeros((3, 4, R), np.float32)
     for row, line in enumerate(LAYOUTS[layout][1]):
         column = 0
@@ -70,7 +80,9 @@ def one_by_one():
     @jax.jit
     def last(tokens, n):
         segments = (jnp.arange(9) < n).astype(jnp.int32)[None]
-        hidden = transformer.apply(MODEL, PARAMS, tokens, jnp.arange(9)[None], segments)[0][0, n - 1]
+        hidden = transformer.apply(MODEL, PARAMS, tokens, jnp.arange(9)[None], segments)[0][
+            0, n - 1
+        ]
         other = transformer.apply(MODEL, SCALAR, tokens, jnp.arange(9)[None], segments)[0][0, n - 1]
         return transformer.logits(MODEL, PARAMS, hidden), transformer.scalar(SCALAR, other)
 
@@ -128,12 +140,17 @@ def test_logprobs_are_float32_whatever_the_computation():
 
     @jax.jit
     def rounded():
-        values, scores = logprobs.token_values(half, SCALAR, batch), logprobs.scores(half, SCALAR, batch)
-        return *logprobs.token_logprobs(half, PARAMS, batch), values, scores
+        values, scores = (
+            scoring.token_values(half, SCALAR, batch),
+            scoring.scores(half, SCALAR, batch),
+        )
+        return *scoring.token_logprobs(half, PARAMS, batch), values, scores
 
     assert [x.dtype for x in rounded()] == [jnp.float32] * 4
     real = np.arange(10) < LENGTHS[:, 1:]
-    now, full = (np.asarray(x[0])[real] for x in (rounded(), figures(PARAMS, SCALAR, batch, TEMPERATURE)))
+    now, full = (
+        np.asarray(x[0])[real] for x in (rounded(), figures(PARAMS, SCALAR, batch, TEMPERATURE))
+    )
     assert 1e-5 < np.abs(now - full).max() < 0.3
 
 
@@ -143,25 +160,27 @@ def test_a_tied_model_reads_its_embedding():
 
     @jax.jit
     def both():
-        hidden = logprobs.before_targets(logprobs.hidden_of(model, params, batch), batch["at"])
+        hidden = scoring.before_targets(scoring.hidden_of(model, params, batch), batch["at"])
         logp = jax.nn.log_softmax(hidden @ params["embed"]["embedding"].T)
-        return logprobs.token_logprobs(model, params, batch)[0], logp
+        return scoring.token_logprobs(model, params, batch)[0], logp
 
     ours, logp = map(np.asarray, both())
     labels = np.take_along_axis(batch["tokens"], batch["at"], axis=1)
-    np.testing.assert_allclose(ours, np.take_along_axis(logp, labels[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(
+        ours, np.take_along_axis(logp, labels[..., None], -1)[..., 0], atol=1e-5
+    )
 
 
 def test_before_targets_by_hand():
     hidden = np.arange(10).reshape(2, 5, 1)
     at = np.array([[1, 4, 0], [3, 3, 2]])
-    assert logprobs.before_targets(hidden, at)[..., 0].tolist() == [[0, 3, 0], [7, 7, 6]]
+    assert scoring.before_targets(hidden, at)[..., 0].tolist() == [[0, 3, 0], [7, 7, 6]]
 
 
 def test_a_score_alone_is_that_of_its_own_prefix(one_by_one):
     """Right-padded rows are scored behind their pads; what stands behind a length, and the row's width, don't matter."""
     lengths = LENGTHS.sum(axis=1)
-    alone = jax.jit(lambda tokens: logprobs.score_alone(MODEL, SCALAR, tokens, lengths))
+    alone = jax.jit(lambda tokens: scoring.score_alone(MODEL, SCALAR, tokens, lengths))
     garbage = np.where(np.arange(9) < lengths[:, None], DRAWN, 96)
     found = alone(DRAWN)
     np.testing.assert_allclose(found, [float(x[-1][1]) for x in one_by_one], atol=1e-5)
@@ -170,11 +189,18 @@ def test_a_score_alone_is_that_of_its_own_prefix(one_by_one):
     np.testing.assert_allclose(found, read("in one row")[3], atol=2e-6)
 
 
-@pytest.mark.parametrize("figure, dtype, stops", [(0.0, "float32", False), (1e-3, "float32", True), (1e-3, "bfloat16", False),
-                                                  (float("nan"), "bfloat16", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "figure, dtype, stops",
+    [
+        (0.0, "float32", False),
+        (1e-3, "float32", True),
+        (1e-3, "bfloat16", False),
+        (float("nan"), "bfloat16", True),
+    ],
+)
 def test_a_check_allows_rounding_and_nothing_more(figure, dtype, stops):
     if stops:
         with pytest.raises(UserError, match=r"self-check at step 0: the ratio is .*, not 0"):
-            logprobs.check("the ratio", figure, dtype)
+            scoring.check("the ratio", figure, dtype)
     else:
-        logprobs.check("the ratio", figure, dtype)
+        scoring.check("the ratio", figure, dtype)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import metrics
 from alignjax.config import UserError
+from alignjax.machine import console
+from alignjax.runs import log as run_log
 
 
 def log(tmp_path, start=0, steps=4, values=None):
     """Steps with losses 0, 1, ... (or `values`) and one sample in each even one."""
-    written = metrics.Log(tmp_path, "run", start, steps, ("loss",))
+    written = run_log.Log(tmp_path, "run", start, steps, ("loss",))
     try:
         for i in range(start, steps):
             loss = jnp.float32(values[i] if values else i)
@@ -72,7 +73,7 @@ class Figure:
 
 
 def test_a_step_is_handed_over_when_the_next_is_given_and_none_is_waited_for(tmp_path):
-    written, first, second = metrics.Log(tmp_path, "run", 0, 2, ()), Figure(0.5), Figure(0.25)
+    written, first, second = run_log.Log(tmp_path, "run", 0, 2, ()), Figure(0.5), Figure(0.25)
     written.write(0, {"loss": first}, nothing)  # returns, though this step is not computed yet
     assert rows(tmp_path / "metrics.jsonl") == []
     first.done.set()
@@ -87,7 +88,7 @@ def test_a_step_is_handed_over_when_the_next_is_given_and_none_is_waited_for(tmp
 
 
 def test_the_main_thread_goes_on_while_a_step_is_decoded_and_rows_keep_their_order(tmp_path):
-    written, decode, threads = metrics.Log(tmp_path, "run", 0, 9, ()), threading.Event(), set()
+    written, decode, threads = run_log.Log(tmp_path, "run", 0, 9, ()), threading.Event(), set()
 
     def late(i):
         decode.wait()
@@ -103,16 +104,20 @@ def test_the_main_thread_goes_on_while_a_step_is_decoded_and_rows_keep_their_ord
     written.flush()
     written.close()
     assert rows(tmp_path / "metrics.jsonl") == [{"step": i, "loss": i, "late": i} for i in range(9)]
-    assert rows(tmp_path / "samples.jsonl") == [{"step": i, "number": n} for i in range(9) for n in (0, 1)]
+    assert rows(tmp_path / "samples.jsonl") == [
+        {"step": i, "number": n} for i in range(9) for n in (0, 1)
+    ]
     assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == list(range(9))
     assert len(threads) == 1 and threading.main_thread() not in threads
 
 
 def test_of_several_processes_each_calls_late_in_its_main_thread(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics.jax, "process_count", lambda: 2)
-    written, threads = metrics.Log(tmp_path, "run", 0, 2, ()), []
+    monkeypatch.setattr(log.jax, "process_count", lambda: 2)
+    written, threads = run_log.Log(tmp_path, "run", 0, 2, ()), []
     for i in range(2):
-        written.write(i, {"loss": 0.0}, lambda: (threads.append(threading.current_thread()), nothing())[1])
+        written.write(
+            i, {"loss": 0.0}, lambda: (threads.append(threading.current_thread()), nothing())[1]
+        )
         assert len(rows(tmp_path / "metrics.jsonl")) == i
     written.flush()
     written.close()
@@ -121,7 +126,7 @@ def test_of_several_processes_each_calls_late_in_its_main_thread(tmp_path, monke
 
 @pytest.mark.parametrize("where", ["write", "flush", "close"])
 def test_what_goes_wrong_while_a_step_is_written_is_raised_once_and_ends_the_rows(where, tmp_path):
-    written = metrics.Log(tmp_path, "run", 0, 9, ())
+    written = run_log.Log(tmp_path, "run", 0, 9, ())
 
     def late():
         raise OSError("disk full")
@@ -139,9 +144,13 @@ def test_what_goes_wrong_while_a_step_is_written_is_raised_once_and_ends_the_row
 
 def test_closing_after_a_crash_leaves_all_steps_but_the_last_given(tmp_path):
     for slow in (False, True):
-        written, decode = metrics.Log(tmp_path, "run", 0, 9, ()), threading.Event()
+        written, decode = run_log.Log(tmp_path, "run", 0, 9, ()), threading.Event()
         for i in range(4):
-            written.write(i, {"loss": 0.0}, lambda i=i, decode=decode: (i == 2 and decode.wait(), nothing())[1])
+            written.write(
+                i,
+                {"loss": 0.0},
+                lambda i=i, decode=decode: (i == 2 and decode.wait(), nothing())[1],
+            )
             written.end_step(i, {})
         threading.Timer(0.05 if slow else 0.0, decode.set).start()
         written.close()
@@ -150,7 +159,7 @@ def test_closing_after_a_crash_leaves_all_steps_but_the_last_given(tmp_path):
 
 
 def test_the_costs_of_a_step_stand_in_its_line_of_timing(tmp_path):
-    written = metrics.Log(tmp_path, "run", 0, 4, ())
+    written = run_log.Log(tmp_path, "run", 0, 4, ())
     for i in range(4):
         written.write(i, {"loss": 0.0}, nothing)
         if i == 2:
@@ -170,8 +179,8 @@ def test_the_costs_of_a_step_stand_in_its_line_of_timing(tmp_path):
 
 def test_a_steps_seconds_end_when_it_is_computed_however_late_it_is_read(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    written = metrics.Log(tmp_path, "run", 0, 2, ())
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    written = run_log.Log(tmp_path, "run", 0, 2, ())
     for i in range(2):
         now[0] += 1.0
         written.write(i, {"loss": 0.0}, nothing)
@@ -185,55 +194,79 @@ def test_a_steps_seconds_end_when_it_is_computed_however_late_it_is_read(tmp_pat
 def test_a_float32_keeps_all_its_bits(tmp_path):
     values = [0.1, 1 / 3, 1e-45, 3.4028235e38]
     log(tmp_path, values=values)
-    assert [jnp.float32(row["loss"]) for row in rows(tmp_path / "metrics.jsonl")] == [jnp.float32(v) for v in values]
+    assert [jnp.float32(row["loss"]) for row in rows(tmp_path / "metrics.jsonl")] == [
+        jnp.float32(v) for v in values
+    ]
 
 
 def test_another_clock_changes_timing_alone(tmp_path, monkeypatch):
     for name, tick in (("fast", 0.5), ("slow", 2.0)):
         (tmp_path / name).mkdir()
-        monkeypatch.setattr(metrics.time, "perf_counter", itertools.count(0.0, tick).__next__)
+        monkeypatch.setattr(log.time, "perf_counter", itertools.count(0.0, tick).__next__)
         log(tmp_path / name)
     for kind in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "fast" / kind).read_bytes() == (tmp_path / "slow" / kind).read_bytes()
-    seconds = [[row["seconds"] for row in rows(tmp_path / name / "timing.jsonl")] for name in ("fast", "slow")]
+    seconds = [
+        [row["seconds"] for row in rows(tmp_path / name / "timing.jsonl")]
+        for name in ("fast", "slow")
+    ]
     assert seconds == [[0.5] * 4, [2.0] * 4]
-    assert [row["eps"] for row in rows(tmp_path / "slow" / "timing.jsonl")] == [4.0] * 4  # 8 episodes a step of 2 s
+    assert [row["eps"] for row in rows(tmp_path / "slow" / "timing.jsonl")] == [
+        4.0
+    ] * 4  # 8 episodes a step of 2 s
 
 
 @pytest.mark.parametrize("start, left", [(0, []), (1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3])])
 def test_opening_drops_the_rows_from_its_start_on(tmp_path, start, left):
     log(tmp_path)
-    metrics.Log(tmp_path, "run", start, 4, ()).close()
+    run_log.Log(tmp_path, "run", start, 4, ()).close()
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == left
     assert [row["step"] for row in rows(tmp_path / "timing.jsonl")] == left
-    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [step for step in left if step in (0, 2)]
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [
+        step for step in left if step in (0, 2)
+    ]
 
 
 def test_a_line_torn_anywhere_leaves_the_whole_ones(tmp_path):
-    path, whole, last = tmp_path / "metrics.jsonl", '{"step": 0, "loss": 1.5}\n', '{"step": 1, "loss": 2.5}'
+    path, whole, last = (
+        tmp_path / "metrics.jsonl",
+        '{"step": 0, "loss": 1.5}\n',
+        '{"step": 1, "loss": 2.5}',
+    )
     for length in range(len(last)):
         path.write_text(whole + last[:length])
-        metrics.truncate(path, 9)
+        run_log.truncate(path, 9)
         assert path.read_text() == whole
     path.write_text(whole + last)  # only the line's end is missing
-    metrics.truncate(path, 9)
+    run_log.truncate(path, 9)
     assert path.read_text() == whole + last + "\n"
     assert [left.name for left in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path):
-    metrics.truncate(tmp_path / "metrics.jsonl", 3)
+    run_log.truncate(tmp_path / "metrics.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("figures, name", [
-    ({"grad_norm": float("nan"), "loss": 1.0}, "grad_norm is nan"),
-    ({"loss": float("-inf"), "episode": 1.0}, "loss is -inf"),
-    ({"grad_norm": float("inf"), "policy/loss": float("nan"), "kl": float("nan")}, "policy/loss is nan"),
-    ({"loss": 1.0, "late": float("inf")}, "late is inf"),
-])  # fmt: skip
-def test_a_step_too_many_that_is_not_finite_stops_the_run_a_loss_named_before_others(tmp_path, figures, name):
-    written, late = metrics.Log(tmp_path, "run", 0, 9, ()), {k: v for k, v in figures.items() if k == "late"}
+@pytest.mark.parametrize(
+    "figures, name",
+    [
+        ({"grad_norm": float("nan"), "loss": 1.0}, "grad_norm is nan"),
+        ({"loss": float("-inf"), "episode": 1.0}, "loss is -inf"),
+        (
+            {"grad_norm": float("inf"), "policy/loss": float("nan"), "kl": float("nan")},
+            "policy/loss is nan",
+        ),
+        ({"loss": 1.0, "late": float("inf")}, "late is inf"),
+    ],
+)
+def test_a_step_too_many_that_is_not_finite_stops_the_run_a_loss_named_before_others(
+    tmp_path, figures, name
+):
+    written, late = (
+        run_log.Log(tmp_path, "run", 0, 9, ()),
+        {k: v for k, v in figures.items() if k == "late"},
+    )
     written.write(5, {k: v for k, v in figures.items() if k != "late"}, lambda: (late, []))
     with pytest.raises(UserError) as raised:
         written.flush()
@@ -243,17 +276,23 @@ def test_a_step_too_many_that_is_not_finite_stops_the_run_a_loss_named_before_ot
         f"run: {name} at step 5, 1 such so far, max_skipped=0; stopped, the last checkpoint is whole, what these steps "
         f"learnt from is in {tmp_path / 'skipped'}"
     )
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": 5, **{k: v for k, v in figures.items() if math.isfinite(v)}}]
+    assert rows(tmp_path / "metrics.jsonl") == [
+        {"step": 5, **{k: v for k, v in figures.items() if math.isfinite(v)}}
+    ]
 
 
 def skipping(tmp_path, start, end, bad, most, said):
     """Steps from `start` on, of which those of `bad` are NaN; their batches are their numbers."""
-    written = metrics.Log(tmp_path, "run", start, 9, ("loss",), most, said.append)
+    written = run_log.Log(tmp_path, "run", start, 9, ("loss",), most, said.append)
     try:
         for i in range(start, end):
             loss = float("nan") if i in bad else 0.5
-            written.write(i, {"loss": jnp.float32(loss), "skipped": i in bad},
-                          lambda loss=loss: ({}, [{"score": [loss, 1]}]), lambda i=i: {"tokens": np.array([i])})  # fmt: skip
+            written.write(
+                i,
+                {"loss": jnp.float32(loss), "skipped": i in bad},
+                lambda loss=loss: ({}, [{"score": [loss, 1]}]),
+                lambda i=i: {"tokens": np.array([i])},
+            )
         written.flush()
     finally:
         written.close()
@@ -273,19 +312,31 @@ def test_steps_that_are_not_finite_are_kept_and_counted_over_the_whole_run(tmp_p
     kept = dict(np.load(tmp_path / "skipped" / "4.npz"))
     assert set(kept) == {"tokens", "metrics/loss", "metrics/skipped"}
     assert kept["tokens"] == [4] and np.isnan(kept["metrics/loss"]) and kept["metrics/skipped"] == 1
-    assert said[-1] == (f"run: loss is nan at step 5 (3 such so far, max_skipped=3); what it learnt from is in "
-                        f"{tmp_path}/skipped/5.npz, see the module alignjax.stages")  # fmt: skip
+    assert said[-1] == (
+        f"run: loss is nan at step 5 (3 such so far, max_skipped=3); what it learnt from is in "
+        f"{tmp_path}/skipped/5.npz, see the module alignjax.stages"
+    )
     assert [("loss" in row, row["skipped"]) for row in rows(tmp_path / "metrics.jsonl")] == [
         (i not in (1, 4, 5), i in (1, 4, 5)) for i in range(6)
     ]
-    assert [row["score"][0] for row in rows(tmp_path / "samples.jsonl")] == [0.5, None, 0.5, 0.5, None, None]
-    assert "NaN" not in (tmp_path / "samples.jsonl").read_text() + (tmp_path / "metrics.jsonl").read_text()
+    assert [row["score"][0] for row in rows(tmp_path / "samples.jsonl")] == [
+        0.5,
+        None,
+        0.5,
+        0.5,
+        None,
+        None,
+    ]
+    assert (
+        "NaN"
+        not in (tmp_path / "samples.jsonl").read_text() + (tmp_path / "metrics.jsonl").read_text()
+    )
 
 
 def test_an_evaluation_is_a_row_that_a_resume_makes_again_and_no_steps_time(tmp_path, monkeypatch):
     """Its figures that are not finite are null; it is of the state before a step, whose seconds it leaves alone."""
     said, given, now = [], [], [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
 
     def evaluate(state):
         given.append(state)
@@ -293,7 +344,7 @@ def test_an_evaluation_is_a_row_that_a_resume_makes_again_and_no_steps_time(tmp_
         return {"score": math.nan, "kl": state / 2}, [{"prompt": "p", "score": [math.nan, 1.0]}]
 
     def run(start, end):
-        written = metrics.Log(tmp_path, "run", start, 4, (), 0, said.append)
+        written = run_log.Log(tmp_path, "run", start, 4, (), 0, said.append)
         for i in range(start, end):
             if i:
                 written.evaluate(i, evaluate, i)
@@ -308,10 +359,15 @@ def test_an_evaluation_is_a_row_that_a_resume_makes_again_and_no_steps_time(tmp_
     run(0, 4)
     whole = (tmp_path / "evaluations.jsonl").read_bytes()
     assert rows(tmp_path / "evaluations.jsonl") == [
-        {"step": i, "score": None, "kl": i / 2, "samples": [{"prompt": "p", "score": [None, 1.0]}]} for i in (1, 2, 3)
+        {"step": i, "score": None, "kl": i / 2, "samples": [{"prompt": "p", "score": [None, 1.0]}]}
+        for i in (1, 2, 3)
     ]
-    assert said == [f"run: after {i} steps, on what is held out: score nan, kl {i / 2:.3g}" for i in (1, 2, 3)]
-    costs = [{k: v for k, v in row.items() if k != "step"} for row in rows(tmp_path / "timing.jsonl")]
+    assert said == [
+        f"run: after {i} steps, on what is held out: score nan, kl {i / 2:.3g}" for i in (1, 2, 3)
+    ]
+    costs = [
+        {k: v for k, v in row.items() if k != "step"} for row in rows(tmp_path / "timing.jsonl")
+    ]
     assert costs == [{"seconds": 1.0, "compilations": 0}] + [
         {"seconds": 1.0, "evaluation_seconds": 5.0, "compilations": i} for i in (1, 2, 3)
     ]
@@ -319,14 +375,17 @@ def test_an_evaluation_is_a_row_that_a_resume_makes_again_and_no_steps_time(tmp_
     assert b"eval/kl" in next((tmp_path / "tensorboard").iterdir()).read_bytes()
     run(2, 4)  # as after a checkpoint of two steps
     assert (tmp_path / "evaluations.jsonl").read_bytes() == whole and given == [1, 2, 3, 2, 3]
-    metrics.Log(tmp_path, "run", 2, 4, ()).close()  # without any more of them
+    run_log.Log(tmp_path, "run", 2, 4, ()).close()  # without any more of them
     assert [row["step"] for row in rows(tmp_path / "evaluations.jsonl")] == [1]
 
 
 def test_a_table_lines_up():
-    lines = metrics.table("a run", [("one", "1"), ("twenty", "20 %")]).splitlines()
+    lines = console.table("a run", [("one", "1"), ("twenty", "20 %")]).splitlines()
     assert lines == ["a run", "------------", "one     1", "twenty  20 %", "------------"]
 
 
 def test_a_long_title_sets_the_width_of_the_table():
-    assert metrics.table("a longer title", [("a", "1")]) == "a longer title\n--------------\na  1\n--------------"
+    assert (
+        console.table("a longer title", [("a", "1")])
+        == "a longer title\n--------------\na  1\n--------------"
+    )

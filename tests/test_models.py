@@ -11,9 +11,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignjax import convert, rollout, sharding
 from alignjax.config import Mesh, Model
+from alignjax.machine import sharding
 from alignjax.models import families, transformer
+from alignjax.sampling import rollout
+from alignjax.weights import hf
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -25,7 +27,7 @@ TINY = Model(vocab_size=97, d_model=32, layers=2, heads=4, kv_heads=2, head_size
 
 def golden(name):
     head = "scalar" if name == "qwen2_score" else "lm"
-    return *convert.load_hf(GOLDEN / name, head), np.load(GOLDEN / name / "golden.npz")
+    return *hf.load_hf(GOLDEN / name, head), np.load(GOLDEN / name / "golden.npz")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,7 +61,16 @@ def tiny(seed=0, head="lm", **changes):
 
 
 def test_golden_files_are_all_there():
-    assert CASES == ["llama", "llama_linear", "qwen", "qwen2", "qwen2_score", "qwen2_tied", "qwen2_yarn", "qwen3"]
+    assert CASES == [
+        "llama",
+        "llama_linear",
+        "qwen",
+        "qwen2",
+        "qwen2_score",
+        "qwen2_tied",
+        "qwen2_yarn",
+        "qwen3",
+    ]
 
 
 @pytest.mark.parametrize("layout", ["plain", "left", "right"])
@@ -99,13 +110,18 @@ def test_decoding_gives_torchs_logits(name, form, monkeypatch):
 
     @jax.jit
     def prefill():
-        hidden, kept = transformer.apply(model, params, tokens[:, :p], positions[:, :p], mask[:, :p], keep=True)
+        hidden, kept = transformer.apply(
+            model, params, tokens[:, :p], positions[:, :p], mask[:, :p], keep=True
+        )
         cache = rollout.empty_cache(model, 4, p, r, "")
         return transformer.logits(model, params, hidden), rollout.fill_cache(cache, None, kept, 2)
 
     @jax.jit
     def step(tokens, places, cache, clock, count):
-        layers, attend = transformer.for_decoding(model, params), rollout.reader(prompt, clock, count, r)
+        layers, attend = (
+            transformer.for_decoding(model, params),
+            rollout.reader(prompt, clock, count, r),
+        )
         hidden, kept = transformer.decode(model, params, layers, tokens, places, cache, attend)
         return transformer.logits(model, params, hidden), rollout.write(cache, clock, kept, r)
 
@@ -116,7 +132,9 @@ def test_decoding_gives_torchs_logits(name, form, monkeypatch):
         assert isinstance(cache[0], list) == (form == "unrolled")
         for i in range(r):
             fan = lambda x, i=i: np.repeat(np.asarray(x)[:, p + i], 2, axis=0)
-            ours, cache = step(fan(tokens), fan(positions), cache, jnp.int32(first + i), jnp.full(4, i + 1))
+            ours, cache = step(
+                fan(tokens), fan(positions), cache, jnp.int32(first + i), jnp.full(4, i + 1)
+            )
             assert error(ours, fan(theirs)) < 2e-5
 
 
@@ -130,7 +148,9 @@ def test_scores_are_torchs():
         ours = np.asarray(transformer.scalar(params, hidden))[[0, 1], last]
         assert error(ours, data[f"{layout}_logits"][:, 0]) < 2e-5
     params["head"]["bias"] = params["head"]["bias"] + 2.5
-    assert np.allclose(np.asarray(transformer.scalar(params, hidden))[[0, 1], last] - ours, 2.5, atol=1e-5)
+    assert np.allclose(
+        np.asarray(transformer.scalar(params, hidden))[[0, 1], last] - ours, 2.5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("pads", [0, 3, 7])
@@ -159,7 +179,10 @@ def test_packed_is_unpacked_in_values_and_gradients():
         return jnp.sum(jnp.sin(logits) * (segments > 0)[..., None]), logits
 
     packed, logits = grad(params, tokens, positions, segments)
-    one, two = (grad(params, x, positions[:, :5], np.ones((1, 5), int)) for x in (tokens[:, :5], tokens[:, 5:10]))
+    one, two = (
+        grad(params, x, positions[:, :5], np.ones((1, 5), int))
+        for x in (tokens[:, :5], tokens[:, 5:10])
+    )
     assert error(logits[:, :5], one[1]) < 2e-6 and error(logits[:, 5:10], two[1]) < 2e-6
     unpacked = jax.tree.map(jnp.add, one[0], two[0])
     assert max(jax.tree.leaves(jax.tree.map(error, packed, unpacked))) < 2e-5
@@ -199,12 +222,18 @@ INIT = dataclasses.replace(TINY, d_model=64, heads=8, vocab_size=512, d_ff=256)
 
 def fresh(key, part="lm"):
     """All of a language model's parameters, or the scalar head's alone."""
-    return transformer.init(INIT, key, "lm") if part == "lm" else {"head": transformer.init(INIT, key, part)["head"]}
+    return (
+        transformer.init(INIT, key, "lm")
+        if part == "lm"
+        else {"head": transformer.init(INIT, key, part)["head"]}
+    )
 
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return {part: jax.jit(fresh, static_argnums=1)(jax.random.key(7), part) for part in ("lm", "scalar")}
+    return {
+        part: jax.jit(fresh, static_argnums=1)(jax.random.key(7), part) for part in ("lm", "scalar")
+    }
 
 
 @pytest.mark.parametrize("part", ["lm", "scalar"])
@@ -213,7 +242,9 @@ def test_init_is_the_same_on_one_and_eight_devices(part, on_one_device):
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
     alone, make = on_one_device[part], functools.partial(fresh, part=part)
     assert len(jax.tree.leaves(alone)[0].sharding.device_set) == 1
-    layout = sharding.param_shardings(jax.eval_shape(make, jax.random.key(7)), sharding.make_mesh(Mesh(2, 2, 2)))
+    layout = sharding.param_shardings(
+        jax.eval_shape(make, jax.random.key(7)), sharding.make_mesh(Mesh(2, 2, 2))
+    )
     spread = jax.jit(make, out_shardings=layout)(jax.random.key(7))
     assert len(jax.tree.leaves(spread)[0].sharding.device_set) == 8
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, alone, spread)))
@@ -222,8 +253,12 @@ def test_init_is_the_same_on_one_and_eight_devices(part, on_one_device):
 def test_init_has_fan_in_scale(on_one_device):
     params, head = on_one_device["lm"], on_one_device["scalar"]["head"]
     layers = params["layers"]
-    for x, fan_in in ((layers["attention"]["q"]["kernel"], 64), (layers["attention"]["out"]["kernel"], 64),
-                      (layers["mlp"]["down"]["kernel"], 256), (params["head"]["kernel"], 64)):  # fmt: skip
+    for x, fan_in in (
+        (layers["attention"]["q"]["kernel"], 64),
+        (layers["attention"]["out"]["kernel"], 64),
+        (layers["mlp"]["down"]["kernel"], 256),
+        (params["head"]["kernel"], 64),
+    ):
         assert abs(float(x.std()) * fan_in**0.5 - 1) < 0.05
         assert x.dtype == jnp.float32
     assert not np.array_equal(layers["mlp"]["up"]["kernel"][0], layers["mlp"]["up"]["kernel"][1])
@@ -246,7 +281,12 @@ def test_a_mesh_changes_no_logits():
         mesh_value, mesh_grads = grad(spread, rows)
     assert abs(mesh_value - value) < 1e-4 * abs(value)
     assert (
-        max(jax.tree.leaves(jax.tree.map(lambda a, b: error(np.asarray(a), np.asarray(b)), mesh_grads, grads))) < 1e-4
+        max(
+            jax.tree.leaves(
+                jax.tree.map(lambda a, b: error(np.asarray(a), np.asarray(b)), mesh_grads, grads)
+            )
+        )
+        < 1e-4
     )
 
 
@@ -262,10 +302,16 @@ def test_logits_are_float32_in_bfloat16():
 
 @pytest.mark.parametrize(
     "name, count",
-    [("qwen-1.8b", 1_836_828_672), ("qwen-7b", 7_721_324_544), ("qwen-14b", 14_167_290_880),
-     ("qwen2.5-0.5b", 494_032_768), ("qwen2.5-7b", 7_615_616_512), ("qwen3-0.6b", 596_049_920),
-     ("llama3-8b", 8_030_261_248)],
-)  # fmt: skip
+    [
+        ("qwen-1.8b", 1_836_828_672),
+        ("qwen-7b", 7_721_324_544),
+        ("qwen-14b", 14_167_290_880),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("llama3-8b", 8_030_261_248),
+    ],
+)
 def test_presets_have_as_many_parameters_as_the_released_models(name, count):
     tree = jax.eval_shape(lambda: transformer.init(families.PRESETS[name], jax.random.key(0), "lm"))
     assert sum(x.size for x in jax.tree.leaves(tree)) == count
@@ -279,10 +325,20 @@ def test_transformers_reads_what_we_write(family, scaling, tmp_path):
     transformers = pytest.importorskip("transformers")
     bias, norm = families.SHAPES[family]
     fast = 32.0 if scaling == "yarn" else 4.0
-    model, params = tiny(family=family, qkv_bias=bias, qk_norm=norm, tied=scaling == "", rope_scaling=scaling,
-                         rope_factor=4.0, rope_high_factor=fast, rope_original_length=16)  # fmt: skip
-    convert.save_hf(model, params, tmp_path)
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    model, params = tiny(
+        family=family,
+        qkv_bias=bias,
+        qk_norm=norm,
+        tied=scaling == "",
+        rope_scaling=scaling,
+        rope_factor=4.0,
+        rope_high_factor=fast,
+        rope_original_length=16,
+    )
+    hf.save_hf(model, params, tmp_path)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     tokens = words(8, 2, 40)
     with torch.no_grad():
@@ -295,8 +351,10 @@ def test_transformers_reads_our_reward_model(tmp_path):
     transformers = pytest.importorskip("transformers")
     _, params = tiny(head="scalar")
     params["head"]["bias"][:] = 0  # which transformers would not read
-    convert.save_hf(TINY, params, tmp_path)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).float().eval()
+    hf.save_hf(TINY, params, tmp_path)
+    theirs = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).float().eval()
+    )
     tokens = words(8, 1, 12)
     with torch.no_grad():
         score = theirs(torch.tensor(tokens)).logits.numpy()

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from runs import command, fails, files_of, with_parents
 
-from alignjax import checkpoint, sharding, train, update
 from alignjax import config as configs
-from alignjax.advantages import RunningStats
+from alignjax import train
+from alignjax.algorithms import experience, lm, optimisation, ppo
+from alignjax.algorithms.advantages import RunningStats
 from alignjax.config import Mesh, Optimiser
 from alignjax.data import mixture
-from alignjax.rollout import Rollout
-from alignjax.stages import experience, lm, ppo
+from alignjax.machine import sharding
+from alignjax.sampling.rollout import Rollout
+from alignjax.weights import checkpoint
 
 NAN, INF = float("nan"), float("inf")
 MARK = -1  # a token that no text has
@@ -52,10 +54,16 @@ def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(mesh):
     size = mesh.data * mesh.fsdp * mesh.tensor
     if jax.device_count() < size:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    mesh = jax.make_mesh((mesh.data, mesh.fsdp, mesh.tensor), sharding.AXES, devices=jax.devices()[:size],
-                         axis_types=(jax.sharding.AxisType.Auto,) * 3)  # fmt: skip
-    optimiser = update.make_optimiser(Optimiser(learning_rate=0.1, weight_decay=0.1, warmup_steps=3), 10)
-    init = functools.partial(update.init_state, optimiser=optimiser)
+    mesh = jax.make_mesh(
+        (mesh.data, mesh.fsdp, mesh.tensor),
+        sharding.AXES,
+        devices=jax.devices()[:size],
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+    optimiser = optimisation.make_optimiser(
+        Optimiser(learning_rate=0.1, weight_decay=0.1, warmup_steps=3), 10
+    )
+    init = functools.partial(optimisation.init_state, optimiser=optimiser)
     kernel = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
     kernel[0] = [0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38]
     params = {"head": {"kernel": kernel, "bias": np.float32([-0.0])}}
@@ -68,11 +76,15 @@ def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(mesh):
             grads["head"][at].flat[-1] = bad
         return put(grads), {"loss": jnp.float32(loss), "seen": jnp.float32(seen)}
 
-    bad = [total(NAN), total(-INF), total(1.0, INF), *(total(1.0, 1.0, at, x) for at in ("kernel", "bias")
-                                                       for x in (NAN, INF, 1e38))]  # fmt: skip
+    bad = [
+        total(NAN),
+        total(-INF),
+        total(1.0, INF),
+        *(total(1.0, 1.0, at, x) for at in ("kernel", "bias") for x in (NAN, INF, 1e38)),
+    ]
     with jax.set_mesh(mesh):
-        step = update.stepper(functools.partial(update.finish, optimiser), shapes)
-        start = lambda: step(update.placed(init, put(params), shapes), total(1.0))[0]
+        step = optimisation.stepper(functools.partial(optimisation.finish, optimiser), shapes)
+        start = lambda: step(optimisation.placed(init, put(params), shapes), total(1.0))[0]
         undisturbed, found = step(start(), total(2.0))
         assert float(found["skipped"]) == 0 and int(undisturbed.updates) == 2
         state = start()
@@ -86,8 +98,8 @@ def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(mesh):
 
 def test_text_whose_gradient_is_not_finite_keeps_the_policy_from_moving():
     config = types.SimpleNamespace(ppo=types.SimpleNamespace(pretrain_coef=0.5))
-    optimiser = update.make_optimiser(Optimiser(), 9)
-    state = update.init_state({"kernel": jnp.ones(3)}, optimiser)
+    optimiser = optimisation.make_optimiser(Optimiser(), 9)
+    state = optimisation.init_state({"kernel": jnp.ones(3)}, optimiser)
     step = jax.jit(functools.partial(ppo.policy_step, config, optimiser))
     total = lambda x: ({"kernel": np.full(3, x, np.float32)}, {"loss": np.float32(1.0)})
     for text, skipped in ((NAN, 1), (INF, 1), (2.0, 0)):
@@ -136,7 +148,11 @@ def test_a_run_goes_on_or_stops_and_resumes_to_the_bit(marked, tmp_path, capsys)
     )
     found = strict(run / "metrics.jsonl")
     assert [row["skipped"] for row in found] == [0, 1, 0, 1]
-    assert ["loss" in row for row in found] == ["grad_norm" in row for row in found] == [True, False, True, False]
+    assert (
+        ["loss" in row for row in found]
+        == ["grad_norm" in row for row in found]
+        == [True, False, True, False]
+    )
     states = [bits(saved(run, step)) for step in (1, 2, 3, 4)]
     assert states[0] == states[1] != states[2] == states[3]
 
@@ -144,21 +160,31 @@ def test_a_run_goes_on_or_stops_and_resumes_to_the_bit(marked, tmp_path, capsys)
     assert np.isnan(kept["metrics/loss"]) and kept["metrics/skipped"] == 1
     config, params = configs.load("lm.py:tiny"), saved(run, 1)["model"]
     loss = jax.jit(functools.partial(lm.loss_fn, config.model))
-    again = lambda: sum(loss(params, part)[0] for part in lm.microbatches(kept, config.microbatch_tokens, 1))
+    again = lambda: sum(
+        loss(params, part)[0] for part in lm.microbatches(kept, config.microbatch_tokens, 1)
+    )
     assert np.isnan(again())
     kept["tokens"][0, 0] = 0  # not a target
     assert 5 < again() < 8
 
     asked = command("lm-tiny", cut_off.parent, *EVERY, "--config.max_skipped=1")
     line = fails(capsys, *asked)
-    assert "lm-tiny: loss is nan at step 3" in line and "max_skipped=1" in line and str(cut_off / "skipped") in line
+    assert (
+        "lm-tiny: loss is nan at step 3" in line
+        and "max_skipped=1" in line
+        and str(cut_off / "skipped") in line
+    )
     assert not (cut_off / "summary.json").exists() and bits(saved(cut_off, 3)) == states[2]
     assert train.main([*asked[:-1], "--config.max_skipped=2"]) == 0
-    assert "loss is nan at step 3 (2 such so far" in capsys.readouterr().out  # step 1 counts still, 3 counts anew
+    assert (
+        "loss is nan at step 3 (2 such so far" in capsys.readouterr().out
+    )  # step 1 counts still, 3 counts anew
     whole, resumed = files_of(run), files_of(cut_off)
     assert {k for k in whole if whole[k] != resumed[k]} == {"config.json"}
     for step in (1, 3):
-        assert (run / "skipped" / f"{step}.npz").read_bytes() == (cut_off / "skipped" / f"{step}.npz").read_bytes()
+        assert (run / "skipped" / f"{step}.npz").read_bytes() == (
+            cut_off / "skipped" / f"{step}.npz"
+        ).read_bytes()
 
 
 def test_what_overflows_by_a_finite_gradient_is_not_saved(tmp_path, capsys):
@@ -178,9 +204,14 @@ def reward(prompts, responses, **columns):
 
 
 def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
-    make, none = experience.make_experience, lambda sampled: sampled._replace(truncated=sampled.truncated & False)
+    make, none = (
+        experience.make_experience,
+        lambda sampled: sampled._replace(truncated=sampled.truncated & False),
+    )
     monkeypatch.setattr(
-        ppo, "make_experience", lambda config, stats, sampled, said: make(config, stats, none(sampled), said)
+        ppo,
+        "make_experience",
+        lambda config, stats, sampled, said: make(config, stats, none(sampled), said),
     )
     CALLS.clear()
     runs = with_parents("ppo-tiny", chain[0], tmp_path)
@@ -190,7 +221,12 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     )
     assert train.main(command("ppo-tiny", runs, *EVERY, *asked)) == 0
     found = strict(run / "metrics.jsonl")
-    assert [(row["policy/skipped"], row["value/skipped"]) for row in found] == [(0, 0), (0, 0), (1, 1), (0, 0)]
+    assert [(row["policy/skipped"], row["value/skipped"]) for row in found] == [
+        (0, 0),
+        (0, 0),
+        (1, 1),
+        (0, 0),
+    ]
     assert (
         {"objective/scores", "loss/policy_avg", "loss/value_avg"} & set(found[2])
         == set()
@@ -214,7 +250,9 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     parts = experience.microbatches(config, kept["prompt_lengths"], kept["lengths"], rows, 1)
     loss = jax.jit(functools.partial(ppo.value_loss_fn, config))
     for arrays, wanted in ((kept, NAN), (kept | {"returns": kept["old_values"]}, 0)):
-        learnt = experience.Experience(Rollout(*map(arrays.get, Rollout._fields)),
-                                       *map(arrays.get, experience.Experience._fields[1:]))  # fmt: skip
+        learnt = experience.Experience(
+            Rollout(*map(arrays.get, Rollout._fields)),
+            *map(arrays.get, experience.Experience._fields[1:]),
+        )
         again = sum(float(loss(before["value"], (learnt, part))[0]) for part in parts)
         assert again == pytest.approx(wanted, abs=1e-4, nan_ok=True)

@@ -16,13 +16,20 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def cells(path: Path, kind: str) -> list[str]:
-    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+    return [
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text())["cells"]
+        if cell["cell_type"] == kind
+    ]
 
 
-@pytest.mark.parametrize("name, there, left", [
-    ("quickstart", ("sft-tiny", "rm-tiny", "ppo-tiny"), "ppo-tiny/report.html"),
-    ("your_own_reward", ("sft-tiny",), "modest/summary.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, there, left",
+    [
+        ("quickstart", ("sft-tiny", "rm-tiny", "ppo-tiny"), "ppo-tiny/report.html"),
+        ("your_own_reward", ("sft-tiny",), "modest/summary.json"),
+    ],
+)
 def test_a_notebook_runs(chain, tmp_path, name, there, left):
     """In one process, its code cells one after the other, the tiny way; one finds all runs there, the other trains."""
     for run in there:
@@ -31,7 +38,9 @@ def test_a_notebook_runs(chain, tmp_path, name, there, left):
     assert code.count('\nVARIANT = ""') == 1
     (tmp_path / "notebook.py").write_text(code.replace('\nVARIANT = ""', '\nVARIANT = ":tiny"'))
     env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "notebook.py"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / left).stat().st_size
 
@@ -40,7 +49,9 @@ def test_a_notebook_runs(chain, tmp_path, name, there, left):
 def test_a_notebook_is_whole_and_its_outputs_are_those_of_a_run(path):
     """What nbformat 4.5 asks for; no magics, no outputs of this machine; pictures, and no errors."""
     book = json.loads(path.read_text())
-    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5) and book["metadata"]["kernelspec"]["name"] == "python3"
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5) and book["metadata"]["kernelspec"][
+        "name"
+    ] == "python3"
     ids = [cell["id"] for cell in book["cells"]]
     assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[\w-]{1,64}", i) for i in ids)
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
@@ -52,5 +63,9 @@ def test_a_notebook_is_whole_and_its_outputs_are_those_of_a_run(path):
     assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
     assert any("image/png" in output.get("data", {}) for output in outputs)
     text = "".join("".join(output.get("text", "")) for output in outputs)
-    assert not re.search(r"/(tmp|work|root|home)\b", text) and "Traceback" not in text and "\r" not in text
+    assert (
+        not re.search(r"/(tmp|work|root|home)\b", text)
+        and "Traceback" not in text
+        and "\r" not in text
+    )
     assert "-tiny" not in text and path.stat().st_size < 300_000

@@ -9,18 +9,20 @@ import pytest
 from test_models import tiny, words
 
 from alignjax import config as configs
-from alignjax import logprobs, sharding, update
+from alignjax.algorithms import lm, optimisation, ranking
 from alignjax.config import Mesh, Ranking, UserError
 from alignjax.data import packing
-from alignjax.models import transformer
-from alignjax.stages import lm, ranking
+from alignjax.machine import sharding
+from alignjax.models import scoring, transformer
 
 CAP = 512
 
 
 def log_normal(seed, n=32):
     """Lengths of chats: median 96, sigma 0.6."""
-    return np.clip(np.exp(np.random.default_rng(seed).normal(np.log(96), 0.6, n)), 2, CAP).astype(int)
+    return np.clip(np.exp(np.random.default_rng(seed).normal(np.log(96), 0.6, n)), 2, CAP).astype(
+        int
+    )
 
 
 def pairs(n=32):
@@ -36,7 +38,9 @@ def assert_is_partition(layouts, lengths, groups):
         for i in np.unique(layout.sequence[layout.real]):
             assert i not in found
             rows, columns = np.nonzero(layout.sequence == i)
-            assert len(set(rows)) == 1 and np.array_equal(columns, columns[0] + np.arange(lengths[i]))
+            assert len(set(rows)) == 1 and np.array_equal(
+                columns, columns[0] + np.arange(lengths[i])
+            )
             assert np.array_equal(layout.place[rows, columns], np.arange(lengths[i]))
             found[int(i)] = number
         assert layout.members.tolist() == sorted(i for i, at in found.items() if at == number)
@@ -65,8 +69,13 @@ def test_a_pack_is_a_partition_in_few_shapes(budget, shards):
             layouts = packing.pack(lengths, groups, CAP, budget, shards)
             assert_is_partition(layouts, lengths, groups)
             shapes = {layout.sequence.shape for layout in layouts}
-            assert all(rows % shards == 0 and width in (64, 128, 256, 512) for rows, width in shapes)
-            assert all(rows * width <= max(budget, packing.rows_of(n, shards) * width) for rows, width in shapes)
+            assert all(
+                rows % shards == 0 and width in (64, 128, 256, 512) for rows, width in shapes
+            )
+            assert all(
+                rows * width <= max(budget, packing.rows_of(n, shards) * width)
+                for rows, width in shapes
+            )
             seen |= shapes
     assert seen <= allowed | shapes_of(CAP, budget, shards, 1)
 
@@ -77,7 +86,12 @@ def test_few_tokens_are_pads(budget, share, worst):
     filled = []
     for seed in range(200):
         lengths = log_normal(seed)
-        filled.append((lengths.sum(), sum(x.sequence.size for x in packing.pack(lengths, pairs(), CAP, budget))))
+        filled.append(
+            (
+                lengths.sum(),
+                sum(x.sequence.size for x in packing.pack(lengths, pairs(), CAP, budget)),
+            )
+        )
     real, all_ = np.array(filled).T
     assert real.sum() / (200 * 32 * CAP) < 0.25
     assert real.sum() / all_.sum() > share and (real / all_).min() > worst
@@ -91,18 +105,28 @@ def test_a_pack_repeats_to_the_bit_and_takes_the_longest_first():
     assert longest == sorted(longest, reverse=True) and longest[0] == lengths.max()
 
 
-@pytest.mark.parametrize("lengths, groups, longest, budget, shards, shapes", [
-    ([500, *[10] * 20], [[i] for i in range(21)], 512, 512, 1, [(1, 512), (4, 64)]),  # one fits beside it, six in a row of 64
-    ([500, *[10] * 20], [[i] for i in range(21)], 512, 1024, 1, [(2, 512)]),
-    ([30, 30], [[0, 1]], 32, 32, 1, [(2, 32)]),  # a pair that is longer than the budget
-    ([30, 30], [[0], [1]], 32, 32, 1, [(1, 32), (1, 32)]),
-    ([4, 12], [[0, 1]], 32, 32, 1, [(1, 16)]),  # both in one row
-    ([30, 30, 30, 3, 3], [[0, 1, 2], [3, 4]], 32, 32, 2, [(4, 32)]),
-    ([8, 8, 8], [[0], [1], [2]], 64, 0, 1, [(1, 8)] * 3),
-    ([32], [[0]], 32, 4096, 8, [(8, 32)]),
-    ([5, 1, 9], [[2]], 9, 100, 1, [(1, 16)]),  # the others are in no group
-    ([5], [], 9, 100, 1, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lengths, groups, longest, budget, shards, shapes",
+    [
+        (
+            [500, *[10] * 20],
+            [[i] for i in range(21)],
+            512,
+            512,
+            1,
+            [(1, 512), (4, 64)],
+        ),  # one fits beside it, six in a row of 64
+        ([500, *[10] * 20], [[i] for i in range(21)], 512, 1024, 1, [(2, 512)]),
+        ([30, 30], [[0, 1]], 32, 32, 1, [(2, 32)]),  # a pair that is longer than the budget
+        ([30, 30], [[0], [1]], 32, 32, 1, [(1, 32), (1, 32)]),
+        ([4, 12], [[0, 1]], 32, 32, 1, [(1, 16)]),  # both in one row
+        ([30, 30, 30, 3, 3], [[0, 1, 2], [3, 4]], 32, 32, 2, [(4, 32)]),
+        ([8, 8, 8], [[0], [1], [2]], 64, 0, 1, [(1, 8)] * 3),
+        ([32], [[0]], 32, 4096, 8, [(8, 32)]),
+        ([5, 1, 9], [[2]], 9, 100, 1, [(1, 16)]),  # the others are in no group
+        ([5], [], 9, 100, 1, []),
+    ],
+)
 def test_shapes_by_hand(lengths, groups, longest, budget, shards, shapes):
     layouts = packing.pack(lengths, groups, longest, budget, shards)
     assert_is_partition(layouts, lengths, groups)
@@ -110,7 +134,8 @@ def test_shapes_by_hand(lengths, groups, longest, budget, shards, shapes):
 
 
 @pytest.mark.parametrize(
-    "longest, widths", [(512, (64, 128, 256, 512)), (100, (16, 32, 56, 104)), (9, (8, 16)), (1, (8,))]
+    "longest, widths",
+    [(512, (64, 128, 256, 512)), (100, (16, 32, 56, 104)), (9, (8, 16)), (1, (8,))],
 )
 def test_widths_by_hand(longest, widths):
     found = [packing.width_of(n, longest) for n in range(1, longest + 1)]
@@ -144,14 +169,19 @@ def test_numbers_of_rows_by_hand():
 def test_a_layout_by_hand():
     """Sequences 2 and 0, then 1 up to the token that is 4, which ends with the row, then a row of pads; 3 isn't here."""
     layout = packing.Layout(
-        np.array([[2, 2, 0, -1], [1, 1, 1, 4], [-1] * 4]), np.array([[0, 1, 0, 0], [0, 1, 2, 0], [0] * 4])
+        np.array([[2, 2, 0, -1], [1, 1, 1, 4], [-1] * 4]),
+        np.array([[0, 1, 0, 0], [0, 1, 2, 0], [0] * 4]),
     )
     assert layout.members.tolist() == [0, 1, 2, 4]
     assert layout.ends().tolist() == [2, 6, 1, 7] and layout.ends().dtype == np.int32
     assert layout.real.tolist() == [[True] * 3 + [False], [True] * 4, [False] * 4]
     array = np.arange(15).reshape(5, 3) + 100
     assert layout.take(array).tolist() == [[106, 107, 100, 0], [103, 104, 105, 112], [0, 0, 0, 0]]
-    assert layout.take(array > 105).tolist() == [[True, True, False, False], [False] * 3 + [True], [False] * 4]
+    assert layout.take(array > 105).tolist() == [
+        [True, True, False, False],
+        [False] * 3 + [True],
+        [False] * 4,
+    ]
 
 
 def test_layouts_of_spots_by_hand():
@@ -207,7 +237,7 @@ def of_text(batch):
 
 @jax.jit
 def read_text(params, batch):
-    return logprobs.token_logprobs(MODEL, params, batch)
+    return scoring.token_logprobs(MODEL, params, batch)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +245,10 @@ def documents():
     """Each document alone in a row: log-probabilities [7 T] of all tokens, and the gradient of their weighted mean."""
     rows, places = text(), []
     for i, sizes in enumerate(DOCUMENTS):
-        places += [(i, first + np.arange(n)) for n, first in zip(sizes, np.cumsum((0, *sizes)), strict=False)]
+        places += [
+            (i, first + np.arange(n))
+            for n, first in zip(sizes, np.cumsum((0, *sizes)), strict=False)
+        ]
     take = lambda x: np.stack([np.pad(x[i, at], (0, T - len(at))) for i, at in places])
     tokens, segments, mask = (take(rows[name]) for name in ("tokens", "segments", "mask"))
     weights = mask[:, 1:] / mask[:, 1:].sum()
@@ -257,7 +290,7 @@ def test_packed_text_is_each_document_alone(budget, shards, documents):
 
 
 def gradient(loss_fn, params, batches):
-    return update.total(update.adder(loss_fn), params, batches)
+    return optimisation.total(optimisation.adder(loss_fn), params, batches)
 
 
 def close(ours, theirs):
@@ -269,7 +302,9 @@ def close(ours, theirs):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_packed_text_has_the_gradient_of_each_document_alone(budget, documents):
     rows = text()
-    grads, metrics = gradient(functools.partial(lm.loss_fn, MODEL), PARAMS, lm.microbatches(rows, budget, 1))
+    grads, metrics = gradient(
+        functools.partial(lm.loss_fn, MODEL), PARAMS, lm.microbatches(rows, budget, 1)
+    )
     close(grads, documents[1])
     targets = rows["mask"] * (np.arange(T) > 0) > 0
     assert metrics["loss"] == pytest.approx(-documents[0][targets].mean(), rel=1e-5)
@@ -292,7 +327,11 @@ def test_what_pads_hold_and_a_neighbour_says_changes_no_text():
             for a, b, c in zip(before, pads, after, strict=True):
                 a, b, c = (np.asarray(x)[real] for x in (a, b, c))
                 mine = example[real] == 3
-                assert np.array_equal(a, b) and np.array_equal(a[~mine], c[~mine]) and (a[mine] != c[mine]).all()
+                assert (
+                    np.array_equal(a, b)
+                    and np.array_equal(a[~mine], c[~mine])
+                    and (a[mine] != c[mine]).all()
+                )
                 moved += mine.sum()
     assert moved == 2 * 3 * text()["mask"][3, 1:].sum() > 0
 
@@ -300,8 +339,11 @@ def test_what_pads_hold_and_a_neighbour_says_changes_no_text():
 def comparisons():
     """Seven pairs of responses of all sizes."""
     sizes = {"chosen": SIZES, "rejected": np.roll(SIZES, 2)[::-1]}
-    out = {name: x for i, side in enumerate(ranking.SIDES)
-           for name, x in ((side, words(2 + i, 7, T)), (f"{side}_length", sizes[side]))}  # fmt: skip
+    out = {
+        name: x
+        for i, side in enumerate(ranking.SIDES)
+        for name, x in ((side, words(2 + i, 7, T)), (f"{side}_length", sizes[side]))
+    }
     return out | {"margin": np.linspace(0, 1, 7).astype(np.float32)}
 
 
@@ -315,14 +357,17 @@ def responses():
     """Each response alone in a row: scores [7 2], and loss, gradient of the ranking loss with margins and centring."""
     tokens, lengths = ranking.interleaved(comparisons())
     assert (
-        np.array_equal(tokens[2::2], comparisons()["chosen"][1:]) and lengths[1] == comparisons()["rejected_length"][0]
+        np.array_equal(tokens[2::2], comparisons()["chosen"][1:])
+        and lengths[1] == comparisons()["rejected_length"][0]
     )
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         at = np.tile(np.arange(T), (14, 1))
-        hidden, _ = transformer.apply(MODEL, params, tokens, at, (at < lengths[:, None]).astype(int))
+        hidden, _ = transformer.apply(
+            MODEL, params, tokens, at, (at < lengths[:, None]).astype(int)
+        )
         scores = transformer.scalar(params, hidden)[np.arange(14), lengths - 1].reshape(7, 2)
         difference = scores[:, 0] - scores[:, 1] - comparisons()["margin"]
         return jnp.mean(jnp.log1p(jnp.exp(-difference)) + 0.1 * scores.sum(axis=1) ** 2), scores
@@ -341,7 +386,9 @@ def test_packed_pairs_are_each_response_alone(budget, responses):
         pair = batch["pair"][here]
         seen += pair.tolist()
         assert np.array_equal(batch["margin"][here], comparisons()["margin"][pair])
-        np.testing.assert_allclose(np.asarray(read_pairs(SCALAR, batch))[here], responses[0][pair], atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(read_pairs(SCALAR, batch))[here], responses[0][pair], atol=1e-5
+        )
     assert sorted(seen) == list(range(7)) and (len(batches) > 1 or budget == 1000)
     assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
 
@@ -363,13 +410,17 @@ def test_what_pads_hold_and_a_neighbour_says_changes_no_score():
     rows, other, garbage = comparisons(), comparisons(), comparisons()
     other["rejected"][2] = words(9, T)
     for side in ranking.SIDES:
-        garbage[side] = np.where(np.arange(T) < garbage[f"{side}_length"][:, None], garbage[side], 96)
+        garbage[side] = np.where(
+            np.arange(T) < garbage[f"{side}_length"][:, None], garbage[side], 96
+        )
     for budget in BUDGETS:
         parts = [ranking.microbatches(x, budget, 1) for x in (rows, garbage, other)]
         for plain, same, changed in zip(*parts, strict=True):
             assert all(np.array_equal(plain[name], same[name]) for name in plain)
             filled = plain | {"tokens": np.where(plain["segments"] > 0, plain["tokens"], 96)}
-            before, pads, after = (np.asarray(read_pairs(SCALAR, x)) for x in (plain, filled, changed))
+            before, pads, after = (
+                np.asarray(read_pairs(SCALAR, x)) for x in (plain, filled, changed)
+            )
             here = plain["pair"] < 7
             assert np.array_equal(before[here], pads[here])
             assert np.argwhere((before != after) & here[:, None]).tolist() == [
@@ -388,7 +439,10 @@ def test_scores_over_all_devices_are_each_response_alone(mesh, responses):
     with jax.set_mesh(mesh):
         found = ranking.scored(score_fn, SCALAR, comparisons(), 1, mesh)
         np.testing.assert_allclose(found, responses[0], atol=1e-5)
-        rows = {"tokens": comparisons()["chosen"], "segments": np.arange(T) < comparisons()["chosen_length"][:, None]}
+        rows = {
+            "tokens": comparisons()["chosen"],
+            "segments": np.arange(T) < comparisons()["chosen_length"][:, None],
+        }
         mean = ranking.mean_score(score_fn, SCALAR, rows, 7, 1, mesh)
     assert mean == pytest.approx(responses[0][:, 0].mean(), abs=1e-5)
 
@@ -403,6 +457,9 @@ def test_the_self_check_stops_at_a_score_that_reads_pads_or_neighbours(mesh):
 
     with jax.set_mesh(mesh):
         ranking.check_packing(config, score_fn, SCALAR, comparisons(), mesh)
-        with pytest.raises(UserError, match="self-check at step 0: the largest change of a score as its row's pads and "
-                                            "neighbours change is 2, not 0"):  # fmt: skip
+        with pytest.raises(
+            UserError,
+            match="self-check at step 0: the largest change of a score as its row's pads and "
+            "neighbours change is 2, not 0",
+        ):
             ranking.check_packing(config, leaking, SCALAR, comparisons(), mesh)

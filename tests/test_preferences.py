@@ -51,22 +51,35 @@ def prepared(spec, manual, data):
 def test_a_transcript_becomes_messages():
     text = "\n\nHuman: Hi there\n\nsecond line\n\nAssistant: Human: no\n\nHuman: So?\n\nAssistant:"
     assert transcripts.transcript(text) == [
-        {"role": "user", "content": "Hi there\n\nsecond line"}, {"role": "assistant", "content": "Human: no"},
-        {"role": "user", "content": "So?"}, {"role": "assistant", "content": ""}]  # fmt: skip
+        {"role": "user", "content": "Hi there\n\nsecond line"},
+        {"role": "assistant", "content": "Human: no"},
+        {"role": "user", "content": "So?"},
+        {"role": "assistant", "content": ""},
+    ]
     assert transcripts.transcript("Human: Hi") == user("Hi")
     assert transcripts.transcript("Hi\n\nHuman: there") is None
     assert transcripts.transcript("") is None
 
 
 def test_two_conversations_become_one_comparison():
-    said = lambda *texts: [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 3, texts, strict=False)]
-    assert transcripts.split(said("a", "b", "c", "d"), said("a", "b", "c", "e")) == (said("a", "b", "c"), "d", "e")
+    said = lambda *texts: [
+        {"role": r, "content": c} for r, c in zip(("user", "assistant") * 3, texts, strict=False)
+    ]
+    assert transcripts.split(said("a", "b", "c", "d"), said("a", "b", "c", "e")) == (
+        said("a", "b", "c"),
+        "d",
+        "e",
+    )
     for one, other, reason in [
         (said("a", "b"), said("x", "c"), "differ before"),
         (said("a", "b", "c", "d"), said("a", "b"), "differ before"),
         (said("a", "b", "c"), said("a", "b", "d"), "does not end with the assistant's"),
         (said("a", "b")[1:], said("a", "c")[1:], "no user's message"),
-        ([*said("a", "b"), said("a", "c")[1]], [*said("a", "b"), said("a", "d")[1]], "no user's message"),
+        (
+            [*said("a", "b"), said("a", "c")[1]],
+            [*said("a", "b"), said("a", "d")[1]],
+            "no user's message",
+        ),
     ]:
         assert reason in transcripts.split(one, other)
 
@@ -82,8 +95,14 @@ def hh_files(tmp_path):
         {"chosen": f"{HELLO} Good “day”", "rejected": f"{HELLO} Go away"},
         {"chosen": f"{HELLO} Yes", "rejected": HELLO},  # an empty reply
         {"chosen": f"{twice} b", "rejected": f"{twice} c"},  # two turns of one role in a row
-        {"chosen": f"{HELLO} a\n\nAssistant: b", "rejected": f"{HELLO} a\n\nAssistant: c"},  # these at the end
-        {"chosen": f"{HELLO} x", "rejected": "\n\nHuman: Bye\n\nAssistant: x"},  # differ before the last turn
+        {
+            "chosen": f"{HELLO} a\n\nAssistant: b",
+            "rejected": f"{HELLO} a\n\nAssistant: c",
+        },  # these at the end
+        {
+            "chosen": f"{HELLO} x",
+            "rejected": "\n\nHuman: Bye\n\nAssistant: x",
+        },  # differ before the last turn
         {"chosen": f"{HELLO} same", "rejected": f"{HELLO} same "},
         {"chosen": "no turns", "rejected": "none"},
     ]
@@ -94,34 +113,65 @@ def hh_files(tmp_path):
 
 def test_hh(hh_files, tmp_path):
     splits, rows = prepared("hh_helpful_base", hh_files, tmp_path / "out")
-    assert splits["train"] == {"rows": 7, "pairs": 1, "dropped": {
-        "an empty reply": 1, "two turns of one role in a row": 2, "two equal replies": 1,
-        "the conversations differ before their last messages": 1, "not a transcript of Human and Assistant": 1}}  # fmt: skip
+    assert splits["train"] == {
+        "rows": 7,
+        "pairs": 1,
+        "dropped": {
+            "an empty reply": 1,
+            "two turns of one role in a row": 2,
+            "two equal replies": 1,
+            "the conversations differ before their last messages": 1,
+            "not a transcript of Human and Assistant": 1,
+        },
+    }
     assert splits["test"] == {"rows": 2, "pairs": 1, "dropped": {"an empty reply": 1}}
-    assert rows["train"] == {"helpful-base/train/1": {
-        "id": "helpful-base/train/1", "dataset": "hh_helpful_base", "prompt": user("Hello"), "chosen": "Good “day”",
-        "rejected": "Go away", "margin": 0.0, "ratio": 0.0,
-        "where": "hh_helpful_base/train helpful-base/train/1"}}  # fmt: skip
-    assert prefs.read("hh_helpful_base", "heldout", str(tmp_path / "out"))[0]["id"] == "helpful-base/test/1"
+    assert rows["train"] == {
+        "helpful-base/train/1": {
+            "id": "helpful-base/train/1",
+            "dataset": "hh_helpful_base",
+            "prompt": user("Hello"),
+            "chosen": "Good “day”",
+            "rejected": "Go away",
+            "margin": 0.0,
+            "ratio": 0.0,
+            "where": "hh_helpful_base/train helpful-base/train/1",
+        }
+    }
+    assert (
+        prefs.read("hh_helpful_base", "heldout", str(tmp_path / "out"))[0]["id"]
+        == "helpful-base/test/1"
+    )
 
 
 def test_hh_keeps_what_it_is_told_to(hh_files, tmp_path):
     spec = "hh_helpful_base:empty=keep,same_role=keep"
     splits, rows = prepared(spec, hh_files, tmp_path / "out")
     assert splits["train"]["dropped"] == {
-        "no user's message before the last": 1, "two equal replies": 1,
-        "the conversations differ before their last messages": 1, "not a transcript of Human and Assistant": 1}  # fmt: skip
+        "no user's message before the last": 1,
+        "two equal replies": 1,
+        "the conversations differ before their last messages": 1,
+        "not a transcript of Human and Assistant": 1,
+    }
     assert rows["train"]["helpful-base/train/2"]["rejected"] == ""
     assert rows["train"]["helpful-base/train/3"]["prompt"] == user("One") + user("Two")
-    assert prefs.report("hh_helpful_base", str(tmp_path / "out")) is None  # other options, another directory
+    assert (
+        prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
+    )  # other options, another directory
 
 
 # ------------------------------------------------------------------------------------------------ summarize
 
 
 def summaries(choice, split, batch, texts=(" first", " second "), **info):
-    return {"info": {"id": "t3_x"} | info, "summaries": [{"text": t, "policy": "ref", "note": None} for t in texts],
-            "choice": choice, "worker": "w", "batch": batch, "split": split, "extra": {"confidence": 8}}  # fmt: skip
+    return {
+        "info": {"id": "t3_x"} | info,
+        "summaries": [{"text": t, "policy": "ref", "note": None} for t in texts],
+        "choice": choice,
+        "worker": "w",
+        "batch": batch,
+        "split": split,
+        "extra": {"confidence": 8},
+    }
 
 
 @pytest.fixture
@@ -129,17 +179,22 @@ def summarize_files(tmp_path):
     post = {"post": "Post \n\nmore ", "title": "Title", "subreddit": "pets"}
     for name in summarize.FILES:
         write(tmp_path / name, [])
-    write(tmp_path / "batch3.json", [
-        summaries(1, "train", "batch3", **post),
-        summaries(0, "valid1", "batch3", **post),
-        summaries(0, "train", "batch3", texts=(" a", " a "), **post),
-        summaries(0, "train", "batch3", texts=("a", " "), **post),
-    ])  # fmt: skip
     write(
-        tmp_path / "batch22.json", [summaries(0, "train", "batch22", **post), summaries(0, "valid2", "batch22", **post)]
+        tmp_path / "batch3.json",
+        [
+            summaries(1, "train", "batch3", **post),
+            summaries(0, "valid1", "batch3", **post),
+            summaries(0, "train", "batch3", texts=(" a", " a "), **post),
+            summaries(0, "train", "batch3", texts=("a", " "), **post),
+        ],
     )
     write(
-        tmp_path / "cnndm0.json", [summaries(1, "valid2", "cnndm0", article="News\n", site="cnn", title="T", post=None)]
+        tmp_path / "batch22.json",
+        [summaries(0, "train", "batch22", **post), summaries(0, "valid2", "batch22", **post)],
+    )
+    write(
+        tmp_path / "cnndm0.json",
+        [summaries(1, "valid2", "cnndm0", article="News\n", site="cnn", title="T", post=None)],
     )
     return tmp_path
 
@@ -158,8 +213,12 @@ def test_summarize(summarize_files, tmp_path):
 
 
 def test_summarize_options(summarize_files, tmp_path):
-    splits, rows = prepared("summarize:cnndm=keep,layout=post,train=sup4", summarize_files, tmp_path / "out")
-    assert splits["train"]["dropped"]["not of batches 3 to 10"] == 1 and splits["train"]["pairs"] == 1
+    splits, rows = prepared(
+        "summarize:cnndm=keep,layout=post,train=sup4", summarize_files, tmp_path / "out"
+    )
+    assert (
+        splits["train"]["dropped"]["not of batches 3 to 10"] == 1 and splits["train"]["pairs"] == 1
+    )
     assert rows["train"]["batch3/1"]["prompt"] == user("Post \n\nmore\n\nTL;DR:")
     news = rows["test"]["cnndm0/1"]
     assert (news["prompt"], news["chosen"]) == (user("Article:\nNews\n\nTL;DR:"), "second")
@@ -169,9 +228,23 @@ def test_summarize_options(summarize_files, tmp_path):
 
 
 def votes(post, label, ratio, a="A", b="B"):
-    return {"post_id": post, "domain": "askhr_train", "upvote_ratio": 0.98, "history": f"Post {post}?", "c_root_id_A": "c1",
-            "c_root_id_B": "c2", "created_at_utc_A": 1, "created_at_utc_B": 2, "score_A": 9, "score_B": 3,
-            "human_ref_A": a, "human_ref_B": b, "labels": label, "seconds_difference": 1.0, "score_ratio": ratio}  # fmt: skip
+    return {
+        "post_id": post,
+        "domain": "askhr_train",
+        "upvote_ratio": 0.98,
+        "history": f"Post {post}?",
+        "c_root_id_A": "c1",
+        "c_root_id_B": "c2",
+        "created_at_utc_A": 1,
+        "created_at_utc_B": 2,
+        "score_A": 9,
+        "score_B": 3,
+        "human_ref_A": a,
+        "human_ref_B": b,
+        "labels": label,
+        "seconds_difference": 1.0,
+        "score_ratio": ratio,
+    }
 
 
 @pytest.fixture
@@ -195,26 +268,42 @@ def shp_files(tmp_path):
 def test_shp_filters_the_training_split_alone(shp_files, tmp_path):
     splits, rows = prepared("shp", shp_files, tmp_path / "out")
     assert splits == {
-        "train": {"rows": 10, "pairs": 6, "dropped": {
-            "more than 5 of one post": 2, "score_ratio below 2": 1, "an empty reply": 1}},
+        "train": {
+            "rows": 10,
+            "pairs": 6,
+            "dropped": {
+                "more than 5 of one post": 2,
+                "score_ratio below 2": 1,
+                "an empty reply": 1,
+            },
+        },
         "validation": {"rows": 1, "pairs": 1, "dropped": {}},
         "test": {"rows": 9, "pairs": 9, "dropped": {}},
-    }  # fmt: skip
+    }
     assert rows["train"].keys() == {f"askhr/train/{i}" for i in (1, 3, 4, 5, 6, 9)}
     first, third = rows["train"]["askhr/train/1"], rows["train"]["askhr/train/3"]
-    assert (first["prompt"], first["chosen"], first["rejected"], first["ratio"]) == (user("Post p?"), "A", "B", 3.0)
+    assert (first["prompt"], first["chosen"], first["rejected"], first["ratio"]) == (
+        user("Post p?"),
+        "A",
+        "B",
+        3.0,
+    )
     assert (third["chosen"], third["rejected"], third["ratio"]) == ("B0", "A", 2.0)
     assert rows["test"]["askhr/test/2"]["ratio"] == 1.5
 
 
 def test_shp_options(shp_files, tmp_path):
-    splits, rows = prepared("shp:min_score_ratio=1,pairs_per_post=0,history_chars=4", shp_files, tmp_path / "out")
+    splits, rows = prepared(
+        "shp:min_score_ratio=1,pairs_per_post=0,history_chars=4", shp_files, tmp_path / "out"
+    )
     assert splits["train"] == {"rows": 10, "pairs": 9, "dropped": {"an empty reply": 1}}
     assert {row["prompt"][0]["content"] for row in rows["train"].values()} == {"Post"}
     splits, rows = prepared("shp:pairs_per_post=1,min_score_ratio=3", shp_files, tmp_path / "out")
     assert splits["train"]["pairs"] == 2
     assert [p.name for p in sorted((tmp_path / "out/shp").iterdir()) if p.is_dir()] == [
-        "min_score_ratio_1.0-pairs_per_post_0-history_chars_4", "min_score_ratio_3.0-pairs_per_post_1"]  # fmt: skip
+        "min_score_ratio_1.0-pairs_per_post_0-history_chars_4",
+        "min_score_ratio_3.0-pairs_per_post_1",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ PRM800K
@@ -222,34 +311,66 @@ def test_shp_options(shp_files, tmp_path):
 
 def step(*rated, chosen=None, human=None):
     """(text, rating) of each completion."""
-    completions = [{"text": text, "rating": rating, "flagged": None} for text, rating in rated] or None
+    completions = [
+        {"text": text, "rating": rating, "flagged": None} for text, rating in rated
+    ] or None
     return {"completions": completions, "human_completion": human, "chosen_completion": chosen}
 
 
 def judged(problem, steps, finish, generated=None, control=False, screening=False):
     question = {"problem": problem, "ground_truth_answer": "4", "pre_generated_steps": generated}
-    return {"labeler": "l", "timestamp": "t", "generation": None, "is_quality_control_question": control,
-            "is_initial_screening_question": screening, "question": question,
-            "label": {"steps": steps, "total_time": 1, "finish_reason": finish}}  # fmt: skip
+    return {
+        "labeler": "l",
+        "timestamp": "t",
+        "generation": None,
+        "is_quality_control_question": control,
+        "is_initial_screening_question": screening,
+        "question": question,
+        "label": {"steps": steps, "total_time": 1, "finish_reason": finish},
+    }
 
 
 @pytest.fixture
 def prm_files(tmp_path):
-    first = lambda written: judged("2+2?", [
-        step(("add", 1), ("hm", 0), ("subtract", -1), ("sum", 1), ("odd", None), chosen=0),
-        step(human=written),  # completions null, and the labeler wrote the step
-        step(("4", 1), ("5", -1), chosen=0),
-    ], "solution")  # fmt: skip
+    first = lambda written: judged(
+        "2+2?",
+        [
+            step(("add", 1), ("hm", 0), ("subtract", -1), ("sum", 1), ("odd", None), chosen=0),
+            step(human=written),  # completions null, and the labeler wrote the step
+            step(("4", 1), ("5", -1), chosen=0),
+        ],
+        "solution",
+    )
     write(
         tmp_path / "phase1_train.jsonl",
-        [first({"text": "by hand", "rating": None, "source": "human"}), judged("bad", [step(("x", -1))], "give_up")],
+        [
+            first({"text": "by hand", "rating": None, "source": "human"}),
+            judged("bad", [step(("x", -1))], "give_up"),
+        ],
     )
     wrong = judged(
-        "2+2?", [step(("go", 1), chosen=0), step(("5", -1), ("6", 0))], "found_error", ["go", "5", "# Answer\n\n5"]
+        "2+2?",
+        [step(("go", 1), chosen=0), step(("5", -1), ("6", 0))],
+        "found_error",
+        ["go", "5", "# Answer\n\n5"],
     )
-    right = judged("2+2?", [step(("so", 1), chosen=0), step(("it is 4", 1), chosen=0)], "solution", ["so", "it is 4"])
-    write(tmp_path / "phase2_train.jsonl", [wrong, judged("2+2?", [], "solution", control=True), right, wrong,
-                                            judged("2+2?", [], "solution", screening=True), wrong])  # fmt: skip
+    right = judged(
+        "2+2?",
+        [step(("so", 1), chosen=0), step(("it is 4", 1), chosen=0)],
+        "solution",
+        ["so", "it is 4"],
+    )
+    write(
+        tmp_path / "phase2_train.jsonl",
+        [
+            wrong,
+            judged("2+2?", [], "solution", control=True),
+            right,
+            wrong,
+            judged("2+2?", [], "solution", screening=True),
+            wrong,
+        ],
+    )
     write(tmp_path / "phase2_test.jsonl", [right, wrong])
     write(tmp_path / "phase1_test.jsonl", [first("by hand")])
     return tmp_path
@@ -258,10 +379,15 @@ def prm_files(tmp_path):
 def test_prm800k(prm_files, tmp_path):
     splits, rows = prepared("prm800k", prm_files, tmp_path / "out")
     # Steps: 2 x 1 and 1 x 1 of the first row. Solutions: two right (rows 1/1 and 2/3), three wrong (2/1, 2/4, 2/6).
-    assert splits["train"] == {"rows": 8, "pairs": 5, "dropped": {
-        "no pair in it": 2, "quality control": 1, "screening of labelers": 1}}  # fmt: skip
+    assert splits["train"] == {
+        "rows": 8,
+        "pairs": 5,
+        "dropped": {"no pair in it": 2, "quality control": 1, "screening of labelers": 1},
+    }
     assert splits["test"] == {"rows": 2, "pairs": 1, "dropped": {}}
-    texts = {key: (row["prompt"], row["chosen"], row["rejected"]) for key, row in rows["train"].items()}
+    texts = {
+        key: (row["prompt"], row["chosen"], row["rejected"]) for key, row in rows["train"].items()
+    }
     assert texts == {
         "phase1_train/1/0/0-2": (user("2+2?"), "add", "subtract"),
         "phase1_train/1/0/3-2": (user("2+2?"), "sum", "subtract"),
@@ -286,7 +412,11 @@ def test_rows_add_up_and_ids_are_one_of_a_kind(shp_files, summarize_files, hh_fi
         splits, rows = prepared(spec, tmp_path, tmp_path / "out")
         for split, counts in splits.items():
             assert counts["rows"] == counts["pairs"] + sum(counts["dropped"].values())
-            assert counts["pairs"] == len(rows[split]) == len(prefs.read(spec, split, str(tmp_path / "out")))
+            assert (
+                counts["pairs"]
+                == len(rows[split])
+                == len(prefs.read(spec, split, str(tmp_path / "out")))
+            )
             assert all(row["prompt"][-1]["role"] == "user" for row in rows[split].values())
 
 
@@ -294,19 +424,27 @@ def test_read_gives_the_same_rows_again_and_no_more_than_asked_for(shp_files, tm
     prepare.prepare("shp", str(shp_files), str(tmp_path / "out"))
     rows = prefs.read("shp", "heldout", str(tmp_path / "out"))
     assert prefs.read("shp", "test", str(tmp_path / "out"), limit=4) == rows[:4]
-    assert Counter(row["where"] for row in rows) == {f"shp/test askhr/test/{i}": 1 for i in range(1, 10)}
+    assert Counter(row["where"] for row in rows) == {
+        f"shp/test askhr/test/{i}": 1 for i in range(1, 10)
+    }
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("hh_helpfull_base", "no set 'hh_helpfull_base'; did you mean 'hh_helpful_base'?"),
-    ("shp:pair_per_post=1", "shp has no option 'pair_per_post'; did you mean 'pairs_per_post'?"),
-    ("shp:pairs_per_post=2.5", "pairs_per_post=2.5: int wanted, float given"),
-    ("shp:min_score_ratio=-1", "min_score_ratio=-1: it must be finite and not below 0"),
-    ("shp:", "shp has no option ''"),
-    ("prm800k:solutions=1", "solutions=1: bool wanted, int given"),
-    ("prm800k:phases=3", "phases=3: there is no such choice; there are: 'both', '1', '2'"),
-    ("summarize:layout=pots", "layout=pots: there is no such choice; did you mean 'post'?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("hh_helpfull_base", "no set 'hh_helpfull_base'; did you mean 'hh_helpful_base'?"),
+        (
+            "shp:pair_per_post=1",
+            "shp has no option 'pair_per_post'; did you mean 'pairs_per_post'?",
+        ),
+        ("shp:pairs_per_post=2.5", "pairs_per_post=2.5: int wanted, float given"),
+        ("shp:min_score_ratio=-1", "min_score_ratio=-1: it must be finite and not below 0"),
+        ("shp:", "shp has no option ''"),
+        ("prm800k:solutions=1", "solutions=1: bool wanted, int given"),
+        ("prm800k:phases=3", "phases=3: there is no such choice; there are: 'both', '1', '2'"),
+        ("summarize:layout=pots", "layout=pots: there is no such choice; did you mean 'post'?"),
+    ],
+)
 def test_a_wrong_spec_is_told_with_the_right_one(spec, message):
     with pytest.raises(UserError) as caught:
         prefs.find(spec)
@@ -314,16 +452,21 @@ def test_a_wrong_spec_is_told_with_the_right_one(spec, message):
 
 
 def test_the_order_of_options_and_the_spelling_of_numbers_do_not_matter(tmp_path):
-    same = {prefs.directory(f"shp:{o}", str(tmp_path)) for o in (
-        "pairs_per_post=2,min_score_ratio=3", "min_score_ratio=3.0,pairs_per_post=2")}  # fmt: skip
+    same = {
+        prefs.directory(f"shp:{o}", str(tmp_path))
+        for o in ("pairs_per_post=2,min_score_ratio=3", "min_score_ratio=3.0,pairs_per_post=2")
+    }
     assert same == {tmp_path / "shp/min_score_ratio_3.0-pairs_per_post_2/1.0.0"}
-    assert prefs.directory("prm800k:solutions=false", str(tmp_path)).parent.name == "solutions_false"
+    assert (
+        prefs.directory("prm800k:solutions=false", str(tmp_path)).parent.name == "solutions_false"
+    )
     assert prefs.directory("shp:min_score_ratio=2", str(tmp_path)) == tmp_path / "shp/default/1.0.0"
 
 
 def test_reading_what_is_not_there_names_the_command(hh_files, tmp_path):
     with pytest.raises(
-        UserError, match=r"not prepared in .*/out/shp/default/1\.0\.0; python -m alignjax.data.prepare shp"
+        UserError,
+        match=r"not prepared in .*/out/shp/default/1\.0\.0; python -m alignjax.data.prepare shp",
     ):
         prefs.read("shp", "train", str(tmp_path / "out"))
     prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
@@ -333,11 +476,18 @@ def test_reading_what_is_not_there_names_the_command(hh_files, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ malformed rows
 
-GOOD = {"hh_helpful_base": {"chosen": f"{HELLO} a", "rejected": f"{HELLO} b"},
-        "summarize": summaries(1, "train", "batch3", post="p", title="t", subreddit="s"), "shp": votes("p", 1, 3.0),
-        "prm800k": judged("2+2?", [step(("4", 1), ("5", -1), chosen=0)], "solution")}  # fmt: skip
-FIRST = {"hh_helpful_base": "helpful-base/train.jsonl.gz", "summarize": "batch3.json", "shp": "askacademia/train.json",
-         "prm800k": "phase1_train.jsonl"}  # fmt: skip
+GOOD = {
+    "hh_helpful_base": {"chosen": f"{HELLO} a", "rejected": f"{HELLO} b"},
+    "summarize": summaries(1, "train", "batch3", post="p", title="t", subreddit="s"),
+    "shp": votes("p", 1, 3.0),
+    "prm800k": judged("2+2?", [step(("4", 1), ("5", -1), chosen=0)], "solution"),
+}
+FIRST = {
+    "hh_helpful_base": "helpful-base/train.jsonl.gz",
+    "summarize": "batch3.json",
+    "shp": "askacademia/train.json",
+    "prm800k": "phase1_train.jsonl",
+}
 
 
 def broken(name, path, *value):
@@ -353,25 +503,60 @@ def broken(name, path, *value):
     return row
 
 
-@pytest.mark.parametrize("name, bad, message", [
-    ("hh_helpful_base", '{"chosen": ', "not JSON"),
-    ("hh_helpful_base", '["a", "b"]', "an object wanted, list found"),
-    ("hh_helpful_base", {"chosen": "a", "rejectd": "b"}, "a field 'rejected' wanted; did you mean 'rejectd'?"),
-    ("hh_helpful_base", {"chosen": 5, "rejected": "b"}, "chosen: text wanted, int found: 5"),
-    ("summarize", broken("summarize", "choice", 2), "choice: 0 or 1 wanted, 2 found"),
-    ("summarize", broken("summarize", "choice", True), "choice: a whole number wanted, bool found: true"),
-    ("summarize", broken("summarize", "split", "test"), "split: one of train, valid1, valid2 wanted, 'test' found"),
-    ("summarize", broken("summarize", "info.post"), "a field 'info.post' wanted"),
-    ("summarize", broken("summarize", "summaries", [{"text": "a"}]), "summaries: '1.text' in it wanted, list found"),
-    ("summarize", broken("summarize", "info", "x"), "info: 'article' in it wanted, str found"),
-    ("shp", broken("shp", "labels", 7), "labels: 0 or 1 wanted, 7 found"),
-    ("shp", broken("shp", "score_ratio", "3"), "score_ratio: a number wanted, str found"),
-    ("shp", broken("shp", "history", None), "history: text wanted, NoneType found: null"),
-    ("prm800k", broken("prm800k", "label.steps.0.completions", {}), "label.steps.0.completions: a list wanted, dict"),
-    ("prm800k", broken("prm800k", "label.steps.0.chosen_completion", 9), "completions: '9.text' in it wanted, list found"),
-    ("prm800k", broken("prm800k", "is_quality_control_question", 0), "true or false wanted, int found: 0"),
-    ("prm800k", broken("prm800k", "label.steps", []) | {"question": {}}, "a field 'question.problem' wanted"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, bad, message",
+    [
+        ("hh_helpful_base", '{"chosen": ', "not JSON"),
+        ("hh_helpful_base", '["a", "b"]', "an object wanted, list found"),
+        (
+            "hh_helpful_base",
+            {"chosen": "a", "rejectd": "b"},
+            "a field 'rejected' wanted; did you mean 'rejectd'?",
+        ),
+        ("hh_helpful_base", {"chosen": 5, "rejected": "b"}, "chosen: text wanted, int found: 5"),
+        ("summarize", broken("summarize", "choice", 2), "choice: 0 or 1 wanted, 2 found"),
+        (
+            "summarize",
+            broken("summarize", "choice", True),
+            "choice: a whole number wanted, bool found: true",
+        ),
+        (
+            "summarize",
+            broken("summarize", "split", "test"),
+            "split: one of train, valid1, valid2 wanted, 'test' found",
+        ),
+        ("summarize", broken("summarize", "info.post"), "a field 'info.post' wanted"),
+        (
+            "summarize",
+            broken("summarize", "summaries", [{"text": "a"}]),
+            "summaries: '1.text' in it wanted, list found",
+        ),
+        ("summarize", broken("summarize", "info", "x"), "info: 'article' in it wanted, str found"),
+        ("shp", broken("shp", "labels", 7), "labels: 0 or 1 wanted, 7 found"),
+        ("shp", broken("shp", "score_ratio", "3"), "score_ratio: a number wanted, str found"),
+        ("shp", broken("shp", "history", None), "history: text wanted, NoneType found: null"),
+        (
+            "prm800k",
+            broken("prm800k", "label.steps.0.completions", {}),
+            "label.steps.0.completions: a list wanted, dict",
+        ),
+        (
+            "prm800k",
+            broken("prm800k", "label.steps.0.chosen_completion", 9),
+            "completions: '9.text' in it wanted, list found",
+        ),
+        (
+            "prm800k",
+            broken("prm800k", "is_quality_control_question", 0),
+            "true or false wanted, int found: 0",
+        ),
+        (
+            "prm800k",
+            broken("prm800k", "label.steps", []) | {"question": {}},
+            "a field 'question.problem' wanted",
+        ),
+    ],
+)
 def test_a_malformed_row_is_named_and_nothing_is_prepared(name, bad, message, tmp_path, capsys):
     builder, config = prefs.find(name)
     for file in builder(config=config, data_dir=tmp_path / "out").files():
@@ -390,7 +575,9 @@ def test_a_cut_file_and_a_pointer_in_place_of_a_file_are_named(hh_files, tmp_pat
     path = hh_files / "helpful-base/train.jsonl.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(UserError, match=r"train.jsonl.gz:\d+: JSON lines wanted, Compressed file ended"):
+    with pytest.raises(
+        UserError, match=r"train.jsonl.gz:\d+: JSON lines wanted, Compressed file ended"
+    ):
         prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     with pytest.raises(UserError, match="a pointer of Git LFS"):
@@ -398,7 +585,10 @@ def test_a_cut_file_and_a_pointer_in_place_of_a_file_are_named(hh_files, tmp_pat
 
 
 def test_a_split_of_which_nothing_is_left_is_told(hh_files, tmp_path):
-    write(hh_files / "helpful-base/test.jsonl.gz", [{"chosen": f"{HELLO} a", "rejected": f"{HELLO} a"}])
+    write(
+        hh_files / "helpful-base/test.jsonl.gz",
+        [{"chosen": f"{HELLO} a", "rejected": f"{HELLO} a"}],
+    )
     with pytest.raises(UserError, match="nothing is left of test.*'two equal replies': 1"):
         prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
 
@@ -406,14 +596,28 @@ def test_a_split_of_which_nothing_is_left_is_told(hh_files, tmp_path):
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def test_the_command_reports_and_says_the_same_again_without_work(hh_files, tmp_path, capsys, monkeypatch):
-    arguments = ["hh_helpful_base", "--manual_dir", str(hh_files), "--data_dir", str(tmp_path / "out")]
+def test_the_command_reports_and_says_the_same_again_without_work(
+    hh_files, tmp_path, capsys, monkeypatch
+):
+    arguments = [
+        "hh_helpful_base",
+        "--manual_dir",
+        str(hh_files),
+        "--data_dir",
+        str(tmp_path / "out"),
+    ]
     assert prepare.main(arguments) == 0
     first = capsys.readouterr().out
     digest = hashlib.sha256((hh_files / "helpful-base/train.jsonl.gz").read_bytes()).hexdigest()
     lines = [line.split() for line in first.splitlines()]
-    assert ["train", "7", "6", "1"] in lines and ["2", *"two turns of one role in a row".split()] in lines
-    assert f"sha256 {digest}  helpful-base/train.jsonl.gz (published: {hh.SHA256['helpful-base/train']})" in first
+    assert ["train", "7", "6", "1"] in lines and [
+        "2",
+        *"two turns of one role in a row".split(),
+    ] in lines
+    assert (
+        f"sha256 {digest}  helpful-base/train.jsonl.gz (published: {hh.SHA256['helpful-base/train']})"
+        in first
+    )
     monkeypatch.setattr(hh.HH, "compare", None)
     (hh_files / "helpful-base/train.jsonl.gz").unlink()
     assert prepare.main(arguments) == 0
@@ -422,23 +626,37 @@ def test_the_command_reports_and_says_the_same_again_without_work(hh_files, tmp_
 
 def test_the_bar_counts_the_bytes_of_all_files(tmp_path, monkeypatch):
     bars = []
-    monkeypatch.setattr(base, "tqdm", lambda **asked: bars.append(tqdm(**asked, disable=False)) or bars[0])
+    monkeypatch.setattr(
+        base, "tqdm", lambda **asked: bars.append(tqdm(**asked, disable=False)) or bars[0]
+    )
     for name in ("a.json", "b.json.gz"):
         write(tmp_path / name, [{"x": i} for i in range(1024)])
     paths = {name: tmp_path / name for name in ("a.json", "b.json.gz")}
-    assert [row.id for row in base.read(paths, "")] == [f"{name}/{i}" for name in "ab" for i in range(1, 1025)]
+    assert [row.id for row in base.read(paths, "")] == [
+        f"{name}/{i}" for name in "ab" for i in range(1, 1025)
+    ]
     assert bars[0].n == bars[0].total == sum(path.stat().st_size for path in paths.values())
 
 
 def test_missing_files_are_listed_with_where_they_come_from(hh_files, tmp_path, capsys):
     (hh_files / "helpful-base/test.jsonl.gz").unlink()
-    assert prepare.main(["hh_helpful_base", "--manual_dir", str(hh_files), "--data_dir", str(tmp_path / "out")]) == 2
+    assert (
+        prepare.main(
+            ["hh_helpful_base", "--manual_dir", str(hh_files), "--data_dir", str(tmp_path / "out")]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert f"{hh_files} lacks 1 of 2 files" in told and "helpful-base/train" not in told
-    assert "DIR/helpful-base/test.jsonl.gz  from https://media.githubusercontent.com/media/anthropics/hh-rlhf/" in told
+    assert (
+        "DIR/helpful-base/test.jsonl.gz  from https://media.githubusercontent.com/media/anthropics/hh-rlhf/"
+        in told
+    )
 
 
-def test_an_interrupted_preparation_leaves_nothing_and_starts_again(hh_files, tmp_path, monkeypatch):
+def test_an_interrupted_preparation_leaves_nothing_and_starts_again(
+    hh_files, tmp_path, monkeypatch
+):
     compare = hh.HH.compare
 
     def stopped(self, rows, split, dropped):
@@ -451,7 +669,10 @@ def test_an_interrupted_preparation_leaves_nothing_and_starts_again(hh_files, tm
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
     assert list((tmp_path / "out/hh/helpful_base").iterdir()) == []
-    left = [tmp_path / "out" / name for name in ("hh/helpful_base/incomplete.ABC_1.0.0", "downloads/hh/x.gz.tmp.123")]
+    left = [
+        tmp_path / "out" / name
+        for name in ("hh/helpful_base/incomplete.ABC_1.0.0", "downloads/hh/x.gz.tmp.123")
+    ]
     for path in left:  # as SIGKILL leaves them
         path.mkdir(parents=True)
     assert prepared("hh_helpful_base", hh_files, tmp_path / "out")[0]["train"]["pairs"] == 1
@@ -462,15 +683,25 @@ def command(patch, *arguments):
     """The command in a process of its own, with some lines of Python run before it."""
     lines = ["import runpy, time", "from alignjax.data.preferences import hh", patch]
     code = "\n".join([*lines, "runpy.run_module('alignjax.data.prepare', run_name='__main__')"])
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"},
+    )
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_killed_preparation_leaves_nothing_and_the_same_command_completes(sent, code, hh_files, tmp_path):
+@pytest.mark.parametrize(
+    "sent, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_a_killed_preparation_leaves_nothing_and_the_same_command_completes(
+    sent, code, hh_files, tmp_path
+):
     home = tmp_path / "out/hh/helpful_base"
     stuck = "compare = hh.HH.compare\nhh.HH.compare = lambda *a: ((x, time.sleep(600))[0] for x in compare(*a))"
-    with command(stuck, "hh_helpful_base", "--manual_dir", hh_files, "--data_dir", tmp_path / "out") as child:
+    with command(
+        stuck, "hh_helpful_base", "--manual_dir", hh_files, "--data_dir", tmp_path / "out"
+    ) as child:
         while child.poll() is None and not list(home.glob("incomplete.*")):
             time.sleep(0.01)
         with pytest.raises(UserError, match="another process is preparing"):
@@ -478,7 +709,9 @@ def test_a_killed_preparation_leaves_nothing_and_the_same_command_completes(sent
         child.send_signal(sent)
         told = child.stderr.read()
     assert child.returncode == code, told
-    assert "Traceback" not in told and prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
+    assert (
+        "Traceback" not in told and prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
+    )
     assert prepared("hh_helpful_base", hh_files, tmp_path / "out")[0]["train"]["pairs"] == 1
     assert [path.name for path in home.iterdir()] == ["1.0.0"]
 
@@ -508,14 +741,21 @@ def server(tmp_path, monkeypatch):
     served.server_close()
 
 
-def test_files_are_fetched_once_and_compared_with_the_published_checksum(hh_files, tmp_path, server, monkeypatch):
+def test_files_are_fetched_once_and_compared_with_the_published_checksum(
+    hh_files, tmp_path, server, monkeypatch
+):
     url, asked, _ = server
     monkeypatch.setattr(hh, "GITHUB", {"helpful": url})
-    sums = {f"helpful-base/{s}": hashlib.sha256((hh_files / f"helpful-base/{s}.jsonl.gz").read_bytes()).hexdigest()
-            for s in ("train", "test")}  # fmt: skip
+    sums = {
+        f"helpful-base/{s}": hashlib.sha256(
+            (hh_files / f"helpful-base/{s}.jsonl.gz").read_bytes()
+        ).hexdigest()
+        for s in ("train", "test")
+    }
     monkeypatch.setattr(hh, "SHA256", sums | {"helpful-base/test": "0" * 64})
     with pytest.raises(
-        UserError, match=f"test.jsonl.gz: sha256 {'0' * 64} wanted, {sums['helpful-base/test']} downloaded"
+        UserError,
+        match=f"test.jsonl.gz: sha256 {'0' * 64} wanted, {sums['helpful-base/test']} downloaded",
     ):
         prepare.prepare("hh_helpful_base", "", str(tmp_path / "out"))
     monkeypatch.setattr(hh, "SHA256", sums)
@@ -532,7 +772,10 @@ def test_a_failed_download_says_what_to_do_by_hand(tmp_path, server, monkeypatch
     assert prepare.main(["prm800k:phases=2", "--data_dir", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "prm800k: the download failed: Failed to get url" in told and "404" in told
-    assert f"DIR/phase2_test.jsonl   from {server[0]}none/phase2_test.jsonl" in told and "Traceback" not in told
+    assert (
+        f"DIR/phase2_test.jsonl   from {server[0]}none/phase2_test.jsonl" in told
+        and "Traceback" not in told
+    )
     monkeypatch.setattr(prm800k, "URL", "http://127.0.0.1:9/")
     assert prepare.main(["prm800k:phases=2", "--data_dir", str(tmp_path / "out")]) == 2
     assert "Connection refused" in capsys.readouterr().err
@@ -541,7 +784,9 @@ def test_a_failed_download_says_what_to_do_by_hand(tmp_path, server, monkeypatch
 def test_an_interrupted_download_ends_at_once_and_leaves_nothing(hh_files, tmp_path, server):
     url, asked, going = server
     going.clear()
-    with command(f"hh.GITHUB = dict(helpful={url!r})", "hh_helpful_base", "--data_dir", tmp_path / "out") as child:
+    with command(
+        f"hh.GITHUB = dict(helpful={url!r})", "hh_helpful_base", "--data_dir", tmp_path / "out"
+    ) as child:
         while child.poll() is None and len(asked) < 2:
             time.sleep(0.01)
         child.send_signal(signal.SIGINT)
@@ -561,13 +806,23 @@ def test_a_public_set_gives_every_kind_of_example(hh_files, tmp_path):
     prepare.prepare(spec, str(hh_files), out)
     load = lambda kind, split="train": mixture.load(f"tfds/{spec}", kind, split, 0, data_dir=out)
     comparisons = load("comparisons")
-    assert [row["chosen"] for row in comparisons] == [row["chosen"] for row in prefs.read(spec, "train", out)]
-    assert sorted(row["prompt"][-1]["content"] for row in load("prompts")) == ["Hello", "Two"]  # two rows say Hello
+    assert [row["chosen"] for row in comparisons] == [
+        row["chosen"] for row in prefs.read(spec, "train", out)
+    ]
+    assert sorted(row["prompt"][-1]["content"] for row in load("prompts")) == [
+        "Hello",
+        "Two",
+    ]  # two rows say Hello
     for row, turns, text in zip(comparisons, load("conversations"), load("text"), strict=True):
-        assert turns["messages"] == [*row["prompt"], {"role": "assistant", "content": row["chosen"]}]
+        assert turns["messages"] == [
+            *row["prompt"],
+            {"role": "assistant", "content": row["chosen"]},
+        ]
         assert text == {"text": "\n\n".join(m["content"] for m in turns["messages"])}
     assert len(load("comparisons", "heldout")) == 2
-    assert mixture.load(f"tfds/{spec}/test", "prompts", "train", 0, data_dir=out)[0]["prompt"] == user("Hello")
+    assert mixture.load(f"tfds/{spec}/test", "prompts", "train", 0, data_dir=out)[0][
+        "prompt"
+    ] == user("Hello")
 
 
 def test_what_is_held_out_is_not_trained_on(hh_files, tmp_path):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from alignjax import command
-from alignjax.profile import Compilations, Phases
+from alignjax import train
+from alignjax.machine.profile import Compilations, Phases
 
 
 class Clock:
@@ -48,9 +48,15 @@ def test_phases_of_a_step_add_up_and_are_said_in_one_line():
     phases.mark("save")
     clock.now += 0.125
     assert list(phases.end_step(3).items()) == [
-        ("data", 0.25), ("rollout", 3.0), ("update", 0.5), ("save", 0.5), ("other", 0.25),
-    ]  # fmt: skip
-    assert said == ["ppo step 3: 4.50 s = data 0.25 + rollout 3.00 + update 0.50 + save 0.50 + other 0.25"]
+        ("data", 0.25),
+        ("rollout", 3.0),
+        ("update", 0.5),
+        ("save", 0.5),
+        ("other", 0.25),
+    ]
+    assert said == [
+        "ppo step 3: 4.50 s = data 0.25 + rollout 3.00 + update 0.50 + save 0.50 + other 0.25"
+    ]
     clock.now += 0.03125
     phases.mark("data")
     assert phases.end_step(4) == {"data": 0.03125, "other": 0.0}
@@ -93,17 +99,22 @@ def traced(directory, first, end, run, name="ppo"):
     return [event for event in trace["traceEvents"] if event.get("name")], said
 
 
-@pytest.mark.parametrize("first, end, run, steps", [
-    (4, 20, 20, [6, 7, 8]),  # those after the first two
-    (0, 5, 5, [2, 3, 4]),
-    (0, 3, 3, [0, 1, 2]),  # all of a short run
-    (2, 3, 3, [2]),
-    (0, 20, 3, [2, 3]),  # stopped in step 3
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, end, run, steps",
+    [
+        (4, 20, 20, [6, 7, 8]),  # those after the first two
+        (0, 5, 5, [2, 3, 4]),
+        (0, 3, 3, [0, 1, 2]),  # all of a short run
+        (2, 3, 3, [2]),
+        (0, 20, 3, [2, 3]),  # stopped in step 3
+    ],
+)
 def test_a_trace_holds_a_few_steps_after_the_first_or_all(first, end, run, steps, tmp_path):
     events, said = traced(tmp_path / "profile", first, end, run)
     assert [int(e["args"]["step_num"]) for e in events if e["name"] == "ppo"] == steps
-    assert sum(e["name"] == "wait for update" for e in events) == len([step for step in steps if step < run])
+    assert sum(e["name"] == "wait for update" for e in events) == len(
+        [step for step in steps if step < run]
+    )
     assert [line for line in said if "trace" in line] == [
         f"ppo: a trace from step {steps[0]} on is in {tmp_path / 'profile'}"
     ]
@@ -145,7 +156,9 @@ def test_a_new_function_counts_as_one_program_and_a_known_one_as_none(cache):
         text = "1 program compiled, 0 of them from the cache, the last one (jit(triple)) at step 7"
         assert str(compilations) == text
         f(other)
-        assert compilations.end_step(9) == 2 and str(compilations).endswith("(jit(triple)) at step 9")
+        assert compilations.end_step(9) == 2 and str(compilations).endswith(
+            "(jit(triple)) at step 9"
+        )
     jax.jit(lambda x: x - 2)(x)
     assert len(compilations.programs) == compilations.seen  # counts no longer
 
@@ -163,8 +176,8 @@ def test_programs_from_the_cache_are_counted_apart(cache):
 
 KEEP = """
 import jax
-from alignjax import command
-command.keep_programs()
+from alignjax.machine import compilation_cache
+compilation_cache.keep_programs()
 print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
 """
 
@@ -173,7 +186,9 @@ def kept(**environment) -> list[str]:
     """What a process with these variables says, and then its cache directory and least time."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
     environment = {"JAX_PLATFORMS": "cpu", **{k: str(v) for k, v in environment.items()}}
-    ran = subprocess.run([sys.executable, "-c", KEEP], env=inherited | environment, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", KEEP], env=inherited | environment, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.splitlines()
 
@@ -181,7 +196,9 @@ def kept(**environment) -> list[str]:
 def test_programs_are_kept_under_home_by_default(tmp_path):
     assert kept(HOME=tmp_path) == [f"{tmp_path / '.cache' / 'alignjax'} 0.5"]
     assert (tmp_path / ".cache" / "alignjax").stat().st_mode & 0o077 == 0
-    assert kept(HOME=tmp_path, XDG_CACHE_HOME=tmp_path / "xdg") == [f"{tmp_path / 'xdg' / 'alignjax'} 0.5"]
+    assert kept(HOME=tmp_path, XDG_CACHE_HOME=tmp_path / "xdg") == [
+        f"{tmp_path / 'xdg' / 'alignjax'} 0.5"
+    ]
 
 
 @pytest.mark.parametrize("mine", ["/somewhere/else", ""])
@@ -199,6 +216,8 @@ def test_a_directory_that_cannot_be_written_is_a_line_and_no_error(tmp_path):
 
 
 def test_profile_is_an_argument_of_its_own():
-    assert command.parse(["--config", "lm.py"])[0].profile is False
-    arguments, overrides = command.parse(["--profile", "--config", "lm.py", "--config.steps=3"])
+    assert train.parse_arguments(["--config", "lm.py"])[0].profile is False
+    arguments, overrides = train.parse_arguments(
+        ["--profile", "--config", "lm.py", "--config.steps=3"]
+    )
     assert arguments.profile is True and overrides == {"steps": "3"}

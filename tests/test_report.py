@@ -10,18 +10,27 @@ import pytest
 from runs import rows
 
 from alignjax import config as configs
-from alignjax import environment, report
+from alignjax import report
+from alignjax.runs import environment
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 HARM = "</script><script>document.title='harmed'</script><img src=x onerror=\"document.title='harmed'\"> & {{data}}"
 
 
 def write(run: Path, steps: int = 3, name: str = "ppo", **more) -> Path:
     """A small PPO run, as if made by hand: unfinished, unless there is a summary among `more` {file: rows or object}."""
     run.mkdir(parents=True)
-    config = configs.Config(stage="ppo", name=name, steps=steps, parents={"policy": "nowhere.py", "value": "hf://a/b"})
+    config = configs.Config(
+        stage="ppo", name=name, steps=steps, parents={"policy": "nowhere.py", "value": "hf://a/b"}
+    )
     (run / "config.json").write_text(configs.to_json(config))
-    figures = [{"step": i, "objective/scores": i / 3, "objective/kl": 0.1 * i, "new/figure": i} for i in range(steps)]
+    figures = [
+        {"step": i, "objective/scores": i / 3, "objective/kl": 0.1 * i, "new/figure": i}
+        for i in range(steps)
+    ]
     for file, content in {"metrics.jsonl": figures, **more}.items():
         lines = content if isinstance(content, list) else [content]
         (run / file).write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -30,14 +39,28 @@ def write(run: Path, steps: int = 3, name: str = "ppo", **more) -> Path:
 
 def side(text: str, score: float, kl: float) -> dict:
     tokens = text.split()
-    return {"responses": [text], "tokens": [tokens], "log_ratio": [[kl / len(tokens)] * len(tokens)], "score": [score],
-            "kl": [kl], "length": [len(tokens)], "truncated": [False], "entropy": [1.0]}  # fmt: skip
+    return {
+        "responses": [text],
+        "tokens": [tokens],
+        "log_ratio": [[kl / len(tokens)] * len(tokens)],
+        "score": [score],
+        "kl": [kl],
+        "length": [len(tokens)],
+        "truncated": [False],
+        "entropy": [1.0],
+    }
 
 
 def answered() -> list[dict]:
     """Rows of responses.jsonl: by KL the third, first, second."""
-    return [{"prompt": f"{prompt}", "before": side("so it was", score, 0), "after": side(HARM, -score, kl)}
-            for prompt, score, kl in (("first", 1.0, 0.5), ("second", 3.0, 0.1), (HARM, 2.0, 0.9))]  # fmt: skip
+    return [
+        {
+            "prompt": f"{prompt}",
+            "before": side("so it was", score, 0),
+            "after": side(HARM, -score, kl),
+        }
+        for prompt, score, kl in (("first", 1.0, 0.5), ("second", 3.0, 0.1), (HARM, 2.0, 0.9))
+    ]
 
 
 def made(*arguments) -> tuple[str, dict]:
@@ -45,7 +68,9 @@ def made(*arguments) -> tuple[str, dict]:
     *runs, out = map(str, arguments)
     assert report.main([*runs, "--out", out]) == 0
     page = Path(out).read_text()
-    return page, json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
+    return page, json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1]
+    )
 
 
 def test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left(chain, tmp_path):
@@ -59,11 +84,17 @@ def test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left(chain,
         summary = json.loads((run / "summary.json").read_text())
         assert [words for words, _ in found["table"]] == [words for words, _ in summary["table"]]
         charts = {chart["title"]: chart for chart in data["charts"]}
-        assert title in charts and "Time of a step" in charts and all(chart["lines"] for chart in charts.values())
+        assert (
+            title in charts
+            and "Time of a step" in charts
+            and all(chart["lines"] for chart in charts.values())
+        )
         for row in rows(run / "metrics.jsonl"):
             for name in set(row) - {"step"}:
                 series = found["series"][name]
-                assert series["values"][series["steps"].index(row["step"])] == pytest.approx(row[name], rel=1e-5)
+                assert series["values"][series["steps"].index(row["step"])] == pytest.approx(
+                    row[name], rel=1e-5
+                )
         assert not re.search(r'\b(src|href)="(?!#)|url\(|@import', page)
         assert set(re.findall(r"https?://[\w./]+", page)) == {"http://www.w3.org/2000/svg"}
         assert found["environments"] == json.loads((run / "environment.json").read_text())
@@ -73,37 +104,63 @@ def test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left(chain,
     end, way, training = data["sources"]
     for row, shown in zip(rows(runs / "ppo-tiny" / "responses.jsonl"), end["rows"], strict=True):
         (before, after), k = shown["sides"].values(), 1
-        assert shown["prompt"] == row["prompt"] and before[k]["log_ratio"] == row["before"]["log_ratio"][k]
-        assert after[k]["text"] == row["after"]["responses"][k] and after[k]["tokens"] == row["after"]["tokens"][k]
+        assert (
+            shown["prompt"] == row["prompt"]
+            and before[k]["log_ratio"] == row["before"]["log_ratio"][k]
+        )
+        assert (
+            after[k]["text"] == row["after"]["responses"][k]
+            and after[k]["tokens"] == row["after"]["tokens"][k]
+        )
         assert after[k]["figures"]["KL"] == row["after"]["kl"][k]
     assert len(way["rows"]) == 4 and len(training["rows"]) == 8 and training["rows"][4]["step"] == 2
     rm = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "rm.html").read_text())[1])
     (chosen,) = rm["sources"][0]["rows"][0]["sides"]["chosen"]
     first = rows(runs / "rm-tiny" / "samples.jsonl")[0]
-    assert (chosen["text"], chosen["figures"]) == (first["chosen"], {"score": first["chosen_score"]})
+    assert (chosen["text"], chosen["figures"]) == (
+        first["chosen"],
+        {"score": first["chosen_score"]},
+    )
     accuracy = next(chart for chart in rm["charts"] if chart["title"] == "Accuracy")
-    assert {mark["words"].split(",")[0] for mark in accuracy["marks"]} == {"at the end", "pmp.py:tiny"}
+    assert {mark["words"].split(",")[0] for mark in accuracy["marks"]} == {
+        "at the end",
+        "pmp.py:tiny",
+    }
 
 
 def test_an_unfinished_run_beside_another_seed_of_it(tmp_path):
     evaluations = [{"step": 2, "score": 0.5, "kl": None, "samples": []}]
     timing = [{"step": 0, "seconds": 2.5, "phases/update": 1.5, "phases/other": 1.0}]
-    one = write(tmp_path / "one" / "run", **{"evaluations.jsonl": evaluations, "timing.jsonl": timing})
+    one = write(
+        tmp_path / "one" / "run", **{"evaluations.jsonl": evaluations, "timing.jsonl": timing}
+    )
     two = write(tmp_path / "two" / "run", 5)
     _, data = made(one, two, tmp_path / "out.html")
     assert [run["title"] for run in data["runs"]] == [str(one), str(two)]
-    assert [(run["complete"], run["done"], run["steps"]) for run in data["runs"]] == [(False, 3, 3), (False, 5, 5)]
-    assert [run["config"]["steps"] for run in data["runs"]] == ["3", "5"] and data["defaults"]["steps"] == "100"
+    assert [(run["complete"], run["done"], run["steps"]) for run in data["runs"]] == [
+        (False, 3, 3),
+        (False, 5, 5),
+    ]
+    assert [run["config"]["steps"] for run in data["runs"]] == ["3", "5"] and data["defaults"][
+        "steps"
+    ] == "100"
     titles = ["Score", "KL to the reference", "Time of a step", "Time by phase", "new/figure"]
     assert [chart["title"] for chart in data["charts"]] == titles
-    assert data["charts"][3]["lines"] == {"timing/phases/other": "other", "timing/phases/update": "update"}
+    assert data["charts"][3]["lines"] == {
+        "timing/phases/other": "other",
+        "timing/phases/update": "update",
+    }
     assert data["runs"][0]["seconds"] == 2.5
-    assert data["charts"][0]["heldout"] == "score" and data["runs"][0]["heldout"]["kl"]["steps"] == []
+    assert (
+        data["charts"][0]["heldout"] == "score" and data["runs"][0]["heldout"]["kl"]["steps"] == []
+    )
     assert data["sources"] == [] and data["runs"][0]["environments"] == []
 
 
 def test_what_a_run_says_cannot_end_the_script_or_become_html(tmp_path):
-    page, data = made(write(tmp_path / "run", name=HARM, **{"responses.jsonl": answered()}), tmp_path / "out.html")
+    page, data = made(
+        write(tmp_path / "run", name=HARM, **{"responses.jsonl": answered()}), tmp_path / "out.html"
+    )
     assert data["sources"][0]["rows"][2]["prompt"] == HARM and data["runs"][0]["title"] == HARM
     assert page.count("<script") == page.count("</script") == 2 and "<img" not in page
 
@@ -112,7 +169,12 @@ def test_a_long_curve_is_thinned_and_keeps_its_spikes():
     points = [(i, float(i % 7)) for i in range(50_000)]
     points[31_337], points[777] = (31_337, 1e6), (777, -1e6)
     thinned = report.thin(points)
-    assert len(thinned) <= report.POINTS and {points[31_337], points[777], points[0], points[-1]} <= set(thinned)
+    assert len(thinned) <= report.POINTS and {
+        points[31_337],
+        points[777],
+        points[0],
+        points[-1],
+    } <= set(thinned)
     assert thinned == sorted(thinned) and report.thin(points[:2000]) == points[:2000]
 
 
@@ -120,7 +182,10 @@ def test_warnings_are_those_of_the_rules(tmp_path):
     steps = [{"step": i, "objective/kl": 9.0, "objective/kl_per_token": 0.9} for i in range(10)]
     _, data = made(write(tmp_path / "run", 10, **{"metrics.jsonl": steps}), tmp_path / "out.html")
     (warning,) = data["runs"][0]["warnings"]
-    assert set(warning) == {"kind", "step", "said", "meaning", "remedy"} and (warning["kind"], warning["step"]) == (
+    assert set(warning) == {"kind", "step", "said", "meaning", "remedy"} and (
+        warning["kind"],
+        warning["step"],
+    ) == (
         "kl",
         4,
     )
@@ -128,9 +193,18 @@ def test_warnings_are_those_of_the_rules(tmp_path):
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err == f"alignjax: {tmp_path}/nowhere: no config.json there, so this is not a run\n"
-    assert report.main([str(write(tmp_path / "run")), "--out", str(tmp_path / "no" / "where.html")]) == 2
-    assert capsys.readouterr().err == f"alignjax: --out {tmp_path}/no/where.html: No such file or directory\n"
+    assert (
+        capsys.readouterr().err
+        == f"alignjax: {tmp_path}/nowhere: no config.json there, so this is not a run\n"
+    )
+    assert (
+        report.main([str(write(tmp_path / "run")), "--out", str(tmp_path / "no" / "where.html")])
+        == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == f"alignjax: --out {tmp_path}/no/where.html: No such file or directory\n"
+    )
     assert report.main([str(tmp_path / "run")]) == 0 and (tmp_path / "run" / "report.html").exists()
 
 
@@ -138,10 +212,15 @@ def test_an_environment_is_added_where_it_is_another(tmp_path, monkeypatch):
     environment.keep(tmp_path)
     environment.keep(tmp_path)
     (here,) = json.loads((tmp_path / "environment.json").read_text())
-    assert {"python", "backend", "devices", "commit", "packages"} <= set(here) and "jax" in here["packages"]
+    assert {"python", "backend", "devices", "commit", "packages"} <= set(here) and "jax" in here[
+        "packages"
+    ]
     monkeypatch.setattr(environment, "found", lambda: here | {"devices": 64})
     environment.keep(tmp_path)
-    assert [x["devices"] for x in json.loads((tmp_path / "environment.json").read_text())] == [here["devices"], 64]
+    assert [x["devices"] for x in json.loads((tmp_path / "environment.json").read_text())] == [
+        here["devices"],
+        64,
+    ]
     (tmp_path / "environment.json").write_text('[{"py')
     environment.keep(tmp_path)
     assert [x["devices"] for x in json.loads((tmp_path / "environment.json").read_text())] == [64]
@@ -185,17 +264,36 @@ addEventListener("load", () => {
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_in_a_browser_the_page_sorts_filters_and_fits_a_phone(tmp_path):
     """Without a word on the console; what a run says stays text. The page is driven by one that holds it, 390 px wide."""
-    made(write(tmp_path / "run", name=HARM, **{"responses.jsonl": answered()}), tmp_path / "out.html")
+    made(
+        write(tmp_path / "run", name=HARM, **{"responses.jsonl": answered()}), tmp_path / "out.html"
+    )
     (tmp_path / "driver.html").write_text(DRIVER)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files",
-             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]  # fmt: skip
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--allow-file-access-from-files",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
     run = subprocess.run(
-        [BROWSER, *flags, f"file://{tmp_path}/driver.html"], capture_output=True, text=True, timeout=120
+        [BROWSER, *flags, f"file://{tmp_path}/driver.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert "CONSOLE" not in run.stderr, run.stderr
     said = json.loads(
-        re.search(r"<pre>(.+?)</pre>", run.stdout)[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        re.search(r"<pre>(.+?)</pre>", run.stdout)[1]
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+        .replace("&amp;", "&")
     )
     assert said["title"].startswith(HARM) and said["strange"] == 0
     inner, room, width = said["widths"]
@@ -205,7 +303,9 @@ def test_in_a_browser_the_page_sorts_filters_and_fits_a_phone(tmp_path):
     assert said["byDifference"] == [1, 2, 0] and said["filtered"] == [1]
     assert "sort=difference+of+scores" in said["state"] and "filter=SECOND" in said["state"]
     assert (
-        said["numbers"][:3] == ["0.00"] * 3 and len(said["numbers"]) == 3 + len(HARM.split()) and said["colours"] == 2
+        said["numbers"][:3] == ["0.00"] * 3
+        and len(said["numbers"]) == 3 + len(HARM.split())
+        and said["colours"] == 2
     )
     assert len(said["token"]) == 1 and said["token"][0].endswith(" nats")
     assert all("step 1" in caption for caption in said["cursor"]) and said["curves"] == 3

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from test_models import tiny
 
-from alignjax import sharding
 from alignjax.config import Mesh, UserError
 from alignjax.data import chat
 from alignjax.evals import stops
 from alignjax.evals.requests import Family, Requests, alike, families
 from alignjax.inference import Model, calls, size
+from alignjax.machine import sharding
 from alignjax.models import transformer
 
 WORDS = "the cat sat on a mat and ate its rat .\n\nQ: stop here now Question".split(" ")
@@ -99,11 +99,15 @@ def test_requests_that_begin_alike_are_read_together():
     assert sorted(i for family in found for i in family.members) == list(range(len(sequences)))
     assert sorted(family.common for family in found) == [0, 35, 52]
     for common, members in found:
-        assert len({sequences[i][:common] for i in members}) == 1 and all(len(sequences[i]) > common for i in members)
+        assert len({sequences[i][:common] for i in members}) == 1 and all(
+            len(sequences[i]) > common for i in members
+        )
     few = [(*range(30), i) for i in range(5)]
     assert families(few, 120) == [Family(30, list(range(5)))]
     assert families(few, 121) == [Family(0, list(range(5)))]
-    assert families([*few, few[0][:-1]], 140) == [Family(29, [5, *range(5)])]  # of the shortest a token is left
+    assert families([*few, few[0][:-1]], 140) == [
+        Family(29, [5, *range(5)])
+    ]  # of the shortest a token is left
     assert families([], 1) == []
     assert alike((1, 2, 3), (1, 2)) == 2 and alike((1, 2), (3, 2)) == 0
 
@@ -113,7 +117,9 @@ def alone(model, asked, prompt, strings, length):
     prompt, out = list(prompt[-(96 - length) :]), []
     for _ in range(length):
         out.append(int(logits_of(model, prompt + out)[-1].argmax()))
-        text = asked.model.tokenizer.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = asked.model.tokenizer.decode(
+            out, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         if out[-1] in asked.model.ends or any(string in text for string in strings):
             break
     return stops.cut(text, strings)
@@ -156,7 +162,9 @@ def test_a_stop_string_is_found_wherever_it_lies_in_the_tokens(tokenizer):
         for i, letter in enumerate(string):
             state = int(table[state, words.index(letter)])
             assert (state == len(table)) == (i + 1 == len(string))
-    assert stops.cut("a stop or a Question", strings) == "a " and stops.cut("none", strings) == "none"
+    assert (
+        stops.cut("a stop or a Question", strings) == "a " and stops.cut("none", strings) == "none"
+    )
 
 
 def test_without_stop_strings_the_end_tokens_are_left(tokenizer):
@@ -165,7 +173,18 @@ def test_without_stop_strings_the_end_tokens_are_left(tokenizer):
 
 
 def test_sizes_are_few():
-    assert [size(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 100, 129)] == [8, 8, 12, 12, 16, 24, 24, 32, 128, 192]
+    assert [size(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 100, 129)] == [
+        8,
+        8,
+        12,
+        12,
+        16,
+        24,
+        24,
+        32,
+        128,
+        192,
+    ]
 
 
 def test_a_call_ends_where_lengths_have_halved_and_slots_are_filled():

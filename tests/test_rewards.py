@@ -9,30 +9,59 @@ import numpy as np
 import pytest
 
 from alignjax import config as configs
-from alignjax import logprobs, sharding
+from alignjax.algorithms import rewards
 from alignjax.config import Model, UserError
 from alignjax.data import chat, toy
-from alignjax.models import transformer
-from alignjax.stages import rewards
+from alignjax.machine import sharding
+from alignjax.models import scoring, transformer
 from configs import arithmetic
 
-ROWS = [{"prompt": [{"role": "user", "content": "2 + 2"}], "columns": {"answer": "4"}, "where": "sums.jsonl:1"},
-        {"prompt": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "x"}],
-         "columns": {"answer": "#### 1,000", "level": 2}}]  # fmt: skip
-MODEL = Model(vocab_size=400, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=256)
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": "2 + 2"}],
+        "columns": {"answer": "4"},
+        "where": "sums.jsonl:1",
+    },
+    {
+        "prompt": [
+            {"role": "user", "content": "3"},
+            {"role": "assistant", "content": "ok"},
+            {"role": "user", "content": "x"},
+        ],
+        "columns": {"answer": "#### 1,000", "level": 2},
+    },
+]
+MODEL = Model(
+    vocab_size=400, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=256
+)
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """Two of different texts and sizes, and so of different ids."""
-    make = lambda name, texts, size: chat.train_tokenizer(texts, tmp_path_factory.mktemp(name), size)
-    return make("policy", toy.tokenizer_texts(0), 512), make("reward", ["two plus two is four , sure ."] * 50, 300)
+    make = lambda name, texts, size: chat.train_tokenizer(
+        texts, tmp_path_factory.mktemp(name), size
+    )
+    return make("policy", toy.tokenizer_texts(0), 512), make(
+        "reward", ["two plus two is four , sure ."] * 50, 300
+    )
 
 
-@pytest.mark.parametrize("response, right, score", [
-    ("4", "4", 1), ("it is 3 + 1 = 4.", "4", 1), ("4, no 5", "4", 0), ("four", "4", 0), ("", "4", 0), ("1000.0", "#### 1,000", 1),
-    ("-2", "2", 0), ("$1,234.50", "1234.5", 1), ("none", "none", 0), ("7", 7, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "response, right, score",
+    [
+        ("4", "4", 1),
+        ("it is 3 + 1 = 4.", "4", 1),
+        ("4, no 5", "4", 0),
+        ("four", "4", 0),
+        ("", "4", 0),
+        ("1000.0", "#### 1,000", 1),
+        ("-2", "2", 0),
+        ("$1,234.50", "1234.5", 1),
+        ("none", "none", 0),
+        ("7", 7, 1),
+    ],
+)
 def test_the_last_number_is_the_answer(response, right, score):
     assert arithmetic.reward(None, [response], answer=[right], other=[1]) == [score]
 
@@ -46,15 +75,24 @@ def test_a_function_gets_messages_texts_and_columns():
 
     scores = rewards.called("m:f", reward, 2.0, ROWS, ["4", "y"])
     assert scores.tolist() == [2.0, 5.0] and scores.dtype == np.float32
-    assert seen == [([row["prompt"] for row in ROWS], ["4", "y"], {"answer": ["4", "#### 1,000"], "level": [None, 2]})]
+    assert seen == [
+        (
+            [row["prompt"] for row in ROWS],
+            ["4", "y"],
+            {"answer": ["4", "#### 1,000"], "level": [None, 2]},
+        )
+    ]
 
 
-@pytest.mark.parametrize("given, message", [
-    ([1.0], "m:f: 1 scores for 2 responses"),
-    (["1", 2], "score '1' for the response '4' to the prompt of sums.jsonl:1: a number wanted"),
-    ([1.0, None], "score None for the response 'y'"),
-    ([[1], [2]], r"score \[1\] for the response"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([1.0], "m:f: 1 scores for 2 responses"),
+        (["1", 2], "score '1' for the response '4' to the prompt of sums.jsonl:1: a number wanted"),
+        ([1.0, None], "score None for the response 'y'"),
+        ([[1], [2]], r"score \[1\] for the response"),
+    ],
+)
 def test_scores_that_are_none_are_named(given, message):
     with pytest.raises(UserError, match=message):
         rewards.called("m:f", lambda prompts, responses, **columns: given, 1.0, ROWS, ["4", "y"])
@@ -74,7 +112,9 @@ def test_config_takes_a_function_as_the_whole_reward():
     config = configs.load("arithmetic.py")
     assert set(config.parents) == {"policy", "reference", "value"}
     config.ppo.reward_fn = ""
-    with pytest.raises(UserError, match=r"parents=\['policy', 'reference', 'value'\] must be .*'reward'"):
+    with pytest.raises(
+        UserError, match=r"parents=\['policy', 'reference', 'value'\] must be .*'reward'"
+    ):
         configs.check(config)
 
 
@@ -84,14 +124,14 @@ def test_text_is_read_as_the_reward_models_own_training_reads_it(tokenizers, bud
     own, mesh = tokenizers[1], sharding.make_mesh(configs.Mesh())
     params = transformer.init(MODEL, jax.random.key(0), "scalar")
     responses, rows = ["4", "sure , four .", ""], [*ROWS, ROWS[0]]
-    score = jax.jit(lambda batch: logprobs.scores(MODEL, params, batch))
+    score = jax.jit(lambda batch: scoring.scores(MODEL, params, batch))
     with jax.set_mesh(mesh):
         found = rewards.read_text(score, own, 200, budget, mesh, rows, responses)
     for row, response, mine in zip(rows, responses, found, strict=True):
         said = [*row["prompt"], {"role": "assistant", "content": response}]
         tokens = jnp.array(chat.encode_conversations(own, [said])[0][0])
         assert tokens[-1] == chat.end_token(own)
-        alone = logprobs.score_alone(MODEL, params, tokens[None], jnp.array([len(tokens)]))
+        alone = scoring.score_alone(MODEL, params, tokens[None], jnp.array([len(tokens)]))
         np.testing.assert_allclose(mine, alone[0], atol=2e-5)
 
 
@@ -103,14 +143,18 @@ def test_of_too_long_a_text_the_end_is_read(tokenizers):
         return jnp.zeros(1)
 
     rewards.read_text(score, own, 16, 64, mesh, ROWS[1:], ["sure , four ."])
-    whole = chat.encode_comparisons(own, [{**ROWS[1], "chosen": "sure , four .", "rejected": ""}])[0][0]
+    whole = chat.encode_comparisons(own, [{**ROWS[1], "chosen": "sure , four .", "rejected": ""}])[
+        0
+    ][0]
     assert len(whole) > 16 and heard == [whole[-16:]]
 
 
 def saved(directory, model, tokenizer, max_length):
     """What `rewards.build` reads of a finished reward model's run, and its parameters."""
     tokenizer.save_pretrained(directory / "tokenizer")
-    config = configs.Config(stage="ranking", model=dataclasses.replace(model, max_length=max_length))
+    config = configs.Config(
+        stage="ranking", model=dataclasses.replace(model, max_length=max_length)
+    )
     (directory / "config.json").write_text(configs.to_json(config))
     return transformer.init(model, jax.random.key(1), "scalar")
 
@@ -125,17 +169,28 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards.roles, "load", lambda model, head, mesh, key, path: made[path.name])
     with jax.set_mesh(mesh):
         reward = rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
-        assert set(reward.params) == {"reward"} and reward.judges == [] and reward.model.vocab_size == 400
+        assert (
+            set(reward.params) == {"reward"}
+            and reward.judges == []
+            and reward.model.vocab_size == 400
+        )
         reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
-        score = jax.jit(lambda batch: logprobs.scores(MODEL, made["other"], batch))
+        score = jax.jit(lambda batch: scoring.scores(MODEL, made["other"], batch))
         alone = rewards.read_text(score, other, 72, 4096, mesh, ROWS, ["4", "y"])
         np.testing.assert_allclose(reward.judged(ROWS, ["4", "y"]), 0.5 * alone, rtol=1e-6)
         config.ppo.reward_fn, config.ppo.reward_fn_weight = "configs.arithmetic:reward", 3.0
         reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
-        np.testing.assert_allclose(reward.judged(ROWS, ["4", "y"]), 0.5 * alone + [3.0, 0.0], rtol=1e-6)
+        np.testing.assert_allclose(
+            reward.judged(ROWS, ["4", "y"]), 0.5 * alone + [3.0, 0.0], rtol=1e-6
+        )
         reward = rewards.build(config, mesh, {}, policy)
         assert reward.params == {} and reward.judged(ROWS, ["5", "1000"]).tolist() == [0.0, 3.0]
-    (tmp_path / "same" / "config.json").write_text(json.dumps(
-        json.loads((tmp_path / "same" / "config.json").read_text()) | {"model.max_length": 20}))  # fmt: skip
-    with pytest.raises(UserError, match="ppo.response_length=36 is over max_length=20 of the reward model"):
+    (tmp_path / "same" / "config.json").write_text(
+        json.dumps(
+            json.loads((tmp_path / "same" / "config.json").read_text()) | {"model.max_length": 20}
+        )
+    )
+    with pytest.raises(
+        UserError, match="ppo.response_length=36 is over max_length=20 of the reward model"
+    ):
         rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)

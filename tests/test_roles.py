@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from test_models import tiny
 
-from alignjax import convert, roles, sharding
 from alignjax.config import Mesh, UserError
+from alignjax.machine import sharding
 from alignjax.models import families
+from alignjax.weights import hf, roles, safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY = jax.random.key(3)
@@ -20,13 +21,15 @@ MESHES = [Mesh(data=1, fsdp=4, tensor=2), Mesh(data=4, fsdp=1, tensor=2), Mesh(d
 
 
 def equal(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, a, b))
+    )
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen", "qwen2_tied", "qwen3"])
 def test_a_mesh_gets_what_the_files_hold(name, mesh):
-    model, params = convert.load_hf(GOLDEN / name, "lm")
+    model, params = hf.load_hf(GOLDEN / name, "lm")
     mesh = sharding.make_mesh(mesh)
     placed = roles.load(model, "lm", mesh, KEY, GOLDEN / name)
     assert equal(placed, params)
@@ -35,14 +38,17 @@ def test_a_mesh_gets_what_the_files_hold(name, mesh):
 
 def test_a_scalar_role_takes_the_head_that_is_there_or_a_fresh_one():
     mesh = sharding.make_mesh(MESHES[0])
-    model, params = convert.load_hf(GOLDEN / "qwen2_score", "scalar")
+    model, params = hf.load_hf(GOLDEN / "qwen2_score", "scalar")
     assert equal(roles.load(model, "scalar", mesh, KEY, GOLDEN / "qwen2_score"), params)
     for name in ("qwen2", "qwen2_tied"):
-        model, params = convert.load_hf(GOLDEN / name, "lm")
+        model, params = hf.load_hf(GOLDEN / name, "lm")
         params["head"] = roles.fresh(model, "scalar", mesh, KEY, "head")["head"]
-        assert params["head"]["kernel"].shape == (32, 1) and np.asarray(params["head"]["kernel"]).std() > 0.02
+        assert (
+            params["head"]["kernel"].shape == (32, 1)
+            and np.asarray(params["head"]["kernel"]).std() > 0.02
+        )
         assert equal(roles.load(model, "scalar", mesh, KEY, GOLDEN / name), params)
-        assert "head" not in convert.load_hf(GOLDEN / name, "scalar")[1]
+        assert "head" not in hf.load_hf(GOLDEN / name, "scalar")[1]
 
 
 class Counted(np.ndarray):
@@ -62,10 +68,14 @@ def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path
     """Each cut makes one shard out of as many elements of the file; equal shards are read once for all devices."""
     bias, norm = families.SHAPES[family]
     model, params = tiny(
-        family=family, qkv_bias=bias, qk_norm=norm, kv_heads=4 if family == "qwen" else 2, vocab_size=96
+        family=family,
+        qkv_bias=bias,
+        qk_norm=norm,
+        kv_heads=4 if family == "qwen" else 2,
+        vocab_size=96,
     )
-    convert.save_hf(model, params, tmp_path)
-    opened, cuts = convert.open_hf, []
+    hf.save_hf(model, params, tmp_path)
+    opened, cuts = hf.open_hf, []
 
     def open_counted(directory, head):
         model, views = opened(directory, head)
@@ -79,16 +89,25 @@ def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path
         cuts.append(part.shape)
         return part
 
-    whole = convert.cut
-    monkeypatch.setattr(convert, "open_hf", open_counted)
-    monkeypatch.setattr(convert, "cut", cut)
+    whole = hf.cut
+    monkeypatch.setattr(hf, "open_hf", open_counted)
+    monkeypatch.setattr(hf, "cut", cut)
     placed = roles.load(model, "lm", sharding.make_mesh(mesh), KEY, tmp_path)
     assert equal(placed, params)
     shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(placed)]
-    sizes = [x.size // np.prod(shape) for x, shape in zip(jax.tree.leaves(placed), shards, strict=True)]
-    assert sorted(cuts) == sorted(shape for shape, n in zip(shards, sizes, strict=True) for _ in range(n))
+    sizes = [
+        x.size // np.prod(shape) for x, shape in zip(jax.tree.leaves(placed), shards, strict=True)
+    ]
+    assert sorted(cuts) == sorted(
+        shape for shape, n in zip(shards, sizes, strict=True) for _ in range(n)
+    )
     gate = placed["layers"]["mlp"]["gate"]["kernel"]
-    assert gate.addressable_shards[0].data.size * (mesh.fsdp if mesh.fsdp > 0 else 1) * max(mesh.tensor, 1) == gate.size
+    assert (
+        gate.addressable_shards[0].data.size
+        * (mesh.fsdp if mesh.fsdp > 0 else 1)
+        * max(mesh.tensor, 1)
+        == gate.size
+    )
 
 
 def test_the_hub_is_asked_once_and_for_no_pickles(tmp_path, monkeypatch):
@@ -96,21 +115,43 @@ def test_the_hub_is_asked_once_and_for_no_pickles(tmp_path, monkeypatch):
 
     def download(name, revision=None, allow_patterns=None):
         asked.append((name, revision))
-        there = ["config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin", "modeling.py",
-                 "onnx/model.onnx", "model-00001-of-00002.safetensors", "original/consolidated.00.pth",
-                 "consolidated.safetensors", "training_args.bin", "chat_template.jinja"]  # fmt: skip
+        there = [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "pytorch_model.bin",
+            "modeling.py",
+            "onnx/model.onnx",
+            "model-00001-of-00002.safetensors",
+            "original/consolidated.00.pth",
+            "consolidated.safetensors",
+            "training_args.bin",
+            "chat_template.jinja",
+        ]
         kept = list(huggingface_hub.utils.filter_repo_objects(there, allow_patterns=allow_patterns))
-        assert kept == ["config.json", "model.safetensors", "tokenizer.json", "model-00001-of-00002.safetensors",
-                        "chat_template.jinja"]  # fmt: skip
+        assert kept == [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "model-00001-of-00002.safetensors",
+            "chat_template.jinja",
+        ]
         shutil.copytree(GOLDEN / "qwen2", tmp_path / "snapshot", dirs_exist_ok=True)
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     roles.local.cache_clear()
-    assert roles.local("hf://Org/A-model_1.5") == roles.local("hf://Org/A-model_1.5") == tmp_path / "snapshot"
+    assert (
+        roles.local("hf://Org/A-model_1.5")
+        == roles.local("hf://Org/A-model_1.5")
+        == tmp_path / "snapshot"
+    )
     roles.local("hf://Org/A-model_1.5@refs/pr/1")
     assert asked == [("Org/A-model_1.5", None), ("Org/A-model_1.5", "refs/pr/1")]
-    assert roles.architecture(roles.local("hf://Org/A-model_1.5")) == convert.load_hf(GOLDEN / "qwen2", "lm")[0]
+    assert (
+        roles.architecture(roles.local("hf://Org/A-model_1.5"))
+        == hf.load_hf(GOLDEN / "qwen2", "lm")[0]
+    )
     assert roles.local("runs/sft") == Path("runs/sft") and len(asked) == 2
 
 
@@ -119,7 +160,9 @@ def test_a_hub_id_that_leads_nowhere_is_named(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nfor\nyou")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(UserError, match="hf://org/name@v1: .*LocalEntryNotFoundError: no network for you") as told:
+    with pytest.raises(
+        UserError, match="hf://org/name@v1: .*LocalEntryNotFoundError: no network for you"
+    ) as told:
         roles.local("hf://org/name@v1")
     assert "\n" not in str(told.value) and "name a directory" in str(told.value)
     for spec in ("hf://name", "hf://a/b/c", "hf://a/b@", "hf://a b/c"):
@@ -130,11 +173,11 @@ def test_a_hub_id_that_leads_nowhere_is_named(monkeypatch):
 def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path):
     shutil.copytree(GOLDEN / "qwen2_score", tmp_path / "in")
     config = json.loads((tmp_path / "in/config.json").read_text())
-    model, params = convert.load_hf(tmp_path / "in", "scalar")
+    model, params = hf.load_hf(tmp_path / "in", "scalar")
     assert len(config["id2label"]) == 1
-    tensors = {name: np.array(x) for name, x in convert.open_tensors(tmp_path / "in").items()}
+    tensors = {name: np.array(x) for name, x in safetensors.open_tensors(tmp_path / "in").items()}
     tensors["score.weight"] = np.concatenate([tensors["score.weight"]] * 2)
     header = {name: ("BF16", x.shape) for name, x in tensors.items()}
-    convert.write_tensors(tmp_path / "in/model.safetensors", header, iter(tensors.values()))
+    safetensors.write_tensors(tmp_path / "in/model.safetensors", header, iter(tensors.values()))
     with pytest.raises(UserError, match=r"tensor score.weight is \[2, 32\], \[1, 32\] wanted"):
         roles.load(model, "scalar", sharding.make_mesh(Mesh()), KEY, tmp_path / "in")

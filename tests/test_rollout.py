@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from test_models import TINY, tiny
 
-from alignjax import logprobs, rollout, sharding
 from alignjax.config import Mesh
-from alignjax.models import transformer
+from alignjax.machine import sharding
+from alignjax.models import scoring, transformer
+from alignjax.sampling import rollout
 
 MODEL, PARAMS = tiny(vocab_size=13)  # few words, so that responses end
 END, R = 10, 6
@@ -97,7 +98,11 @@ def sampled():
 
 def test_the_twin_has_ended_and_truncated_responses_of_many_lengths():
     *_, lengths, truncated = twin()
-    assert len(np.unique(lengths)) >= 4 and 3 <= truncated.sum() <= 9 and (lengths[~truncated] < R).any()
+    assert (
+        len(np.unique(lengths)) >= 4
+        and 3 <= truncated.sum() <= 9
+        and (lengths[~truncated] < R).any()
+    )
 
 
 LAYOUTS = {
@@ -125,7 +130,9 @@ def test_a_ring_that_wraps_many_times_loses_nothing(response_length, slots):
     order = np.arange(30) % 6
     out = run(order, slots=slots, response_length=response_length)
     assert_is_twin(out, order, response_length)
-    assert response_length == 1 or (out.lengths - 1).sum() / slots > 4 * response_length  # steps of the clock, at least
+    assert (
+        response_length == 1 or (out.lengths - 1).sum() / slots > 4 * response_length
+    )  # steps of the clock, at least
 
 
 def test_each_prompt_is_prefilled_once(monkeypatch):
@@ -151,9 +158,19 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
 
 @pytest.mark.parametrize(
     "prompts, samples, slots, found",
-    [(6, 2, 0, (6, 12)), (6, 2, 12, (6, 12)), (6, 2, 11, (6, 12)), (6, 2, 10, (1, 10)), (6, 2, 9, (1, 10)),
-     (64, 4, 100, (3, 96)), (64, 1, 64, (64, 64)), (64, 1, 32, (4, 32)), (1, 3, 1, (1, 3)), (4, 3, 1, (1, 3))],
-)  # fmt: skip
+    [
+        (6, 2, 0, (6, 12)),
+        (6, 2, 12, (6, 12)),
+        (6, 2, 11, (6, 12)),
+        (6, 2, 10, (1, 10)),
+        (6, 2, 9, (1, 10)),
+        (64, 4, 100, (3, 96)),
+        (64, 1, 64, (64, 64)),
+        (64, 1, 32, (4, 32)),
+        (1, 3, 1, (1, 3)),
+        (4, 3, 1, (1, 3)),
+    ],
+)
 def test_slots_come_in_prompts_an_eighth_of_them_at_a_time(prompts, samples, slots, found):
     assert rollout.slots_of(prompts, samples, slots) == found
 
@@ -181,10 +198,16 @@ def scored(out, temperature=1.0):
     """The scorer's log-probabilities of a Rollout's responses, 0 behind their ends."""
     r = out.logprobs.shape[1]
     p = out.tokens.shape[1] - r
-    batch = {"tokens": out.tokens, "segments": out.segments, "at": np.tile(p + np.arange(r), (len(out.tokens), 1)),
-             "positions": np.maximum(np.cumsum(out.segments, axis=1) - 1, 0)}  # fmt: skip
+    batch = {
+        "tokens": out.tokens,
+        "segments": out.segments,
+        "at": np.tile(p + np.arange(r), (len(out.tokens), 1)),
+        "positions": np.maximum(np.cumsum(out.segments, axis=1) - 1, 0),
+    }
     return np.where(
-        out.mask, jax.jit(functools.partial(logprobs.token_logprobs, MODEL))(PARAMS, batch, temperature)[0], 0
+        out.mask,
+        jax.jit(functools.partial(scoring.token_logprobs, MODEL))(PARAMS, batch, temperature)[0],
+        0,
     )
 
 
@@ -194,23 +217,32 @@ def test_the_samplers_logprobs_are_those_of_the_full_forward(settings):
     out = run(**settings)
     twins = {name: settings[name] for name in ("temperature", "top_p") if name in settings}
     assert_is_twin(out, ALL, **twins)
-    np.testing.assert_allclose(out.logprobs, scored(out, settings.get("temperature", 1.0)), atol=1e-5)
+    np.testing.assert_allclose(
+        out.logprobs, scored(out, settings.get("temperature", 1.0)), atol=1e-5
+    )
 
 
 def test_a_rounded_cache_gives_near_logprobs():
     out = run(slots=6, cache_dtype="bfloat16")
     change = np.abs(out.logprobs - scored(out))
-    assert 1e-4 < change.max() < 0.1 and not change[:, 0].max() > 1e-5  # the first token is read off no cache
+    assert (
+        1e-4 < change.max() < 0.1 and not change[:, 0].max() > 1e-5
+    )  # the first token is read off no cache
     for name, dtype in (("", jnp.float32), ("bfloat16", jnp.bfloat16)):
-        assert {x.dtype for x in jax.tree.leaves(rollout.empty_cache(MODEL, 2, 3, 4, name))} == {jnp.dtype(dtype)}
+        assert {x.dtype for x in jax.tree.leaves(rollout.empty_cache(MODEL, 2, 3, 4, name))} == {
+            jnp.dtype(dtype)
+        }
 
 
 def test_a_response_ends_with_its_end_token_and_nothing_follows(sampled):
     response = sampled.tokens[:, -R:]
     assert sampled.truncated.any() and not sampled.truncated.all()
-    for tokens, mask, found, n, truncated in zip(response, sampled.mask, sampled.logprobs, sampled.lengths,
-                                                 sampled.truncated, strict=True):  # fmt: skip
-        assert mask[:n].all() and not mask[n:].any() and not tokens[n:].any() and not found[n:].any()
+    for tokens, mask, found, n, truncated in zip(
+        response, sampled.mask, sampled.logprobs, sampled.lengths, sampled.truncated, strict=True
+    ):
+        assert (
+            mask[:n].all() and not mask[n:].any() and not tokens[n:].any() and not found[n:].any()
+        )
         assert (tokens[:n] == END).tolist() == [False] * (n - 1) + [not truncated]
         assert not truncated or n == R
     assert np.array_equal(sampled.segments[:, -R:], sampled.mask)
@@ -219,7 +251,9 @@ def test_a_response_ends_with_its_end_token_and_nothing_follows(sampled):
 
 
 def test_an_end_token_in_the_prompt_ends_nothing(sampled):
-    assert END in sampled.tokens[2, :5] and sampled.mask[2:4, 0].all() and sampled.mask[2:4].sum() > 2
+    assert (
+        END in sampled.tokens[2, :5] and sampled.mask[2:4, 0].all() and sampled.mask[2:4].sum() > 2
+    )
 
 
 def test_samples_of_a_prompt_differ_and_its_tokens_stay(sampled):
@@ -243,7 +277,10 @@ def test_another_index_gives_other_samples(sampled):
 def test_other_values_of_the_same_shapes_compile_nothing():
     generate = compiled(slots=6)
     again = jax.tree.map(lambda x: 0.9 * x, PARAMS)
-    for params, order, pad, key in ((PARAMS, ALL, 0, KEY), (again, ALL[::-1], 5, jax.random.key(9))):
+    for params, order, pad, key in (
+        (PARAMS, ALL, 0, KEY),
+        (again, ALL[::-1], 5, jax.random.key(9)),
+    ):
         generate(params, *prompts(order, pad=pad), key)
     assert generate._cache_size() == 1
 
@@ -251,7 +288,9 @@ def test_other_values_of_the_same_shapes_compile_nothing():
 def test_temperature_0_takes_the_most_probable_token():
     out = run(temperature=0.0, samples=1, slots=3)
     places = np.maximum(np.cumsum(out.segments, axis=1) - 1, 0)
-    forward = jax.jit(lambda *x: transformer.logits(MODEL, PARAMS, transformer.apply(MODEL, PARAMS, *x)[0]))
+    forward = jax.jit(
+        lambda *x: transformer.logits(MODEL, PARAMS, transformer.apply(MODEL, PARAMS, *x)[0])
+    )
     best = np.asarray(forward(out.tokens, places, out.segments)).argmax(axis=-1)[:, -R - 1 : -1]
     assert np.array_equal(out.tokens[:, -R:][out.mask], best[out.mask])
     np.testing.assert_allclose(out.logprobs, scored(out), atol=1e-5)
@@ -269,7 +308,9 @@ def test_sorts_are_seen():
 
 
 @pytest.mark.parametrize("layers, written_out, limit", [(2, True, 1.3), (4, False, 1.2 + 1 / 4)])
-def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(layers, written_out, limit, monkeypatch):
+def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(
+    layers, written_out, limit, monkeypatch
+):
     """64 slots of 8 + 512 places, for 256 prompts: what the program holds beside its results is little but the cache.
 
     And a copy of one layer of it where layers are scanned.
@@ -281,12 +322,22 @@ def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(layers, writt
     assert size == layers * 2 * 64 * 2 * (p + r) * 8 * 4  # keys and values of 2 heads of 8 float32
     params = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), "lm"))
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    generate = functools.partial(rollout.generate, model, samples=1, response_length=r, temperature=1.0, top_p=0.9,
-                                 end=END, slots=64)  # fmt: skip
+    generate = functools.partial(
+        rollout.generate,
+        model,
+        samples=1,
+        response_length=r,
+        temperature=1.0,
+        top_p=0.9,
+        end=END,
+        slots=64,
+    )
     args = params, integers(256, p), integers(256), integers(256), jax.eval_shape(lambda: KEY)
     program = jax.jit(generate).lower(*args).compile()
     assert size < program.memory_analysis().temp_size_in_bytes < limit * size
-    assert all(re.fullmatch(r"\(?(\w+\[64\]\S*,? ?)+\)?", shape) for shape in sorts(program.as_text()))
+    assert all(
+        re.fullmatch(r"\(?(\w+\[64\]\S*,? ?)+\)?", shape) for shape in sorts(program.as_text())
+    )
 
 
 # The ring of a cache, by itself.
@@ -294,23 +345,39 @@ def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(layers, writt
 
 def test_a_cache_is_the_prompts_block_and_a_ring_in_parts(monkeypatch):
     """Ten places in parts of three; two key-value heads of eight."""
-    widths = lambda blocks, axis: [(keys.shape[axis], values.shape[axis]) for keys, values in blocks]
+    widths = lambda blocks, axis: [
+        (keys.shape[axis], values.shape[axis]) for keys, values in blocks
+    ]
     cache = rollout.empty_cache(MODEL, 4, 5, 10, "")
     assert len(cache) == 2 and cache[0][0][0].shape == (4, 2, 5, 8)
     assert [widths(blocks, 2) for blocks in cache] == [[(5, 5), *[(3, 3)] * 4]] * 2
     monkeypatch.setattr(transformer, "UNROLLED", 0)
     cache = rollout.empty_cache(MODEL, 4, 5, 10, "")
     assert cache[0][0].shape == (2, 4, 2, 5, 8) and widths(cache, 3) == [(5, 5), *[(3, 3)] * 4]
-    assert [len(rollout.empty_cache(MODEL, 4, 5, r, "")) - 1 for r in (1, 2, 3, 4, 5, 9)] == [1, 2, 3, 4, 3, 3]
+    assert [len(rollout.empty_cache(MODEL, 4, 5, r, "")) - 1 for r in (1, 2, 3, 4, 5, 9)] == [
+        1,
+        2,
+        3,
+        4,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("written_out", [True, False])
 def test_filling_slots_leaves_the_others_alone(written_out, monkeypatch):
     monkeypatch.setattr(transformer, "UNROLLED", 2 * written_out)
     rng = np.random.default_rng(0)
-    old = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), rollout.empty_cache(MODEL, 6, 5, 4, ""))
-    kept = tuple(rng.normal(size=(2, 2, 2, 5, 8)).astype(np.float32) for _ in range(2))  # two prompts of two samples
-    layers = lambda cache: cache if written_out else [transformer.layer_of(cache, i) for i in range(2)]
+    old = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32),
+        rollout.empty_cache(MODEL, 6, 5, 4, ""),
+    )
+    kept = tuple(
+        rng.normal(size=(2, 2, 2, 5, 8)).astype(np.float32) for _ in range(2)
+    )  # two prompts of two samples
+    layers = lambda cache: (
+        cache if written_out else [transformer.layer_of(cache, i) for i in range(2)]
+    )
     for at in (jnp.array([4, 0, 2, 5]), None):
         slots = np.arange(4) if at is None else np.asarray(at)
         start = jax.tree.map(lambda x: x[..., :4, :, :, :], old) if at is None else old
@@ -343,12 +410,17 @@ def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
     part = lambda fill: tuple(jnp.full((*lead, s, 2, width, 8), fill) for _ in range(2))
     stored = [draw(*lead, s, 2, p, 8) for _ in range(2)]
     mine = stored if layer is None else [x[layer] for x in stored]
-    blocks, seen = [tuple(stored), *(part(np.nan) for _ in range(0, r, width))], [[] for _ in range(s)]
+    blocks, seen = (
+        [tuple(stored), *(part(np.nan) for _ in range(0, r, width))],
+        [[] for _ in range(s)],
+    )
 
     @jax.jit
     def step(blocks, clock, count, q, k, v):
         kept = (k, v) if layer is None else tuple(jnp.stack([jnp.zeros_like(x), x]) for x in (k, v))
-        return rollout.reader(prompt, clock, count, r)(blocks, layer, q, k, v), rollout.write(blocks, clock, kept, r)
+        return rollout.reader(prompt, clock, count, r)(blocks, layer, q, k, v), rollout.write(
+            blocks, clock, kept, r
+        )
 
     for clock in range(3 * r):
         if clock in range(0, r, width):  # what lies around a place is masked, but it must be finite
@@ -362,16 +434,21 @@ def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
         theirs = np.zeros((s, 4, 8))
         for i, n in np.ndindex(s, 4):
             keys, values = (
-                np.concatenate([mine[j][i, n // 2, prompt[i]], [kv[j][n // 2] for kv in seen[i]]]) for j in (0, 1)
+                np.concatenate([mine[j][i, n // 2, prompt[i]], [kv[j][n // 2] for kv in seen[i]]])
+                for j in (0, 1)
             )
             theirs[i, n] = one_query(q[i, n], keys, values)
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
         filled = 2 + min(clock, r - 1) // width
         assert all(np.isnan(x).all() for x in jax.tree.leaves(blocks[filled:]))
         changed = jax.tree.map(
-            lambda a, b: int((np.asarray(a) != np.asarray(b)).sum()), before[:filled], blocks[:filled]
+            lambda a, b: int((np.asarray(a) != np.asarray(b)).sum()),
+            before[:filled],
+            blocks[:filled],
         )
-        assert sum(jax.tree.leaves(changed)) == 2 * s * 2 * 8  # a place of keys and values; the other layer's are 0
+        assert (
+            sum(jax.tree.leaves(changed)) == 2 * s * 2 * 8
+        )  # a place of keys and values; the other layer's are 0
 
 
 # `sample`, by itself.
@@ -383,7 +460,9 @@ FIVE = np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32)
 def drawn(logits, times, temperature, top_p, seed=0):
     """(tokens, log-probabilities), each [b times], of so many draws from each row of logits[b v]."""
     keys = jax.random.split(jax.random.key(seed), len(logits) * times)
-    token, logprob = draw(keys, np.repeat(np.asarray(logits, np.float32), times, axis=0), temperature, top_p)
+    token, logprob = draw(
+        keys, np.repeat(np.asarray(logits, np.float32), times, axis=0), temperature, top_p
+    )
     return np.asarray(token).reshape(-1, times), np.asarray(logprob).reshape(-1, times)
 
 
@@ -394,7 +473,9 @@ def kept(p, top_p):
     return p >= falling[np.searchsorted(mass, top_p * mass[-1])]
 
 
-@pytest.mark.parametrize("top_p, count", [(0.3, 1), (0.39, 1), (0.41, 2), (0.75, 3), (0.9, 4), (0.96, 5), (1e-6, 1)])
+@pytest.mark.parametrize(
+    "top_p, count", [(0.3, 1), (0.39, 1), (0.41, 2), (0.75, 3), (0.9, 4), (0.96, 5), (1e-6, 1)]
+)
 def test_top_p_keeps_the_smallest_set_with_that_mass(top_p, count):
     """Every order of a five-word vocabulary: the words that are drawn are those that are kept."""
     orders = np.array(list(itertools.permutations(range(5))))
@@ -436,14 +517,19 @@ def test_frequencies_are_those_of_the_kept_set_while_logprobs_are_of_all_words(t
     counts = np.bincount(tokens[0], minlength=140)
     assert not counts[share == 0].any()
     assert (np.abs(counts - n * share) <= 5 * np.sqrt(n * share * (1 - share)) + 1).all()
-    chi_square, words = ((counts - n * share) ** 2 / (n * share + 1e-9))[n * share > 5], (n * share > 5).sum()
+    chi_square, words = (
+        ((counts - n * share) ** 2 / (n * share + 1e-9))[n * share > 5],
+        (n * share > 5).sum(),
+    )
     assert chi_square.sum() < words + 4 * np.sqrt(2 * words)
 
 
 def test_frequencies_of_five_words_by_hand():
     """0.7 of the mass is kept: four sevenths and three; temperature 2 brings the logits back to FIVE."""
     tokens, found = drawn(2 * np.log(FIVE)[None], 10000, 2.0, 0.7)
-    np.testing.assert_allclose(np.bincount(tokens[0], minlength=5) / 10000, [4 / 7, 3 / 7, 0, 0, 0], atol=0.015)
+    np.testing.assert_allclose(
+        np.bincount(tokens[0], minlength=5) / 10000, [4 / 7, 3 / 7, 0, 0, 0], atol=0.015
+    )
     np.testing.assert_allclose(found[0], np.log(FIVE)[tokens[0]], atol=1e-6)
 
 
@@ -468,7 +554,9 @@ def test_temperature_0_is_the_most_probable_word_and_its_logprob():
     logits = np.random.default_rng(4).normal(size=(50, 300)).astype(np.float32)
     tokens, found = drawn(logits, 1, 0.0, 0.9)
     assert np.array_equal(tokens[:, 0], logits.argmax(axis=1))
-    np.testing.assert_allclose(found[:, 0], np.asarray(jax.nn.log_softmax(logits)).max(axis=1), atol=1e-5)
+    np.testing.assert_allclose(
+        found[:, 0], np.asarray(jax.nn.log_softmax(logits)).max(axis=1), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("top_p", [0.5, 1.0])
@@ -481,10 +569,19 @@ def test_peaked_and_masked_logits_give_words_that_can_be(top_p):
     assert (tokens == np.array([[0], [299], [140]])).all() and not found.any()
     masked = rng.normal(size=(4, 300))
     masked[0, rng.random(300) < 0.9] = -np.inf
-    masked[1, :256], masked[2, 128:], masked[3, np.arange(300) != 7] = np.finfo(np.float32).min, -np.inf, -np.inf
+    masked[1, :256], masked[2, 128:], masked[3, np.arange(300) != 7] = (
+        np.finfo(np.float32).min,
+        -np.inf,
+        -np.inf,
+    )
     tokens, found = drawn(masked, 500, 1.0, top_p)
     assert (np.take_along_axis(masked, tokens, axis=1) > -1e6).all()
-    assert np.isfinite(found).all() and (found <= 0).all() and (tokens[3] == 7).all() and not found[3].any()
+    assert (
+        np.isfinite(found).all()
+        and (found <= 0).all()
+        and (tokens[3] == 7).all()
+        and not found[3].any()
+    )
 
 
 def test_pick_by_hand():

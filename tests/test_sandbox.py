@@ -88,7 +88,10 @@ def test_a_program_that_is_right_passes(run, program):
 WRONG = {
     "assertion": ("assert 1 == 2, 'one\\nand two'", "AssertionError: one and two"),
     "syntax": ("def f(:", r"SyntaxError: invalid syntax \(<program>, line 1\)"),
-    "null": ("x = '\0'", "SyntaxError: source code string cannot contain null bytes|ValueError: .*"),
+    "null": (
+        "x = '\0'",
+        "SyntaxError: source code string cannot contain null bytes|ValueError: .*",
+    ),
     "surrogate": ("x = '\ud800'", "SyntaxError: .*"),
     "interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     "import": ("import numpy", "ModuleNotFoundError: No module named 'numpy'"),
@@ -186,9 +189,9 @@ def test_a_fork_bomb_stays_small_and_none_of_it_is_left(run, tmp_path):
     counter.join()
     assert verdict.reason == "timed out after 0.5 s"
     assert 5 <= max(most) <= 7  # the keeper and process 1 among them
-    assert run("import os\nfor _ in range(9):\n    if os.fork() == 0:\n        while True: pass").reason.startswith(
-        "Blocking"
-    )
+    assert run(
+        "import os\nfor _ in range(9):\n    if os.fork() == 0:\n        while True: pass"
+    ).reason.startswith("Blocking")
 
 
 def test_as_many_processes_as_allowed_and_threads_count(run):
@@ -197,7 +200,9 @@ def test_as_many_processes_as_allowed_and_threads_count(run):
     assert run(program.format(4), processes=4).reason == "RuntimeError: can't start new thread"
 
 
-@pytest.mark.parametrize("body", ["pass", "import time; time.sleep(9)", "import os; os.kill(os.getpid(), 19)"])
+@pytest.mark.parametrize(
+    "body", ["pass", "import time; time.sleep(9)", "import os; os.kill(os.getpid(), 19)"]
+)
 def test_an_infinite_loop_ends_when_its_time_is_over(run, body):
     begin = time.monotonic()
     assert run(f"while True: {body}", seconds=0.3).reason == "timed out after 0.3 s"
@@ -234,14 +239,21 @@ HOGS = {
 def test_a_program_gets_no_more_memory_than_its_limit(run, program):
     reason = run(program, memory=64 << 20, seconds=10).reason
     assert re.fullmatch(
-        r"out of memory|PermissionError: .*|OSError: .*allocate memory|killed by signal 11|SystemError: .*", reason
+        r"out of memory|PermissionError: .*|OSError: .*allocate memory|killed by signal 11|SystemError: .*",
+        reason,
     ), reason
 
 
 def test_writing_outside(run, tmp_path):
     file, stdlib = tmp_path / "file", Path(os.__file__).parent
     file.write_text("mine")
-    targets = [file, tmp_path / "new", Path("/sandboxed"), stdlib / "sandboxed.py", Path(sys.prefix) / "sandboxed"]
+    targets = [
+        file,
+        tmp_path / "new",
+        Path("/sandboxed"),
+        stdlib / "sandboxed.py",
+        Path(sys.prefix) / "sandboxed",
+    ]
     program = f"""
 import os
 for path in {list(map(str, targets))!r}:
@@ -298,7 +310,11 @@ print(found, sorted(os.listdir("/tmp")))
 
 def test_opening_sockets(run, tmp_path):
     path, abstract = str(tmp_path / "socket"), f"\0alignjax{os.getpid()}"
-    servers = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
+    servers = [
+        socket.create_server(("127.0.0.1", 0)),
+        socket.socket(socket.AF_UNIX),
+        socket.socket(socket.AF_UNIX),
+    ]
     for server, name in zip(servers[1:], (path, abstract), strict=True):
         server.bind(name)
         server.listen()
@@ -352,7 +368,9 @@ assert os.getppid() != 1, "it lives"
 
 
 def test_the_parents_limits_taken_away(run):
-    program = "import resource, time\nresource.prlimit(1, resource.RLIMIT_CPU, (0, 0))\ntime.sleep(9)"
+    program = (
+        "import resource, time\nresource.prlimit(1, resource.RLIMIT_CPU, (0, 0))\ntime.sleep(9)"
+    )
     assert not run(program, seconds=0.3).passed
 
 
@@ -368,7 +386,8 @@ raise SystemExit
 """
     verdict = run(program)
     assert (
-        verdict.output.splitlines() == ["{} 0", *["No such file or directory"] * 3] and verdict.reason == "SystemExit"
+        verdict.output.splitlines() == ["{} 0", *["No such file or directory"] * 3]
+        and verdict.reason == "SystemExit"
     )
 
 
@@ -379,14 +398,23 @@ def test_flooding_output_fills_no_memory_and_blocks_nothing(run):
     assert verdict == (False, "timed out after 0.4 s", "x" * 1000)
     assert peak() - before < 64 << 10  # KiB
     assert run("print('y' * 1_000_000)", output=10) == (True, "passed", "y" * 10)
-    assert run(WIRE + "while True: os.write(wire, b'x' * 65536)", seconds=0.3).reason == "timed out after 0.3 s"
+    assert (
+        run(WIRE + "while True: os.write(wire, b'x' * 65536)", seconds=0.3).reason
+        == "timed out after 0.3 s"
+    )
 
 
 FILES = {
     "long": ("open('a', 'wb').write(bytes(2 << 20))", "OSError: .*File too large"),
     "sparse": ("open('a', 'wb').truncate(1 << 40)", "OSError: .*File too large"),
-    "several": ("for i in range(9): open(str(i), 'wb').write(bytes(1 << 19))", "OSError: .*No space left on device"),
-    "many": ("for i in range(9999): open(str(i), 'wb').close()", "OSError: .*No space left on device.*"),
+    "several": (
+        "for i in range(9): open(str(i), 'wb').write(bytes(1 << 19))",
+        "OSError: .*No space left on device",
+    ),
+    "many": (
+        "for i in range(9999): open(str(i), 'wb').close()",
+        "OSError: .*No space left on device.*",
+    ),
     "open": ("x = [open('a', 'wb') for _ in range(999)]", "OSError: .*Too many open files.*"),
 }
 
@@ -455,8 +483,12 @@ from alignjax.evals import sandbox
 sandbox.COMMAND[-1] = {str(tmp_path / "jail.py")!r}
 sandbox.launch("import os, time; os.setsid() if os.fork() == 0 else 0; time.sleep(60)", sandbox.Limits(seconds=60))
 """
-    with subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}) as caller:
-        assert soon(lambda: len(processes(str(tmp_path))) >= 5)  # the caller, whose script has the mark too, and four
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as caller:
+        assert soon(
+            lambda: len(processes(str(tmp_path))) >= 5
+        )  # the caller, whose script has the mark too, and four
         caller.send_signal(signal.SIGKILL)
     assert soon(lambda: processes(str(tmp_path)) == [])
 
@@ -465,7 +497,9 @@ def test_a_killed_keeper_takes_its_sandbox_along(run, tmp_path):
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(run, "import time; print('x', flush=True); time.sleep(60)", seconds=60)
         assert soon(lambda: len(processes(str(tmp_path))) == 3)
-        scores = {Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in processes(str(tmp_path))}
+        scores = {
+            Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in processes(str(tmp_path))
+        }
         assert scores == {"1000\n"}  # where memory ends, the kernel takes these first
         os.kill(min(processes(str(tmp_path))), signal.SIGKILL)
         assert future.result(timeout=10).reason == "killed, and the sandbox with it"
@@ -512,12 +546,16 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 def test_an_interpreter_that_does_not_start_is_refused(unchecked, monkeypatch):
     monkeypatch.setattr(sandbox, "COMMAND", ["/nowhere/python"])
-    with pytest.raises(UserError, match="/nowhere/python can't be started|no sandbox for programs on"):
+    with pytest.raises(
+        UserError, match="/nowhere/python can't be started|no sandbox for programs on"
+    ):
         sandbox.run("pass")
 
 
 def test_an_unknown_machine_is_refused(unchecked, monkeypatch, tmp_path):
-    (tmp_path / "jail.py").write_text(JAIL.read_text().replace('"x86_64":', '"x":').replace('"aarch64":', '"y":'))
+    (tmp_path / "jail.py").write_text(
+        JAIL.read_text().replace('"x86_64":', '"x":').replace('"aarch64":', '"y":')
+    )
     assert ": x86_64 or aarch64 wanted; it takes" in refusal(monkeypatch, tmp_path / "jail.py")
 
 
@@ -533,9 +571,13 @@ LEAKS = {
 
 
 @pytest.mark.parametrize("part", LEAKS)
-def test_the_probe_finds_whatever_part_of_the_isolation_is_missing(run, unchecked, monkeypatch, tmp_path, part):
+def test_the_probe_finds_whatever_part_of_the_isolation_is_missing(
+    run, unchecked, monkeypatch, tmp_path, part
+):
     text, (instead, named) = JAIL.read_text(), LEAKS[part]
     assert part in text
     monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
     (tmp_path / "jail.py").write_text(text.replace(part, instead))
-    assert re.search(f"({named}) is not kept from programs", refusal(monkeypatch, tmp_path / "jail.py"))
+    assert re.search(
+        f"({named}) is not kept from programs", refusal(monkeypatch, tmp_path / "jail.py")
+    )

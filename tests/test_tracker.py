@@ -11,7 +11,9 @@ import pytest
 from runs import STEPS, command, fails, files_of
 
 from alignjax import config as configs
-from alignjax import metrics, records, tracker, train
+from alignjax import train
+from alignjax.runs import log as run_log
+from alignjax.runs import records, tracker
 
 
 class Run:
@@ -22,7 +24,9 @@ class Run:
         self.step = max(self.history, default=-1) + 1
 
     def log(self, figures, step):
-        assert not self.history or step >= max(self.history), "steps go down: W&B drops these figures"
+        assert not self.history or step >= max(self.history), (
+            "steps go down: W&B drops these figures"
+        )
         self.history.setdefault(step, {}).update(figures)
 
     def finish(self, exit_code):
@@ -53,23 +57,37 @@ def plain(row: dict) -> dict:
     return {k: v for k, v in row.items() if k not in ("step", "samples")}
 
 
-def test_runs_are_told_by_their_steps_and_go_on_as_the_same_ones(wandb, chain, tmp_path, monkeypatch):
+def test_runs_are_told_by_their_steps_and_go_on_as_the_same_ones(
+    wandb, chain, tmp_path, monkeypatch
+):
     """The parent is stopped by a signal in its first step; the same command goes on with it, and then runs its child."""
-    write = metrics.Log.write
+    write = run_log.Log.write
     with monkeypatch.context() as patch:
-        stop = lambda self, step, *more: (write(self, step, *more), os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr(metrics.Log, "write", stop)
+        stop = lambda self, step, *more: (
+            write(self, step, *more),
+            os.kill(os.getpid(), signal.SIGTERM),
+        )
+        patch.setattr(run_log.Log, "write", stop)
         assert train.main([*command("sft-tiny", tmp_path), "--wandb", "mine"]) == 0
     assert train.main([*command("sft-tiny", tmp_path), "--wandb", "mine"]) == 0
     assert [asked["name"] for asked in wandb.inits] == ["lm-tiny", "lm-tiny", "sft-tiny"]
     first, second, child = wandb.inits
-    assert first == second and first["id"] == (tmp_path / "lm-tiny" / "wandb-id").read_text().strip() != child["id"]
-    assert (child["project"], child["resume"], child["dir"]) == ("mine", "allow", tmp_path / "sft-tiny")
+    assert (
+        first == second
+        and first["id"] == (tmp_path / "lm-tiny" / "wandb-id").read_text().strip() != child["id"]
+    )
+    assert (child["project"], child["resume"], child["dir"]) == (
+        "mine",
+        "allow",
+        tmp_path / "sft-tiny",
+    )
     assert child["config"] == json.loads((tmp_path / "sft-tiny" / "config.json").read_text())
     assert [run.ended for run in wandb.runs] == [1, 0, 0] and wandb.runs[0].summary == {}
     for run, name in zip(wandb.runs[1:], ("lm-tiny", "sft-tiny"), strict=True):
         left = records.read(tmp_path / name)
-        assert run.history == {i: plain(left.metrics[i]) | plain(left.timing[i]) for i in range(STEPS)}
+        assert run.history == {
+            i: plain(left.metrics[i]) | plain(left.timing[i]) for i in range(STEPS)
+        }
         assert run.summary and run.summary.items() <= left.summary.items()
         assert files_of(tmp_path / name) == files_of(chain[0] / name)
 
@@ -77,7 +95,7 @@ def test_runs_are_told_by_their_steps_and_go_on_as_the_same_ones(wandb, chain, t
 def test_an_evaluation_stands_at_its_step_and_steps_do_not_go_down(wandb, tmp_path):
     config = configs.Config()
     with tracker.tracking("mine", config, tmp_path) as tracked:
-        log = metrics.Log(tmp_path, "run", 0, 4, (), tracker=tracked)
+        log = run_log.Log(tmp_path, "run", 0, 4, (), tracker=tracked)
         for i in range(4):
             if i == 2:
                 log.evaluate(i, lambda state: ({"score": 0.5, "kl": math.nan}, []), None)
@@ -112,9 +130,15 @@ def test_what_fails_is_said_and_stops_nothing(wandb, tmp_path):
         tracked.log(-1, {"loss": 1.0})  # which the fake refuses
         tracked.log(1, {"loss": 1.0})
         tracked.summary({"x": 1})
-    assert len(said) == 2 and wandb.runs[0].history == {0: {"loss": 1.0}} and wandb.runs[0].summary == {}
-    assert said[0] == ("lm: Weights & Biases can't be used (ConnectionError: no route to host); the figures are kept "
-                       "offline, `wandb sync` sends them")  # fmt: skip
+    assert (
+        len(said) == 2
+        and wandb.runs[0].history == {0: {"loss": 1.0}}
+        and wandb.runs[0].summary == {}
+    )
+    assert said[0] == (
+        "lm: Weights & Biases can't be used (ConnectionError: no route to host); the figures are kept "
+        "offline, `wandb sync` sends them"
+    )
     assert said[1].startswith("lm: Weights & Biases: AssertionError: ") and said[1].endswith(
         "the run goes on without it"
     )

@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignjax import config as configs
-from alignjax import sharding, vocabulary
-from alignjax.vocabulary import token_logprobs
+from alignjax.machine import sharding
+from alignjax.models import vocabulary
+from alignjax.models.vocabulary import token_logprobs
 
 B, T, D = 4, 6, 16
 TOKENS = B * T
@@ -23,7 +24,9 @@ def dense(hidden, kernel, targets, temperature=1.0, tied=False):
     """The plain formulas, with all the logits."""
     z = hidden.astype(jnp.float32) @ (kernel.T if tied else kernel) / temperature
     logp = jax.nn.log_softmax(z)
-    return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], -(jnp.exp(logp) * logp).sum(-1)
+    return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], -(jnp.exp(logp) * logp).sum(
+        -1
+    )
 
 
 def arrays(v, scale=1.0, tied=False):
@@ -32,7 +35,11 @@ def arrays(v, scale=1.0, tied=False):
     hidden, kernel = scale * rng.normal(size=(B, T, D)), rng.normal(size=(D, v)) * D**-0.5
     weights = rng.normal(size=(2, B, T))
     kernel = kernel.T if tied else kernel
-    return *(x.astype(np.float32) for x in (hidden, kernel)), rng.integers(0, v, (B, T)), *weights.astype(np.float32)
+    return (
+        *(x.astype(np.float32) for x in (hidden, kernel)),
+        rng.integers(0, v, (B, T)),
+        *weights.astype(np.float32),
+    )
 
 
 def gradients(read, temperature=1.0, tied=False):
@@ -57,7 +64,9 @@ def cut(monkeypatch, width, tokens=TOKENS):
 
 
 def same(ours, theirs, tolerance=2e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), ours, theirs
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -96,7 +105,9 @@ def test_the_temperature_may_be_traced_and_has_no_gradient():
     hidden, kernel, targets, *_ = arrays(67)
     total = lambda temperature: token_logprobs(hidden, kernel, targets, temperature)[0].sum()
     value, gradient = jax.jit(jax.value_and_grad(total))(0.7)
-    assert gradient == 0 and value == pytest.approx(float(dense(hidden, kernel, targets, 0.7)[0].sum()), rel=1e-5)
+    assert gradient == 0 and value == pytest.approx(
+        float(dense(hidden, kernel, targets, 0.7)[0].sum()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -107,7 +118,12 @@ def test_bfloat16_is_near_float32(width, tied, monkeypatch):
     hidden = jnp.asarray(hidden, jnp.bfloat16)
     for kept in (jnp.float32, jnp.bfloat16):
         (dx, dk), outputs = gradients(token_logprobs, 1.0, tied)(hidden, kernel.astype(kept), *rest)
-        assert [x.dtype for x in (dx, dk, *outputs)] == [jnp.bfloat16, kept, jnp.float32, jnp.float32]
+        assert [x.dtype for x in (dx, dk, *outputs)] == [
+            jnp.bfloat16,
+            kept,
+            jnp.float32,
+            jnp.float32,
+        ]
         (exact_dx, exact_dk), exact = expected(1.0, tied)(hidden.astype(jnp.float32), kernel, *rest)
         same(outputs, exact, 0.02)
         same((dx.astype(jnp.float32), dk.astype(jnp.float32)), (exact_dx, exact_dk), 0.05)
@@ -125,7 +141,9 @@ def largest(compiled) -> int:
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("v, width", [(152, 1000), (152, 20), (101, 20)])  # 101 is over no tensor axis
+@pytest.mark.parametrize(
+    "v, width", [(152, 1000), (152, 20), (101, 20)]
+)  # 101 is over no tensor axis
 def test_any_mesh_gives_one_device_and_gathers_a_chunk_at_most(v, width, tied, monkeypatch):
     inputs = arrays(v, tied=tied)
     wanted = expected(0.7, tied)(*inputs)
@@ -135,13 +153,23 @@ def test_any_mesh_gives_one_device_and_gathers_a_chunk_at_most(v, width, tied, m
     specs = (rows, kernel, rows, rows, rows)
     cut(monkeypatch, width, TOKENS // 4)
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs, strict=True)]
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(inputs, specs, strict=True)
+        ]
         compiled = gradients(token_logprobs, 0.7, tied).lower(*placed).compile()
         outputs = compiled(*placed)
     same(outputs, wanted)
     (dx, dk), _ = outputs
-    assert dk.sharding.is_equivalent_to(NamedSharding(mesh, kernel), 2) and dx.sharding.spec[0] == ("data", "fsdp")
-    moves = [line.split(", metadata")[0] for line in compiled.as_text().splitlines() if " all-gather" in line]
+    assert dk.sharding.is_equivalent_to(NamedSharding(mesh, kernel), 2) and dx.sharding.spec[0] == (
+        "data",
+        "fsdp",
+    )
+    moves = [
+        line.split(", metadata")[0]
+        for line in compiled.as_text().splitlines()
+        if " all-gather" in line
+    ]
     words = v // 2 if tensor else v  # of a device
     assert moves and max(map(elements, moves)) == D * min(
         width, words
@@ -151,7 +179,13 @@ def test_any_mesh_gives_one_device_and_gathers_a_chunk_at_most(v, width, tied, m
 def compiled_for(tokens, d, v, dtype=jnp.float32):
     shape = jax.ShapeDtypeStruct
     weights = shape((tokens,), jnp.float32)
-    inputs = shape((tokens, d), dtype), shape((d, v), jnp.float32), shape((tokens,), jnp.int32), weights, weights
+    inputs = (
+        shape((tokens, d), dtype),
+        shape((d, v), jnp.float32),
+        shape((tokens,), jnp.int32),
+        weights,
+        weights,
+    )
     return gradients(token_logprobs).lower(*inputs).compile()
 
 

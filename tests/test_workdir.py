@@ -5,7 +5,8 @@ from bucket import Bucket
 from runs import command, fails, files_of
 from test_faults import Crash, crash_in
 
-from alignjax import convert, report, train, workdir
+from alignjax import convert, report, train
+from alignjax.machine import workdir
 
 
 @pytest.fixture
@@ -13,13 +14,17 @@ def bucket(monkeypatch):
     found = Bucket()
     for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
         monkeypatch.setenv(name, found.url)
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # else it asks Google what kind of bucket it is
+    monkeypatch.setenv(
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+    )  # else it asks Google what kind of bucket it is
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # TensorStore's
     yield found
     found.shutdown()
 
 
-def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(bucket, chain, tmp_path, monkeypatch, capsys):
+def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(
+    bucket, chain, tmp_path, monkeypatch, capsys
+):
     """Cut off after its first checkpoint, when nothing more reaches the bucket."""
     asked = ["--config", "lm.py:tiny", "--workdir", "gs://bucket/runs/lm-tiny"]
 
@@ -48,4 +53,6 @@ def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(bucket, chain, tmp_pa
 
 
 def test_a_place_that_cannot_be_reached_is_an_error(capsys, tmp_path):
-    assert "gs://BUCKET/... wanted" in fails(capsys, *command("lm-tiny", tmp_path)[:2], "--workdir", "s3://bucket/run")
+    assert "gs://BUCKET/... wanted" in fails(
+        capsys, *command("lm-tiny", tmp_path)[:2], "--workdir", "s3://bucket/run"
+    )

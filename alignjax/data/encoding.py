@@ -26,8 +26,11 @@ class Ragged:
     def __getitem__(self, rows) -> np.ndarray:
         """As of an array: [t] for a number, [m t] for a slice or several."""
         numbers = np.arange(len(self))[rows]
-        found = pad([self.ids[self.ends[i - 1] if i else 0 : self.ends[i]] for i in np.atleast_1d(numbers)], self.width,
-                    self.left)  # fmt: skip
+        found = pad(
+            [self.ids[self.ends[i - 1] if i else 0 : self.ends[i]] for i in np.atleast_1d(numbers)],
+            self.width,
+            self.left,
+        )
         return found if np.ndim(numbers) else found[0]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -77,7 +80,10 @@ def by_chunks(encode, rows: list) -> list:
     """encode(rows), a list of tuples of ids, CHUNK rows at a time, as arrays; of several processes each has its share."""
     out, mine = [], shares.mine(rows)
     for first in range(0, len(mine), CHUNK):
-        out += [tuple(np.asarray(ids, np.int32) for ids in found) for found in encode(mine[first : first + CHUNK])]
+        out += [
+            tuple(np.asarray(ids, np.int32) for ids in found)
+            for found in encode(mine[first : first + CHUNK])
+        ]
     return shares.whole(shares.exchange_ids(out))
 
 
@@ -94,8 +100,12 @@ def encode_text(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
     window are left; nothing is dropped (0).
     """
     close = closing(tokenizer)
-    tokens = lambda some: tokenizer([row["text"] for row in some], add_special_tokens=False)["input_ids"]
-    ids = [ids for (ids,) in by_chunks(lambda some: [([*ids, close],) for ids in tokens(some)], rows)]
+    tokens = lambda some: tokenizer([row["text"] for row in some], add_special_tokens=False)[
+        "input_ids"
+    ]
+    ids = [
+        ids for (ids,) in by_chunks(lambda some: [([*ids, close],) for ids in tokens(some)], rows)
+    ]
     stream = np.concatenate(ids)
     document = np.repeat(np.arange(len(ids), dtype=np.int32), lengths_of(ids))
     n = len(stream) // length
@@ -108,11 +118,16 @@ def encode_text(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
 
 def encode_conversations(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
     """tokens, mask (1 on the assistant's tokens: the targets), segments, each [n length]; and the number dropped."""
-    encoded = by_chunks(lambda some: chat.encode_conversations(tokenizer, [row["messages"] for row in some]), rows)
+    encoded = by_chunks(
+        lambda some: chat.encode_conversations(tokenizer, [row["messages"] for row in some]), rows
+    )
     kept, dropped = fitting([len(tokens) for tokens, _ in encoded], length, "conversations")
     tokens, trained = zip(*(encoded[i] for i in kept), strict=True)
-    return {"tokens": Ragged(tokens, length), "mask": Ragged(trained, length),
-            "segments": Ragged(map(np.ones_like, tokens), length)}, dropped  # fmt: skip
+    return {
+        "tokens": Ragged(tokens, length),
+        "mask": Ragged(trained, length),
+        "segments": Ragged(map(np.ones_like, tokens), length),
+    }, dropped
 
 
 def encode_comparisons(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
@@ -120,7 +135,9 @@ def encode_comparisons(tokenizer, rows: list[dict], length: int) -> tuple[dict, 
     encoded = by_chunks(lambda some: chat.encode_comparisons(tokenizer, some), rows)
     kept, dropped = fitting([max(map(len, pair)) for pair in encoded], length, "comparisons")
     out = {"margin": np.array([rows[i].get("margin", 0.0) for i in kept], np.float32)}
-    for side, ids in zip(("chosen", "rejected"), zip(*(encoded[i] for i in kept), strict=True), strict=True):
+    for side, ids in zip(
+        ("chosen", "rejected"), zip(*(encoded[i] for i in kept), strict=True), strict=True
+    ):
         out[side], out[f"{side}_length"] = Ragged(ids, length), lengths_of(ids)
     return out, dropped
 
@@ -128,11 +145,18 @@ def encode_comparisons(tokenizer, rows: list[dict], length: int) -> tuple[dict, 
 def encode_prompts(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
     """prompts[n length], left-padded, lengths[n] and index[n] (the row's number); and the number dropped as too long."""
     encoded = by_chunks(
-        lambda some: [(ids,) for ids in chat.encode_prompts(tokenizer, [row["prompt"] for row in some])], rows
+        lambda some: [
+            (ids,) for ids in chat.encode_prompts(tokenizer, [row["prompt"] for row in some])
+        ],
+        rows,
     )
     kept, dropped = fitting([len(ids) for (ids,) in encoded], length, "prompts")
     ids, index = [encoded[i][0] for i in kept], kept.astype(np.int32)
-    return {"prompts": Ragged(ids, length, left=True), "lengths": lengths_of(ids), "index": index}, dropped
+    return {
+        "prompts": Ragged(ids, length, left=True),
+        "lengths": lengths_of(ids),
+        "index": index,
+    }, dropped
 
 
 def narrowed(rows: dict) -> dict:
@@ -141,8 +165,12 @@ def narrowed(rows: dict) -> dict:
     return rows | {"prompts": rows["prompts"][:, -width:]}
 
 
-ENCODERS = {"text": encode_text, "conversations": encode_conversations, "comparisons": encode_comparisons,
-            "prompts": encode_prompts}  # fmt: skip
+ENCODERS = {
+    "text": encode_text,
+    "conversations": encode_conversations,
+    "comparisons": encode_comparisons,
+    "prompts": encode_prompts,
+}
 
 
 def encode(rows: list[dict], kind: str, length: int, tokenizer, say) -> dict:

@@ -18,8 +18,12 @@ import pyarrow.parquet
 from alignjax.config import UserError, nearest
 from alignjax.data import shares, transcripts
 
-FIELDS = {"text": ("text",), "conversations": ("messages",), "comparisons": ("chosen", "rejected"),
-          "prompts": ("prompt",)}  # fmt: skip
+FIELDS = {
+    "text": ("text",),
+    "conversations": ("messages",),
+    "comparisons": ("chosen", "rejected"),
+    "prompts": ("prompt",),
+}
 
 
 def read(pattern: str, kind: str, skip: bool = False, say=print) -> list[dict]:
@@ -36,8 +40,10 @@ def read(pattern: str, kind: str, skip: bool = False, say=print) -> list[dict]:
         raise UserError(f"{pattern}: no such file")
     for i, theirs in enumerate(shares.exchange(paths)):
         if theirs != paths:
-            raise UserError(f"{pattern}: process {i} finds {theirs}, process {jax.process_index()} {paths}; all processes "
-                            "must see the same files")  # fmt: skip
+            raise UserError(
+                f"{pattern}: process {i} finds {theirs}, process {jax.process_index()} {paths}; all processes "
+                "must see the same files"
+            )
     out = []
     for path in paths:
         found = zip(*shares.exchange(share(path, kind, skip)), strict=True)
@@ -45,7 +51,9 @@ def read(pattern: str, kind: str, skip: bool = False, say=print) -> list[dict]:
         if fatal:
             raise UserError(min(fatal)[1])
         if bad:
-            say(f"{path}: {len(bad)} bad rows skipped of {len(bad) + len(rows)}; the first: {min(bad)[1]}")
+            say(
+                f"{path}: {len(bad)} bad rows skipped of {len(bad) + len(rows)}; the first: {min(bad)[1]}"
+            )
         if not rows:
             raise UserError(f"{path}: empty, there are no {kind} in it")
         out += [row for _, row in sorted(rows, key=lambda numbered: numbered[0])]
@@ -62,7 +70,11 @@ def share(path: str, kind: str, skip: bool) -> tuple[list, list, list]:
             except UserError as error:
                 bad.append((number, str(error)))
                 if not skip:
-                    return rows, bad, [(number, f'{error}; data.on_bad_row="skip" leaves such rows out')]
+                    return (
+                        rows,
+                        bad,
+                        [(number, f'{error}; data.on_bad_row="skip" leaves such rows out')],
+                    )
     except Unreadable as error:
         return rows, bad, [error.args]
     return rows, bad, []
@@ -81,7 +93,9 @@ def lines(path: str) -> Iterator[tuple[int, str, str]]:
                 if number % count == index and line.strip():
                     yield number, f"{path}:{number}", line
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise Unreadable(number + 1, f"{path}:{number + 1}: JSON lines in UTF-8 wanted, {error}") from None
+        raise Unreadable(
+            number + 1, f"{path}:{number + 1}: JSON lines in UTF-8 wanted, {error}"
+        ) from None
 
 
 def parquet(path: str) -> Iterator[tuple[int, str, dict]]:
@@ -90,10 +104,20 @@ def parquet(path: str) -> Iterator[tuple[int, str, dict]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                numbers = range(before + (index - before - 1) % count + 1, before + len(batch) + 1, count)
-                mine = batch.take(pyarrow.array([number - before - 1 for number in numbers], pyarrow.int32()))
-                for number, value in zip(numbers, (mine if count > 1 else batch).to_pylist(), strict=True):
-                    yield number, f"{path}: row {number}", {k: v for k, v in value.items() if v is not None}
+                numbers = range(
+                    before + (index - before - 1) % count + 1, before + len(batch) + 1, count
+                )
+                mine = batch.take(
+                    pyarrow.array([number - before - 1 for number in numbers], pyarrow.int32())
+                )
+                for number, value in zip(
+                    numbers, (mine if count > 1 else batch).to_pylist(), strict=True
+                ):
+                    yield (
+                        number,
+                        f"{path}: row {number}",
+                        {k: v for k, v in value.items() if v is not None},
+                    )
                 before += len(batch)
     except (OSError, pyarrow.ArrowException) as error:
         raise Unreadable(before + 1, f"{path}: Parquet wanted, {error}") from None
@@ -118,13 +142,17 @@ def row(value, where: str, kind: str) -> dict:
         return out | {"text": value["text"]}
     if kind == "prompts":
         prompt = messages(value["prompt"], f"{where}: prompt", text=True)
-        columns = json.dumps({k: v for k, v in value.items() if k != "prompt"}, default=str)  # Parquet has more types
+        columns = json.dumps(
+            {k: v for k, v in value.items() if k != "prompt"}, default=str
+        )  # Parquet has more types
         return out | {"prompt": prompt, "columns": json.loads(columns)}
     if kind == "conversations":
         turns = messages(value["messages"], f"{where}: messages", text=False)
         if not any(m["role"] == "assistant" for m in turns):
             roles = ", ".join(m["role"] for m in turns)
-            raise UserError(f"{where}: messages: a message of the role assistant wanted, the roles found are {roles}")
+            raise UserError(
+                f"{where}: messages: a message of the role assistant wanted, the roles found are {roles}"
+            )
         return out | {"messages": turns}
     margin = value.get("margin", 0.0)
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
@@ -139,10 +167,14 @@ def comparison(value: dict, where: str) -> dict:
         if all(isinstance(side, str) for side in sides):
             sides = [transcripts.transcript(side) for side in sides]
             if None in sides:
-                raise UserError(f"{where}: comparisons without a prompt need whole conversations as chosen and rejected: "
-                                "messages, or a transcript with '\\n\\nHuman: ' and '\\n\\nAssistant: ' before its turns")  # fmt: skip
-        both = [messages(side, f"{where}: {name}", text=False)
-                for side, name in zip(sides, ("chosen", "rejected"), strict=True)]  # fmt: skip
+                raise UserError(
+                    f"{where}: comparisons without a prompt need whole conversations as chosen and rejected: "
+                    "messages, or a transcript with '\\n\\nHuman: ' and '\\n\\nAssistant: ' before its turns"
+                )
+        both = [
+            messages(side, f"{where}: {name}", text=False)
+            for side, name in zip(sides, ("chosen", "rejected"), strict=True)
+        ]
         parts = transcripts.split(*both)
         if isinstance(parts, str):
             raise UserError(
@@ -150,8 +182,10 @@ def comparison(value: dict, where: str) -> dict:
             )
         return dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))
     prompt = messages(value["prompt"], f"{where}: prompt", text=True)
-    replies = [reply(side, prompt, f"{where}: {name}")
-               for side, name in zip(sides, ("chosen", "rejected"), strict=True)]  # fmt: skip
+    replies = [
+        reply(side, prompt, f"{where}: {name}")
+        for side, name in zip(sides, ("chosen", "rejected"), strict=True)
+    ]
     return {"prompt": prompt, "chosen": replies[0], "rejected": replies[1]}
 
 
@@ -163,7 +197,9 @@ def reply(value, prompt: list[dict], where: str) -> str:
     rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
     if [m["role"] for m in rest] != ["assistant"]:
         roles = ", ".join(m["role"] for m in turns)
-        raise UserError(f"{where}: one message of the role assistant wanted after the prompt, the roles are {roles}")
+        raise UserError(
+            f"{where}: one message of the role assistant wanted after the prompt, the roles are {roles}"
+        )
     return rest[0]["content"]
 
 
@@ -172,11 +208,15 @@ def messages(value, where: str, text: bool) -> list[dict]:
     if text and isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {'text or ' if text else ''}a list of messages wanted, {found(value)}")
+        raise UserError(
+            f"{where}: {'text or ' if text else ''}a list of messages wanted, {found(value)}"
+        )
     for i, message in enumerate(value):
         for field in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(field), str):
-                raise UserError(f"{where}[{i}]: an object with {field} as text wanted, {found(message)}")
+                raise UserError(
+                    f"{where}[{i}]: an object with {field} as text wanted, {found(message)}"
+                )
     return value
 
 

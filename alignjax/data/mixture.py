@@ -22,7 +22,9 @@ from alignjax.data import encoding, files, preferences, toy
 def sources(text: str) -> list[tuple[str, float | None]]:
     """(source, weight or None) of each that is named; all have a weight or none has."""
     out = []
-    for part in re.split(r",(?![a-z_]+=)", text) if text else []:  # a comma before OPTION= is of a set's options
+    for part in (
+        re.split(r",(?![a-z_]+=)", text) if text else []
+    ):  # a comma before OPTION= is of a set's options
         weight, source = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\*)?(.*)", part.strip()).groups()
         if not source or (weight is not None and float(weight) <= 0):
             raise UserError(
@@ -34,8 +36,16 @@ def sources(text: str) -> list[tuple[str, float | None]]:
     return out
 
 
-def load(source: str, kind: str, split: str, seed: int, limit: int = 0, data_dir: str = "", skip: bool = False,
-         say=print) -> list[dict]:  # fmt: skip
+def load(
+    source: str,
+    kind: str,
+    split: str,
+    seed: int,
+    limit: int = 0,
+    data_dir: str = "",
+    skip: bool = False,
+    say=print,
+) -> list[dict]:
     """All examples (or at most `limit`) of a kind (text, conversations, comparisons, prompts) and a split (train, heldout).
 
     The world's comparisons are toy/comparisons-noisy and toy/comparisons-clean. A public set gives comparisons; or their
@@ -47,11 +57,17 @@ def load(source: str, kind: str, split: str, seed: int, limit: int = 0, data_dir
         if kind == "comparisons":
             return rows
         if kind == "prompts":
-            distinct = {prompt_of(row): {"prompt": row["prompt"], "where": row["where"]} for row in reversed(rows)}
+            distinct = {
+                prompt_of(row): {"prompt": row["prompt"], "where": row["where"]}
+                for row in reversed(rows)
+            }
             return list(distinct.values())[::-1][: limit or None]
         said = [[*row["prompt"], {"role": "assistant", "content": row["chosen"]}] for row in rows]
         if kind == "conversations":
-            return [{"messages": turns, "where": row["where"]} for turns, row in zip(said, rows, strict=True)]
+            return [
+                {"messages": turns, "where": row["where"]}
+                for turns, row in zip(said, rows, strict=True)
+            ]
         return [{"text": "\n\n".join(m["content"] for m in turns)} for turns in said]
     if not source.startswith("toy/"):
         return files.read(source, kind, skip, say)[: limit or None]
@@ -94,18 +110,28 @@ def sets(config: Config, kind: str, train: str, heldout: str, say) -> Sets:
     """
     d = config.data
     learn, held = sources(train), [source for source, _ in sources(heldout)]
-    shared = {source for source, _ in learn if source in held and not source.startswith(("toy/", "tfds/"))}
+    shared = {
+        source for source, _ in learn if source in held and not source.startswith(("toy/", "tfds/"))
+    }
     if shared and not d.heldout_share:
-        raise UserError(f"{min(shared)} is to be trained on and held out: name another file, or set data.heldout_share "
-                        "(0 now) to the share of its prompts that is held out")  # fmt: skip
+        raise UserError(
+            f"{min(shared)} is to be trained on and held out: name another file, or set data.heldout_share "
+            "(0 now) to the share of its prompts that is held out"
+        )
 
     def get(source: str, split: str) -> list[dict]:
-        rows = load(source, kind, split, config.seed, d.examples, d.data_dir, d.on_bad_row == "skip", say)
+        rows = load(
+            source, kind, split, config.seed, d.examples, d.data_dir, d.on_bad_row == "skip", say
+        )
         if source in shared:
-            rows = [row for row in rows if is_held_out(row, d.heldout_share) == (split == "heldout")]
+            rows = [
+                row for row in rows if is_held_out(row, d.heldout_share) == (split == "heldout")
+            ]
         if not rows:
-            raise UserError(f"{source}: there are no {kind} to {'hold out' if split == 'heldout' else 'train on'}; "
-                            f"data.heldout_share={d.heldout_share}")  # fmt: skip
+            raise UserError(
+                f"{source}: there are no {kind} to {'hold out' if split == 'heldout' else 'train on'}; "
+                f"data.heldout_share={d.heldout_share}"
+            )
         return rows
 
     held_out = {source: get(source, "heldout") for source in held}
@@ -114,7 +140,9 @@ def sets(config: Config, kind: str, train: str, heldout: str, say) -> Sets:
         rows = get(source, "train")
         found.append([row for row in rows if prompt_of(row) not in known])
         if len(found[-1]) < len(rows):
-            say(f"{source}: {len(rows) - len(found[-1])} of {len(rows)} {kind} dropped: their prompt is held out")
+            say(
+                f"{source}: {len(rows) - len(found[-1])} of {len(rows)} {kind} dropped: their prompt is held out"
+            )
         if not found[-1]:
             raise UserError(f"{source}: every prompt of it is held out, by {heldout}")
     weights = [weight for _, weight in learn if weight]
@@ -131,12 +159,17 @@ class Batches:
         self.rows, self.batch = rows, batch
         n = len(next(iter(rows.values())))
         self.epoch = -(-n // batch)  # steps in which as many examples go by as there are
-        shuffled = lambda first, n, seed: grain.MapDataset.source(range(first, first + n)).seed(seed).shuffle().repeat()
+        shuffled = lambda first, n, seed: (
+            grain.MapDataset.source(range(first, first + n)).seed(seed).shuffle().repeat()
+        )
         if weights is None:
             self.index = shuffled(0, n, seed)
         else:
             starts = np.cumsum([0, *sizes[:-1]]).tolist()
-            each = [shuffled(first, size, seed + i) for i, (first, size) in enumerate(zip(starts, sizes, strict=True))]
+            each = [
+                shuffled(first, size, seed + i)
+                for i, (first, size) in enumerate(zip(starts, sizes, strict=True))
+            ]
             self.index = grain.MapDataset.mix(each, weights)
 
     def order(self, step: int) -> np.ndarray:
@@ -148,7 +181,9 @@ class Batches:
         return {k: v[chosen] for k, v in self.rows.items()}
 
 
-def batches(config: Config, found: Sets, kind: str, length: int, batch: int, tokenizer, say) -> Batches:
+def batches(
+    config: Config, found: Sets, kind: str, length: int, batch: int, tokenizer, say
+) -> Batches:
     """Batches of what is learnt from, as arrays; `index`, of prompts, numbers the rows of all sources as one list."""
     parts, before = [], 0
     for rows in found.train:

@@ -81,7 +81,9 @@ def pack(lengths, groups, longest: int, budget: int, shards: int = 1) -> list[La
             else:
                 free = before
                 later.append(group)
-        out.append(layout(spots, lengths, min(rows_of(int((free < width).sum()), shards), most), width))
+        out.append(
+            layout(spots, lengths, min(rows_of(int((free < width).sum()), shards), most), width)
+        )
         left = later
     return out
 

@@ -23,12 +23,23 @@ from alignjax.data.preferences.base import instructions
 
 def main(argv=None) -> int:
     """The exit code: 0, 2 after a mistake of the user's, 128 + the signal after one that stopped it."""
-    parser = argparse.ArgumentParser(prog="python -m alignjax.data.prepare", description=__doc__, allow_abbrev=False,
-                                     epilog=options(), formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m alignjax.data.prepare",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog=options(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("name", metavar="NAME[:OPTION=VALUE,...]", help="the set")
-    parser.add_argument("--manual_dir", default="", help="a directory with the set's files, in place of a download; "
-                        "default: downloads/manual below DATA_DIR, if they are there")  # fmt: skip
-    parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR, or ~/tensorflow_datasets")
+    parser.add_argument(
+        "--manual_dir",
+        default="",
+        help="a directory with the set's files, in place of a download; "
+        "default: downloads/manual below DATA_DIR, if they are there",
+    )
+    parser.add_argument(
+        "--data_dir", default="", help="default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
+    )
     arguments = parser.parse_args(argv)
     try:
         prepare(arguments.name, arguments.manual_dir, arguments.data_dir)
@@ -41,9 +52,13 @@ def main(argv=None) -> int:
 
 def options() -> str:
     """Every set with its options and their defaults; alignjax/data/preferences says what they mean."""
-    lines = ["sets, and their options with the defaults (alignjax/data/preferences says what they mean):"]
+    lines = [
+        "sets, and their options with the defaults (alignjax/data/preferences says what they mean):"
+    ]
     for name, builder in preferences.FAMILIES.items():
-        lines += [f"  {name:30}{','.join(f'{k}={v}'.lower() for k, v in asdict(builder.Options()).items())}"]
+        lines += [
+            f"  {name:30}{','.join(f'{k}={v}'.lower() for k, v in asdict(builder.Options()).items())}"
+        ]
     return "\n".join(lines)
 
 
@@ -63,13 +78,22 @@ def prepare(spec: str, manual_dir: str = "", data_dir: str = "") -> None:
         return
     with alone(family, spec):
         downloads = family.parent / "downloads" / family.name
-        for path in (*target.parent.glob("incomplete.*"), *downloads.glob("*.tmp.*")):  # of a process that was killed
+        for path in (
+            *target.parent.glob("incomplete.*"),
+            *downloads.glob("*.tmp.*"),
+        ):  # of a process that was killed
             shutil.rmtree(path)
-        absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS warns of options that aren't the default
+        absl_logging.set_verbosity(
+            absl_logging.ERROR
+        )  # TFDS warns of options that aren't the default
         made = builder(config=config, data_dir=family.parent)
         if manual_dir:
             sources = made.files()
-            absent = {name: x for name, x in sources.items() if not (Path(manual_dir).expanduser() / name).is_file()}
+            absent = {
+                name: x
+                for name, x in sources.items()
+                if not (Path(manual_dir).expanduser() / name).is_file()
+            }
             if absent:
                 raise UserError(
                     f"{spec}: {manual_dir} lacks {len(absent)} of {len(sources)} files; {instructions(absent)}"
@@ -77,7 +101,9 @@ def prepare(spec: str, manual_dir: str = "", data_dir: str = "") -> None:
         tfds.enable_progress_bar()
         downloader.MAX_RETRIES = 3  # TFDS's 10 take minutes to find that there is no network
         logging.getLogger("urllib3").setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS would say in bold that the sizes are unknown
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # TFDS would say in bold that the sizes are unknown
             made.download_and_prepare(
                 file_format="array_record",
                 download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None),
@@ -102,10 +128,16 @@ def table(spec: str, data_dir: str = "") -> str:
     lines = [f"{spec}: prepared in {preferences.directory(spec, data_dir)}"]
     lines += [f"  {'split':12}{'rows read':>12}{'dropped':>12}{'pairs kept':>12}"]
     for split, counts in counted["splits"].items():
-        lines += [f"  {split:12}{counts['rows']:12,}{sum(counts['dropped'].values()):12,}{counts['pairs']:12,}"]
-        lines += [f"  {'':24}{number:12,}  {reason}" for reason, number in counts["dropped"].items()]
+        lines += [
+            f"  {split:12}{counts['rows']:12,}{sum(counts['dropped'].values()):12,}{counts['pairs']:12,}"
+        ]
+        lines += [
+            f"  {'':24}{number:12,}  {reason}" for reason, number in counts["dropped"].items()
+        ]
     for name, (found, published) in counted["files"].items():
-        verdict = "as published" if found == published else f"published: {published or 'no checksum'}"
+        verdict = (
+            "as published" if found == published else f"published: {published or 'no checksum'}"
+        )
         lines += [f"  sha256 {found}  {name} ({verdict})"]
     return "\n".join(lines)
 
@@ -120,6 +152,10 @@ if __name__ == "__main__":
     try:
         code = main()
     except KeyboardInterrupt as stopped:
-        print("alignjax: stopped, and nothing is half made; the same command starts again", file=sys.stderr, flush=True)
+        print(
+            "alignjax: stopped, and nothing is half made; the same command starts again",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(128 + stopped.args[0])  # a plain exit would wait for the threads of a download
     sys.exit(code)

@@ -9,7 +9,7 @@ import json
 import jax
 import numpy as np
 
-from alignjax import processes
+from alignjax.machine import processes
 
 
 def mine(items):

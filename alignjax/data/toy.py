@@ -22,17 +22,28 @@ TASKS = tuple(SIZES_OF_TASKS)
 # Ways to put an answer. The first is the good one; none other is, though the answer be right.
 FORMS = ("sure , {} .", "{}", "um well i guess {} maybe", "{} {} .", "what ? {} !")
 COURTESY = frozenset(re.findall(r"\w+", " ".join(FORMS)))
-RIGHT_GOOD, RIGHT_BAD, WRONG_GOOD = 0.35, 0.25, 0.20  # shares of responses; the rest is wrong and badly put
+RIGHT_GOOD, RIGHT_BAD, WRONG_GOOD = (
+    0.35,
+    0.25,
+    0.20,
+)  # shares of responses; the rest is wrong and badly put
 RIGHTNESS_WEIGHT, FORM_WEIGHT = 0.7, 0.3
 SAME_FORM = 0.7  # share of comparisons put in one form, which only reading can tell apart
 FLIPPED = 0.1  # share of noisy comparisons whose label is wrong
 CLEAN_DIFFERENCE = 0.15  # clean comparisons differ by at least this in true score
-ENGLISH = 0.25  # share of the text's characters that is English; it is small, so its paragraphs come back
+ENGLISH = (
+    0.25  # share of the text's characters that is English; it is small, so its paragraphs come back
+)
 HELDOUT = 10  # one prompt, and one paragraph of English, in so many is held out
 
 # How many examples there are, of train and of heldout; of text, how many documents of the world.
-SIZES = {"text": (32000, 1000), "conversations": (20000, 1000), "comparisons-noisy": (24000, 1000),
-         "comparisons-clean": (1000, 1000), "prompts": (10000, 400)}  # fmt: skip
+SIZES = {
+    "text": (32000, 1000),
+    "conversations": (20000, 1000),
+    "comparisons-noisy": (24000, 1000),
+    "comparisons-clean": (1000, 1000),
+    "prompts": (10000, 400),
+}
 
 
 def pick(rng, pool, low: int, high: int) -> list[str]:
@@ -92,7 +103,10 @@ def true_score(prompt: str, response: str) -> float:
 def once(words: list[str]) -> list[str]:
     """The shortest block that the words are whole repetitions of."""
     n = len(words)
-    return next((words[:k] for k in range(1, n // 2 + 1) if n % k == 0 and words[:k] * (n // k) == words), words)
+    return next(
+        (words[:k] for k in range(1, n // 2 + 1) if n % k == 0 and words[:k] * (n // k) == words),
+        words,
+    )
 
 
 def edit_distance(a: list[str], b: list[str]) -> int:
@@ -160,9 +174,14 @@ def world_text(rng, stream) -> str:
         span = " ".join(pick(rng, THINGS + NAMES, 3, 8))
         return " ".join([f"{span} ."] * 3)
     if kind == 1:
-        facts = [f"{n} {t} ." for n, t in zip(pick(rng, NAMES, 4, 4), pick(rng, THINGS, 4, 4), strict=True)]
+        facts = [
+            f"{n} {t} ."
+            for n, t in zip(pick(rng, NAMES, 4, 4), pick(rng, THINGS, 4, 4), strict=True)
+        ]
         return " ".join(" ".join(pick(rng, facts, 4, 4)) for _ in range(3))
-    return "\n".join(f"{prompt} = {' '.join(answer(prompt))} ." for prompt in (next(stream) for _ in range(3)))
+    return "\n".join(
+        f"{prompt} = {' '.join(answer(prompt))} ." for prompt in (next(stream) for _ in range(3))
+    )
 
 
 def english(split: str) -> list[str]:
@@ -172,7 +191,12 @@ def english(split: str) -> list[str]:
     """
     from pydoc_data.topics import topics  # half a megabyte that only this needs
 
-    found = {" ".join(p.split()): None for key in sorted(topics) for p in topics[key].split("\n\n") if len(p) > 80}
+    found = {
+        " ".join(p.split()): None
+        for key in sorted(topics)
+        for p in topics[key].split("\n\n")
+        if len(p) > 80
+    }
     return [p for p in found if heldout(p) == (split == "heldout")]
 
 
@@ -195,13 +219,18 @@ def tokenizer_texts(seed: int) -> list[str]:
     one token."""
     marks = {mark for form in FORMS for mark in form.split() if not mark.isalpha() and mark != "{}"}
     words = sorted({*NAMES, *THINGS, *NUMBERS, *TASKS, *COURTESY, *marks, "and"})
-    return [row["text"] for row in examples("text", "train", seed, 4000)] + [f"{w} {w}" for w in words] * 1500
+    return [row["text"] for row in examples("text", "train", seed, 4000)] + [
+        f"{w} {w}" for w in words
+    ] * 1500
 
 
 def conversations(rng, stream, n: int) -> list[dict]:
     """n conversations of one turn each, of mixed quality."""
     pairs = [(p, make_response(rng, p)[0]) for p in (next(stream) for _ in range(n))]
-    return [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]} for p, r in pairs]
+    return [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]}
+        for p, r in pairs
+    ]
 
 
 def comparisons(rng, stream, n: int, noisy: bool) -> list[dict]:
@@ -220,7 +249,12 @@ def comparisons(rng, stream, n: int, noisy: bool) -> list[dict]:
         if (margin < 0) != (noisy and rng.random() < FLIPPED):
             a, b = b, a
         rows.append(
-            {"prompt": [{"role": "user", "content": prompt}], "chosen": a, "rejected": b, "margin": abs(margin)}
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "chosen": a,
+                "rejected": b,
+                "margin": abs(margin),
+            }
         )
     return rows
 
@@ -239,7 +273,9 @@ def examples(spec: str, split: str, seed: int, limit: int = 0) -> list[dict]:
     tasks = tuple(options.pop("tasks", "+".join(TASKS)).split("+"))
     most = options.pop("examples", "0")
     if options or not set(tasks) <= set(TASKS) or not most.isdecimal():
-        raise UserError(f"toy/{spec}: options wanted of tasks={'+'.join(TASKS)} and examples=NUMBER")
+        raise UserError(
+            f"toy/{spec}: options wanted of tasks={'+'.join(TASKS)} and examples=NUMBER"
+        )
     rng = np.random.default_rng([seed, list(SIZES).index(name), split == "heldout"])
     n, stream = SIZES[name][split == "heldout"], prompts(rng, split, tasks)
     n = min(limit or n, int(most) or n, n)

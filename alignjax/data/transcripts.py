@@ -15,7 +15,10 @@ def transcript(text: str) -> list[dict] | None:
     before, *turns = TURN.split(text)
     if before or not turns:
         return None
-    return [{"role": ROLES[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
+    return [
+        {"role": ROLES[who], "content": said.strip()}
+        for who, said in zip(turns[::2], turns[1::2], strict=True)
+    ]
 
 
 def split(chosen: list[dict], rejected: list[dict]) -> tuple[list[dict], str, str] | str:

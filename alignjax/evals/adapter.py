@@ -16,12 +16,19 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from alignjax import config as configs
-from alignjax import inference, sharding
-from alignjax.command import keep_programs
+from alignjax import inference
 from alignjax.config import UserError
 from alignjax.evals.requests import Requests
+from alignjax.machine import sharding
+from alignjax.machine.compilation_cache import keep_programs
 
-GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}  # what generation_kwargs may say
+GENERATION = {
+    "until",
+    "max_gen_toks",
+    "do_sample",
+    "temperature",
+    "top_p",
+}  # what generation_kwargs may say
 
 
 @register_model("alignjax")
@@ -33,11 +40,24 @@ class AlignJax(TemplateLM):
     `max_batch_size`, which the harness passes to any model, are torch's affairs.
     """
 
-    def __init__(self, run, batch_size=64, dtype="float32", tokens=4096, tensor=1, max_length=None, chat_template="",
-                 max_gen_toks=256, device=None, max_batch_size=None):  # fmt: skip
+    def __init__(
+        self,
+        run,
+        batch_size=64,
+        dtype="float32",
+        tokens=4096,
+        tensor=1,
+        max_length=None,
+        chat_template="",
+        max_gen_toks=256,
+        device=None,
+        max_batch_size=None,
+    ):
         super().__init__()
         mesh = sharding.make_mesh(configs.Mesh(tensor=int(tensor)))
-        model = inference.load(run, dtype=dtype, mesh=mesh, max_length=max_length, chat_template=chat_template)
+        model = inference.load(
+            run, dtype=dtype, mesh=mesh, max_length=max_length, chat_template=chat_template
+        )
         if not model.ends:
             raise UserError(f"{run}: a language model is wanted, this is a reward model")
         slots = 64 if str(batch_size).startswith("auto") else int(batch_size)
@@ -60,19 +80,31 @@ class AlignJax(TemplateLM):
 
     def get_model_info(self) -> dict:
         """What results.json says of the model besides."""
-        return {"run": self.run, "dtype": self.asked.model.architecture.dtype, "max_length": self.max_length}
+        return {
+            "run": self.run,
+            "dtype": self.asked.model.architecture.dtype,
+            "max_length": self.max_length,
+        }
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, continue_final_message=not add_generation_prompt,
-                                                  add_generation_prompt=add_generation_prompt)  # fmt: skip
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            continue_final_message=not add_generation_prompt,
+            add_generation_prompt=add_generation_prompt,
+        )
 
     def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
         """Tokens as the tokenizer has them by default, but for a text that has its begin token already."""
         if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = not has_bos_prefix(
+                string, self.tokenizer.decode(self.prefix_token_id)
+            )
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm=False, **kwargs
+    ) -> list[tuple[float, bool]]:
         found = [None] * len(requests)
         with progress("log-likelihoods", len(requests), disable_tqdm) as bar:
 
@@ -89,11 +121,15 @@ class AlignJax(TemplateLM):
         windows, owners = [], []
         for i, (text,) in enumerate(request.args for request in requests):
             tokens = self.tok_encode(text, add_special_tokens=False)
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length, 1
+            ):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for i, (logprob, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
             totals[i] += logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -124,14 +160,24 @@ class AlignJax(TemplateLM):
                 f"generation_kwargs: {unknown[0]}={asked[unknown[0]]!r} is not supported, only {sorted(GENERATION)}"
             )
         end = self.tokenizer.decode([self.eot_token_id])
-        return dict(strings=tuple(handle_stop_sequences(asked["until"], end)), length=asked["max_gen_toks"],
-                    temperature=asked.get("temperature", 0.0) if asked["do_sample"] else 0.0,
-                    top_p=asked.get("top_p", 1.0))  # fmt: skip
+        return dict(
+            strings=tuple(handle_stop_sequences(asked["until"], end)),
+            length=asked["max_gen_toks"],
+            temperature=asked.get("temperature", 0.0) if asked["do_sample"] else 0.0,
+            top_p=asked.get("top_p", 1.0),
+        )
 
 
 def progress(what: str, total: int, off: bool):
-    return tqdm(total=total, desc=what, unit="request", disable=off, dynamic_ncols=True, file=sys.stderr,
-                mininterval=0.5 if sys.stderr.isatty() else 15)  # fmt: skip
+    return tqdm(
+        total=total,
+        desc=what,
+        unit="request",
+        disable=off,
+        dynamic_ncols=True,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+    )
 
 
 def main() -> int:

@@ -15,21 +15,33 @@ ALONE, END = r"(?<![A-Za-z0-9'’])", r"(?![A-Za-z0-9'’])"
 
 # In order: "answer/choice is X", "X is correct", a leading letter, the first letter that stands alone ("A dog" has none).
 ENGLISH = (
-    r"(?i:\b(?:answer|choice|option)s?(?: (?!not\b|[a-z]\b)\w+){0,3}?" + CLOSE + r"(?:\s*(?:is|would be|should be|must be)"
-    r"\b|\s*=|(?<=[:：]))" + CLOSE + OPEN + r"(?:(?:therefore|most likely|option|choice|letter)\b[:：]?\s*)*)" + OPEN
-    + "X" + END,
+    r"(?i:\b(?:answer|choice|option)s?(?: (?!not\b|[a-z]\b)\w+){0,3}?"
+    + CLOSE
+    + r"(?:\s*(?:is|would be|should be|must be)"
+    r"\b|\s*=|(?<=[:：]))"
+    + CLOSE
+    + OPEN
+    + r"(?:(?:therefore|most likely|option|choice|letter)\b[:：]?\s*)*)"
+    + OPEN
+    + "X"
+    + END,
     ALONE + "X" + CLOSE + r"(?i:\s*(?:is|would be|seems|must be)\s+(?:the |most |a |likely )*"
     r"(?:correct|right|best|true|accurate|appropriate|answer)\b)",
     r"\A" + OPEN + r"X(?:\s*\Z|[*_`$\"'”’)\]）】」}.:：,，;、。\n])",
     ALONE + r"(?<!\bnot )(?![AI] (?!(?:is|because|since|as|and|would|seems)\b)[a-z])X" + END,
-)  # fmt: skip
+)
 CHINESE = (
     r"(?:答案|选项|正确|合适|恰当|符合题意|错误)(?:的(?:选项|答案|一项|说法)?)?(?:应该|应当|应|就|可能)?(?:是|为|选|[:：])"
-    + CLOSE + OPEN + r"(?:选项|选择|答案)?" + OPEN + "X" + END,
+    + CLOSE
+    + OPEN
+    + r"(?:选项|选择|答案)?"
+    + OPEN
+    + "X"
+    + END,
     r"(?<![不误勿])(?<!不[应能会该])(?:选择|选)(?:答案)?[:：]?" + OPEN + "X" + END,
     ALONE + "X" + CLOSE + r"\s*(?:选项|项|答案)?\s*(?:的(?:说法|描述|表述))?(?:是|为)?(?:完全|最)?"
     r"(?:正确|对的|符合题意|恰当|最佳|合适)",
-)  # fmt: skip
+)
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 NUMBER = re.compile(rf"(?<![\w.])[-−]?\$?(?:{DIGITS}|\.\d+)|(?<=[A-Za-z*=×+/_^-]){DIGITS}")
 
@@ -58,8 +70,13 @@ def lettered(reply: str, options: list[str]) -> str:
 
     An option that is itself a letter (a blood group) is left: the reply's letter is then more likely the option's name.
     """
-    letters = {o.strip().rstrip(".。").lower(): x for o, x in zip(options, string.ascii_uppercase, strict=False)}
-    known = sorted((t for t in letters if t and not re.fullmatch("[a-z]", t)), key=len, reverse=True)
+    letters = {
+        o.strip().rstrip(".。").lower(): x
+        for o, x in zip(options, string.ascii_uppercase, strict=False)
+    }
+    known = sorted(
+        (t for t in letters if t and not re.fullmatch("[a-z]", t)), key=len, reverse=True
+    )
     if not known:
         return reply
     pattern = r"(?<![A-Za-z0-9])(?:" + "|".join(map(re.escape, known)) + r")(?![A-Za-z0-9])"
@@ -121,6 +138,8 @@ def words(reply: str) -> str:
     """The words of the statement (one line, or a list of items below it), else of the last line, with spaces between."""
     stated, lines = statement(reply), reply.strip().splitlines() or [""]
     if re.match(r"(?:\d+[.)]|[-*•]) ", stated):  # a list
-        stated = " ".join(re.findall(r"(?m)^\s*(?:\d+[.)]|[-*•]) +(.+)$", reply[reply.rindex(stated) :]))
+        stated = " ".join(
+            re.findall(r"(?m)^\s*(?:\d+[.)]|[-*•]) +(.+)$", reply[reply.rindex(stated) :])
+        )
     said = (w.strip(".,;:!?\"'“”‘’`*()[]") for w in re.split(r"[\s,<>]+", stated or lines[-1]))
     return " ".join(w for w in said if w and not w.isdigit())

@@ -32,8 +32,18 @@ ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # what a seccomp filte
 # Numbers of system calls: pivot_root, clone, and those refused to programs. The first nine keep memory that no limit
 # counts, or read another process's; the rest is more of the kernel than a program needs.
 MACHINES = {
-    "x86_64": (0xC000003E, 155, 56, "29 64 68 240 319 447 101 310 311 272 425 321 298 323 250 248 249"),
-    "aarch64": (0xC00000B7, 41, 220, "194 190 186 180 279 447 117 270 271 97 425 280 241 282 219 217 218"),
+    "x86_64": (
+        0xC000003E,
+        155,
+        56,
+        "29 64 68 240 319 447 101 310 311 272 425 321 298 323 250 248 249",
+    ),
+    "aarch64": (
+        0xC00000B7,
+        41,
+        220,
+        "194 190 186 180 279 447 117 270 271 97 425 280 241 282 219 217 218",
+    ),
 }  # shmget semget msgget mq_open memfd_create memfd_secret ptrace process_vm_readv process_vm_writev
 # unshare io_uring_setup bpf perf_event_open userfaultfd keyctl add_key request_key
 CLONE3, MOUNT_SETATTR = 435, 442  # the same on both
@@ -59,19 +69,60 @@ def places() -> list[str]:
 def new_root(size: int) -> None:
     """Nothing but `places`, read-only, without what is installed beside the standard library; and /tmp, of `size` bytes."""
     call("mount", None, b"/", None, PRIVATE | REC, None, said="mount private")
-    call("mount", b"tmpfs", ROOT.encode(), b"tmpfs", NOSUID | NODEV, b"size=1m,mode=755", said="mount a root")
+    call(
+        "mount",
+        b"tmpfs",
+        ROOT.encode(),
+        b"tmpfs",
+        NOSUID | NODEV,
+        b"size=1m,mode=755",
+        said="mount a root",
+    )
     os.mkdir(f"{ROOT}/tmp")
     for place in places():
         os.makedirs(ROOT + place)
-        call("mount", place.encode(), (ROOT + place).encode(), None, BIND | REC, None, said=f"mount {place}")
+        call(
+            "mount",
+            place.encode(),
+            (ROOT + place).encode(),
+            None,
+            BIND | REC,
+            None,
+            said=f"mount {place}",
+        )
     for name in ("site-packages", "dist-packages"):
         hidden = f"{ROOT}{os.path.dirname(os.__file__)}/{name}"
         if os.path.isdir(hidden):
-            call("mount", b"tmpfs", hidden.encode(), b"tmpfs", 0, b"size=4k", said=f"mount over {name}")
+            call(
+                "mount",
+                b"tmpfs",
+                hidden.encode(),
+                b"tmpfs",
+                0,
+                b"size=4k",
+                said=f"mount over {name}",
+            )
     attributes = struct.pack("4Q", READ_ONLY | NOSUID | NODEV, 0, 0, 0)
-    call("syscall", MOUNT_SETATTR, AT_FDCWD, ROOT.encode(), AT_RECURSIVE, attributes, 32, said="mount_setattr")
+    call(
+        "syscall",
+        MOUNT_SETATTR,
+        AT_FDCWD,
+        ROOT.encode(),
+        AT_RECURSIVE,
+        attributes,
+        32,
+        said="mount_setattr",
+    )
     options = f"size={size},nr_inodes=1024,mode=1777".encode()
-    call("mount", b"tmpfs", f"{ROOT}/tmp".encode(), b"tmpfs", NOSUID | NODEV | NOEXEC, options, said="mount /tmp")
+    call(
+        "mount",
+        b"tmpfs",
+        f"{ROOT}/tmp".encode(),
+        b"tmpfs",
+        NOSUID | NODEV | NOEXEC,
+        options,
+        said="mount /tmp",
+    )
     os.chdir(ROOT)
     call("syscall", MACHINES[os.uname().machine][1], b".", b".", said="pivot_root")
     call("umount2", b".", DETACH)
@@ -80,7 +131,9 @@ def new_root(size: int) -> None:
 
 def enter(size: int) -> None:
     """New namespaces and a new root, as a user that is not root: the kernel counts no processes of root's."""
-    if os.geteuid() == 0:  # with root's rights first: the interpreter may lie where only root can go
+    if (
+        os.geteuid() == 0
+    ):  # with root's rights first: the interpreter may lie where only root can go
         call("unshare", NEWNS | OTHERS)
         new_root(size)
         os.setgroups([])
@@ -90,7 +143,11 @@ def enter(size: int) -> None:
     else:
         user, group = os.geteuid(), os.getegid()
         call("unshare", NEWUSER | NEWNS | OTHERS)
-        for file, text in ("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1"):
+        for file, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{NOBODY} {user} 1"),
+            ("gid_map", f"{NOBODY} {group} 1"),
+        ):
             with open(f"/proc/self/{file}", "w") as writer:
                 writer.write(text)
         new_root(size)
@@ -101,11 +158,21 @@ def rules() -> bytes:
     architecture, _, clone, refused = MACHINES[os.uname().machine]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, KILL), (load, 0, 0, 0)]
-    steps += [(at_least, 0, 1, 0x40000000), (give, 0, 0, REFUSE | errno.EPERM)]  # x32, by other numbers
+    steps += [
+        (at_least, 0, 1, 0x40000000),
+        (give, 0, 0, REFUSE | errno.EPERM),
+    ]  # x32, by other numbers
     for number in map(int, refused.split()):
         steps += [(equal, 0, 1, number), (give, 0, 0, REFUSE | errno.EPERM)]
-    steps += [(equal, 0, 1, CLONE3), (give, 0, 0, REFUSE | errno.ENOSYS)]  # the C library then takes clone
-    steps += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 0, 1, NEWUSER | NEWNS | OTHERS | 0x02000000)]
+    steps += [
+        (equal, 0, 1, CLONE3),
+        (give, 0, 0, REFUSE | errno.ENOSYS),
+    ]  # the C library then takes clone
+    steps += [
+        (equal, 0, 3, clone),
+        (load, 0, 0, 16),
+        (any_bit, 0, 1, NEWUSER | NEWNS | OTHERS | 0x02000000),
+    ]
     steps += [(give, 0, 0, REFUSE | errno.EPERM), (give, 0, 0, ALLOW)]
     return b"".join(struct.pack("HBBI", *step) for step in steps)
 
@@ -165,13 +232,24 @@ def first(source: bytes, wire: int, null: int, limits: tuple) -> None:
     memory, processes, files, seconds = limits
     call("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     call("prctl", DUMPABLE, 0, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a signal without a handler does not reach process 1
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a signal without a handler does not reach process 1
     os.setsid()
     restrict()
     program = os.fork()
     if program == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        cap(CPU=seconds, AS=memory, NPROC=processes + 2, FSIZE=files, NOFILE=64, CORE=0, MEMLOCK=0, MSGQUEUE=0)
+        cap(
+            CPU=seconds,
+            AS=memory,
+            NPROC=processes + 2,
+            FSIZE=files,
+            NOFILE=64,
+            CORE=0,
+            MEMLOCK=0,
+            MSGQUEUE=0,
+        )
         os.dup2(null, 0)
         os.dup2(1, 2)
         os.close(null)
@@ -179,10 +257,16 @@ def first(source: bytes, wire: int, null: int, limits: tuple) -> None:
     os.close(1)
     os.close(wire)
     end = os.pidfd_open(program)
-    if end not in select.select([0, end], [], [], seconds)[0]:  # the caller gave up or is gone, or hangs
+    if (
+        end not in select.select([0, end], [], [], seconds)[0]
+    ):  # the caller gave up or is gone, or hangs
         return
     status = os.waitpid(program, 0)[1]
-    kind, number = ("signal", os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ("exit", os.WEXITSTATUS(status))
+    kind, number = (
+        ("signal", os.WTERMSIG(status))
+        if os.WIFSIGNALED(status)
+        else ("exit", os.WEXITSTATUS(status))
+    )
     os.write(2, f"{kind} {number}\n".encode())
 
 
@@ -197,7 +281,9 @@ def keep(wire: int, length: int, *limits: int) -> None:
     try:
         null = os.open("/dev/null", os.O_RDONLY)
         with open("/proc/self/oom_score_adj", "w") as writer:
-            writer.write("1000")  # where the machine's memory ends, these processes are killed before any other
+            writer.write(
+                "1000"
+            )  # where the machine's memory ends, these processes are killed before any other
         enter(limits[2])
         child = os.fork()
         if child == 0:

@@ -11,7 +11,9 @@ from alignjax.config import UserError
 from alignjax.evals.benchmark import HARNESS, Benchmark
 from alignjax.evals.tasks import bbh, ceval, gsm8k, humaneval, mmlu, world
 
-BENCHMARKS: dict[str, Benchmark] = {m.BENCHMARK.name: m.BENCHMARK for m in (mmlu, ceval, gsm8k, humaneval, bbh, world)}
+BENCHMARKS: dict[str, Benchmark] = {
+    m.BENCHMARK.name: m.BENCHMARK for m in (mmlu, ceval, gsm8k, humaneval, bbh, world)
+}
 
 
 def include_paths(names) -> list[Path]:
@@ -33,8 +35,10 @@ def load(manager: TaskManager, groups: list[dict]) -> dict:
             if "custom_dataset" in group["task"][0]:  # nothing of it comes from the hub
                 raise
             name, first = group["group"].rpartition("-")[0], str(error).strip().partition("\n")[0]
-            raise UserError(f"{name}: its data set can't be had from the hub ({first}); without the network give "
-                            f"--data_dir DATA_DIR, and {BENCHMARKS[name].source}") from error  # fmt: skip
+            raise UserError(
+                f"{name}: its data set can't be had from the hub ({first}); without the network give "
+                f"--data_dir DATA_DIR, and {BENCHMARKS[name].source}"
+            ) from error
     return manager.load(built)
 
 

@@ -3,8 +3,17 @@
 The baselines come, the report says, from their own reports and from OpenCompass.
 """
 
-COLUMNS = (("mmlu", "zero"), ("mmlu", "few"), ("ceval", "zero"), ("ceval", "few"), ("gsm8k", "zero"), ("gsm8k", "few"),
-           ("humaneval", "zero"), ("bbh", "zero"), ("bbh", "few"))  # fmt: skip
+COLUMNS = (
+    ("mmlu", "zero"),
+    ("mmlu", "few"),
+    ("ceval", "zero"),
+    ("ceval", "few"),
+    ("gsm8k", "zero"),
+    ("gsm8k", "few"),
+    ("humaneval", "zero"),
+    ("bbh", "zero"),
+    ("bbh", "few"),
+)
 ROWS = """
 GPT-3.5             -    69.1 -    52.5 -    78.2 73.2 -    70.1
 GPT-4               -    83.0 -    69.9 -    91.4 86.6 -    86.7

@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import inference, rollout, sharding, vocabulary
+from alignjax import inference
 from alignjax.config import Model, UserError
 from alignjax.data import encoding, packing
 from alignjax.evals import stops
 from alignjax.inference import CALL, calls, size
-from alignjax.models import transformer
-from alignjax.sharding import constrain
+from alignjax.machine import sharding
+from alignjax.machine.sharding import constrain
+from alignjax.models import transformer, vocabulary
+from alignjax.sampling import rollout
 
 
 class Family(NamedTuple):
@@ -33,9 +35,19 @@ class Requests:
     """Of a model: `slots` responses are decoded at once, about `tokens` tokens are read."""
 
     def __init__(self, model: inference.Model, tokens: int = 4096, slots: int = 64):
-        self.model, self.tokens, self.slots, tokenizer, ends = model, tokens, slots, model.tokenizer, model.ends
-        self.words = functools.cache(lambda: stops.words_of(tokenizer, model.architecture.vocab_size))
-        self.stops = functools.cache(lambda strings: jnp.asarray(stops.table(list(strings), ends, self.words())))
+        self.model, self.tokens, self.slots, tokenizer, ends = (
+            model,
+            tokens,
+            slots,
+            model.tokenizer,
+            model.ends,
+        )
+        self.words = functools.cache(
+            lambda: stops.words_of(tokenizer, model.architecture.vocab_size)
+        )
+        self.stops = functools.cache(
+            lambda strings: jnp.asarray(stops.table(list(strings), ends, self.words()))
+        )
 
     def loglikelihoods(self, pairs, done: Callable) -> None:
         """done(i, log p in nats, whether each token was the most probable) of the continuation in pairs[i].
@@ -50,39 +62,58 @@ class Requests:
         contexts = list(asked)
         # Those that are read by themselves leave a microbatch half full at their end.
         for family in families(contexts, self.tokens // 2):
-            self.read_family([(contexts[i], asked[contexts[i]]) for i in family.members], family.common, done)
+            self.read_family(
+                [(contexts[i], asked[contexts[i]]) for i in family.members], family.common, done
+            )
 
     def read_family(self, asked: list[tuple], common: int, done) -> None:
         """`loglikelihoods` of (context, [(request, continuation)]) of a family."""
         prefix = self.prefix(asked[0][0][:common])
-        trees = [tree(context[common:], [continuation for _, continuation in mine]) for context, mine in asked]
+        trees = [
+            tree(context[common:], [continuation for _, continuation in mine])
+            for context, mine in asked
+        ]
         lengths, shards = np.array([len(x.tokens) for x in trees]), sharding.shards(self.model.mesh)
         tokens, positions, branches = (
             encoding.pad(column, lengths.max()) for column in list(zip(*trees, strict=True))[:3]
         )
         branched = branches.max() + 1
-        for layout in packing.pack(lengths, [[i] for i in range(len(trees))], size(lengths.max()), self.tokens, shards):
+        for layout in packing.pack(
+            lengths, [[i] for i in range(len(trees))], size(lengths.max()), self.tokens, shards
+        ):
             layout = fill_up(layout, max(self.tokens // layout.place.shape[1], 1), shards)
             rows, owners = [[] for _ in layout.place], []
             for row, column in zip(*np.nonzero(layout.real & (layout.place == 0)), strict=True):
                 i = layout.sequence[row, column]
                 for (request, _), spots in zip(asked[i][1], trees[i].spots, strict=True):
-                    owners.append((request, row, slice(len(rows[row]), len(rows[row]) + len(spots))))
+                    owners.append(
+                        (request, row, slice(len(rows[row]), len(rows[row]) + len(spots)))
+                    )
                     rows[row] += [(column + at, label) for at, label in spots]
             spots = np.zeros((2, len(rows), size(max(map(len, rows)))), np.int32)
             for i, row in enumerate(rows):
                 spots[:, i, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
             trunk = np.where(layout.real, layout.sequence * branched + 1, 0)
             segments = trunk + layout.take(branches)
-            batch = {"tokens": layout.take(tokens), "positions": np.where(layout.real, layout.take(positions) + common, 0),
-                     "segments": np.stack([segments, trunk], axis=-1) if branched > 1 else segments,
-                     "at": spots[0], "labels": spots[1]}  # fmt: skip
+            batch = {
+                "tokens": layout.take(tokens),
+                "positions": np.where(layout.real, layout.take(positions) + common, 0),
+                "segments": np.stack([segments, trunk], axis=-1) if branched > 1 else segments,
+                "at": spots[0],
+                "labels": spots[1],
+            }
             found = self.model.run(READ, sharding.shard_batch(batch, self.model.mesh), prefix)
             logprobs, greedy = map(sharding.on_host, found)
             for request, row, places in owners:
-                done(request, float(logprobs[row, places].astype(np.float64).sum()), bool(greedy[row, places].all()))
+                done(
+                    request,
+                    float(logprobs[row, places].astype(np.float64).sum()),
+                    bool(greedy[row, places].all()),
+                )
 
-    def responses(self, prompts, done: Callable, *, strings=(), length=256, temperature=0.0, top_p=1.0) -> None:
+    def responses(
+        self, prompts, done: Callable, *, strings=(), length=256, temperature=0.0, top_p=1.0
+    ) -> None:
         """done(i, text) of the response to prompts[i] (tokens): up to the first of the stop strings, an end token, or
         `length` tokens. Prompts that leave no room for these lose their beginning. Temperature 0 is greedy."""
         room = self.model.max_length - length
@@ -91,8 +122,13 @@ class Requests:
                 f"responses of up to {length} tokens wanted, but the model's max_length is {self.model.max_length}"
             )
         prompts = [tuple(prompt[-room:]) for prompt in prompts]
-        settings = dict(response_length=length, temperature=temperature, top_p=top_p, end=self.model.ends[0],
-                        stops=self.stops(tuple(strings)))  # fmt: skip
+        settings = dict(
+            response_length=length,
+            temperature=temperature,
+            top_p=top_p,
+            end=self.model.ends[0],
+            stops=self.stops(tuple(strings)),
+        )
         # Those that are answered by themselves leave slots empty at their end.
         for family in families(prompts, self.slots * length):
             prefix = self.prefix(prompts[family.members[0]][: family.common])
@@ -100,16 +136,29 @@ class Requests:
             most = min(CALL * self.slots, size(len(rest)))
             for mine in calls(rest, most, self.slots):
                 for i, text in zip(
-                    mine, self.answer(prompts, family.common, prefix, mine, most, settings), strict=True
+                    mine,
+                    self.answer(prompts, family.common, prefix, mine, most, settings),
+                    strict=True,
                 ):
                     done(i, stops.cut(text, strings))
 
-    def answer(self, prompts, common: int, prefix, members: list[int], most: int, settings: dict) -> list[str]:
+    def answer(
+        self, prompts, common: int, prefix, members: list[int], most: int, settings: dict
+    ) -> list[str]:
         """The responses to some prompts of a family, as text, stop strings included."""
         rounds = -(-len(members) // self.slots)  # if all are as long: each with as many
-        ids = self.model.answer([prompts[i][common:] for i in members], members, most, prefix=prefix, key=jax.random.key(0),
-                                slots=size(-(-len(members) // rounds)), **settings)  # fmt: skip
-        return self.model.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = self.model.answer(
+            [prompts[i][common:] for i in members],
+            members,
+            most,
+            prefix=prefix,
+            key=jax.random.key(0),
+            slots=size(-(-len(members) // rounds)),
+            **settings,
+        )
+        return self.model.tokenizer.batch_decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def prefix(self, tokens) -> rollout.Prefix | None:
         if not tokens:
@@ -121,7 +170,9 @@ class Requests:
 def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
     """(log p, whether it is the most probable) of labels[rows k] behind the tokens at `at`[rows k], in nats."""
     before = None if prefix is None else (prefix.kept, prefix.real)
-    hidden, _ = transformer.apply(model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before)
+    hidden, _ = transformer.apply(
+        model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before
+    )
     hidden = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
 
     def some(part):
@@ -143,10 +194,14 @@ READ_PREFIX = jax.jit(rollout.read_prefix, static_argnums=0)
 class Tree(NamedTuple):
     """A context with its continuations as one sequence: each of these sees the context and itself."""
 
-    tokens: list[int]  # the context, then each continuation without its last token, which nothing is asked behind
+    tokens: list[
+        int
+    ]  # the context, then each continuation without its last token, which nothing is asked behind
     positions: list[int]
     branches: list[int]  # 0 is the context, i > 0 the i-th continuation that has tokens here
-    spots: list[list[tuple[int, int]]]  # of each continuation: (the place before a target, the target)
+    spots: list[
+        list[tuple[int, int]]
+    ]  # of each continuation: (the place before a target, the target)
 
 
 def tree(context: tuple, continuations: list[tuple]) -> Tree:
@@ -178,7 +233,9 @@ def families(sequences: list[tuple], worth: int) -> list[Family]:
             alone.extend(group)
 
     for last, i in zip(order, order[1:], strict=False):
-        shared = min(alike(sequences[last], sequences[i]), len(sequences[last]) - 1, len(sequences[i]) - 1)
+        shared = min(
+            alike(sequences[last], sequences[i]), len(sequences[last]) - 1, len(sequences[i]) - 1
+        )
         if 2 * shared >= max(len(sequences[last]), len(sequences[i])):
             group, common = [*group, i], min(shared, common) if len(group) > 1 else shared
         else:

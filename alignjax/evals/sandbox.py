@@ -35,7 +35,16 @@ TOKEN = 16  # bytes, as in jail
 GRACE = 5.0  # seconds that a sandbox may take to end when it is told to
 # Without what is installed (-S), the file's directory on the path (-P), and the user's site (-s). Not -I, which ignores
 # the hash seed: that makes sets of strings, and with them verdicts, repeat.
-COMMAND = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(Path(__file__).with_name("jail.py"))]
+COMMAND = [
+    sys.executable,
+    "-s",
+    "-S",
+    "-P",
+    "-B",
+    "-X",
+    "utf8",
+    str(Path(__file__).with_name("jail.py")),
+]
 HELP = (
     "it takes Linux 5.12 or later on x86-64 or arm64, user namespaces (sysctl user.max_user_namespaces, "
     "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns), and in a container a seccomp "
@@ -111,16 +120,30 @@ def launch(program: str, limits: Limits) -> Verdict:
     """`run` without the check that the sandbox holds; UserError if it can't be made."""
     source, token = program.encode(errors="surrogatepass"), secrets.token_bytes(TOKEN)
     ours, theirs = socket.socketpair()
-    values = (len(source), limits.memory, limits.processes, limits.files, math.ceil(limits.seconds) + 1)
+    values = (
+        len(source),
+        limits.memory,
+        limits.processes,
+        limits.files,
+        math.ceil(limits.seconds) + 1,
+    )
     with ours:
         with theirs:
             try:
                 process = subprocess.Popen(
-                    [*COMMAND, *map(str, (theirs.fileno(), *values))], pass_fds=[theirs.fileno()], cwd="/",
-                    env={"PYTHONHASHSEED": "0"}, start_new_session=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                    [*COMMAND, *map(str, (theirs.fileno(), *values))],
+                    pass_fds=[theirs.fileno()],
+                    cwd="/",
+                    env={"PYTHONHASHSEED": "0"},
+                    start_new_session=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
             except OSError as error:
-                raise UserError(f"no sandbox for programs: {COMMAND[0]} can't be started: {error}") from None
+                raise UserError(
+                    f"no sandbox for programs: {COMMAND[0]} can't be started: {error}"
+                ) from None
         with process:  # whatever is raised in here closes its standard input, which ends it
             with contextlib.suppress(ConnectionError):
                 ours.sendall(source + token)
@@ -128,7 +151,9 @@ def launch(program: str, limits: Limits) -> Verdict:
             (output, status, wire), late = follow(process, bounds, limits.seconds)
     status = status.decode(errors="replace").strip()
     if status and not re.fullmatch(r"(exit|signal) \d+", status):
-        raise UserError(f"no sandbox for programs on this machine: {' '.join(status.split())[-300:]}; {HELP}")
+        raise UserError(
+            f"no sandbox for programs on this machine: {' '.join(status.split())[-300:]}; {HELP}"
+        )
     passed = not late and status == "exit 0" and secrets.compare_digest(bytes(wire), token)
     reason = "passed" if passed else why(limits, late, status, wire.decode(errors="replace"))
     return Verdict(passed, reason, output.decode(errors="replace"))
@@ -166,4 +191,8 @@ def why(limits: Limits, late: bool, status: str, said: str) -> str:
         return "killed, and the sandbox with it"
     if said == "MemoryError":
         return "out of memory"
-    return " ".join(said.split()) if said and status == "exit 1" else f"left before its end, with {status}"
+    return (
+        " ".join(said.split())
+        if said and status == "exit 1"
+        else f"left before its end, with {status}"
+    )

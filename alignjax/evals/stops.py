@@ -15,13 +15,17 @@ def table(strings: list[str], ends: list[int], words: list[str]) -> np.ndarray:
     states = sorted({string[:i] for string in strings for i in range(len(string))} | {""}, key=len)
     number, q = {state: i for i, state in enumerate(states)}, len(states)
     letters = {letter: i + 1 for i, letter in enumerate(sorted(set("".join(strings))))}
-    step = np.zeros((q + 1, len(letters) + 1), np.int16)  # column 0 is any other character: back to the beginning
+    step = np.zeros(
+        (q + 1, len(letters) + 1), np.int16
+    )  # column 0 is any other character: back to the beginning
     step[q] = q
     for state, i in number.items():
         for letter, column in letters.items():
             step[i, column] = behind(state + letter, number, strings)
     lengths = np.array([len(word) for word in words])
-    order = np.argsort(-lengths, kind="stable")  # long words first: those that are left are in front
+    order = np.argsort(
+        -lengths, kind="stable"
+    )  # long words first: those that are left are in front
     out = np.repeat(np.arange(q, dtype=np.int16)[:, None], len(words), axis=1)
     for place in range(lengths.max()):
         longer = order[: (lengths > place).sum()]
@@ -46,9 +50,16 @@ def words_of(tokenizer, vocab_size: int) -> list[str]:
     known = range(min(len(tokenizer), vocab_size))
     texts = tokenizer.batch_decode([[*first, i] for i in known], clean_up_tokenization_spaces=False)
     skip = len(tokenizer.decode(first))
-    return [text[skip:].replace("\ufffd", "\0") for text in texts] + [""] * (vocab_size - len(known))
+    return [text[skip:].replace("\ufffd", "\0") for text in texts] + [""] * (
+        vocab_size - len(known)
+    )
 
 
 def cut(text: str, strings: list[str]) -> str:
     """A text up to the first of the strings in it."""
-    return text[: min((text.index(string) for string in strings if string and string in text), default=len(text))]
+    return text[
+        : min(
+            (text.index(string) for string in strings if string and string in text),
+            default=len(text),
+        )
+    ]

@@ -20,13 +20,15 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from alignjax import calibration, checkpoint, inference, metrics, roles
-from alignjax import workdir as workdirs
-from alignjax.command import say
+from alignjax import inference
 from alignjax.config import UserError, nearest
-from alignjax.evals import registry
+from alignjax.evals import calibration, registry
 from alignjax.evals.adapter import AlignJax
 from alignjax.evals.report import REPORT
+from alignjax.machine import console
+from alignjax.machine import workdir as workdirs
+from alignjax.machine.console import say
+from alignjax.weights import checkpoint, roles
 
 Z = 1.96  # standard errors on either side of an estimate: its 95 % interval
 
@@ -36,7 +38,10 @@ def evaluate(arguments) -> None:
     asked, outs = parse(arguments.tasks), places(arguments.run, arguments.out)
     settings = {"zero": ("zero",), "few": ("few",), "both": ("zero", "few")}[arguments.shots]
     columns = [
-        (name, setting) for name in asked for setting in settings if setting in registry.BENCHMARKS[name].headline
+        (name, setting)
+        for name in asked
+        for setting in settings
+        if setting in registry.BENCHMARKS[name].headline
     ]
     if not columns:
         raise UserError(f"--shots {arguments.shots}: none of {', '.join(asked)} has that setting")
@@ -49,7 +54,9 @@ def evaluate(arguments) -> None:
         loaded = list(registry.load(manager, groups)["groups"].values())
         for spec in arguments.run:
             check(spec)
-        found = {spec: answered(spec, out, manager, loaded, arguments) for spec, out in outs.items()}
+        found = {
+            spec: answered(spec, out, manager, loaded, arguments) for spec, out in outs.items()
+        }
     say("\n\n".join(tables(found, columns, arguments.examples)))
     say("\n".join(f"results and answers of {spec} in {out}" for spec, out in outs.items()))
 
@@ -60,7 +67,9 @@ def parse(text: str) -> dict[str, tuple[str, ...]]:
     for part in filter(None, text.split(",")):
         name, _, subjects = part.partition(":")
         if name not in registry.BENCHMARKS:
-            raise UserError(f"--tasks {name}: no such benchmark{nearest(name, list(registry.BENCHMARKS))}")
+            raise UserError(
+                f"--tasks {name}: no such benchmark{nearest(name, list(registry.BENCHMARKS))}"
+            )
         out[name] = tuple(filter(None, subjects.split("+")))
     if not out:
         raise UserError(f"--tasks {text!r}: some of {', '.join(registry.BENCHMARKS)} wanted")
@@ -71,10 +80,18 @@ def places(specs: list[str], out: str | None) -> dict[str, Path]:
     """{model: where its results go}: DIR/benchmarks of a run, else --out, or directories in --out of several."""
     if out is not None:
         names = {spec: spec.removeprefix("hf://").strip("/").replace("/", "__") for spec in specs}
-        return {spec: Path(out) / name if len(specs) > 1 else Path(out) for spec, name in names.items()}
+        return {
+            spec: Path(out) / name if len(specs) > 1 else Path(out) for spec, name in names.items()
+        }
     for spec in specs:
-        if spec.startswith("hf://") or not workdirs.is_local(workdirs.place(spec)) or not roles.is_run(Path(spec)):
-            raise UserError(f"--run {spec}: not a run in a local directory, so its results need a place: --out DIR")
+        if (
+            spec.startswith("hf://")
+            or not workdirs.is_local(workdirs.place(spec))
+            or not roles.is_run(Path(spec))
+        ):
+            raise UserError(
+                f"--run {spec}: not a run in a local directory, so its results need a place: --out DIR"
+            )
     return {spec: Path(spec) / "benchmarks" for spec in specs}
 
 
@@ -84,16 +101,25 @@ def check(spec: str) -> Path:
     if roles.is_run(directory):
         stage = roles.stored(directory)["stage"]
         if (stage, "lm") not in roles.ITEMS:
-            raise UserError(f"--run {spec}: a language model is wanted, this run's stage is {stage!r}")
+            raise UserError(
+                f"--run {spec}: a language model is wanted, this run's stage is {stage!r}"
+            )
         if not (directory / "summary.json").exists():
-            raise UserError(f"--run {spec}: this run is not complete; the command that began it goes on")
+            raise UserError(
+                f"--run {spec}: this run is not complete; the command that began it goes on"
+            )
     return directory
 
 
 def answered(spec: str, out: Path, manager, groups: list, arguments) -> dict:
     """The harness' results of one model, whose parameters are let go at the end, before the next model's come."""
-    model = AlignJax(spec, arguments.slots, arguments.dtype, arguments.microbatch_tokens or 4096,
-                     max_length=arguments.max_length)  # fmt: skip
+    model = AlignJax(
+        spec,
+        arguments.slots,
+        arguments.dtype,
+        arguments.microbatch_tokens or 4096,
+        max_length=arguments.max_length,
+    )
     chat = templated(arguments.template, check(spec), model.tokenizer, spec)
     say(f"{spec}: {len(groups)} groups of tasks, {'with' if chat else 'without'} the chat template")
     try:
@@ -103,9 +129,16 @@ def answered(spec: str, out: Path, manager, groups: list, arguments) -> dict:
             f"{out}: no directory for results can be made there ({error.strerror}); name another by --out"
         ) from None
     answers = str(out / f"answers-{fingerprint(spec, model)}")
-    results = lm_eval.simple_evaluate(model, tasks=groups, limit=arguments.examples, use_cache=answers,
-                                      apply_chat_template=chat, fewshot_as_multiturn=chat, task_manager=manager,
-                                      confirm_run_unsafe_code=True)  # fmt: skip
+    results = lm_eval.simple_evaluate(
+        model,
+        tasks=groups,
+        limit=arguments.examples,
+        use_cache=answers,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        task_manager=manager,
+        confirm_run_unsafe_code=True,
+    )
     dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
     for task, rows in results.pop("samples").items():
         workdirs.write(out / f"samples_{task.replace('::', '_')}.jsonl", "\n".join(map(dump, rows)))
@@ -128,7 +161,12 @@ def fingerprint(spec: str, model: AlignJax) -> str:
     """Of what answers depend on besides the question: the answers kept of another checkpoint or type are not these."""
     directory = roles.local(spec)
     step = checkpoint.newest(directory).name if roles.is_run(directory) else ""
-    facts = [str(directory.absolute()), step, model.asked.model.architecture.dtype, model.max_length]
+    facts = [
+        str(directory.absolute()),
+        step,
+        model.asked.model.architecture.dtype,
+        model.max_length,
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
@@ -141,7 +179,10 @@ def quietly():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     silent = lambda items, **_: items
     try:
-        with mock.patch("lm_eval.api.task.tqdm", silent), mock.patch("lm_eval.api.model.tqdm", silent):
+        with (
+            mock.patch("lm_eval.api.task.tqdm", silent),
+            mock.patch("lm_eval.api.model.tqdm", silent),
+        ):
             yield
     finally:
         logger.setLevel(level)
@@ -154,20 +195,30 @@ def tables(found: dict[str, dict], columns: list[tuple[str, str]], limit: int | 
     few = [(name, setting) for name, setting in columns if not registry.BENCHMARKS[name].more]
     out = []
     if few:
-        heads = [f"{registry.BENCHMARKS[name].title} {shots(name, setting)}" for name, setting in few]
+        heads = [
+            f"{registry.BENCHMARKS[name].title} {shots(name, setting)}" for name, setting in few
+        ]
         lines = [
             (spec, [cell(results, *c, registry.BENCHMARKS[c[0]].headline[c[1]]) for c in few])
             for spec, results in found.items()
         ]
-        lines += [(f"the report's {model}", [f"{row[c]:.1f}" if c in row else "-" for c in few])
-                  for model, row in REPORT.items() if any(c in row for c in few)]  # fmt: skip
-        out.append(metrics.grid(what, ("", heads), lines))
+        lines += [
+            (f"the report's {model}", [f"{row[c]:.1f}" if c in row else "-" for c in few])
+            for model, row in REPORT.items()
+            if any(c in row for c in few)
+        ]
+        out.append(console.grid(what, ("", heads), lines))
     for name in dict.fromkeys(name for name, setting in columns if (name, setting) not in few):
         benchmark = registry.BENCHMARKS[name]
-        lines = [(f"{title}, {shots(name, setting)}", [cell(results, name, setting, figure) for results in found.values()])
-                 for _, setting in (c for c in columns if c[0] == name)
-                 for title, figure in ((benchmark.title, benchmark.headline[setting]), *benchmark.more)]  # fmt: skip
-        out.append(metrics.grid(f"{name}, {what}", ("", list(found)), lines))
+        lines = [
+            (
+                f"{title}, {shots(name, setting)}",
+                [cell(results, name, setting, figure) for results in found.values()],
+            )
+            for _, setting in (c for c in columns if c[0] == name)
+            for title, figure in ((benchmark.title, benchmark.headline[setting]), *benchmark.more)
+        ]
+        out.append(console.grid(f"{name}, {what}", ("", list(found)), lines))
     return out
 
 

@@ -9,16 +9,24 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 from jax.sharding import PartitionSpec as P
 
 from alignjax.config import UserError
-from alignjax.sharding import BATCH
+from alignjax.machine.sharding import BATCH
 
 WHOLE = 64  # tokens of a row up to which "xla" takes all queries against all keys
 PARTS = 4  # of the queries of a longer row, each with its own keys: more give fewer scores, and a larger program
 BLOCK = 128  # queries of a part whose scores "xla" makes at a time, and again for the gradient: it never has all
-TILES = (512, 384, 256, 128)  # of "splash": the first that divides t; 512 is MaxText's choice, not measured here
+TILES = (
+    512,
+    384,
+    256,
+    128,
+)  # of "splash": the first that divides t; 512 is MaxText's choice, not measured here
 LANES = 128  # what the tiles, and so t, must be a multiple of
 
 
@@ -51,7 +59,10 @@ def choose(implementation, backend, dtype, shape, kv_heads, shards=(1, 1)) -> st
         "xla": (),
         "splash": ((backend == "tpu", f"a TPU, not {backend}"), heads),
         "cudnn": (
-            (backend == "gpu" and half, f"a GPU and model.dtype='bfloat16', not {backend} and {dtype}"),
+            (
+                backend == "gpu" and half,
+                f"a GPU and model.dtype='bfloat16', not {backend} and {dtype}",
+            ),
             (h % 8 == 0 and h <= 128, f"model.head_size={h} to be a multiple of 8 and at most 128"),
             heads,
         ),
@@ -89,13 +100,19 @@ def shards() -> tuple[int, int]:
 
 def xla(q, k, v, segments, prefix=None):
     """By parts of the queries, each against the keys up to its end: not much over half of the scores of a long row."""
-    t, of, segments = q.shape[1], functools.partial(block, prefix), segments.reshape(*q.shape[:2], -1)
+    t, of, segments = (
+        q.shape[1],
+        functools.partial(block, prefix),
+        segments.reshape(*q.shape[:2], -1),
+    )
     if t <= WHOLE:
         return of(q, k, v, segments, segments, 0)
     size = math.ceil(t / PARTS)
     if size <= BLOCK:
         return in_parts(of, size, q, k, v, segments)
-    of = functools.partial(in_parts, functools.partial(scanned, of), math.ceil(size / BLOCK) * BLOCK)
+    of = functools.partial(
+        in_parts, functools.partial(scanned, of), math.ceil(size / BLOCK) * BLOCK
+    )
     return padded(of, BLOCK, q, k, v, segments)
 
 
@@ -104,7 +121,9 @@ def in_parts(of, size, q, k, v, segments):
     parts = []
     for i in range(0, q.shape[1], size):
         mine, seen = slice(i, i + size), slice(i + size)
-        parts.append(of(q[:, mine], k[:, seen], v[:, seen], segments[:, mine], segments[:, seen], i))
+        parts.append(
+            of(q[:, mine], k[:, seen], v[:, seen], segments[:, mine], segments[:, seen], i)
+        )
     return jnp.concatenate(parts, axis=1)
 
 
@@ -127,20 +146,33 @@ def block(prefix, q, k, v, mine, theirs, first):
     """[b r n h] from q[b r n h], the queries from `first` on, k[b s k h], v[b s k h], and their segments, [b r c], [b s c]."""
     b, r, n, h = q.shape
     s, kv_heads = k.shape[1:3]
-    mask = (mine[:, :, None] == theirs[:, None, :, :1]).any(axis=-1) & (jnp.arange(s) <= first + jnp.arange(r)[:, None])
+    mask = (mine[:, :, None] == theirs[:, None, :, :1]).any(axis=-1) & (
+        jnp.arange(s) <= first + jnp.arange(r)[:, None]
+    )
     # Heads in front, queries of a group in one line: XLA's CPU backend takes up to twice as long for other orders.
     grouped = q.reshape(b, r, kv_heads, -1, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
-    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, k.swapaxes(1, 2), preferred_element_type=jnp.float32) * h**-0.5
+    scores = (
+        jnp.einsum("bkqh,bksh->bkqs", grouped, k.swapaxes(1, 2), preferred_element_type=jnp.float32)
+        * h**-0.5
+    )
     mask = jnp.tile(mask, (1, n // kv_heads, 1))[:, None]
     if prefix is None:
         y = jnp.einsum("bkqs,bksh->bkqh", softmax(scores, mask).astype(v.dtype), v.swapaxes(1, 2))
     else:
         keys, values, real = prefix
-        before = jnp.einsum("bkqh,skh->bkqs", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
+        before = (
+            jnp.einsum("bkqh,skh->bkqs", grouped, keys, preferred_element_type=jnp.float32)
+            * h**-0.5
+        )
         real = jnp.broadcast_to(real, (*mask.shape[:3], len(real)))
-        scores, mask = jnp.concatenate([before, scores], axis=-1), jnp.concatenate([real, mask], axis=-1)
+        scores, mask = (
+            jnp.concatenate([before, scores], axis=-1),
+            jnp.concatenate([real, mask], axis=-1),
+        )
         before, weights = jnp.split(softmax(scores, mask).astype(v.dtype), [len(values)], axis=-1)
-        y = jnp.einsum("bkqs,skh->bkqh", before, values) + jnp.einsum("bkqs,bksh->bkqh", weights, v.swapaxes(1, 2))
+        y = jnp.einsum("bkqs,skh->bkqh", before, values) + jnp.einsum(
+            "bkqs,bksh->bkqh", weights, v.swapaxes(1, 2)
+        )
     return y.reshape(b, kv_heads, -1, r, h).transpose(0, 3, 1, 2, 4).reshape(b, r, n, h)
 
 
@@ -160,7 +192,9 @@ def cudnn(q, k, v, segments):
     """Flash attention of cuDNN, which takes no odd t in training."""
 
     def even(q, k, v, segments):
-        mask = jnp.tril(jnp.ones((q.shape[1],) * 2, bool)) & (segments[:, :, None] == segments[:, None, :])
+        mask = jnp.tril(jnp.ones((q.shape[1],) * 2, bool)) & (
+            segments[:, :, None] == segments[:, None, :]
+        )
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
     return padded(even, 2, q, k, v, segments)
@@ -178,7 +212,9 @@ def splash(q, k, v, segments):
     rows = BATCH[0] if q.shape[0] % shards()[0] == 0 else None
     heads = P(rows, None, "tensor", None)
     # check_vma: a Pallas call doesn't say over which axes its results vary.
-    over = jax.shard_map(here, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False)
+    over = jax.shard_map(
+        here, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False
+    )
     return over(q, k, v, segments)
 
 
@@ -188,14 +224,19 @@ def splash_on_one(q, k, v, segments):
     kernel = splash_attention_kernel.make_splash_mha(
         mask=splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((t, t))] * n),
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=tile, block_kv=tile, block_kv_compute=tile,
-            block_q_dkv=tile, block_kv_dkv=tile, block_kv_dkv_compute=tile,
-            block_q_dq=tile, block_kv_dq=tile,
+            block_q=tile,
+            block_kv=tile,
+            block_kv_compute=tile,
+            block_q_dkv=tile,
+            block_kv_dkv=tile,
+            block_kv_dkv_compute=tile,
+            block_q_dq=tile,
+            block_kv_dq=tile,
         ),
         head_shards=1,
         q_seq_shards=1,
         interpret=platform() != "tpu",
-    )  # fmt: skip
+    )
     row = lambda q, k, v, s: kernel(q, k, v, splash_attention_kernel.SegmentIds(s, s))
     q = (q.astype(jnp.float32) * h**-0.5).astype(q.dtype)  # which the kernel leaves to the caller
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -210,8 +251,12 @@ def cached_attention(q, blocks, masks):
     """
     b, n, h = q.shape
     grouped = q.reshape(b, blocks[0][0].shape[1], -1, h)
-    scores = [jnp.einsum("bkgh,bksh->bkgs", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-              for keys, _ in blocks]  # fmt: skip
+    scores = [
+        jnp.einsum(
+            "bkgh,bksh->bkgs", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32
+        )
+        for keys, _ in blocks
+    ]
     mask = jnp.concatenate(masks, axis=1)[:, None, None]
     weights = softmax(jnp.concatenate(scores, axis=-1) * h**-0.5, mask).astype(q.dtype)
     y, first = jnp.zeros(grouped.shape, q.dtype), 0

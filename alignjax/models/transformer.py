@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from alignjax.config import Model
+from alignjax.machine.sharding import constrain
 from alignjax.models.attention import platform, self_attention
-from alignjax.sharding import constrain
 
 UNROLLED = 16  # layers at most that are written out one by one, on a CPU
 REMAT = {
@@ -30,7 +30,9 @@ class Linear(nnx.Module):
     def __init__(self, inputs, outputs, bias, rngs):
         fan_in = math.prod(inputs)
         self.inputs = len(inputs)
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (*inputs, *outputs)) * fan_in**-0.5)
+        self.kernel = nnx.Param(
+            jax.random.normal(rngs.params(), (*inputs, *outputs)) * fan_in**-0.5
+        )
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x):
@@ -105,7 +107,9 @@ class Embed(nnx.Module):
     def __init__(self, m: Model, rngs):
         # A tied embedding is also the output kernel, and wants its fan-in.
         deviation = m.d_model**-0.5 if m.tied else 1.0
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (m.vocab_size, m.d_model)) * deviation)
+        self.embedding = nnx.Param(
+            jax.random.normal(rngs.params(), (m.vocab_size, m.d_model)) * deviation
+        )
 
 
 class Transformer(nnx.Module):
@@ -165,7 +169,9 @@ def apply(model: Model, params, tokens, positions, segments, keep=False, prefix=
     if model.remat != "nothing":
         step = jax.checkpoint(step, policy=REMAT[model.remat])
     unroll = model.layers if unrolled(model) else 1
-    x, kept = jax.lax.scan(step, embedded(model, params, tokens), (params["layers"], before), unroll=unroll)
+    x, kept = jax.lax.scan(
+        step, embedded(model, params, tokens), (params["layers"], before), unroll=unroll
+    )
     return rms_norm(x, params["norm"]["scale"], model.norm_eps), kept
 
 
@@ -188,7 +194,9 @@ def for_decoding(model: Model, params):
 def rounded(model: Model, params):
     """Parameters with matrices in the type that they are computed in: half of the bytes that sampling reads a token."""
     matrix = lambda path: path[-1].key in ("kernel", "embedding")
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(model.dtype) if matrix(path) else x, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(model.dtype) if matrix(path) else x, params
+    )
 
 
 def layer_of(stack, i):
@@ -220,14 +228,18 @@ def decode(model: Model, params, layers, tokens, positions, cache, attend):
             x, kept = step(x, mine, None, layer)
             new.append(kept)
     else:
-        x, new = jax.lax.scan(lambda x, layer: step(x, cache, *layer), x, (jnp.arange(model.layers), layers))
+        x, new = jax.lax.scan(
+            lambda x, layer: step(x, cache, *layer), x, (jnp.arange(model.layers), layers)
+        )
     return rms_norm(x[:, 0], params["norm"]["scale"], model.norm_eps), new
 
 
 def rms_norm(x, scale, eps):
     """x over its root mean square along the last axis, times scale; in float32, given back in x's type."""
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale).astype(
+        x.dtype
+    )
 
 
 def output_kernel(model: Model, params):

@@ -64,7 +64,9 @@ print(
 
 
 def rate(prompts, samples):
-    ids = torch.randint(2, cfg.vocab_size, (prompts, PROMPT), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        2, cfg.vocab_size, (prompts, PROMPT), generator=torch.Generator().manual_seed(1)
+    )
 
     def once(new):
         t = time.perf_counter()

@@ -67,7 +67,9 @@ cfg1 = Qwen2Config(
     num_labels=1,
 )
 tk = PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")),
+    tokenizer_object=Tokenizer(
+        models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")
+    ),
     pad_token="t0",
     eos_token="t1",
     padding_side="left",
@@ -77,12 +79,24 @@ ref.load_state_dict(policy.state_dict())
 if mean:
     odds = math.log(cfg.vocab_size / (mean - 1))
     for model in (policy, ref):
-        model.lm_head.register_forward_hook(lambda module, inputs, out: out + odds * (torch.arange(out.shape[-1]) == 1))
+        model.lm_head.register_forward_hook(
+            lambda module, inputs, out: out + odds * (torch.arange(out.shape[-1]) == 1)
+        )
 reward, value = Qwen2ForSequenceClassification(cfg1), Qwen2ForSequenceClassification(cfg1)
-print("params", sum(p.numel() for p in policy.parameters()), "torch threads", torch.get_num_threads(), flush=True)
+print(
+    "params",
+    sum(p.numel() for p in policy.parameters()),
+    "torch threads",
+    torch.get_num_threads(),
+    flush=True,
+)
 g = torch.Generator().manual_seed(1)
 ds = Dataset.from_dict(
-    {"input_ids": torch.randint(2, cfg.vocab_size, (QUERIES * (iters + 2), PROMPT), generator=g).tolist()}
+    {
+        "input_ids": torch.randint(
+            2, cfg.vocab_size, (QUERIES * (iters + 2), PROMPT), generator=g
+        ).tolist()
+    }
 )
 args = PPOConfig(
     output_dir=tempfile.mkdtemp(),

@@ -20,7 +20,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    TrainerCallback,
+)
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -57,7 +62,9 @@ cfg = Qwen2Config(
     num_labels=1,
 )
 tk = PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")),
+    tokenizer_object=Tokenizer(
+        models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")
+    ),
     pad_token="t0",
     eos_token="t1",
 )
@@ -75,10 +82,18 @@ g = np.random.default_rng(0)
 lens = np.clip(np.exp(g.normal(np.log(96), 0.6, (steps * PAIRS, 2))).round().astype(int), 8, 512)
 rows = [[g.integers(2, cfg.vocab_size, n).tolist() for n in pair] for pair in lens]
 ds = Dataset.from_dict(
-    {"chosen_ids": [r[0] for r in rows], "rejected_ids": [r[1] for r in rows], "length": lens.max(1).tolist()}
+    {
+        "chosen_ids": [r[0] for r in rows],
+        "rejected_ids": [r[1] for r in rows],
+        "length": lens.max(1).tolist(),
+    }
 )
 sampling = (
-    dict(train_sampling_strategy="group_by_length", length_column_name="length", remove_unused_columns=False)
+    dict(
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        remove_unused_columns=False,
+    )
     if order == "grouped"
     else {}
 )

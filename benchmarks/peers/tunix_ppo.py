@@ -57,7 +57,8 @@ def build(seed):
     nnx.update(
         m,
         jax.tree.map(
-            lambda x: 0.02 * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else x, nnx.state(m, nnx.Param)
+            lambda x: 0.02 * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else x,
+            nnx.state(m, nnx.Param),
         ),
     )
     return m
@@ -119,7 +120,10 @@ class Timed(PPOLearner):
 
 
 actor, ref = build(0), build(0)
-critic, reward = rl_utils.create_critic_model(build(1), seed=1), rl_utils.create_critic_model(build(2), seed=2)
+critic, reward = (
+    rl_utils.create_critic_model(build(1), seed=1),
+    rl_utils.create_critic_model(build(2), seed=2),
+)
 print(
     "params",
     sum(x.size for x in jax.tree.leaves(nnx.state(actor, nnx.Param))),
@@ -129,7 +133,11 @@ print(
     flush=True,
 )
 mesh = pxla.thread_resources.env.physical_mesh
-batches = dict(mini_batch_size=QUERIES, train_micro_batch_size=MINI) if mode == "accum" else dict(mini_batch_size=MINI)
+batches = (
+    dict(mini_batch_size=QUERIES, train_micro_batch_size=MINI)
+    if mode == "accum"
+    else dict(mini_batch_size=MINI)
+)
 rollout = MINI if mode == "stock" else QUERIES
 train = rc.RLTrainingConfig(
     actor_optimizer=optax.adamw(3e-6),
@@ -179,7 +187,11 @@ for name in (
 g = np.random.default_rng(1)
 learner.train(
     [
-        {"prompts": np.array([" ".join(map(str, g.integers(2, vocab, PROMPT))) for _ in range(QUERIES)])}
+        {
+            "prompts": np.array(
+                [" ".join(map(str, g.integers(2, vocab, PROMPT))) for _ in range(QUERIES)]
+            )
+        }
         for _ in range(iters)
     ]
 )

@@ -17,8 +17,21 @@ SET = "tfds/hh_harmless_base"
 
 def config(variant: str) -> Config:
     parent = {"sft": "lm", "pmp": "lm", "rm": "pmp"}.get(variant)
-    c = Config(name=f"hh-{variant or 'ppo'}", seed=0, parents={"model": f"hh/small.py:{parent}"} if parent else {})
-    c.model = Model(vocab_size=2048, d_model=128, layers=4, heads=4, kv_heads=4, head_size=32, d_ff=352, max_length=256)
+    c = Config(
+        name=f"hh-{variant or 'ppo'}",
+        seed=0,
+        parents={"model": f"hh/small.py:{parent}"} if parent else {},
+    )
+    c.model = Model(
+        vocab_size=2048,
+        d_model=128,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        head_size=32,
+        d_ff=352,
+        max_length=256,
+    )
     c.optimiser = Optimiser(learning_rate=1e-3, schedule="cosine", warmup_steps=10)
     c.data = Data("conversations", SET, SET, batch=32, max_length=256)
     if variant == "lm":
@@ -36,6 +49,15 @@ def config(variant: str) -> Config:
         c.parents = {"policy": sft, "reference": sft, "value": rm, "reward": rm}
         c.optimiser.learning_rate, c.value_optimiser.learning_rate = 1e-4, 3e-4
         c.data = Data("prompts", SET, SET, batch=16, max_length=128)
-        c.ppo = PPO(response_length=48, minibatches=2, value_warmup_steps=6, pretrain_data=SET, pretrain_heldout=SET,
-                    pretrain_coef=0.1, pretrain_ratio=0.5, eval_every=5, eval_prompts=16)  # fmt: skip
+        c.ppo = PPO(
+            response_length=48,
+            minibatches=2,
+            value_warmup_steps=6,
+            pretrain_data=SET,
+            pretrain_heldout=SET,
+            pretrain_coef=0.1,
+            pretrain_ratio=0.5,
+            eval_every=5,
+            eval_prompts=16,
+        )
     return c

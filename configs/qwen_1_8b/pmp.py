@@ -13,8 +13,14 @@ from alignjax.config import Config, Data, Model, Optimiser
 
 def config(variant: str) -> Config:
     c = Config(stage="ranking", name="qwen-1.8b-pmp", steps=0, microbatch_tokens=16384)
-    c.parents, c.tokenizer, c.chat_template = {"model": "hf://Qwen/Qwen-1_8B"}, "hf://Qwen/Qwen2.5-0.5B", "chatml"
-    c.model = Model(dtype="bfloat16", remat="everything", max_length=2048)  # the rest is the checkpoint's
+    c.parents, c.tokenizer, c.chat_template = (
+        {"model": "hf://Qwen/Qwen-1_8B"},
+        "hf://Qwen/Qwen2.5-0.5B",
+        "chatml",
+    )
+    c.model = Model(
+        dtype="bfloat16", remat="everything", max_length=2048
+    )  # the rest is the checkpoint's
     c.optimiser = Optimiser(learning_rate=3e-6)
     sets = "tfds/shp,tfds/summarize,tfds/prm800k,tfds/hh_helpful_online"
     c.data = Data("comparisons", sets, sets, batch=64, max_length=2048)

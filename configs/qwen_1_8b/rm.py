@@ -17,6 +17,8 @@ def config(variant: str) -> Config:
     c.parents = {"model": "qwen_1_8b/pmp.py"}
     c.model = Model(dtype="bfloat16", remat="everything", max_length=2048)
     c.optimiser = Optimiser(learning_rate=3e-6)
-    c.data = Data("comparisons", "tfds/hh_helpful_base", "tfds/hh_helpful_base", batch=64, max_length=2048)
+    c.data = Data(
+        "comparisons", "tfds/hh_helpful_base", "tfds/hh_helpful_base", batch=64, max_length=2048
+    )
     c.ranking = Ranking(demonstrations="tfds/hh_helpful_base")
     return c

@@ -12,10 +12,29 @@ from alignjax.config import Config, Data, Model, Optimiser
 
 def config(variant: str) -> Config:
     c = Config(stage="lm", name="qwen-1.8b-sft", steps=4000, microbatch_tokens=16384)
-    c.parents, c.tokenizer, c.chat_template = {"model": "hf://Qwen/Qwen-1_8B"}, "hf://Qwen/Qwen2.5-0.5B", "chatml"
-    c.model = Model(dtype="bfloat16", remat="everything", max_length=2048)  # the rest is the checkpoint's
-    c.optimiser = Optimiser(
-        learning_rate=2e-6, warmup_steps=1430, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0
+    c.parents, c.tokenizer, c.chat_template = (
+        {"model": "hf://Qwen/Qwen-1_8B"},
+        "hf://Qwen/Qwen2.5-0.5B",
+        "chatml",
     )
-    c.data = Data("conversations", "data/sft.jsonl", "data/sft.jsonl", batch=128, max_length=2048, heldout_share=0.01)
+    c.model = Model(
+        dtype="bfloat16", remat="everything", max_length=2048
+    )  # the rest is the checkpoint's
+    c.optimiser = Optimiser(
+        learning_rate=2e-6,
+        warmup_steps=1430,
+        weight_decay=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        clip_norm=1.0,
+    )
+    c.data = Data(
+        "conversations",
+        "data/sft.jsonl",
+        "data/sft.jsonl",
+        batch=128,
+        max_length=2048,
+        heldout_share=0.01,
+    )
     return c

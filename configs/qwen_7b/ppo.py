@@ -11,6 +11,11 @@ from alignjax.config import Config, load
 
 def config(variant: str) -> Config:
     c = load("qwen_1_8b/ppo.py")
-    c.name, c.parents = "qwen-7b-ppo", {role: spec.replace("1_8b", "7b") for role, spec in c.parents.items()}
-    c.ppo.rollout_tensor = 8  # sampling reads all parameters at every token: split, none of them has to travel
+    c.name, c.parents = (
+        "qwen-7b-ppo",
+        {role: spec.replace("1_8b", "7b") for role, spec in c.parents.items()},
+    )
+    c.ppo.rollout_tensor = (
+        8  # sampling reads all parameters at every token: split, none of them has to travel
+    )
     return c

@@ -14,27 +14,73 @@ import transformers
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
-SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, pad_token_id=0)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=16)  # fmt: skip
+SIZE = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    pad_token_id=0,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 CASES = {
     "qwen2": (transformers.Qwen2Config(**SIZE), transformers.Qwen2ForCausalLM),
-    "qwen2_tied": (transformers.Qwen2Config(**SIZE, tie_word_embeddings=True), transformers.Qwen2ForCausalLM),
-    "qwen2_yarn": (transformers.Qwen2Config(**SIZE, rope_parameters=YARN), transformers.Qwen2ForCausalLM),
-    "qwen2_score": (transformers.Qwen2Config(**SIZE, num_labels=1), transformers.Qwen2ForSequenceClassification),
+    "qwen2_tied": (
+        transformers.Qwen2Config(**SIZE, tie_word_embeddings=True),
+        transformers.Qwen2ForCausalLM,
+    ),
+    "qwen2_yarn": (
+        transformers.Qwen2Config(**SIZE, rope_parameters=YARN),
+        transformers.Qwen2ForCausalLM,
+    ),
+    "qwen2_score": (
+        transformers.Qwen2Config(**SIZE, num_labels=1),
+        transformers.Qwen2ForSequenceClassification,
+    ),
     "qwen3": (transformers.Qwen3Config(**SIZE, head_dim=16), transformers.Qwen3ForCausalLM),
-    "llama": (transformers.LlamaConfig(**SIZE, rope_parameters=LLAMA3), transformers.LlamaForCausalLM),
+    "llama": (
+        transformers.LlamaConfig(**SIZE, rope_parameters=LLAMA3),
+        transformers.LlamaForCausalLM,
+    ),
     "llama_linear": (
-        transformers.LlamaConfig(**SIZE, rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=3.0)),
+        transformers.LlamaConfig(
+            **SIZE, rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=3.0)
+        ),
         transformers.LlamaForCausalLM,
     ),
 }
-QWEN = dict(architectures=["QWenLMHeadModel"], model_type="qwen", vocab_size=64, hidden_size=32, intermediate_size=80,
-            num_hidden_layers=2, num_attention_heads=4, kv_channels=8, seq_length=64, rotary_emb_base=10000,
-            rotary_pct=1.0, layer_norm_epsilon=1e-6, no_bias=True, tie_word_embeddings=False, use_dynamic_ntk=True,
-            use_logn_attn=True, scale_attn_weights=True, attn_dropout_prob=0.0, emb_dropout_prob=0.0)  # fmt: skip
+QWEN = dict(
+    architectures=["QWenLMHeadModel"],
+    model_type="qwen",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    kv_channels=8,
+    seq_length=64,
+    rotary_emb_base=10000,
+    rotary_pct=1.0,
+    layer_norm_epsilon=1e-6,
+    no_bias=True,
+    tie_word_embeddings=False,
+    use_dynamic_ntk=True,
+    use_logn_attn=True,
+    scale_attn_weights=True,
+    attn_dropout_prob=0.0,
+    emb_dropout_prob=0.0,
+)
 LENGTHS = (13, 9)
 
 
@@ -55,17 +101,34 @@ def inputs(generator):
     right, mask = tokens.clone(), torch.ones_like(tokens)
     for row, length in enumerate(LENGTHS):
         right[row, length:], mask[row, length:] = 0, 0
-    left = torch.stack([torch.roll(x, max(LENGTHS) - n) for x, n in zip(right, LENGTHS, strict=True)])
-    return {"plain": (tokens, torch.ones_like(tokens)), "left": (left, left.ne(0).long()), "right": (right, mask)}
+    left = torch.stack(
+        [torch.roll(x, max(LENGTHS) - n) for x, n in zip(right, LENGTHS, strict=True)]
+    )
+    return {
+        "plain": (tokens, torch.ones_like(tokens)),
+        "left": (left, left.ne(0).long()),
+        "right": (right, mask),
+    }
 
 
 def qwen_weights():
     d, f, v = QWEN["hidden_size"], QWEN["intermediate_size"] // 2, QWEN["vocab_size"]
-    weights = {"transformer.wte.weight": (v, d), "transformer.ln_f.weight": (d,), "lm_head.weight": (v, d)}
+    weights = {
+        "transformer.wte.weight": (v, d),
+        "transformer.ln_f.weight": (d,),
+        "lm_head.weight": (v, d),
+    }
     for i in range(QWEN["num_hidden_layers"]):
-        layer = {"attn.c_attn.weight": (3 * d, d), "attn.c_attn.bias": (3 * d,), "attn.c_proj.weight": (d, d),
-                 "mlp.w1.weight": (f, d), "mlp.w2.weight": (f, d), "mlp.c_proj.weight": (d, f), "ln_1.weight": (d,),
-                 "ln_2.weight": (d,)}  # fmt: skip
+        layer = {
+            "attn.c_attn.weight": (3 * d, d),
+            "attn.c_attn.bias": (3 * d,),
+            "attn.c_proj.weight": (d, d),
+            "mlp.w1.weight": (f, d),
+            "mlp.w2.weight": (f, d),
+            "mlp.c_proj.weight": (d, f),
+            "ln_1.weight": (d,),
+            "ln_2.weight": (d,),
+        }
         weights |= {f"transformer.h.{i}.{name}": shape for name, shape in layer.items()}
     return {name: torch.zeros(shape) for name, shape in weights.items()}
 
@@ -73,7 +136,9 @@ def qwen_weights():
 def qwen_logits(w, tokens, mask, positions):
     """The report's own Qwen, which transformers has no class for: written from the facts of its architecture."""
     heads, size = QWEN["num_attention_heads"], QWEN["kv_channels"]
-    angle = positions[..., None].float() * QWEN["rotary_emb_base"] ** (-torch.arange(0, size, 2).float() / size)
+    angle = positions[..., None].float() * QWEN["rotary_emb_base"] ** (
+        -torch.arange(0, size, 2).float() / size
+    )
     turn = torch.polar(torch.ones_like(angle), angle)[:, :, None]  # a pair is one complex number
 
     def norm(x, scale):
@@ -107,7 +172,11 @@ def main():
         if name == "qwen":
             weights = qwen_weights()
             randomise(weights.items(), generator)
-            save_file({k: x.bfloat16() for k, x in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+            save_file(
+                {k: x.bfloat16() for k, x in weights.items()},
+                folder / "model.safetensors",
+                {"format": "pt"},
+            )
             (folder / "config.json").write_text(json.dumps(QWEN, indent=1))
         else:
             config, kind = CASES[name]
@@ -117,8 +186,11 @@ def main():
         for layout, (tokens, mask) in inputs(generator).items():
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             with torch.no_grad():
-                logits = (qwen_logits(weights, tokens, mask, positions) if name == "qwen" else
-                          model(tokens, attention_mask=mask, position_ids=positions).logits)  # fmt: skip
+                logits = (
+                    qwen_logits(weights, tokens, mask, positions)
+                    if name == "qwen"
+                    else model(tokens, attention_mask=mask, position_ids=positions).logits
+                )
             arrays |= {f"{layout}_tokens": tokens.numpy(), f"{layout}_mask": mask.numpy()}
             arrays[f"{layout}_logits"] = logits.float().numpy()
         if name != "qwen":

@@ -38,10 +38,16 @@ def find(spec: str) -> tuple[type[Comparisons], Config]:
         if key not in types:
             raise UserError(f"{spec}: {name} has no option {key!r}{nearest(key, list(types))}")
         options = replace(options, **{key: value(text, types[key], f"{spec}: {key}")})
-    spelt = [f"{key}_{text}".lower() for key, text in asdict(options).items() if text != getattr(default, key)]
+    spelt = [
+        f"{key}_{text}".lower()
+        for key, text in asdict(options).items()
+        if text != getattr(default, key)
+    ]
     base = name.removeprefix("hh_") if builder is HH else ""
     full = "-".join(filter(None, [base, *spelt])) or "default"
-    return builder, builder.builder_configs.get(full) or Config(name=full, dataset=name, options=options)
+    return builder, builder.builder_configs.get(full) or Config(
+        name=full, dataset=name, options=options
+    )
 
 
 def value(text: str, kind, where: str):
@@ -82,21 +88,37 @@ def read(spec: str, split: str, data_dir: str = "", limit: int = 0) -> list[dict
     counted = report(spec, data_dir)
     if counted is None:
         more = f" --data_dir {data_dir}" if data_dir else ""
-        raise UserError(f"{spec}: not prepared in {directory(spec, data_dir)}; "
-                        f"python -m alignjax.data.prepare {spec}{more} does it")  # fmt: skip
+        raise UserError(
+            f"{spec}: not prepared in {directory(spec, data_dir)}; "
+            f"python -m alignjax.data.prepare {spec}{more} does it"
+        )
     name = SPLITS.get(split, split)
     if name not in counted["splits"]:
-        raise UserError(f"{spec}: there is no split {split!r}{nearest(split, list(counted['splits']))}")
+        raise UserError(
+            f"{spec}: there is no split {split!r}{nearest(split, list(counted['splits']))}"
+        )
     source = tfds.builder_from_directory(directory(spec, data_dir)).as_data_source(name)
     count = min(limit or len(source), len(source))
     numbers = shares.mine(range(count))
-    examples = (x for at in range(0, len(numbers), 1024) for x in source.__getitems__(numbers[at : at + 1024]))
-    return shares.whole(shares.exchange([from_disk(example, f"{spec}/{name}") for example in examples]))
+    examples = (
+        x
+        for at in range(0, len(numbers), 1024)
+        for x in source.__getitems__(numbers[at : at + 1024])
+    )
+    return shares.whole(
+        shares.exchange([from_disk(example, f"{spec}/{name}") for example in examples])
+    )
 
 
 def from_disk(example: dict, where: str) -> dict:
     """A row as written: text is bytes on disk, and a sequence of dicts is a dict of lists."""
     out = {key: example[key].decode() for key in ("id", "dataset", "chosen", "rejected")}
     prompt = zip(example["prompt"]["role"], example["prompt"]["content"], strict=True)
-    out["prompt"] = [{"role": role.decode(), "content": content.decode()} for role, content in prompt]
-    return out | {"margin": float(example["margin"]), "ratio": float(example["ratio"]), "where": f"{where} {out['id']}"}
+    out["prompt"] = [
+        {"role": role.decode(), "content": content.decode()} for role, content in prompt
+    ]
+    return out | {
+        "margin": float(example["margin"]),
+        "ratio": float(example["ratio"]),
+        "where": f"{where} {out['id']}",
+    }

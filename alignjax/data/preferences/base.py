@@ -17,8 +17,14 @@ from tqdm import tqdm
 from alignjax.config import UserError, nearest
 from alignjax.data import files
 
-WANTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
-          dict: "an object"}  # fmt: skip
+WANTED = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class Source(NamedTuple):
@@ -50,7 +56,9 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "python -m alignjax.data.prepare says which files go where."
     Options: type  # a dataclass: each option with its default
-    url_infos = None  # `download` compares checksums; TFDS's own table of them wants importlib_resources
+    url_infos = (
+        None  # `download` compares checksums; TFDS's own table of them wants importlib_resources
+    )
     HOMEPAGE = ""
 
     def sources(self) -> dict[str, dict[str, Source]]:
@@ -70,26 +78,39 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({
-            "id": tfds.features.Text(),
-            "dataset": tfds.features.Text(),
-            "prompt": tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()}),
-            "chosen": tfds.features.Text(),
-            "rejected": tfds.features.Text(),
-            "margin": np.float32,  # 0: none of these sets gives one
-            "ratio": np.float32,  # SHP's score_ratio, 0 elsewhere
-        })  # fmt: skip
-        return tfds.core.DatasetInfo(builder=self, features=features, description=type(self).__doc__,
-                                     homepage=self.HOMEPAGE, metadata=tfds.core.MetadataDict())  # fmt: skip
+        features = tfds.features.FeaturesDict(
+            {
+                "id": tfds.features.Text(),
+                "dataset": tfds.features.Text(),
+                "prompt": tfds.features.Sequence(
+                    {"role": tfds.features.Text(), "content": tfds.features.Text()}
+                ),
+                "chosen": tfds.features.Text(),
+                "rejected": tfds.features.Text(),
+                "margin": np.float32,  # 0: none of these sets gives one
+                "ratio": np.float32,  # SHP's score_ratio, 0 elsewhere
+            }
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=features,
+            description=type(self).__doc__,
+            homepage=self.HOMEPAGE,
+            metadata=tfds.core.MetadataDict(),
+        )
 
     def _split_generators(self, dl_manager):
         sources = self.files()
         paths = self.manual(dl_manager, sources) or self.download(dl_manager, sources)
         tfds.disable_progress_bar()  # three at once, from here on; `read` has one that knows how much there is
-        self.info.metadata.update(files={name: [digest(path), sources[name].sha256] for name, path in paths.items()},
-                                  splits={})  # fmt: skip
-        return {split: self._generate_examples(split, {name: paths[name] for name in names})
-                for split, names in self.sources().items()}  # fmt: skip
+        self.info.metadata.update(
+            files={name: [digest(path), sources[name].sha256] for name, path in paths.items()},
+            splits={},
+        )
+        return {
+            split: self._generate_examples(split, {name: paths[name] for name in names})
+            for split, names in self.sources().items()
+        }
 
     def _generate_examples(self, split: str, paths: dict[str, Path]):
         rows, pairs, dropped = Counter(), 0, Counter()
@@ -102,8 +123,18 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
         for key, prompt, chosen, rejected, ratio in self.compare(mine(), split, dropped):
             pairs += 1
-            yield key, {"id": key, "dataset": self.builder_config.dataset, "prompt": prompt, "chosen": chosen,
-                        "rejected": rejected, "margin": 0.0, "ratio": ratio}  # fmt: skip
+            yield (
+                key,
+                {
+                    "id": key,
+                    "dataset": self.builder_config.dataset,
+                    "prompt": prompt,
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "margin": 0.0,
+                    "ratio": ratio,
+                },
+            )
         counts = {"rows": rows["read"], "pairs": pairs, "dropped": dict(dropped.most_common())}
         if not pairs:
             raise UserError(f"{self.builder_config.dataset}: nothing is left of {split}: {counts}")
@@ -123,14 +154,20 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         try:
             paths = dl_manager.download({name: source.url for name, source in sources.items()})
         except (OSError, tfds.core.download.DownloadError) as error:
-            reason = getattr(next(iter(error.args), None), "reason", error)  # of requests' error, what urllib3 found
-            raise UserError(f"{self.builder_config.dataset}: the download failed: {reason}\n"
-                            f"try again, or {instructions(sources)}") from None  # fmt: skip
+            reason = getattr(
+                next(iter(error.args), None), "reason", error
+            )  # of requests' error, what urllib3 found
+            raise UserError(
+                f"{self.builder_config.dataset}: the download failed: {reason}\n"
+                f"try again, or {instructions(sources)}"
+            ) from None
         for name, path in paths.items():
             published, found = sources[name].sha256, digest(path)
             if published and found != published:
                 path.unlink()
-                raise UserError(f"{sources[name].url}: sha256 {published} wanted, {found} downloaded; try again")
+                raise UserError(
+                    f"{sources[name].url}: sha256 {published} wanted, {found} downloaded; try again"
+                )
         return {name: Path(path) for name, path in paths.items()}
 
 
@@ -150,18 +187,30 @@ def read(paths: dict[str, Path], what: str):
     """The rows of files of JSON lines, gzipped if so named, with a bar over their bytes."""
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     before = 0
-    with tqdm(total=sum(sizes.values()), desc=what, unit="B", unit_scale=True,
-              leave=False, mininterval=0.5) as bar:  # fmt: skip
+    with tqdm(
+        total=sum(sizes.values()),
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        mininterval=0.5,
+    ) as bar:
         for name, path in paths.items():
             number = 0
             with open(path, "rb") as raw:
                 if raw.read(20).startswith(b"version https://git"):
-                    raise UserError(f"{path}: a pointer of Git LFS, not the file: fetch the file itself")
+                    raise UserError(
+                        f"{path}: a pointer of Git LFS, not the file: fetch the file itself"
+                    )
                 raw.seek(0)
                 try:
-                    for number, line in enumerate(gzip.open(raw) if name.endswith(".gz") else raw, 1):
+                    for number, line in enumerate(
+                        gzip.open(raw) if name.endswith(".gz") else raw, 1
+                    ):
                         if line.strip():
-                            yield row(line, f"{name.partition('.')[0]}/{number}", f"{path}:{number}")
+                            yield row(
+                                line, f"{name.partition('.')[0]}/{number}", f"{path}:{number}"
+                            )
                         if number % 256 == 0:
                             bar.update(before + raw.tell() - bar.n)
                 except (OSError, EOFError, zlib.error) as error:
@@ -193,7 +242,9 @@ def field(row: Row, path: str, kind: type, optional: bool = False):
         elif optional and isinstance(value, dict):
             return None
         elif isinstance(value, dict):
-            raise UserError(f"{row.where}: a field {'.'.join([*passed, part])!r} wanted{nearest(part, sorted(value))}")
+            raise UserError(
+                f"{row.where}: a field {'.'.join([*passed, part])!r} wanted{nearest(part, sorted(value))}"
+            )
         else:
             below = ".".join(passed)
             raise UserError(
@@ -202,7 +253,11 @@ def field(row: Row, path: str, kind: type, optional: bool = False):
         passed.append(part)
     if value is None and optional:
         return None
-    right = isinstance(value, int | float) and math.isfinite(value) if kind is float else isinstance(value, kind)
+    right = (
+        isinstance(value, int | float) and math.isfinite(value)
+        if kind is float
+        else isinstance(value, kind)
+    )
     if not right or isinstance(value, bool) != (kind is bool):
         raise UserError(f"{row.where}: {path}: {WANTED[kind]} wanted, {files.found(value)}")
     return value

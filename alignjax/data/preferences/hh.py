@@ -7,8 +7,10 @@ from typing import Literal
 from alignjax.data import transcripts
 from alignjax.data.preferences.base import Comparisons, Config, Source, fault, field
 
-GITHUB = {"helpful": "https://media.githubusercontent.com/media/anthropics/hh-rlhf/master/",  # kept in Git LFS
-          "harmless": "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/"}  # fmt: skip
+GITHUB = {
+    "helpful": "https://media.githubusercontent.com/media/anthropics/hh-rlhf/master/",  # kept in Git LFS
+    "harmless": "https://raw.githubusercontent.com/anthropics/hh-rlhf/master/",
+}
 # From the repository's Git LFS pointers. harmless-base lies in git itself, which states no sha256.
 SHA256 = {
     "helpful-base/train": "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
@@ -18,15 +20,21 @@ SHA256 = {
     "helpful-rejection-sampled/train": "0cea2d2ab2187624ec1314e8cc6fb579f0fa987b3a33e8102b7556ed4d255f64",
     "helpful-rejection-sampled/test": "abc35dbc56015db1dae0faa484514ccbc3eee0133bfcd557fc69250619b028bb",
 }
-SUBSETS = {"hh_helpful_base": "helpful-base", "hh_helpful_online": "helpful-online",
-           "hh_helpful_rejection_sampled": "helpful-rejection-sampled", "hh_harmless_base": "harmless-base"}  # fmt: skip
+SUBSETS = {
+    "hh_helpful_base": "helpful-base",
+    "hh_helpful_online": "helpful-online",
+    "hh_helpful_rejection_sampled": "helpful-rejection-sampled",
+    "hh_harmless_base": "harmless-base",
+}
 
 
 @dataclass(frozen=True)
 class Options:
     """Rows that published filters drop (RLHFlow's HH-RLHF-Helpful-standard) and the DPO authors' get_hh keeps."""
 
-    same_role: Literal["drop", "keep"] = "drop"  # two turns of one role in a row, which many chat templates refuse
+    same_role: Literal["drop", "keep"] = (
+        "drop"  # two turns of one role in a row, which many chat templates refuse
+    )
     empty: Literal["drop", "keep"] = "drop"  # a reply without text
 
 
@@ -40,15 +48,22 @@ class HH(Comparisons):
     name = "hh"
     Options = Options
     HOMEPAGE = "https://github.com/anthropics/hh-rlhf"
-    BUILDER_CONFIGS = [Config(name=subset.replace("-", "_"), dataset=name, options=Options())
-                       for name, subset in SUBSETS.items()]  # fmt: skip
+    BUILDER_CONFIGS = [
+        Config(name=subset.replace("-", "_"), dataset=name, options=Options())
+        for name, subset in SUBSETS.items()
+    ]
 
     def sources(self):
         subset = SUBSETS[self.builder_config.dataset]
         base = GITHUB[subset.partition("-")[0]]
-        return {split: {f"{subset}/{split}.jsonl.gz": Source(f"{base}{subset}/{split}.jsonl.gz",
-                                                             SHA256.get(f"{subset}/{split}", ""))}
-                for split in ("train", "test")}  # fmt: skip
+        return {
+            split: {
+                f"{subset}/{split}.jsonl.gz": Source(
+                    f"{base}{subset}/{split}.jsonl.gz", SHA256.get(f"{subset}/{split}", "")
+                )
+            }
+            for split in ("train", "test")
+        }
 
     def compare(self, rows, split: str, dropped: Counter):
         options = self.builder_config.options

@@ -20,7 +20,9 @@ SHA256 = {  # from the repository's Git LFS pointers
 class Options:
     """Ours, all of them: no recipe that makes pairs of this set is published."""
 
-    phases: Literal["both", "1", "2"] = "both"  # of train; test is phase 2's, or phase 1's if that alone is asked for
+    phases: Literal["both", "1", "2"] = (
+        "both"  # of train; test is phase 2's, or phase 1's if that alone is asked for
+    )
     solutions: bool = True  # pair whole solutions too, not steps alone
 
 
@@ -40,10 +42,16 @@ class PRM800K(Comparisons):
 
     def sources(self):
         phases = self.builder_config.options.phases
-        train = ["phase1_train.jsonl", "phase2_train.jsonl"] if phases == "both" else [f"phase{phases}_train.jsonl"]
+        train = (
+            ["phase1_train.jsonl", "phase2_train.jsonl"]
+            if phases == "both"
+            else [f"phase{phases}_train.jsonl"]
+        )
         test = [f"phase{1 if phases == '1' else 2}_test.jsonl"]
-        return {split: {name: Source(URL + name, SHA256[name]) for name in names}
-                for split, names in (("train", train), ("test", test))}  # fmt: skip
+        return {
+            split: {name: Source(URL + name, SHA256[name]) for name in names}
+            for split, names in (("train", train), ("test", test))
+        }
 
     def compare(self, rows, split: str, dropped: Counter):
         right, wrong, idle = defaultdict(list), defaultdict(list), set()
@@ -66,7 +74,13 @@ class PRM800K(Comparisons):
             for (key, chosen), (other, rejected) in zip(solved, wrong[problem], strict=False):
                 if not fault(chosen, rejected):
                     idle -= {key, other}
-                    yield f"{key}-{other}", [{"role": "user", "content": problem}], chosen, rejected, 0.0
+                    yield (
+                        f"{key}-{other}",
+                        [{"role": "user", "content": problem}],
+                        chosen,
+                        rejected,
+                        0.0,
+                    )
         if idle:
             dropped["no pair in it"] += len(idle)
 
@@ -78,7 +92,9 @@ def steps(row, problem: str):
         rated = defaultdict(list)
         for j in range(len(field(row, f"label.steps.{i}.completions", list, optional=True) or [])):
             at = f"label.steps.{i}.completions.{j}"
-            rating = field(row, f"{at}.rating", int, optional=True)  # null where the labeler flagged the step
+            rating = field(
+                row, f"{at}.rating", int, optional=True
+            )  # null where the labeler flagged the step
             if rating not in (-1, 0, 1, None):
                 raise UserError(f"{row.where}: {at}.rating: -1, 0 or 1 wanted, {rating} found")
             rated[rating].append((j, field(row, f"{at}.text", str).strip()))
@@ -86,7 +102,13 @@ def steps(row, problem: str):
         for j, chosen in rated[1]:
             for k, rejected in rated[-1]:
                 if not fault(chosen, rejected):
-                    yield f"{row.id}/{i}/{j}-{k}", [{"role": "user", "content": prompt}], chosen, rejected, 0.0
+                    yield (
+                        f"{row.id}/{i}/{j}-{k}",
+                        [{"role": "user", "content": prompt}],
+                        chosen,
+                        rejected,
+                        0.0,
+                    )
         taken = step_taken(row, i)
         if taken is None:
             return  # the labeler stopped here
@@ -115,7 +137,12 @@ def solution(row) -> tuple[bool, str]:
     if reason == "solution":
         taken = [step_taken(row, i) for i in range(len(field(row, "label.steps", list)))]
         return True, "\n".join(text for text in taken if text)
-    if reason != "found_error" or field(row, "question.pre_generated_steps", list, optional=True) is None:
+    if (
+        reason != "found_error"
+        or field(row, "question.pre_generated_steps", list, optional=True) is None
+    ):
         return False, ""
     count = len(field(row, "question.pre_generated_steps", list))
-    return False, "\n".join(field(row, f"question.pre_generated_steps.{i}", str).strip() for i in range(count))
+    return False, "\n".join(
+        field(row, f"question.pre_generated_steps.{i}", str).strip() for i in range(count)
+    )

@@ -10,8 +10,16 @@ from alignjax.data.preferences.base import Comparisons, Source, fault, field
 # No checksum of these is published: the sha256 that is found is recorded with the prepared set.
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons/"
 FILES = [f"batch{i}.json" for i in (*range(3, 21), 22)] + [
-    "edit_b2_eval_test.json", "batch0_cnndm.json", "cnndm0.json", "cnndm2.json"]  # fmt: skip
-SPLITS = {"train": "train", "validation": "valid1", "test": "valid2"}  # final figures are on valid2, says the README
+    "edit_b2_eval_test.json",
+    "batch0_cnndm.json",
+    "cnndm0.json",
+    "cnndm2.json",
+]
+SPLITS = {
+    "train": "train",
+    "validation": "valid1",
+    "test": "valid2",
+}  # final figures are on valid2, says the README
 SUP4 = {f"batch{i}" for i in range(3, 11)}
 
 
@@ -19,9 +27,15 @@ SUP4 = {f"batch{i}" for i in range(3, 11)}
 class Options:
     """The layouts are the authors' own: tldr_task and cnndm_task in utils/experiment_helpers.py of their repository."""
 
-    cnndm: Literal["drop", "keep"] = "drop"  # rows about news articles, which are evaluations, in valid1 and valid2
-    layout: Literal["full", "post"] = "full"  # subreddit, title and post; or the post alone; then "TL;DR:"
-    train: Literal["all", "sup4"] = "all"  # every row of the split, or the paper's final training set: batches 3 to 10
+    cnndm: Literal["drop", "keep"] = (
+        "drop"  # rows about news articles, which are evaluations, in valid1 and valid2
+    )
+    layout: Literal["full", "post"] = (
+        "full"  # subreddit, title and post; or the post alone; then "TL;DR:"
+    )
+    train: Literal["all", "sup4"] = (
+        "all"  # every row of the split, or the paper's final training set: batches 3 to 10
+    )
 
 
 class Summarize(Comparisons):
@@ -40,7 +54,9 @@ class Summarize(Comparisons):
     def of_split(self, row, split: str) -> bool:
         found = field(row, "split", str)
         if found not in SPLITS.values():
-            raise UserError(f"{row.where}: split: one of {', '.join(SPLITS.values())} wanted, {found!r} found")
+            raise UserError(
+                f"{row.where}: split: one of {', '.join(SPLITS.values())} wanted, {found!r} found"
+            )
         return found == SPLITS[split]
 
     def compare(self, rows, split: str, dropped: Counter):
@@ -50,13 +66,21 @@ class Summarize(Comparisons):
             if choice not in (0, 1):
                 raise UserError(f"{row.where}: choice: 0 or 1 wanted, {choice} found")
             article = field(row, "info.article", str, optional=True)
-            prompt = prompt_of(row, options.layout) if article is None else f"Article:\n{article.strip()}\n\nTL;DR:"
+            prompt = (
+                prompt_of(row, options.layout)
+                if article is None
+                else f"Article:\n{article.strip()}\n\nTL;DR:"
+            )
             texts = [field(row, f"summaries.{i}.text", str).strip() for i in (0, 1)]
             chosen, rejected = texts[choice], texts[1 - choice]
             reason = fault(chosen, rejected)
             if article is not None and options.cnndm == "drop":
                 reason = "about a news article"
-            elif split == "train" and options.train == "sup4" and field(row, "batch", str) not in SUP4:
+            elif (
+                split == "train"
+                and options.train == "sup4"
+                and field(row, "batch", str) not in SUP4
+            ):
                 reason = "not of batches 3 to 10"
             if reason:
                 dropped[reason] += 1

@@ -15,15 +15,30 @@ to end, and takes for the answer the last letter in parentheses anywhere.
 from alignjax.config import UserError
 from alignjax.data.files import found
 from alignjax.evals import answers, local
-from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, published, subjects_of
+from alignjax.evals.benchmark import (
+    Benchmark,
+    Extraction,
+    Headline,
+    answered,
+    greedy,
+    published,
+    subjects_of,
+)
 
 SHOTS = 3
 TOKENS = 512
-SOURCE = ("put bbh/ of https://github.com/suzgunmirac/BIG-Bench-Hard in DATA_DIR/bbh "
-          "(bbh/SUBTASK.json, or SUBTASK.json)")  # fmt: skip
-WORDS = {"boolean_expressions": ("True", "False"), "causal_judgement": ("Yes", "No"), "navigate": ("Yes", "No"),
-         "web_of_lies": ("Yes", "No"), "sports_understanding": ("yes", "no"),
-         "formal_fallacies": ("valid", "invalid")}  # fmt: skip
+SOURCE = (
+    "put bbh/ of https://github.com/suzgunmirac/BIG-Bench-Hard in DATA_DIR/bbh "
+    "(bbh/SUBTASK.json, or SUBTASK.json)"
+)
+WORDS = {
+    "boolean_expressions": ("True", "False"),
+    "causal_judgement": ("Yes", "No"),
+    "navigate": ("Yes", "No"),
+    "web_of_lies": ("Yes", "No"),
+    "sports_understanding": ("yes", "no"),
+    "formal_fallacies": ("valid", "invalid"),
+}
 NUMBERS = ("multistep_arithmetic_two", "object_counting")
 
 
@@ -33,7 +48,10 @@ def read(folder: str, subject: str, **_):
     examples = value.get("examples") if isinstance(value, dict) else None
     if not isinstance(examples, list):
         raise UserError(f"{path}: examples: a list wanted, {found(examples)}")
-    rows = [local.texts(row, f"{path}: examples[{i}]", ("input", "target")) for i, row in enumerate(examples)]
+    rows = [
+        local.texts(row, f"{path}: examples[{i}]", ("input", "target"))
+        for i, row in enumerate(examples)
+    ]
     return local.dataset(test=local.at_least(rows, 1, path, "to evaluate"))
 
 
@@ -73,21 +91,40 @@ def verdict(doc: dict, results: list[str]) -> dict:
 def task(setting: str, subject: str, folder: str) -> dict:
     data = published(read, folder, subject=subject)
     if setting == "few":
-        strict = {"name": "get-answer", "filter": [
-            {"function": "regex", "regex_pattern": r"(?<=the answer is )(.*)(?=.)"}, {"function": "take_first"}]}  # fmt: skip
+        strict = {
+            "name": "get-answer",
+            "filter": [
+                {"function": "regex", "regex_pattern": r"(?<=the answer is )(.*)(?=.)"},
+                {"function": "take_first"},
+            ],
+        }
         lenient = {"name": "flexible-extract", "filter": [{"function": Answer, "subject": subject}]}
-        return {"task": f"bbh_cot_fewshot_{subject}", "num_fewshot": SHOTS, **data,
-                "generation_kwargs": greedy(TOKENS, "Q:"), "filter_list": [lenient, strict]}  # fmt: skip
-    return {"task": f"bbh_cot_zeroshot_{subject}", **data, "num_fewshot": 0, "generation_kwargs": greedy(TOKENS),
-            "doc_to_text": "{{input}}\n\nThink step by step. End with \"The answer is ...\", where ... is "
-            f"{form(subject)}.", **answered(Answer, verdict, "exact_match", subject=subject)}  # fmt: skip
+        return {
+            "task": f"bbh_cot_fewshot_{subject}",
+            "num_fewshot": SHOTS,
+            **data,
+            "generation_kwargs": greedy(TOKENS, "Q:"),
+            "filter_list": [lenient, strict],
+        }
+    return {
+        "task": f"bbh_cot_zeroshot_{subject}",
+        **data,
+        "num_fewshot": 0,
+        "generation_kwargs": greedy(TOKENS),
+        "doc_to_text": '{{input}}\n\nThink step by step. End with "The answer is ...", where ... is '
+        f"{form(subject)}.",
+        **answered(Answer, verdict, "exact_match", subject=subject),
+    }
 
 
 BENCHMARK = Benchmark(
     name="bbh",
     title="BBH",
     shots=SHOTS,
-    headline={"zero": Headline("exact_match", "extract"), "few": Headline("exact_match", "flexible-extract")},
+    headline={
+        "zero": Headline("exact_match", "extract"),
+        "few": Headline("exact_match", "flexible-extract"),
+    },
     task=task,
     subjects=subjects_of("bbh/cot_fewshot", ""),
     source=SOURCE,

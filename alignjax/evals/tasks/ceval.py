@@ -11,12 +11,22 @@ some models answer a Chinese question in English.
 
 from alignjax.config import UserError, nearest
 from alignjax.evals import answers, local
-from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, published, subjects_of
+from alignjax.evals.benchmark import (
+    Benchmark,
+    Extraction,
+    Headline,
+    answered,
+    greedy,
+    published,
+    subjects_of,
+)
 
 SHOTS = 5
 FIELDS = ("question", "A", "B", "C", "D", "answer")
-SOURCE = ("unpack https://huggingface.co/datasets/ceval/ceval-exam/resolve/main/ceval-exam.zip in DATA_DIR/ceval "
-          "(val/SUBJECT_val.csv and dev/SUBJECT_dev.csv)")  # fmt: skip
+SOURCE = (
+    "unpack https://huggingface.co/datasets/ceval/ceval-exam/resolve/main/ceval-exam.zip in DATA_DIR/ceval "
+    "(val/SUBJECT_val.csv and dev/SUBJECT_dev.csv)"
+)
 ASK = "{{question.strip()}}\nA. {{A}}\nB. {{B}}\nC. {{C}}\nD. {{D}}"
 
 
@@ -25,7 +35,9 @@ def read(folder: str, subject: str, **_):
     splits = {}
     for split, least in (("val", 1), ("dev", SHOTS)):
         path = local.find(folder, [f"{split}/{subject}_{split}.csv"], SOURCE)
-        rows = local.at_least(table(path), least, path, "as examples" if split == "dev" else "to evaluate")
+        rows = local.at_least(
+            table(path), least, path, "as examples" if split == "dev" else "to evaluate"
+        )
         splits[split] = rows
     return local.dataset(**splits)
 
@@ -40,7 +52,9 @@ def table(path) -> list[dict]:
     out = []
     for where, fields in rows:
         if len(fields) != len(header):
-            raise UserError(f"{where}: {len(header)} fields wanted ({', '.join(header)}), {len(fields)} found")
+            raise UserError(
+                f"{where}: {len(header)} fields wanted ({', '.join(header)}), {len(fields)} found"
+            )
         row = dict(zip(header, fields, strict=True))
         if row["answer"] not in ("A", "B", "C", "D"):
             raise UserError(f"{where}: answer: A, B, C or D wanted, {row['answer']!r} found")
@@ -61,9 +75,18 @@ def task(setting: str, subject: str, folder: str) -> dict:
     data = published(read, folder, subject=subject)
     if setting == "few":
         return {"task": f"ceval-valid_{subject}", "num_fewshot": SHOTS, **data}
-    return {"task": subject, "dataset_path": "ceval/ceval-exam", "dataset_name": subject, "validation_split": "val",
-            **data, "doc_to_text": ASK, "doc_to_target": "answer", "num_fewshot": 0, "generation_kwargs": greedy(256),
-            **answered(Letter, verdict, "acc")}  # fmt: skip
+    return {
+        "task": subject,
+        "dataset_path": "ceval/ceval-exam",
+        "dataset_name": subject,
+        "validation_split": "val",
+        **data,
+        "doc_to_text": ASK,
+        "doc_to_target": "answer",
+        "num_fewshot": 0,
+        "generation_kwargs": greedy(256),
+        **answered(Letter, verdict, "acc"),
+    }
 
 
 BENCHMARK = Benchmark(

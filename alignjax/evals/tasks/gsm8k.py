@@ -14,8 +14,10 @@ from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, 
 
 SHOTS = 8
 TOKENS = 512  # the harness states none for gsm8k_cot, and its default of 256 cuts long replies
-SOURCE = ("put grade_school_math/data/test.jsonl of https://github.com/openai/grade-school-math in DATA_DIR/gsm8k "
-          "(test.jsonl, or gzipped test.jsonl.gz; train.jsonl won't do, it is what models learn from)")  # fmt: skip
+SOURCE = (
+    "put grade_school_math/data/test.jsonl of https://github.com/openai/grade-school-math in DATA_DIR/gsm8k "
+    "(test.jsonl, or gzipped test.jsonl.gz; train.jsonl won't do, it is what models learn from)"
+)
 
 
 def read(folder: str, **_):
@@ -27,13 +29,17 @@ def read(folder: str, **_):
 def row(value, where: str) -> dict:
     out = local.texts(value, where, ("question", "answer"))
     if not number(out):
-        raise UserError(f"{where}: answer: '#### ' and a number wanted at the end, {out['answer'][-40:]!r} found")
+        raise UserError(
+            f"{where}: answer: '#### ' and a number wanted at the end, {out['answer'][-40:]!r} found"
+        )
     return out
 
 
 def number(doc: dict) -> str:
     """The answer's number."""
-    return answers.last_number(doc["answer"].rpartition("####")[2]) if "####" in doc["answer"] else ""
+    return (
+        answers.last_number(doc["answer"].rpartition("####")[2]) if "####" in doc["answer"] else ""
+    )
 
 
 class Number(Extraction):
@@ -48,19 +54,34 @@ def verdict(doc: dict, results: list[str]) -> dict:
 def task(setting: str, subject: str, folder: str) -> dict:
     data = published(read, folder)
     if setting == "few":
-        return {"task": "gsm8k_cot", "num_fewshot": SHOTS, "generation_kwargs": greedy(TOKENS, "Q:"), **data}
-    return {"task": subject, "dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test", **data,
-            "doc_to_text": "Question: {{question.strip()}}\nLet's think step by step.",
-            "doc_to_target": "{{answer.split('####')[-1].strip()}}", "num_fewshot": 0,
-            "generation_kwargs": greedy(TOKENS, "\n\nQuestion:"),
-            **answered(Number, verdict, "exact_match")}  # fmt: skip
+        return {
+            "task": "gsm8k_cot",
+            "num_fewshot": SHOTS,
+            "generation_kwargs": greedy(TOKENS, "Q:"),
+            **data,
+        }
+    return {
+        "task": subject,
+        "dataset_path": "openai/gsm8k",
+        "dataset_name": "main",
+        "test_split": "test",
+        **data,
+        "doc_to_text": "Question: {{question.strip()}}\nLet's think step by step.",
+        "doc_to_target": "{{answer.split('####')[-1].strip()}}",
+        "num_fewshot": 0,
+        "generation_kwargs": greedy(TOKENS, "\n\nQuestion:"),
+        **answered(Number, verdict, "exact_match"),
+    }
 
 
 BENCHMARK = Benchmark(
     name="gsm8k",
     title="GSM8K",
     shots=SHOTS,
-    headline={"zero": Headline("exact_match", "extract"), "few": Headline("exact_match", "flexible-extract")},
+    headline={
+        "zero": Headline("exact_match", "extract"),
+        "few": Headline("exact_match", "flexible-extract"),
+    },
     task=task,
     subjects=("test",),
     source=SOURCE,

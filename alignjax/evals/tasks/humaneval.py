@@ -38,8 +38,10 @@ def row(value, where: str) -> dict:
 
 def ask(doc: dict) -> str:
     function = programs.function(doc["prompt"], doc["entry_point"])
-    return (f"Write a Python function `{programs.signature(function)}` to solve the following problem:\n"
-            f"{(ast.get_docstring(function) or '').strip()}\n\n{doc['prompt']}")  # fmt: skip
+    return (
+        f"Write a Python function `{programs.signature(function)}` to solve the following problem:\n"
+        f"{(ast.get_docstring(function) or '').strip()}\n\n{doc['prompt']}"
+    )
 
 
 class Run(Filter):
@@ -65,10 +67,21 @@ def task(setting: str, subject: str, folder: str) -> dict:
     """UserError where there is nothing to isolate a program with: at once, not after all has been written."""
     sandbox.check()
     data = published(read, folder)
-    return {"task": subject, "dataset_path": "openai/openai_humaneval", "test_split": "test", **data,
-            "doc_to_text": ask, "doc_to_target": "canonical_solution", "num_fewshot": 0, "unsafe_code": True,
-            "fewshot_config": {"doc_to_text": ""},  # or it would hold `ask`, and the results its address
-            "generation_kwargs": greedy(512), **answered(Run, verdict, "pass@1")}  # fmt: skip
+    return {
+        "task": subject,
+        "dataset_path": "openai/openai_humaneval",
+        "test_split": "test",
+        **data,
+        "doc_to_text": ask,
+        "doc_to_target": "canonical_solution",
+        "num_fewshot": 0,
+        "unsafe_code": True,
+        "fewshot_config": {
+            "doc_to_text": ""
+        },  # or it would hold `ask`, and the results its address
+        "generation_kwargs": greedy(512),
+        **answered(Run, verdict, "pass@1"),
+    }
 
 
 BENCHMARK = Benchmark(

@@ -12,14 +12,26 @@ where it stands as whole words, and an article ("A dog") is no letter; for else 
 
 from alignjax.config import UserError
 from alignjax.evals import answers, local
-from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, published, subjects_of
+from alignjax.evals.benchmark import (
+    Benchmark,
+    Extraction,
+    Headline,
+    answered,
+    greedy,
+    published,
+    subjects_of,
+)
 
 SHOTS = 5
 FIELDS = ("question", "A", "B", "C", "D", "answer")
-SOURCE = ("unpack https://people.eecs.berkeley.edu/~hendrycks/data.tar in DATA_DIR/mmlu "
-          "(test/SUBJECT_test.csv and dev/SUBJECT_dev.csv)")  # fmt: skip
-ASK = ("The following is a multiple-choice question. Choose the most suitable one among A, B, C and D as its answer.\n\n"
-       "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}")  # fmt: skip
+SOURCE = (
+    "unpack https://people.eecs.berkeley.edu/~hendrycks/data.tar in DATA_DIR/mmlu "
+    "(test/SUBJECT_test.csv and dev/SUBJECT_dev.csv)"
+)
+ASK = (
+    "The following is a multiple-choice question. Choose the most suitable one among A, B, C and D as its answer.\n\n"
+    "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}"
+)
 
 
 def read(folder: str, subject: str, **_):
@@ -29,17 +41,26 @@ def read(folder: str, subject: str, **_):
         name = f"{split}/{subject}_{split}.csv"
         path = local.find(folder, [name, f"data/{name}"], SOURCE)
         rows = [row(fields, where, subject) for where, fields in local.csv_rows(path)]
-        splits[split] = local.at_least(rows, least, path, "as examples" if split == "dev" else "to evaluate")
+        splits[split] = local.at_least(
+            rows, least, path, "as examples" if split == "dev" else "to evaluate"
+        )
     return local.dataset(**splits)
 
 
 def row(fields: list[str], where: str, subject: str) -> dict:
     if len(fields) != len(FIELDS):
-        raise UserError(f"{where}: {len(FIELDS)} fields wanted ({', '.join(FIELDS)}), {len(fields)} found")
+        raise UserError(
+            f"{where}: {len(FIELDS)} fields wanted ({', '.join(FIELDS)}), {len(fields)} found"
+        )
     question, *choices, answer = fields
     if answer.strip() not in ("A", "B", "C", "D"):
         raise UserError(f"{where}: answer: A, B, C or D wanted, {answer!r} found")
-    return {"question": question, "subject": subject, "choices": choices, "answer": "ABCD".index(answer.strip())}
+    return {
+        "question": question,
+        "subject": subject,
+        "choices": choices,
+        "answer": "ABCD".index(answer.strip()),
+    }
 
 
 class Letter(Extraction):
@@ -55,9 +76,18 @@ def task(setting: str, subject: str, folder: str) -> dict:
     data = published(read, folder, subject=subject)
     if setting == "few":
         return {"task": f"mmlu_{subject}", "num_fewshot": SHOTS, **data}
-    return {"task": subject, "dataset_path": "cais/mmlu", "dataset_name": subject, "test_split": "test", **data,
-            "doc_to_text": ASK, "doc_to_target": "{{'ABCD'[answer]}}", "num_fewshot": 0, "generation_kwargs": greedy(256),
-            **answered(Letter, verdict, "acc")}  # fmt: skip
+    return {
+        "task": subject,
+        "dataset_path": "cais/mmlu",
+        "dataset_name": subject,
+        "test_split": "test",
+        **data,
+        "doc_to_text": ASK,
+        "doc_to_target": "{{'ABCD'[answer]}}",
+        "num_fewshot": 0,
+        "generation_kwargs": greedy(256),
+        **answered(Letter, verdict, "acc"),
+    }
 
 
 BENCHMARK = Benchmark(

@@ -39,8 +39,15 @@ def documents(split: str, limit: int) -> list[dict]:
         place = int(rng.integers(WRONG + 1))
         choices = [*wrong]
         choices.insert(place, ideal)
-        out.append({"prompt": prompt, "right": " ".join(toy.answer(prompt)), "ideal": ideal, "choices": choices,
-                    "answer": place})  # fmt: skip
+        out.append(
+            {
+                "prompt": prompt,
+                "right": " ".join(toy.answer(prompt)),
+                "ideal": ideal,
+                "choices": choices,
+                "answer": place,
+            }
+        )
     return out
 
 
@@ -58,21 +65,38 @@ class Said(Extraction):
 
 
 def verdict(doc: dict, results: list[dict]) -> dict:
-    return {"exact_match": float(results[0]["answer"] == doc["right"]), "true_score": results[0]["true_score"]}
+    return {
+        "exact_match": float(results[0]["answer"] == doc["right"]),
+        "true_score": results[0]["true_score"],
+    }
 
 
 def task(setting: str, subject: str, folder: str) -> dict:
     examples = documents("train", SHOTS)
-    common = {"task": subject, "custom_dataset": read, "test_split": "test", "doc_to_text": "prompt",
-              "num_fewshot": SHOTS if setting == "few" else 0,
-              "fewshot_config": {"sampler": "first_n", "samples": examples}}  # fmt: skip
+    common = {
+        "task": subject,
+        "custom_dataset": read,
+        "test_split": "test",
+        "doc_to_text": "prompt",
+        "num_fewshot": SHOTS if setting == "few" else 0,
+        "fewshot_config": {"sampler": "first_n", "samples": examples},
+    }
     if subject == "choice":
-        return {**common, "output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer",
-                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-                "metadata": {"version": 1.0}}  # fmt: skip
+        return {
+            **common,
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
     kwargs = greedy(TOKENS, "\n") | (SAMPLED if subject == "sampled" else {})
-    return {**common, "doc_to_target": "ideal", "generation_kwargs": kwargs,
-            **answered(Said, verdict, "exact_match", "true_score", name=subject)}  # fmt: skip
+    return {
+        **common,
+        "doc_to_target": "ideal",
+        "generation_kwargs": kwargs,
+        **answered(Said, verdict, "exact_match", "true_score", name=subject),
+    }
 
 
 HEADLINE = Headline("true_score", "sampled", share=False)
