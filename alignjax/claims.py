@@ -145,8 +145,10 @@ def curve_panel(axis, runs: dict[str, list[Records]], name: str) -> None:
         lines = np.array([[row[name] for row in run.metrics if name in row] for run in mine])
         width = max(1, len(steps) // SMOOTH)
         lines = np.apply_along_axis(
-            lambda line: np.convolve(line, np.ones(width) / width, "valid"), 1, lines
-        )  # noqa: B023
+            lambda line: np.convolve(line, np.ones(width) / width, "valid"),  # noqa: B023
+            1,
+            lines,
+        )
         axis.plot(steps[width - 1 :], lines.mean(0), color=colour, linewidth=1.2)
         axis.fill_between(
             steps[width - 1 :], lines.min(0), lines.max(0), color=colour, alpha=0.12, linewidth=0

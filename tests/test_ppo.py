@@ -221,7 +221,7 @@ def test_warm_up_leaves_the_policy_alone_for_exactly_so_many_updates():
         seen, texts = [], []
         state, metrics = mine.learn(
             rate=lambda n: seen.append(int(n)) or float(n),  # noqa: B023
-            text=lambda number: texts.append(number) or [],
+            text=lambda number: texts.append(number) or [],  # noqa: B023
         )  # noqa: B023
         assert int(state["policy"].updates) == updates and seen == list(range(updates))
         assert texts == list(

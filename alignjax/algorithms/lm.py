@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax.algorithms import losses, optimisation
-from alignjax.algorithms.stage import Stage, nothing_late
+from alignjax.algorithms.old_stage import Stage, nothing_late
 from alignjax.config import Config
 from alignjax.data import encoding, mixture, packing
 from alignjax.machine import sharding

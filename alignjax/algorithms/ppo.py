@@ -23,7 +23,7 @@ from alignjax.algorithms.experience import (
     microbatches,
     read,
 )
-from alignjax.algorithms.stage import Stage
+from alignjax.algorithms.old_stage import Stage
 from alignjax.config import Config
 from alignjax.data import chat, encoding, mixture
 from alignjax.machine import sharding

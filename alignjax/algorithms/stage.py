@@ -1,41 +1,105 @@
-"""What `train.py` drives: a stage is data, a loss and a start.
+"""What the training loop drives and the planner compiles: the protocol of a stage.
 
-A step with a figure that is not finite leaves WORKDIR/skipped/STEP.npz: its figures, as "metrics/NAME", and the arrays that
-it learnt from. kept = dict(numpy.load(FILE)) gives them; from `params`, those of the checkpoint STEP (if steps since the
-one before were applied, the same command in a copy of WORKDIR without newer checkpoints comes by there once more),
-
-    lm        lm.loss_fn(config.model, params, part)
-              for each part of lm.microbatches(kept, config.microbatch_tokens, 1)
-    ranking   the same with ranking.loss_fn(config.model, config.ranking, params, part) and ranking.microbatches
-    ppo       ppo.policy_loss_fn(config, params, (experience, part)), ppo.value_loss_fn likewise,
-              for each part of experience.microbatches(config, kept["prompt_lengths"], kept["lengths"], rows, 1)
-              for each (update, rows) of ppo.minibatches(config, STEP), where
-              experience = Experience(Rollout(*map(kept.get, Rollout._fields)), *map(kept.get, Experience._fields[1:]))
-
-give (loss, metrics) that add up over the parts. kept["score"], one number a response, and the texts of the pretraining
-gradient, "text/UPDATE/NAME", are there for PPO too; alignjax.data.chat.load_tokenizer(WORKDIR / "tokenizer") decodes tokens.
+A step with a figure that is not finite leaves WORKDIR/skipped/STEP.npz; docs/metrics.md says how
+to compute its losses again.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+# role -> TrainState, and whatever else a resume needs; its leaves are arrays on the mesh.
+State = dict[str, Any]
 
 
-class Stage(NamedTuple):
-    """State is a dict: role -> TrainState, and whatever else a resume needs. Steps count from 0."""
+@dataclass(frozen=True, kw_only=True)
+class StepDetails:
+    """What is known of a step once its arrays are on the host."""
 
-    steps: int  # of the loop
-    shapes: dict  # the state's shapes, types and shardings
-    start: Callable  # () -> state, fresh or from the parents
-    # (state, step) -> state, metrics (device scalars), late (() -> more metrics, rows of samples), batch (() -> {name: array
-    # on the host}, from which the step's losses can be computed again); both are called after the next step's dispatch
-    step: Callable
-    finish: Callable  # state -> state, after the last step and before the last save
-    evaluate: Callable  # state -> ({figure: number} for summary.json, rows of responses.jsonl, [] where there is none)
-    table: Callable  # figures -> [(words, text)], the run's result at a glance
-    shown: tuple[str, ...]  # metrics on the progress bar
-    # state -> ({figure: number}, rows of samples) for evaluations.jsonl, every ppo.eval_every steps; it changes nothing
-    watch: Callable | None = None
+    metrics: dict[str, float]
+    samples: list[dict]  # rows of samples.jsonl
 
 
-def nothing_late():
-    return {}, []
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What a step returns beside the new state.
+
+    `details` and `batch` are called after the next step has been dispatched, so they may read
+    only host data that does not change and arrays that no later step donates.
+    """
+
+    metrics: dict[str, jax.Array]  # device scalars
+    details: Callable[[], StepDetails]
+    batch: Callable[[], dict[str, np.ndarray]]  # what the step learned from, to compute it again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures on held-out data, and rows that show where they come from."""
+
+    figures: dict[str, float]
+    rows: list[dict]
+
+
+class Loops(NamedTuple):
+    """How often the loops of a rollout run, whose ends depend on the data."""
+
+    turns: int = 0  # of the outermost loop; 0: there is no such loop
+    steps: int = 1  # decode steps in each turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled function of a stage, with the shapes of its arguments."""
+
+    name: str
+    calls: int  # in one step of the loop
+    function: Callable[..., Any]  # jitted
+    arguments: tuple[Any, ...]  # shapes with shardings
+    # Shapes in device memory during the call that are neither resident nor arguments.
+    beside: tuple[Any, ...] = ()
+    loops: Loops = Loops()
+    mesh: jax.sharding.Mesh | None = None  # if it is not the one that is set
+
+
+class Stage(Protocol):
+    """One kind of training: language modelling, ranking, or PPO. Steps count from 0."""
+
+    num_steps: int
+    abstract_state: State  # shapes, types and shardings: what a restore needs
+    progress_metrics: tuple[str, ...]  # shown on the progress bar
+
+    def init_state(self) -> State:
+        """Return the state before the first step, fresh or from the parents."""
+        ...
+
+    def step(self, state: State, step: int) -> tuple[State, StepOutput]:
+        """Return the state after a step; the arrays of the given state are donated."""
+        ...
+
+    def finalise(self, state: State) -> State:
+        """Return the state to save after the last step."""
+        ...
+
+    def evaluate(self, state: State) -> Evaluation:
+        """Return the figures of summary.json and the rows of responses.jsonl at the end."""
+        ...
+
+    def evaluate_midway(self, state: State) -> Evaluation | None:
+        """Return a row of evaluations.jsonl and its samples, or None if the stage has none."""
+        ...
+
+    def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
+        """Return the result of a run at a glance: (label, text) of each line."""
+        ...
+
+    def programs(self) -> Iterable[Program]:
+        """Yield the compiled functions of a step with the shapes that they are called with."""
+        ...
+
+    def resident(self) -> dict[str, Any]:
+        """Return, by name, the shapes that stay in device memory throughout a step."""
+        ...

@@ -1,9 +1,25 @@
 """Messages on the terminal: lines that keep a progress bar intact, and tables."""
 
 import sys
+from collections.abc import Callable
 
 import jax
 from tqdm import tqdm
+
+from alignjax.config import UserError
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run the body of a command and return its exit code.
+
+    A `UserError` is printed as one line on standard error and gives 2; a body that returns
+    nothing gives 0.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"alignjax: {error}", file=sys.stderr)
+        return 2
 
 
 def say(text: str) -> None:

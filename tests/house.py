@@ -1,0 +1,164 @@
+"""The rules of the house as functions of a parsed file; `tests/test_house.py` applies them.
+
+python tests/house.py alignjax/data tests/test_data.py     lists every breach in these files
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = 100
+SUMMARY = 90  # columns of the first line of a docstring
+INNER = 4  # functions inside a function, lambdas included
+FIELDS = 3  # of a container that is filled by position
+# These say nothing of the thing that they name.
+EMPTY_NAMES = {"found", "mine", "said", "told", "asked"}
+
+
+def breaches(path: Path) -> Iterator[str]:
+    """Yield "FILE:LINE: what is wrong" for each rule that a file breaks."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    checks = [line_breaches(text, tree), return_breaches(tree), container_breaches(path, tree)]
+    if path.is_relative_to(ROOT / "alignjax"):
+        checks += [assignment_breaches(tree), name_breaches(tree), function_breaches(tree)]
+        checks += [docstring_breaches(tree)]
+    for check in checks:
+        for line, problem in check:
+            yield f"{path.relative_to(ROOT)}:{line}: {problem}"
+
+
+def line_breaches(text: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    tables = {
+        line
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    for number, line in enumerate(text.splitlines(), 1):
+        if len(line) > COLUMNS:
+            yield number, f"{len(line)} columns, over {COLUMNS}"
+        if "# fmt: " + "skip" in line and number not in tables:
+            yield number, "'fmt: skip' outside a table of constants"
+
+
+def return_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield functions that return more than a pair."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            if len(node.value.elts) > 2 or starred(node.value):
+                yield node.lineno, "returns a tuple of more than two"
+
+
+def starred(node: ast.Tuple) -> bool:
+    return any(isinstance(element, ast.Starred) for element in node.elts)
+
+
+def container_breaches(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield containers of many fields that can be filled by position, or changed."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+        bases = {ast.unparse(base) for base in node.bases}
+        if len(fields) <= FIELDS:
+            continue
+        if "NamedTuple" in bases:
+            yield node.lineno, f"{node.name}: a named tuple of {len(fields)} fields"
+        decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+        dataclasses = [
+            text for text in decorators if "dataclass" in text and "register" not in text
+        ]
+        # The config is the user's to change, and its groups may be filled by position.
+        if dataclasses and path != ROOT / "alignjax" / "config.py":
+            if not all("frozen=True" in text and "kw_only=True" in text for text in dataclasses):
+                yield node.lineno, f"{node.name}: not a frozen, keyword-only dataclass"
+
+
+def assignment_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield assignments that bind several names to several values."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Tuple):
+            continue
+        targets = node.targets[0]
+        if isinstance(node.value, ast.Tuple) and not is_swap(targets, node.value):
+            yield node.lineno, "binds several names to several values"
+        elif len(targets.elts) > 2 and "shape" not in ast.unparse(node.value):
+            yield node.lineno, f"unpacks {len(targets.elts)} values"
+
+
+def is_swap(targets: ast.Tuple, values: ast.Tuple) -> bool:
+    return sorted(map(ast.unparse, targets.elts)) == sorted(map(ast.unparse, values.elts))
+
+
+def name_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names = [node.id]
+        elif isinstance(node, ast.arg):
+            names = [node.arg]
+        elif isinstance(node, ast.FunctionDef):
+            names = [node.name]
+        for name in names:
+            if name in EMPTY_NAMES:
+                yield node.lineno, f"{name!r} does not say what it names"
+
+
+def function_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield functions with many functions inside, and public ones without annotations."""
+    for function in public_functions(tree):
+        arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+        if bare:
+            yield function.lineno, f"{function.name}: no annotation on {', '.join(bare)}"
+        if function.returns is None and function.name != "__init__":
+            yield function.lineno, f"{function.name}: no annotation of the result"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = [
+                n
+                for n in ast.walk(node)
+                if n is not node and isinstance(n, ast.FunctionDef | ast.Lambda)
+            ]
+            if len(inner) > INNER:
+                yield node.lineno, f"{node.name}: {len(inner)} functions inside"
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            yield node.lineno, "a lambda with a name: use def"
+
+
+def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Yield the public functions of a module and the public methods of its classes."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"):
+                    yield item
+
+
+def docstring_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    for node in [tree, *nodes]:
+        docstring = ast.get_docstring(node)
+        if docstring and len(docstring.splitlines()[0]) > SUMMARY:
+            line = getattr(node, "lineno", 1)
+            yield line, f"the first line of the docstring is over {SUMMARY} columns"
+
+
+def main(arguments: list[str]) -> int:
+    files = []
+    for argument in arguments:
+        path = Path(argument).resolve()
+        files += [path] if path.is_file() else sorted(path.rglob("*.py"))
+    lines = [line for path in files for line in breaches(path)]
+    print("\n".join(lines))
+    print(f"{len(lines)} breaches in {len(files)} files")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
