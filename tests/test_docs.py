@@ -230,7 +230,7 @@ def test_a_command_is_accepted_by_its_own_parser(line, page, examples, monkeypat
 
 
 @cache
-def tests_in(file: str) -> set[str]:
+def named_tests(file: str) -> set[str]:
     return set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M))
 
 
@@ -243,7 +243,7 @@ def test_a_test_runs_every_shape_of_a_command():
         assert matches, line
         used.add(matches[0])
     for pattern, file, test in RUN_BY:
-        assert test in tests_in(file), test
+        assert test in named_tests(file), test
         assert pattern in used, f"no command has the shape {pattern!r} any more"
 
 
@@ -317,7 +317,7 @@ def test_functions_classes_and_fields_that_a_page_names_exist(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_tests_that_a_page_names_exist(path):
-    tests = {file.name: tests_in(file.name) for file in (ROOT / "tests").glob("test_*.py")}
+    tests = {file.name: named_tests(file.name) for file in (ROOT / "tests").glob("test_*.py")}
     every_test = set().union(*tests.values())
     for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", without_fences(path)):
         assert name in (tests[file] if file else every_test), name
