@@ -283,7 +283,8 @@ def test_paths_exist_and_the_readme_leads_to_the_page(path):
 def names_bound_by(node: ast.stmt) -> set[str]:
     """Return the names that a statement at the top of a module or a class defines."""
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
-    return {getattr(target, "name", getattr(target, "id", "")) for target in targets}
+    bound = {getattr(target, "name", getattr(target, "id", "")) for target in targets}
+    return bound - {""}
 
 
 @cache

@@ -12,12 +12,11 @@ from runs import command, rows
 from alignjax import train
 
 FILES = shown_files(ROOT / "docs" / "extending.md")
+WORDS = "cat box sun hat cup dog key map pen bus egg fan".split()
+# The tasks ask for the last of two words.
 TASKS = [
-    {"prompt": "count : owl pig rug", "answer": "three"},
-    {"prompt": "last : dog key map", "answer": "map"},
-    {"prompt": "last : cat box sun", "answer": "sun"},
-    {"prompt": "count : cup egg", "answer": "two"},
-    {"prompt": "last : jar van", "answer": "van"},
+    {"prompt": f"last : {first} {last}", "answer": last}
+    for first, last in zip(WORDS, reversed(WORDS), strict=True)
 ]
 
 
