@@ -25,19 +25,15 @@ SCRIPT = """
 import json, os, signal, sys, time
 sys.path[:0] = ["tests", "."]
 import conftest
-from runs import command
-from test_faults import crash_in
-from alignjax import metrics, processes, train
+from runs import act_in_step, command
+from alignjax import processes, train
 from alignjax.data import files
 from pathlib import Path
 index, runs = int(sys.argv[1][-1]), Path(sys.argv[2])
 
 def acting(step, act, *asked):  # a run in which process 1 acts at a step
-    write = metrics.Log.write
-    metrics.Log.write = crash_in(step, act if index else lambda: None)
-    code = train.main(list(asked))
-    metrics.Log.write = write
-    return code
+    with act_in_step(step, act if index else lambda: None):
+        return train.main(list(asked))
 
 def crash():
     raise ValueError("a crash")
