@@ -1,4 +1,4 @@
-"""Helpers for tests of whole runs: the tiny chain, its commands, and what must repeat to the bit."""
+"""Helpers for tests of whole runs: the tiny chain, its commands, what must repeat to the bit."""
 
 import contextlib
 import json

@@ -17,7 +17,7 @@ from runs import PARENTS, ROOT, STEPS, command, cut, rows
 
 from alignjax import train
 from alignjax.data import files
-from alignjax.machine import command as commands
+from alignjax.machine import signals as machine_signals
 from alignjax.weights import checkpoint
 
 NAMES = ("sft-tiny", "rm-tiny", "ppo-tiny")  # one of each stage, from parents of one process
@@ -26,7 +26,8 @@ import json, os, signal, sys, time
 sys.path[:0] = ["tests", "."]
 import conftest
 from runs import act_in_step, command
-from alignjax import processes, train
+from alignjax import train
+from alignjax.machine import processes
 from alignjax.data import files
 from pathlib import Path
 index, runs = int(sys.argv[1][-1]), Path(sys.argv[2])
@@ -277,11 +278,11 @@ def test_a_notice_of_the_machines_end_counts_as_a_sigterm(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        commands.watch(f"127.0.0.1:{server.server_port}", told.set, every=0.01)
+        machine_signals.watch(f"127.0.0.1:{server.server_port}", told.set, every=0.01)
         assert told.is_set() and asked == ["preempted", "maintenance-event"] * 2
         monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-        signals = commands.Signals()
-        commands.notices(lambda: (signals.remember(signal.SIGTERM), told.set()))
+        signals = machine_signals.Signals()
+        machine_signals.watch_for_preemption(lambda: (signals.remember(signal.SIGTERM), told.set()))
         told.clear()
-        assert told.wait(60) and signals.anywhere()
+        assert told.wait(60) and signals.received_anywhere()
         server.shutdown()

@@ -28,7 +28,7 @@ def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(
     asked = ["--config", "lm.py:tiny", "--workdir", "gs://bucket/runs/lm-tiny"]
 
     def cut():
-        monkeypatch.setattr(workdir, "copy", lambda *_: None)
+        monkeypatch.setattr(workdir, "publish", lambda *_: None)
         raise Crash
 
     with monkeypatch.context() as monkeypatch, act_in_step(3, cut):
@@ -51,6 +51,6 @@ def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(
 
 
 def test_a_place_that_cannot_be_reached_is_an_error(capsys, tmp_path):
-    assert "gs://BUCKET/... wanted" in fails(
+    assert "expected a directory or gs://BUCKET/..." in fails(
         capsys, *command("lm-tiny", tmp_path)[:2], "--workdir", "s3://bucket/run"
     )

@@ -47,7 +47,7 @@ def record(workdir: Path) -> None:
         entries = []
     current = describe()
     if entries[-1:] != [current]:
-        workdirs.write(path, json.dumps([*entries, current], indent=1))
+        workdirs.write_atomically(path, json.dumps([*entries, current], indent=1))
 
 
 @functools.cache

@@ -1,11 +1,11 @@
 """Read what a run wrote to its work directory: its config, its summary, and its JSON lines."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignjax.config import UserError
+from alignjax.machine import jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def read(workdir: Path) -> Records:
 
 def read_object(path: Path) -> Any:
     """Return the contents of a JSON file, {} if there is no such file."""
-    return parse(path, path.read_text(encoding="utf-8")) if path.exists() else {}
+    return jsonl.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -52,20 +52,4 @@ def read_lines(path: Path) -> list[dict]:
 
     An incomplete last line, which a running command is still writing, is left out.
     """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    complete_lines = text[: text.rfind("\n") + 1]
-    return [
-        parse(path, line, f" line {number}")
-        for number, line in enumerate(complete_lines.splitlines(), 1)
-        if line
-    ]
-
-
-def parse(path: Path, text: str, place: str = "") -> Any:
-    """Parse JSON; a UserError names the file and the place."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}{place}: {error}") from None
+    return jsonl.read(path, unfinished=True) if path.exists() else []

@@ -1,10 +1,10 @@
 """The JSON-lines files of a run, which grow by rows of numbered steps."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
+from alignjax.config import UserError
 from alignjax.machine import jsonl
 from alignjax.runs import records
 
@@ -39,7 +39,7 @@ class StepFiles:
         """Append a row; a number in it that is not finite becomes null."""
         if kind not in self.files:
             self._open(kind)
-        self.files[kind].write(jsonl.json_lines([row]) + "\n")
+        self.files[kind].write(jsonl.dumps([row]) + "\n")
         self.files[kind].flush()
 
     def close(self) -> None:
@@ -60,11 +60,11 @@ def drop_rows(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in jsonl.lines(path):
         try:
-            if json.loads(line)["step"] < start:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+            if jsonl.parse(line.text, line.where)["step"] < start:
+                kept.append(line.text.rstrip("\n") + "\n")
+        except (UserError, KeyError):
             break
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")

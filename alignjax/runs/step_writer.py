@@ -2,23 +2,16 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from alignjax.algorithms.stage import Evaluation
-from alignjax.machine import jsonl
+from alignjax.machine import console, jsonl
 from alignjax.runs import advice
 from alignjax.runs.step_files import StepFiles
 from alignjax.runs.tensorboard import TensorBoard
 from alignjax.runs.tracker import Tracker
-
-# Seconds between updates of the progress bar, on a terminal and in a file.
-TERMINAL_INTERVAL = 0.5
-FILE_INTERVAL = 15
 
 
 class StepWriter:
@@ -49,15 +42,7 @@ class StepWriter:
             # The warnings of these steps have been printed already.
             advice.follow(adviser, self.files.rows("metrics"), self.files.rows("evaluations"))
         self.board = TensorBoard(workdir / "tensorboard", start)
-        self.bar = tqdm(
-            total=num_steps,
-            initial=start,
-            desc=f"{name:>4}",
-            unit="step",
-            dynamic_ncols=True,
-            file=sys.stderr,
-            mininterval=TERMINAL_INTERVAL if sys.stderr.isatty() else FILE_INTERVAL,
-        )
+        self.bar = console.progress_bar(num_steps, f"{name:>4}", "step", initial=start)
         # The last step's row of timing.jsonl, which waits for the costs known only at its end.
         self.timing: dict[str, Any] | None = None
         self.costs: dict[int, dict[str, Any]] = {}  # step -> further figures of its row

@@ -115,7 +115,7 @@ def run_id(workdir: Path) -> str:
     """Return the run's id at Weights & Biases, and make one for a new run."""
     path = workdir / "wandb-id"
     if not path.exists():
-        workdirs.write(path, secrets.token_hex(4))
+        workdirs.write_atomically(path, secrets.token_hex(4))
     return path.read_text().strip()
 
 
