@@ -22,7 +22,7 @@ from runs import ROOT, rows
 
 from alignjax import config as configs
 from alignjax import train
-from alignjax.data import chat, encoding, mixture
+from alignjax.data import chat, encoding, sources
 from alignjax.models import families
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -355,7 +355,7 @@ def test_the_examples_of_data_are_read_by_the_loader_and_fit_their_stages(exampl
     tokenizer = chat.load_tokenizer(chain[0] / "sft-tiny" / "tokenizer")
     said = []
     for name, kind in KINDS.items():
-        found = mixture.load(str(examples / f"{name}.jsonl"), kind, "train", 0)
+        found = sources.load(str(examples / f"{name}.jsonl"), kind, "train")
         arrays = encoding.encode(found, kind, 32 if kind == "text" else 512, tokenizer, said.append)
         assert len(found) >= 2 and len(next(iter(arrays.values()))) >= 2
     assert said == [] and found[0]["columns"] == {"answer": "three"}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from alignjax import config as configs
 from alignjax.config import UserError
-from alignjax.data import mixture, prepare, transcripts
+from alignjax.data import formats, mixture, prepare, sources, transcripts
 from alignjax.data import preferences as prefs
 from alignjax.data.preferences import base, hh, prm800k, shp, summarize
 
@@ -50,38 +50,41 @@ def prepared(spec, manual, data):
 
 def test_a_transcript_becomes_messages():
     text = "\n\nHuman: Hi there\n\nsecond line\n\nAssistant: Human: no\n\nHuman: So?\n\nAssistant:"
-    assert transcripts.transcript(text) == [
+    assert transcripts.parse(text) == [
         {"role": "user", "content": "Hi there\n\nsecond line"},
         {"role": "assistant", "content": "Human: no"},
         {"role": "user", "content": "So?"},
         {"role": "assistant", "content": ""},
     ]
-    assert transcripts.transcript("Human: Hi") == user("Hi")
-    assert transcripts.transcript("Hi\n\nHuman: there") is None
-    assert transcripts.transcript("") is None
+    assert transcripts.parse("Human: Hi") == user("Hi")
+    assert transcripts.parse("Hi\n\nHuman: there") is None
+    assert transcripts.parse("") is None
 
 
 def test_two_conversations_become_one_comparison():
     said = lambda *texts: [
         {"role": r, "content": c} for r, c in zip(("user", "assistant") * 3, texts, strict=False)
     ]
-    assert transcripts.split(said("a", "b", "c", "d"), said("a", "b", "c", "e")) == (
-        said("a", "b", "c"),
-        "d",
-        "e",
-    )
+    one, other = said("a", "b", "c", "d"), said("a", "b", "c", "e")
+    assert transcripts.difference_fault(one, other) == ""
+    assert formats.example_of({"chosen": one, "rejected": other}, "comparisons") == {
+        "prompt": said("a", "b", "c"),
+        "chosen": "d",
+        "rejected": "e",
+        "margin": 0.0,
+    }
     for one, other, reason in [
         (said("a", "b"), said("x", "c"), "differ before"),
         (said("a", "b", "c", "d"), said("a", "b"), "differ before"),
-        (said("a", "b", "c"), said("a", "b", "d"), "does not end with the assistant's"),
-        (said("a", "b")[1:], said("a", "c")[1:], "no user's message"),
+        (said("a", "b", "c"), said("a", "b", "d"), "does not end with a message of the assistant"),
+        (said("a", "b")[1:], said("a", "c")[1:], "no message of the user"),
         (
             [*said("a", "b"), said("a", "c")[1]],
             [*said("a", "b"), said("a", "d")[1]],
-            "no user's message",
+            "no message of the user",
         ),
     ]:
-        assert reason in transcripts.split(one, other)
+        assert reason in transcripts.difference_fault(one, other)
 
 
 # ------------------------------------------------------------------------------------------------ HH
@@ -147,7 +150,7 @@ def test_hh_keeps_what_it_is_told_to(hh_files, tmp_path):
     spec = "hh_helpful_base:empty=keep,same_role=keep"
     splits, rows = prepared(spec, hh_files, tmp_path / "out")
     assert splits["train"]["dropped"] == {
-        "no user's message before the last": 1,
+        "there is no message of the user before the last one": 1,
         "two equal replies": 1,
         "the conversations differ before their last messages": 1,
         "not a transcript of Human and Assistant": 1,
@@ -507,18 +510,18 @@ def broken(name, path, *value):
     "name, bad, message",
     [
         ("hh_helpful_base", '{"chosen": ', "not JSON"),
-        ("hh_helpful_base", '["a", "b"]', "an object wanted, list found"),
+        ("hh_helpful_base", '["a", "b"]', "expected an object, found list"),
         (
             "hh_helpful_base",
             {"chosen": "a", "rejectd": "b"},
             "a field 'rejected' wanted; did you mean 'rejectd'?",
         ),
-        ("hh_helpful_base", {"chosen": 5, "rejected": "b"}, "chosen: text wanted, int found: 5"),
+        ("hh_helpful_base", {"chosen": 5, "rejected": "b"}, "chosen: expected text, found int: 5"),
         ("summarize", broken("summarize", "choice", 2), "choice: 0 or 1 wanted, 2 found"),
         (
             "summarize",
             broken("summarize", "choice", True),
-            "choice: a whole number wanted, bool found: true",
+            "choice: expected a whole number, found bool: true",
         ),
         (
             "summarize",
@@ -529,26 +532,26 @@ def broken(name, path, *value):
         (
             "summarize",
             broken("summarize", "summaries", [{"text": "a"}]),
-            "summaries: '1.text' in it wanted, list found",
+            "summaries: '1.text' in it wanted, found list",
         ),
-        ("summarize", broken("summarize", "info", "x"), "info: 'article' in it wanted, str found"),
+        ("summarize", broken("summarize", "info", "x"), "info: 'article' in it wanted, found str"),
         ("shp", broken("shp", "labels", 7), "labels: 0 or 1 wanted, 7 found"),
-        ("shp", broken("shp", "score_ratio", "3"), "score_ratio: a number wanted, str found"),
-        ("shp", broken("shp", "history", None), "history: text wanted, NoneType found: null"),
+        ("shp", broken("shp", "score_ratio", "3"), "score_ratio: expected a number, found str"),
+        ("shp", broken("shp", "history", None), "history: expected text, found NoneType: null"),
         (
             "prm800k",
             broken("prm800k", "label.steps.0.completions", {}),
-            "label.steps.0.completions: a list wanted, dict",
+            "label.steps.0.completions: expected a list, found dict",
         ),
         (
             "prm800k",
             broken("prm800k", "label.steps.0.chosen_completion", 9),
-            "completions: '9.text' in it wanted, list found",
+            "completions: '9.text' in it wanted, found list",
         ),
         (
             "prm800k",
             broken("prm800k", "is_quality_control_question", 0),
-            "true or false wanted, int found: 0",
+            "expected true or false, found int: 0",
         ),
         (
             "prm800k",
@@ -576,7 +579,7 @@ def test_a_cut_file_and_a_pointer_in_place_of_a_file_are_named(hh_files, tmp_pat
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     with pytest.raises(
-        UserError, match=r"train.jsonl.gz:\d+: JSON lines in UTF-8 wanted, Compressed file ended"
+        UserError, match=r"train.jsonl.gz:\d+: expected JSON lines in UTF-8: Compressed file ended"
     ):
         prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
@@ -804,7 +807,9 @@ def test_a_public_set_gives_every_kind_of_example(hh_files, tmp_path):
     """Comparisons; distinct prompts; the chosen replies as conversations and as text; the held-out split is its test."""
     spec, out = "hh_helpful_base:empty=keep,same_role=keep", str(tmp_path / "out")
     prepare.prepare(spec, str(hh_files), out)
-    load = lambda kind, split="train": mixture.load(f"tfds/{spec}", kind, split, 0, data_dir=out)
+    load = lambda kind, split="train": sources.load(
+        f"tfds/{spec}", kind, split, sources.ReadOptions(data_dir=out)
+    )
     comparisons = load("comparisons")
     assert [row["chosen"] for row in comparisons] == [
         row["chosen"] for row in prefs.read(spec, "train", out)
@@ -820,9 +825,9 @@ def test_a_public_set_gives_every_kind_of_example(hh_files, tmp_path):
         ]
         assert text == {"text": "\n\n".join(m["content"] for m in turns["messages"])}
     assert len(load("comparisons", "heldout")) == 2
-    assert mixture.load(f"tfds/{spec}/test", "prompts", "train", 0, data_dir=out)[0][
-        "prompt"
-    ] == user("Hello")
+    assert sources.load(f"tfds/{spec}/test", "prompts", "train", sources.ReadOptions(data_dir=out))[
+        0
+    ]["prompt"] == user("Hello")
 
 
 def test_what_is_held_out_is_not_trained_on(hh_files, tmp_path):

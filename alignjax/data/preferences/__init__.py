@@ -99,7 +99,7 @@ def read(spec: str, split: str, data_dir: str = "", limit: int = 0) -> list[dict
         )
     source = tfds.builder_from_directory(directory(spec, data_dir)).as_data_source(name)
     count = min(limit or len(source), len(source))
-    numbers = shares.mine(range(count))
+    numbers = shares.local(range(count))
     examples = (
         x
         for at in range(0, len(numbers), 1024)

@@ -12,7 +12,6 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from alignjax.config import UserError, nearest
-from alignjax.data import files
 from alignjax.machine import jsonl
 
 WANTED = {
@@ -211,7 +210,7 @@ def read(paths: dict[str, Path], what: str):
 def row(line: str, key: str, where: str) -> Row:
     value = jsonl.parse(line, where)
     if not isinstance(value, dict):
-        raise UserError(f"{where}: an object wanted, {files.found(value)}")
+        raise UserError(f"{where}: expected an object, found {jsonl.describe(value)}")
     return Row(key, where, value)
 
 
@@ -235,7 +234,7 @@ def field(row: Row, path: str, kind: type, optional: bool = False):
         else:
             below = ".".join(passed)
             raise UserError(
-                f"{row.where}: {below}: {path.removeprefix(below)[1:]!r} in it wanted, {files.found(value)}"
+                f"{row.where}: {below}: {path.removeprefix(below)[1:]!r} in it wanted, found {jsonl.describe(value)}"
             )
         passed.append(part)
     if value is None and optional:
@@ -246,7 +245,9 @@ def field(row: Row, path: str, kind: type, optional: bool = False):
         else isinstance(value, kind)
     )
     if not right or isinstance(value, bool) != (kind is bool):
-        raise UserError(f"{row.where}: {path}: {WANTED[kind]} wanted, {files.found(value)}")
+        raise UserError(
+            f"{row.where}: {path}: expected {WANTED[kind]}, found {jsonl.describe(value)}"
+        )
     return value
 
 

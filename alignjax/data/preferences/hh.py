@@ -69,18 +69,18 @@ class HH(Comparisons):
         options = self.builder_config.options
         for row in rows:
             texts = [field(row, side, str) for side in ("chosen", "rejected")]
-            both = [transcripts.transcript(text) for text in texts]
+            both = [transcripts.parse(text) for text in texts]
             if None in both:
-                found = "not a transcript of Human and Assistant"
+                reason = "not a transcript of Human and Assistant"
             elif options.same_role == "drop" and any(map(repeats, both)):
-                found = "two turns of one role in a row"
+                reason = "two turns of one role in a row"
             else:
-                found = transcripts.split(*both)
-            reason = found if isinstance(found, str) else fault(*found[1:])
+                replies = [messages[-1]["content"] for messages in both]
+                reason = transcripts.difference_fault(*both) or fault(*replies)
             if reason and not (reason == "an empty reply" and options.empty == "keep"):
                 dropped[reason] += 1
             else:
-                yield row.id, *found, 0.0
+                yield row.id, both[0][:-1], *replies, 0.0
 
 
 def repeats(messages: list[dict]) -> bool:
