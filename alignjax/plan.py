@@ -26,7 +26,7 @@ from alignjax.planning.plans import Estimate, make_plan, plan_dict
 from alignjax.planning.printing import format_estimates, format_plan
 from alignjax.planning.search import search
 from alignjax.planning.topologies import PLATFORMS
-from alignjax.weights import roles
+from alignjax.weights import locations
 
 DOES_NOT_FIT = 3
 
@@ -92,7 +92,7 @@ def architecture(spec: str) -> Model:
     name = spec.rpartition("/")[2].partition("@")[0].lower().replace("_", ".")
     if spec.startswith("hf://") and name in families.PRESETS:
         return families.PRESETS[name]
-    return roles.architecture(roles.local(spec, weights=False))
+    return locations.architecture(locations.local_directory(spec, weights=False))
 
 
 if __name__ == "__main__":

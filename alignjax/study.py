@@ -31,11 +31,9 @@ STUDIES = configs.CONFIGS.parent / "studies"
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0; 2 after a user error or a failed run; 130 after an interrupt."""
     arguments = argument_parser().parse_args(argv)
-    try:
-        return console.run_command(functools.partial(run, arguments))
-    except KeyboardInterrupt:
-        print("alignjax: interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return console.run_command(
+        functools.partial(run, arguments), interrupted="interrupted; the same command continues"
+    )
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -109,8 +107,8 @@ def write_results(name: str, study: Study, trials: list[study_runs.Trial], out: 
     (out / "study").mkdir(parents=True, exist_ok=True)
     picture = study_picture.draw_study(study, record, runs)
     picture.savefig(out / "study" / f"{name}.png", dpi=110)
-    workdirs.write(out / "study" / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    workdirs.write(out / "study.md", study_results.document(out))
+    workdirs.write_atomically(out / "study" / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    workdirs.write_atomically(out / "study.md", study_results.document(out))
     heading, *lines = [(row[0], row[1:]) for row in study_results.table_rows(record)]
     title = f"{name}: {record['seeds']} seeds, mean and half of the 95 % interval"
     print(console.grid(title, heading, lines))

@@ -58,7 +58,7 @@ def heldout_loss(loss, params, rows, batch: int, budget: int, mesh) -> float:
         count = float((part["mask"][:, 1:] > 0).sum())
         found = [
             loss(params, sharding.shard_batch(x, mesh))[0]
-            for x in microbatches(part, budget, sharding.shards(mesh))
+            for x in microbatches(part, budget, sharding.row_shards(mesh))
         ]
         total, targets = total + count * sum(map(float, found)), targets + count
     return total / targets
@@ -81,7 +81,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     )
     batches = mixture.batches(config, found, data.kind, data.max_length, data.batch, tokenizer, say)
     steps = config.steps or batches.epoch
-    ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.shards(mesh)))
+    ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.row_shards(mesh)))
     optimiser = optimisation.make_optimiser(config.optimiser, steps)
     init, shapes = optimisation.trained(model, "lm", optimiser, mesh)
     loss = functools.partial(loss_fn, model)

@@ -81,7 +81,9 @@ def placed(init, params, shapes):
 def trained(model: Model, head: str, optimiser, mesh):
     """(init(params) -> TrainState, what it makes: shapes, types and shardings) of a role that is trained."""
     init = functools.partial(init_state, optimiser=optimiser)
-    return init, sharding.abstract(jax.eval_shape(init, roles.shapes(model, head, mesh)), mesh)
+    return init, sharding.abstract(
+        jax.eval_shape(init, roles.abstract_params(model, head, mesh)), mesh
+    )
 
 
 def to_items(state: dict) -> dict:

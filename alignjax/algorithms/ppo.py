@@ -217,7 +217,7 @@ def score(
     lengths, p = sharding.on_host(sampled.lengths), config.ppo
     cut = lambda rows: [
         sharding.shard_batch(part, mesh)
-        for part in microbatches(config, prompt_lengths, lengths, rows, sharding.shards(mesh))
+        for part in microbatches(config, prompt_lengths, lengths, rows, sharding.row_shards(mesh))
     ]
     first = [cut(np.arange(k, len(lengths), p.minibatches)) for k in range(p.minibatches)]
     tokens = np.zeros((len(lengths), p.response_length), np.float32)
@@ -342,7 +342,7 @@ def pretraining(config: Config, mesh, tokenizer, say):
         volume = int(p.pretrain_ratio * (data.batch * p.samples_per_prompt // p.minibatches))
         batches = mixture.batches(config, found, "text", length, volume, tokenizer, say)
         cut = lambda i: lm.microbatches(
-            batches.get(i), config.microbatch_tokens, sharding.shards(mesh)
+            batches.get(i), config.microbatch_tokens, sharding.row_shards(mesh)
         )
         ahead = mixture.Ahead(cut)
         text, rows = (
@@ -368,7 +368,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     # Read from disk for themselves, never shared with what is trained: no update and no donation can reach them.
     reference = roles.load(model, "lm", mesh, key, parents["reference"])
     frozen = {
-        "reference": roles.frozen(reference, p.frozen_dtype, p.frozen_memory),
+        "reference": roles.freeze(reference, p.frozen_dtype, p.frozen_memory),
         **reward.params,
     }
 
@@ -455,7 +455,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         updates = {f"{role}_updates": int(state[role].updates) for role in HEADS}
         before, after = (
             evaluate(policy, state, None, p.eval_prompts)
-            for policy in (roles.fetched(frozen["reference"]), state["policy"].params)
+            for policy in (roles.copy_to_device(frozen["reference"]), state["policy"].params)
         )
         return updates | heldout.compared(before[0], after[0]), heldout.beside(before[1], after[1])[
             : p.eval_prompts

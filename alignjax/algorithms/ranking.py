@@ -70,7 +70,7 @@ def loss_fn(model, ranking, params, batch):
 def scored(score_fn, params, rows, budget: int, mesh) -> np.ndarray:
     """[n 2]: the scores of rows' pairs; `score_fn` is the compiled `score_pairs` of a model."""
     out = np.zeros((len(rows["margin"]) + 1, 2), np.float32)
-    for part in microbatches(rows, budget, sharding.shards(mesh)):
+    for part in microbatches(rows, budget, sharding.row_shards(mesh)):
         found = score_fn(params, sharding.shard_batch(part, mesh))
         out[part["pair"]] = np.stack([sharding.on_host(x) for x in found], axis=1)
     return out[:-1]
@@ -137,7 +137,7 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
         )
         demonstrations = encode(rows, "conversations")
     steps = config.steps or batches.epoch
-    ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.shards(mesh)))
+    ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.row_shards(mesh)))
     optimiser = optimisation.make_optimiser(config.optimiser, steps)
     init, shapes = optimisation.trained(model, "scalar", optimiser, mesh)
     train_step = optimisation.compiled(

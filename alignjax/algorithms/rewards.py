@@ -26,7 +26,7 @@ from alignjax.config import Config, Model, UserError
 from alignjax.data import chat, encoding, packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
-from alignjax.weights import roles
+from alignjax.weights import locations, roles
 
 
 class Reward(NamedTuple):
@@ -54,14 +54,14 @@ def build(config: Config, mesh, parents: dict[str, Path], tokenizer) -> Reward:
         return Reward(config.model, {}, judges)
     path, longest = parents["reward"], config.data.max_length + p.response_length
     same = {name: getattr(config.model, name) for name in ("dtype", "remat", "attention")}
-    model = dataclasses.replace(roles.architecture(path), **same)
+    model = dataclasses.replace(locations.architecture(path), **same)
     if model.max_length < longest:
         raise UserError(
             f"data.max_length + ppo.response_length={longest} is over max_length={model.max_length} of the "
             f"reward model {path}"
         )
     params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), path)
-    params = roles.frozen(params, p.frozen_dtype, p.frozen_memory)
+    params = roles.freeze(params, p.frozen_dtype, p.frozen_memory)
     own = tokenizer_of(config, path)
     if same_tokens(own, tokenizer):
         return Reward(model, {"reward": params}, judges)
@@ -76,9 +76,9 @@ def build(config: Config, mesh, parents: dict[str, Path], tokenizer) -> Reward:
 
 def tokenizer_of(config: Config, path: Path):
     """A parent's tokenizer: the one that a run has kept; for a Hugging Face directory as the config says."""
-    if roles.is_run(path):
+    if locations.is_run(path):
         return chat.load_tokenizer(path / "tokenizer")
-    named = roles.local(config.tokenizer, weights=False) if config.tokenizer else path
+    named = locations.local_directory(config.tokenizer, weights=False) if config.tokenizer else path
     return chat.load_tokenizer(named, config.chat_template)
 
 
@@ -124,7 +124,7 @@ def read_text(
 
 def read_tokens(score, sequences: list[list[int]], longest: int, budget: int, mesh) -> np.ndarray:
     """[n]: score(batch), read at the end of each sequence of up to `longest` tokens; about `budget` are read at once."""
-    tokens, n, shards = encoding.pad(sequences, longest), len(sequences), sharding.shards(mesh)
+    tokens, n, shards = encoding.pad(sequences, longest), len(sequences), sharding.row_shards(mesh)
     out = np.zeros(n, np.float32)
     for layout in packing.pack(
         encoding.lengths_of(sequences), [[i] for i in range(n)], longest, budget, shards

@@ -73,7 +73,10 @@ class Requests:
             tree(context[common:], [continuation for _, continuation in mine])
             for context, mine in asked
         ]
-        lengths, shards = np.array([len(x.tokens) for x in trees]), sharding.shards(self.model.mesh)
+        lengths, shards = (
+            np.array([len(x.tokens) for x in trees]),
+            sharding.row_shards(self.model.mesh),
+        )
         tokens, positions, branches = (
             encoding.pad(column, lengths.max()) for column in list(zip(*trees, strict=True))[:3]
         )
@@ -169,7 +172,7 @@ class Requests:
 
 def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
     """(log p, whether it is the most probable) of labels[rows k] behind the tokens at `at`[rows k], in nats."""
-    before = None if prefix is None else (prefix.kept, prefix.real)
+    before = None if prefix is None else transformer.PrefixCache(prefix.kept, prefix.real)
     hidden, _ = transformer.apply(
         model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before
     )

@@ -168,7 +168,7 @@ def largest_logits(module: Module, config: Config) -> str | None:
     model = config.model
     vocabularies = {model.vocab_size, model.vocab_size // mesh.shape["tensor"]}
     widths = {model.d_model, model.d_model // mesh.shape["fsdp"]}  # those of an embedding
-    tokens = config.microbatch_tokens // sharding.shards(mesh)
+    tokens = config.microbatch_tokens // sharding.row_shards(mesh)
     largest = None
     for element, sizes in set(module.arrays()):
         words = vocabularies & set(sizes)

@@ -129,7 +129,7 @@ def rollout_notes(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
     if config.stage != "ppo":
         return []
     ppo = config.ppo
-    devices = sharding.shards(sharding.with_tensor(mesh, ppo.rollout_tensor))
+    devices = sharding.row_shards(sharding.with_tensor(mesh, ppo.rollout_tensor))
     at_once, slots = rollout.slots_of(config.data.batch, ppo.samples_per_prompt, ppo.slots)
     counts = {"prompts that are prefilled at once": at_once, "slots of the rollout": slots}
     return [
@@ -141,7 +141,7 @@ def rollout_notes(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
 
 
 def batch_notes(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
-    devices = sharding.shards(mesh)
+    devices = sharding.row_shards(mesh)
     counts = {"data.batch": config.data.batch}
     if config.stage == "ppo":
         responses = config.data.batch * config.ppo.samples_per_prompt

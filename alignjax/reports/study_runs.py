@@ -21,8 +21,10 @@ from alignjax import config as configs
 from alignjax import train
 from alignjax.claims import Study
 from alignjax.config import UserError
+from alignjax.machine import console
 
 LONGEST_NAME = 100  # characters of a directory's name
+BAR_REFRESH = 60  # seconds between two lines of the bar where there is no terminal
 KEPT_OF_NAME = 80  # characters of a longer name that are kept before its digest
 
 
@@ -100,10 +102,11 @@ def run_trials(name: str, trials: list[Trial], jobs: int) -> None:
     seeds = sorted({trial.seed for trial in trials})
     jobs = min(jobs, len(seeds))
     runner = TrialRunner(jobs)
+    total_steps = sum(trial.steps for trial in trials)
     with (
         concurrent.futures.ThreadPoolExecutor(jobs) as pool,
         sigterm_as_interrupt(),
-        progress_bar(name, trials) as bar,
+        console.progress_bar(total_steps, name, "step", log_refresh=BAR_REFRESH) as bar,
     ):
         pending = set()
         for seed in seeds:
@@ -192,18 +195,6 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def raise_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def progress_bar(name: str, trials: list[Trial]) -> tqdm:
-    """Return a bar over the steps of all runs."""
-    return tqdm(
-        total=sum(trial.steps for trial in trials),
-        desc=name,
-        unit="step",
-        dynamic_ncols=True,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 60,
-    )
 
 
 def update_bar(bar: tqdm, trials: list[Trial]) -> None:

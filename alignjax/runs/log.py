@@ -1,9 +1,7 @@
 """What a run writes and shows: JSON lines (metrics, samples, evaluations, timing), TensorBoard, the bar, the last table."""
 
 import contextlib
-import json
 import math
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +11,9 @@ import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
-from tqdm import tqdm
 
 from alignjax.config import UserError
-from alignjax.machine import jsonl, processes
+from alignjax.machine import console, jsonl, processes
 from alignjax.runs import advice, records
 
 FLUSH = 60  # seconds, at most, until TensorBoard can see a step
@@ -60,7 +57,7 @@ class Log:
         if (
             jax.process_count() > 1
         ):  # a shared directory may still look to one as it did before the last file
-            self.skipped = int(processes.largest(self.skipped))
+            self.skipped = int(processes.largest_of_all(self.skipped))
         self.pending = self.ready = (
             None  # the last step, until the next is there; the Future of when it was computed
         )
@@ -96,15 +93,7 @@ class Log:
                 wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)
             )
         )
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            desc=f"{name:>4}",
-            unit="step",
-            dynamic_ncols=True,
-            file=sys.stderr,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-        )
+        self.bar = console.progress_bar(steps, f"{name:>4}", "step", initial=start)
 
     def write(self, step: int, metrics: dict, late, batch=dict) -> None:
         """Take a step's metrics (device scalars), late() -> (more metrics, rows of samples) and batch() -> {name: array},
@@ -243,7 +232,7 @@ class Log:
             self.chart(step, {k: v for k, v in timing.items() if k != "step"})
 
     def line(self, kind: str, row: dict) -> None:
-        self.files[kind].write(jsonl.json_lines([row]) + "\n")
+        self.files[kind].write(jsonl.dumps([row]) + "\n")
         self.files[kind].flush()
 
     def chart(self, step: int, figures: dict) -> None:
@@ -288,11 +277,11 @@ def truncate(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in jsonl.lines(path):
         try:
-            if json.loads(line)["step"] < start:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+            if jsonl.parse(line.text, line.where)["step"] < start:
+                kept.append(line.text.rstrip("\n") + "\n")
+        except (UserError, KeyError):
             break
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
