@@ -181,7 +181,7 @@ def test_a_disk_that_is_full_between_saves_is_one_line_too(
         line = fails(capfd, *command("lm-tiny", tmp_path))
     assert (
         line
-        == f"alignjax: {run}: No space left on device; the same command goes on once that is put right"
+        == f"alignjax: {run}: No space left on device; fix that, and the same command resumes the run"
     )
     assert train.main(command("lm-tiny", tmp_path)) == 0
     assert files_of(run) == files_of(chain[0] / "lm-tiny")
@@ -201,7 +201,9 @@ def test_a_second_process_on_a_work_directory_is_refused_at_once(chain, tmp_path
     monkeypatch.setattr(run_log.Log, "write", crash_in(2, second))
     assert train.main(command("lm-tiny", tmp_path)) == 0
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    assert seen == [(2, "", f"alignjax: {run}: in use by {holder}; wait for it, or stop it\n")]
+    assert seen == [
+        (2, "", f"alignjax: {run}: in use by {holder}; wait for it to finish, or stop it\n")
+    ]
     assert files_of(run) == files_of(chain[0] / "lm-tiny") and not (run / "lock").exists()
 
 

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from alignjax.config import UserError
-from alignjax.machine import console, jsonl, processes
+from alignjax.machine import collectives, console, jsonl
 from alignjax.runs import advice, records
 
 FLUSH = 60  # seconds, at most, until TensorBoard can see a step
@@ -58,7 +58,7 @@ class Log:
         if (
             jax.process_count() > 1
         ):  # a shared directory may still look to one as it did before the last file
-            self.skipped = int(processes.largest_of_all(self.skipped))
+            self.skipped = int(collectives.largest_of_all(self.skipped))
         self.pending = self.ready = (
             None  # the last step, until the next is there; the Future of when it was computed
         )
