@@ -393,11 +393,11 @@ def test_the_python_of_the_quick_start_fits_the_signatures(monkeypatch, capsys):
 
     class FakeModel:
         def generate(self, *args, **kwargs):
-            inspect.signature(inference.Model.generate).bind(self, *args, **kwargs)
+            inspect.signature(inference.LoadedModel.generate).bind(self, *args, **kwargs)
             return [inference.Response("sure", [1], False) for _ in args[0]]
 
         def score(self, *args, **kwargs):
-            inspect.signature(inference.Model.score).bind(self, *args, **kwargs)
+            inspect.signature(inference.LoadedModel.score).bind(self, *args, **kwargs)
             return [0.5 for _ in args[0]]
 
     def fake_load(*args, **kwargs):
