@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignjax.machine import processes
+from alignjax.machine import collectives
 
 Columns = dict[str, list[np.ndarray]]  # named lists, all of one length, of int32 arrays [any]
 
@@ -38,7 +38,7 @@ def exchange(value: Any) -> list:
     """
     if jax.process_count() == 1:
         return [value]
-    return [json.loads(data) for data in processes.gather(json.dumps(value).encode())]
+    return [json.loads(data) for data in collectives.gather(json.dumps(value).encode())]
 
 
 def whole_columns(local_columns: Columns) -> Columns:
@@ -46,7 +46,7 @@ def whole_columns(local_columns: Columns) -> Columns:
     if jax.process_count() == 1:
         return local_columns
     names = list(local_columns)
-    gathered = [unpack(data, names) for data in processes.gather(pack(local_columns))]
+    gathered = [unpack(data, names) for data in collectives.gather(pack(local_columns))]
     return {name: whole([columns[name] for columns in gathered]) for name in names}
 
 
