@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tqdm import tqdm
 
 from alignjax import config as configs
 from alignjax.config import UserError
 from alignjax.data import formats, mixture, prepare, sources, transcripts
 from alignjax.data import preferences as prefs
-from alignjax.data.preferences import base, hh, prm800k, shp, summarize
+from alignjax.data.preferences import hh, prm800k, shp, summarize
+from alignjax.data.preferences import rows as published_rows
+from alignjax.machine import console
 
 ROOT = Path(__file__).resolve().parent.parent
 HELLO = "\n\nHuman: Hello\n\nAssistant:"
@@ -514,10 +515,10 @@ def broken(name, path, *value):
         (
             "hh_helpful_base",
             {"chosen": "a", "rejectd": "b"},
-            "a field 'rejected' wanted; did you mean 'rejectd'?",
+            "expected a field 'rejected'; did you mean 'rejectd'?",
         ),
         ("hh_helpful_base", {"chosen": 5, "rejected": "b"}, "chosen: expected text, found int: 5"),
-        ("summarize", broken("summarize", "choice", 2), "choice: 0 or 1 wanted, 2 found"),
+        ("summarize", broken("summarize", "choice", 2), "choice: expected 0 or 1, found 2"),
         (
             "summarize",
             broken("summarize", "choice", True),
@@ -526,16 +527,20 @@ def broken(name, path, *value):
         (
             "summarize",
             broken("summarize", "split", "test"),
-            "split: one of train, valid1, valid2 wanted, 'test' found",
+            "split: expected one of train, valid1, valid2, found 'test'",
         ),
-        ("summarize", broken("summarize", "info.post"), "a field 'info.post' wanted"),
+        ("summarize", broken("summarize", "info.post"), "expected a field 'info.post'"),
         (
             "summarize",
             broken("summarize", "summaries", [{"text": "a"}]),
-            "summaries: '1.text' in it wanted, found list",
+            "summaries: expected '1.text' in it, found list",
         ),
-        ("summarize", broken("summarize", "info", "x"), "info: 'article' in it wanted, found str"),
-        ("shp", broken("shp", "labels", 7), "labels: 0 or 1 wanted, 7 found"),
+        (
+            "summarize",
+            broken("summarize", "info", "x"),
+            "info: expected 'article' in it, found str",
+        ),
+        ("shp", broken("shp", "labels", 7), "labels: expected 0 or 1, found 7"),
         ("shp", broken("shp", "score_ratio", "3"), "score_ratio: expected a number, found str"),
         ("shp", broken("shp", "history", None), "history: expected text, found NoneType: null"),
         (
@@ -546,7 +551,7 @@ def broken(name, path, *value):
         (
             "prm800k",
             broken("prm800k", "label.steps.0.chosen_completion", 9),
-            "completions: '9.text' in it wanted, found list",
+            "completions: expected '9.text' in it, found list",
         ),
         (
             "prm800k",
@@ -556,7 +561,7 @@ def broken(name, path, *value):
         (
             "prm800k",
             broken("prm800k", "label.steps", []) | {"question": {}},
-            "a field 'question.problem' wanted",
+            "expected a field 'question.problem'",
         ),
     ],
 )
@@ -629,13 +634,17 @@ def test_the_command_reports_and_says_the_same_again_without_work(
 
 def test_the_bar_counts_the_bytes_of_all_files(tmp_path, monkeypatch):
     bars = []
-    monkeypatch.setattr(
-        base, "tqdm", lambda **asked: bars.append(tqdm(**asked, disable=False)) or bars[0]
-    )
+    make_bar = console.progress_bar
+
+    def recorded(*arguments, **options):
+        bars.append(make_bar(*arguments, **options))
+        return bars[0]
+
+    monkeypatch.setattr(console, "progress_bar", recorded)
     for name in ("a.json", "b.json.gz"):
         write(tmp_path / name, [{"x": i} for i in range(1024)])
     paths = {name: tmp_path / name for name in ("a.json", "b.json.gz")}
-    assert [row.id for row in base.read(paths, "")] == [
+    assert [row.id for row in published_rows.read(paths, "")] == [
         f"{name}/{i}" for name in "ab" for i in range(1, 1025)
     ]
     assert bars[0].n == bars[0].total == sum(path.stat().st_size for path in paths.values())
@@ -758,7 +767,7 @@ def test_files_are_fetched_once_and_compared_with_the_published_checksum(
     monkeypatch.setattr(hh, "SHA256", sums | {"helpful-base/test": "0" * 64})
     with pytest.raises(
         UserError,
-        match=f"test.jsonl.gz: sha256 {'0' * 64} wanted, {sums['helpful-base/test']} downloaded",
+        match=f"test.jsonl.gz: expected sha256 {'0' * 64}, downloaded {sums['helpful-base/test']}",
     ):
         prepare.prepare("hh_helpful_base", "", str(tmp_path / "out"))
     monkeypatch.setattr(hh, "SHA256", sums)
