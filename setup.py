@@ -25,6 +25,7 @@ setup(
         "tqdm",
         "matplotlib",
         "huggingface_hub",
+        "safetensors>=0.8",
         "numpy",
         "ml_dtypes",
     ],

@@ -8,12 +8,13 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from test_models import tiny
 
 from alignjax.config import Mesh, UserError
 from alignjax.machine import sharding
 from alignjax.models import families
-from alignjax.weights import hf, locations, roles, safetensors
+from alignjax.weights import hf, hf_views, locations, roles, safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY = jax.random.key(3)
@@ -51,47 +52,36 @@ def test_a_scalar_role_takes_the_head_that_is_there_or_a_fresh_one():
         assert "head" not in hf.load_hf(GOLDEN / name, "scalar")[1]
 
 
-class Counted(np.ndarray):
-    """An array that counts the elements that are taken from it."""
-
-    taken = 0
-
-    def __getitem__(self, index):
-        found = np.asarray(self)[index]
-        Counted.taken += found.size
-        return found
-
-
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path, monkeypatch):
-    """Each cut makes one shard out of as many elements of the file; equal shards are read once for all devices."""
-    bias, norm = families.SHAPES[family]
+    """A shard takes as many elements of the file, and is read once for all devices that hold it."""
     model, params = tiny(
         family=family,
-        qkv_bias=bias,
-        qk_norm=norm,
+        **families.FAMILIES[family].flags,
         kv_heads=4 if family == "qwen" else 2,
         vocab_size=96,
     )
     hf.save_hf(model, params, tmp_path)
-    opened, cuts = hf.open_hf, []
+    read_tensor = safetensors.StoredTensor.read
+    read_view = hf_views.ParameterView.read
+    file_elements = []
+    cuts = []
 
-    def open_counted(directory, head):
-        model, views = opened(directory, head)
-        counted = lambda x: [y.view(Counted) for y in x] if isinstance(x, list) else x.view(Counted)
-        return model, {path: counted(x) for path, x in views.items()}
+    def read_counted_tensor(tensor, index):
+        part = read_tensor(tensor, index)
+        file_elements.append(part.size)
+        return part
 
-    def cut(view, index):
-        before = Counted.taken
-        part = whole(view, index)
-        assert Counted.taken - before == part.size
+    def read_counted_view(view, index):
+        before = sum(file_elements)
+        part = read_view(view, index)
+        assert sum(file_elements) - before == part.size
         cuts.append(part.shape)
         return part
 
-    whole = hf.cut
-    monkeypatch.setattr(hf, "open_hf", open_counted)
-    monkeypatch.setattr(hf, "cut", cut)
+    monkeypatch.setattr(safetensors.StoredTensor, "read", read_counted_tensor)
+    monkeypatch.setattr(hf_views.ParameterView, "read", read_counted_view)
     placed = roles.load(model, "lm", sharding.make_mesh(mesh), KEY, tmp_path)
     assert equal(placed, params)
     shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(placed)]
@@ -175,9 +165,8 @@ def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path):
     config = json.loads((tmp_path / "in/config.json").read_text())
     model, params = hf.load_hf(tmp_path / "in", "scalar")
     assert len(config["id2label"]) == 1
-    tensors = {name: np.array(x) for name, x in safetensors.open_tensors(tmp_path / "in").items()}
+    tensors = load_file(tmp_path / "in/model.safetensors")
     tensors["score.weight"] = np.concatenate([tensors["score.weight"]] * 2)
-    header = {name: ("BF16", x.shape) for name, x in tensors.items()}
-    safetensors.write_tensors(tmp_path / "in/model.safetensors", header, iter(tensors.values()))
+    save_file(tensors, tmp_path / "in/model.safetensors")
     with pytest.raises(UserError, match=r"tensor score.weight is \[2, 32\], \[1, 32\] wanted"):
         roles.load(model, "scalar", sharding.make_mesh(Mesh()), KEY, tmp_path / "in")
