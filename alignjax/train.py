@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -21,8 +22,10 @@ from jax.experimental import multihost_utils
 
 from alignjax import config as configs
 from alignjax.algorithms import lm, optimisation, ppo, ranking, rewards
+from alignjax.algorithms.stage import Evaluation, StepDetails, StepOutput
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
+from alignjax.data import sources as data_sources
 from alignjax.machine import console, jsonl, processes, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.compilation_cache import keep_programs
@@ -85,7 +88,7 @@ def fit(
     config = copy.deepcopy(config)
     configs.check(config)
     if wandb and jax.process_index() == 0:
-        tracker.package()  # before the hours after which it would be missed
+        tracker.import_wandb()  # before the hours after which it would be missed
     with contextlib.nullcontext(signals) if signals else Signals() as signals:
         keep_programs()
         workdir = workdirs.resolve(workdir or Path("runs") / config.name)
@@ -298,7 +301,7 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
                 f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only"
             )
         texts = toy.tokenizer_texts(config.seed)
-        if not all(source.startswith("toy/") for source, _ in mixture.sources(config.data.train)):
+        if not all(name.startswith("toy/") for name, _ in data_sources.parse(config.data.train)):
             texts = [
                 row["text"]
                 for rows in mixture.sets(config, "text", config.data.train, "", say).train
@@ -353,27 +356,30 @@ def train(
         if found:
             say(f"{config.name}: goes on from step {first}")
         if jax.process_index() == 0:
-            environment.keep(workdir)
+            environment.record(workdir)
         adviser = advice.Adviser(dict(configs.flatten(config)))
-        log = run_log.Log(
+        log = run_log.TrainingLog(
             staging.local,
             config.name,
-            first,
-            stage.steps,
-            stage.shown,
-            config.max_skipped,
-            say,
-            adviser,
-            tracked,
+            start=first,
+            num_steps=stage.steps,
+            progress_metrics=stage.shown,
+            max_skipped=config.max_skipped,
+            say=say,
+            adviser=adviser,
+            tracker=tracked,
         )
         with contextlib.closing(log):
             phases.begin(first, stage.steps)
             for i in range(first, stage.steps):
                 if stage.watch and i and i % config.ppo.eval_every == 0:
-                    log.evaluate(i, stage.watch, state)
+                    log.evaluate(i, functools.partial(evaluation_of, stage, state))
                     phases.mark("evaluation")
                 state, figures, late, batch = stage.step(state, i)
-                log.write(i, figures, late, batch)
+                output = StepOutput(
+                    metrics=figures, details=functools.partial(details_of, late), batch=batch
+                )
+                log.write(i, output)
                 last, stop = i + 1 == stage.steps, signals.received_anywhere()
                 if last or stop or (i + 1) % config.checkpoint_every == 0:
                     log.flush()  # stops here if too many steps were skipped
@@ -398,6 +404,16 @@ def train(
                     told = f"{name}: {config.name} saved at step {i + 1} of {stage.steps}; the same command goes on"
                     raise Stopped(told, signals.received)
         return state
+
+
+def evaluation_of(stage, state) -> Evaluation:
+    figures, rows = stage.watch(state)
+    return Evaluation(figures=figures, rows=rows)
+
+
+def details_of(late) -> StepDetails:
+    metrics, samples = late()
+    return StepDetails(metrics=metrics, samples=samples)
 
 
 def together(name: str) -> None:

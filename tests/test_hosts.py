@@ -25,21 +25,16 @@ SCRIPT = """
 import json, os, signal, sys, time
 sys.path[:0] = ["tests", "."]
 import conftest
-from runs import command
-from test_faults import crash_in
+from runs import act_in_step, command
 from alignjax import train
 from alignjax.machine import processes
-from alignjax.runs import log as run_log
 from alignjax.data import files
 from pathlib import Path
 index, runs = int(sys.argv[1][-1]), Path(sys.argv[2])
 
 def acting(step, act, *asked):  # a run in which process 1 acts at a step
-    write = run_log.Log.write
-    run_log.Log.write = crash_in(step, act if index else lambda: None)
-    code = train.main(list(asked))
-    run_log.Log.write = write
-    return code
+    with act_in_step(step, act if index else lambda: None):
+        return train.main(list(asked))
 
 def crash():
     raise ValueError("a crash")
@@ -49,13 +44,13 @@ processes.start(sys.argv[1])
 # A file that is read; a run of each stage, the first after a SIGTERM to one process; what one process began; a bad row. PPO
 # is from parents of one process, for from others that differ by a rounding a token comes out differently now and then.
 CHAIN = """
-row, parsed, said = files.row, [], []
-files.row = lambda value, where, kind: parsed.append(where) or row(value, where, kind)
+read_row, parsed, said = files.read_row, [], []
+files.read_row = lambda value, where, kind: parsed.append(where) or read_row(value, where, kind)
 for name in ("text.jsonl", "text.parquet"):
     found = files.read(runs / name, "text", True, said.append)
     (runs / f"{name}-{index}").write_text(json.dumps([found, parsed, said]))
     parsed.clear()
-files.row = row
+files.read_row = read_row
 assert acting(0, lambda: os.kill(os.getpid(), signal.SIGTERM), *command("sft-tiny", runs)) == 0
 print("stopped", flush=True)
 for name, where in (("sft-tiny", runs), ("rm-tiny", runs), ("ppo-tiny", runs / "same")):
@@ -216,7 +211,7 @@ def test_a_bad_row_is_the_same_error_in_all(shared):
     (code, _, err), (other, _, silent) = shared[1]
     assert code == other == 2 and told(silent) == []
     assert told(err)[1:] == [
-        f"alignjax: {shared[0]}/text.jsonl:5: text: text wanted, int found: 3; "
+        f"alignjax: {shared[0]}/text.jsonl:5: text: expected text, found int: 3; "
         'data.on_bad_row="skip" leaves such rows out'
     ]
 
@@ -248,7 +243,7 @@ def test_a_process_that_is_gone_or_fails_ends_all_and_both_go_on_exactly(shared,
         -signal.SIGABRT,
     )  # the latter where jax's heartbeats end it
     assert (
-        name in told(err)[0] and "the same command goes on from the last checkpoint" in told(err)[0]
+        name in told(err)[0] and "the same command resumes from the last checkpoint" in told(err)[0]
     ), err
     assert not (tmp_path / "sft-tiny" / "summary.json").exists()
     (code, out, err), (other, _, traceback) = pair(AGAIN, tmp_path)
@@ -283,7 +278,7 @@ def test_a_notice_of_the_machines_end_counts_as_a_sigterm(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        machine_signals.watch(f"127.0.0.1:{server.server_port}", told.set, every=0.01)
+        machine_signals.poll_metadata(f"127.0.0.1:{server.server_port}", told.set, every=0.01)
         assert told.is_set() and asked == ["preempted", "maintenance-event"] * 2
         monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
         signals = machine_signals.Signals()

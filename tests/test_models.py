@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from alignjax.config import Mesh, Model
 from alignjax.machine import sharding
 from alignjax.models import families, transformer
-from alignjax.sampling import rollout
+from alignjax.sampling import cache as caches
 from alignjax.weights import hf
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -154,15 +154,16 @@ def test_decoding_gives_the_logits_of_torch(name, form, monkeypatch):
         hidden, kept = transformer.apply(
             model, params, tokens[:, :width], positions[:, :width], prompt_mask, keep=True
         )
-        cache = rollout.empty_cache(model, 4, width, ring, "")
-        return transformer.logits(model, params, hidden), rollout.fill_cache(cache, None, kept, 2)
+        cache = caches.empty_cache(model, 4, width, ring)
+        return transformer.logits(model, params, hidden), caches.fill_cache(cache, None, kept, 2)
 
     @jax.jit
     def step(tokens, places, cache, clock, count):
         layers = transformer.for_decoding(model, params)
-        attend = rollout.reader(prompt, clock, count, ring)
+        attend = caches.make_reader(prompt, clock, count, ring).attend
         hidden, kept = transformer.decode(model, params, layers, tokens, places, cache, attend)
-        return transformer.logits(model, params, hidden), rollout.write(cache, clock, kept, ring)
+        cache = caches.write_token(cache, clock, kept, ring)
+        return transformer.logits(model, params, hidden), cache
 
     def column(x, place):
         """Return one place of each row, twice: for both samples of a prompt."""

@@ -1,5 +1,6 @@
 """A loss or a gradient that is not finite: the step is not applied, its batch is kept, the run goes on, or stops."""
 
+import dataclasses
 import functools
 import json
 import types
@@ -17,7 +18,7 @@ from alignjax.algorithms.advantages import RunningStats
 from alignjax.config import Mesh, Optimiser
 from alignjax.data import mixture
 from alignjax.machine import sharding
-from alignjax.sampling.rollout import Rollout
+from alignjax.sampling.types import Rollout
 from alignjax.weights import checkpoint
 
 NAN, INF = float("nan"), float("inf")
@@ -41,7 +42,7 @@ def strict(path) -> list[dict]:
 def saved(run, step) -> dict:
     """Item -> arrays of a checkpoint, all of which are finite."""
     kept = (run / "checkpoints" / str(step)).iterdir()
-    items = [p.name for p in kept if p.is_dir() and p.name not in ("metrics", checkpoint.SUMS)]
+    items = [p.name for p in kept if p.is_dir() and p.name not in ("metrics", checkpoint.CHECKSUMS)]
     with checkpoint.ocp.PyTreeCheckpointer() as reader:
         found = {item: reader.restore(run / "checkpoints" / str(step) / item) for item in items}
     assert items and all(np.isfinite(x).all() for x in jax.tree.leaves(found))
@@ -143,7 +144,7 @@ def test_a_run_goes_on_or_stops_and_resumes_to_the_bit(marked, tmp_path, capsys)
     run, cut_off = tmp_path / "whole" / "lm-tiny", tmp_path / "cut" / "lm-tiny"
     assert train.main(command("lm-tiny", run.parent, *EVERY)) == 0
     assert (
-        f"loss is nan at step 1 (1 such so far, max_skipped=3); what it learnt from is in {run}/skipped/1.npz"
+        f"loss is nan at step 1 (1 skipped so far, max_skipped=3); its batch is in {run}/skipped/1.npz"
         in capsys.readouterr().out
     )
     found = strict(run / "metrics.jsonl")
@@ -177,7 +178,7 @@ def test_a_run_goes_on_or_stops_and_resumes_to_the_bit(marked, tmp_path, capsys)
     assert not (cut_off / "summary.json").exists() and bits(saved(cut_off, 3)) == states[2]
     assert train.main([*asked[:-1], "--config.max_skipped=2"]) == 0
     assert (
-        "loss is nan at step 3 (2 such so far" in capsys.readouterr().out
+        "loss is nan at step 3 (2 skipped so far" in capsys.readouterr().out
     )  # step 1 counts still, 3 counts anew
     whole, resumed = files_of(run), files_of(cut_off)
     assert {k for k in whole if whole[k] != resumed[k]} == {"config.json"}
@@ -206,7 +207,7 @@ def reward(prompts, responses, **columns):
 def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     make, none = (
         experience.make_experience,
-        lambda sampled: sampled._replace(truncated=sampled.truncated & False),
+        lambda sampled: dataclasses.replace(sampled, truncated=sampled.truncated & False),
     )
     monkeypatch.setattr(
         ppo,
@@ -251,7 +252,7 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     loss = jax.jit(functools.partial(ppo.value_loss_fn, config))
     for arrays, wanted in ((kept, NAN), (kept | {"returns": kept["old_values"]}, 0)):
         learnt = experience.Experience(
-            Rollout(*map(arrays.get, Rollout._fields)),
+            Rollout(**{field.name: arrays[field.name] for field in dataclasses.fields(Rollout)}),
             *map(arrays.get, experience.Experience._fields[1:]),
         )
         again = sum(float(loss(before["value"], (learnt, part))[0]) for part in parts)

@@ -13,11 +13,11 @@ import numpy as np
 
 from alignjax.algorithms import lm, optimisation, ppo, ranking
 from alignjax.algorithms.experience import Reading, microbatches
+from alignjax.algorithms.stage import Loops
 from alignjax.config import Config
 from alignjax.data import packing
 from alignjax.machine import sharding
-from alignjax.planning import cost
-from alignjax.sampling import rollout
+from alignjax.sampling.slots import plan_slots
 
 END = 0  # stands for the end token
 
@@ -30,7 +30,7 @@ class Job(NamedTuple):
     function: Callable  # jitted
     arguments: tuple  # shapes with shardings
     beside: tuple = ()  # what else is there meanwhile, that is neither resident nor an argument
-    loops: cost.Loops = cost.ONCE
+    loops: Loops = Loops()
     mesh: jax.sharding.Mesh | None = None  # where it isn't the one that is set
 
 
@@ -200,13 +200,13 @@ def four_roles(config: Config, mesh) -> Work:
     return Work(jobs, resident, shapes)
 
 
-def loops_of(config: Config) -> cost.Loops:
+def loops_of(config: Config) -> Loops:
     """Of a rollout in which no response ends early: turns of the slots, and decoding steps in each, on average."""
     p, b = config.ppo, config.data.batch
-    at_once, slots = rollout.slots_of(b, p.samples_per_prompt, p.slots)
+    at_once, slots = plan_slots(b, p.samples_per_prompt, p.slots)
     turns = -(-b // at_once)
     steps = -(-b * p.samples_per_prompt // slots) * (p.response_length - 1)
-    return cost.Loops(0, steps) if at_once == b else cost.Loops(turns, -(-steps // turns))
+    return Loops(0, steps) if at_once == b else Loops(turns, -(-steps // turns))
 
 
 WORK = {"lm": language_model, "ranking": ranked_pairs, "ppo": four_roles}
