@@ -101,6 +101,8 @@ class PPO:
     epochs: int = 1  # (i)
     minibatches: int = 1
     value_warmup_steps: int = 50  # the first updates, which touch only the value model
+    advantage_estimator: str = "gae"  # a name of `algorithms.estimators`, or module:function
+    sampler: str = ""  # module:function(params, prompts, key, settings) -> Rollout; "" is ours
     reward_fn: str = (
         ""  # module:function(prompts, responses, **columns) -> scores, see `stages.rewards`
     )

@@ -187,6 +187,16 @@ def frozen(params, dtype: str, memory: str):
     return jax.tree.map(keep, params)
 
 
+def abstract_frozen(params, dtype: str, memory: str):
+    """Return what `frozen` makes of shapes."""
+
+    def keep(x):
+        layout = x.sharding.with_memory_kind("pinned_host") if memory == "host" else x.sharding
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=layout)
+
+    return jax.tree.map(keep, params)
+
+
 def fetched(params):
     """A copy on the device of what may be in the host's memory."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), params)
