@@ -24,7 +24,7 @@ from alignjax.data import toy
 from alignjax.machine import sharding
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
-from alignjax.weights import checkpoint, roles
+from alignjax.weights import checkpoint, locations
 
 COMMANDS = "/reset", "/system", "/exit"
 
@@ -124,7 +124,10 @@ def speakers(arguments) -> list[Speaker]:
     out = []
     for run, name in zip(arguments.run, names, strict=True):
         name = name if names.count(name) == 1 else run
-        model, stored = loaded(run, arguments), roles.stored(roles.local(run))
+        model, stored = (
+            loaded(run, arguments),
+            locations.read_config(locations.local_directory(run)),
+        )
         if not model.ends:
             raise UserError(
                 f"{run}: a language model is wanted, this is a reward model, for --reward"
@@ -138,8 +141,8 @@ def speakers(arguments) -> list[Speaker]:
 
 def state(run: str) -> str:
     """What is to be said of a run that isn't complete."""
-    directory = roles.local(run)
-    if not roles.is_run(directory) or (directory / "summary.json").exists():
+    directory = locations.local_directory(run)
+    if not locations.is_run(directory) or (directory / "summary.json").exists():
         return ""
     return f", not complete: as it was after step {checkpoint.newest(directory).name}"
 
@@ -149,10 +152,10 @@ def judge(arguments) -> inference.Model | None:
     run = arguments.reward
     try:
         for spec in arguments.run if run is None else ():
-            directory = roles.local(spec)
+            directory = locations.local_directory(spec)
             if (
                 run is None
-                and roles.stored(directory).get("stage") == "ppo"
+                and locations.read_config(directory).get("stage") == "ppo"
                 and train.parent_of(directory, "reward")
             ):
                 run = str(train.parent_of(directory, "reward"))

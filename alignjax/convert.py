@@ -50,7 +50,7 @@ def main(argv=None) -> int:
         "jax_platforms", "cpu"
     )  # nothing is computed: leave an accelerator to those who do
     try:
-        export(workdirs.place(arguments.to_hf), arguments.out, arguments.role, arguments.dtype)
+        export(workdirs.resolve(arguments.to_hf), arguments.out, arguments.role, arguments.dtype)
     except (UserError, OSError) as error:
         print(f"alignjax: {error}", file=sys.stderr)
         return 2
@@ -75,7 +75,7 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
     partial = out.with_name(out.name + ".partial")
     if partial.exists():  # of an export that was interrupted
         shutil.rmtree(partial)
-    with workdirs.fetched(run / "tokenizer") as local:
+    with workdirs.local_copy(run / "tokenizer") as local:
         shutil.copytree(local, partial)
     if (
         tokens["pad_token_id"] != tokenizer.pad_token_id

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from alignjax import config as configs
 from alignjax import inference, train
@@ -34,7 +33,7 @@ from alignjax.machine import console, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
-from alignjax.weights import roles
+from alignjax.weights import locations
 
 REPORT = {
     "hh_helpful_base": (76.52, 73.98),
@@ -164,10 +163,10 @@ def table5():
 
 def evaluate(arguments) -> None:
     """Everything that can be asked wrongly is looked at before the first score."""
-    given = [workdirs.place(run) for run in arguments.run]
+    given = [workdirs.resolve(run) for run in arguments.run]
     first, runs = given[0], runs_of(given)
     out, picture = places(arguments.out, first)
-    stored = roles.stored(first)
+    stored = locations.read_config(first)
     length = arguments.max_length or stored["data.max_length"]
     budget = arguments.microbatch_tokens or stored["microbatch_tokens"]
     names = [name for name, _ in mixture.sources(arguments.sets)]
@@ -202,7 +201,9 @@ def evaluate(arguments) -> None:
         for name in sets
         if base(name) in REPORT
     }
-    workdirs.write(out, json.dumps(facts | {"figures": found, "report": report}, indent=1))
+    workdirs.write_atomically(
+        out, json.dumps(facts | {"figures": found, "report": report}, indent=1)
+    )
     curves = {name: {label: found[label][name]["calibration"] for label in runs} for name in sets}
     calibration.picture(curves).savefig(picture, dpi=150)
     say(f"figures in {out}, calibration in {picture}")
@@ -215,14 +216,7 @@ def measured(
     model = inference.load(run, dtype=dtype, mesh=mesh)
     score_fn, found = jax.jit(functools.partial(ranking.score_pairs, model.architecture)), {}
     for name, rows in sets.items():
-        with tqdm(
-            total=len(rows),
-            desc=f"{label}: {name}",
-            unit="pair",
-            dynamic_ncols=True,
-            file=sys.stderr,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-        ) as bar:
+        with console.progress_bar(len(rows), f"{label}: {name}", "pair") as bar:
             difference, kept = differences(
                 score_fn, model.params, tokenizer, rows, length, budget, mesh, bar
             )
@@ -235,7 +229,7 @@ def runs_of(given: list[Path]) -> dict[str, Path]:
     for run in given:
         if not (run / "config.json").is_file():
             raise UserError(f"--run {run}: no config.json there, so this is not a run")
-        stage = roles.stored(run).get("stage")
+        stage = locations.read_config(run).get("stage")
         if stage != "ranking":
             raise UserError(
                 f"--run {run}: a run of stage 'ranking' (PMP, RM) wanted, its stage is {stage!r}"
@@ -253,11 +247,11 @@ def runs_of(given: list[Path]) -> dict[str, Path]:
 
 def pmp_of(run: Path) -> Path | None:
     """The ranking run that this one began with, complete; None, and why is said, if it is not where it was."""
-    if roles.stored(run)["parents"].get("model", "hf://").startswith("hf://"):
+    if locations.read_config(run)["parents"].get("model", "hf://").startswith("hf://"):
         return None
     try:
         parent = train.parent_of(run, "model")
-        if roles.stored(parent).get("stage") != "ranking":
+        if locations.read_config(parent).get("stage") != "ranking":
             return None
         if not (parent / "summary.json").exists():
             raise UserError(f"parent {parent}: this run is not complete")

@@ -23,7 +23,7 @@ from alignjax.data import chat, encoding
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
-from alignjax.weights import roles
+from alignjax.weights import locations, roles
 
 CALL = 8  # prompts of a call for each slot: what an interruption loses, and how seldom slots wait for the last
 AT_ONCE = 4  # tokens of a stream's call
@@ -315,11 +315,11 @@ def load(
         raise UserError(
             f"dtype={dtype!r} must be one of {', '.join(map(repr, configs.CHOICES['model.dtype']))}"
         )
-    directory = roles.local(str(run))
-    stored, ours = roles.stored(directory), roles.is_run(directory)
+    directory = locations.local_directory(str(run))
+    stored, ours = locations.read_config(directory), locations.is_run(directory)
     if ours and not unfinished and not (directory / "summary.json").exists():
         raise UserError(f"{run}: this run is not complete; the command that began it goes on")
-    architecture = roles.architecture(directory)
+    architecture = locations.architecture(directory)
     architecture.dtype, architecture.remat, architecture.attention = dtype, "nothing", "auto"
     architecture.max_length = int(max_length or architecture.max_length)
     tokenizer = chat.load_tokenizer(directory / "tokenizer" if ours else directory, chat_template)

@@ -31,7 +31,7 @@ from alignjax.models import attention, families, vocabulary
 from alignjax.planning import cost
 from alignjax.planning.cost import GIB
 from alignjax.sampling import rollout
-from alignjax.weights import roles
+from alignjax.weights import locations
 
 DOES_NOT_FIT = 3
 SLICES = {
@@ -93,7 +93,7 @@ def architecture(spec: str):
     name = spec.rpartition("/")[2].partition("@")[0].lower().replace("_", ".")
     if spec.startswith("hf://") and name in families.PRESETS:
         return families.PRESETS[name]
-    return roles.architecture(roles.local(spec, weights=False))
+    return locations.architecture(locations.local_directory(spec, weights=False))
 
 
 def devices_of(topology: str) -> list:
@@ -254,7 +254,7 @@ def logits(program: cost.Program, config: Config):
     mesh = jax.sharding.get_abstract_mesh()
     words = {config.model.vocab_size, config.model.vocab_size // mesh.shape["tensor"]}
     widths = {config.model.d_model, config.model.d_model // mesh.shape["fsdp"]}  # of an embedding
-    tokens = config.microbatch_tokens // sharding.shards(mesh)
+    tokens = config.microbatch_tokens // sharding.row_shards(mesh)
     found = [
         (math.prod(sizes), kind, list(sizes))
         for kind, sizes in set(program.arrays())
@@ -267,10 +267,10 @@ def logits(program: cost.Program, config: Config):
 
 def notes(config: Config, mesh) -> list[str]:
     """What doesn't divide, and so lies whole on devices that could share it."""
-    d, p, rows, out = config.data, config.ppo, sharding.shards(mesh), []
+    d, p, rows, out = config.data, config.ppo, sharding.row_shards(mesh), []
     counts = {"data.batch": d.batch}
     if config.stage == "ppo":
-        own = sharding.shards(sharding.with_tensor(mesh, p.rollout_tensor))
+        own = sharding.row_shards(sharding.with_tensor(mesh, p.rollout_tensor))
         at_once, slots = rollout.slots_of(d.batch, p.samples_per_prompt, p.slots)
         for name, count in (
             ("prompts filled in at once", at_once),

@@ -162,10 +162,10 @@ def main(argv=None) -> int:
     parser.add_argument("--out", help="default: report.html in the first run's directory")
     arguments = parser.parse_args(argv)
     try:
-        runs = [records.read(workdirs.place(run)) for run in arguments.runs]
-        out = workdirs.place(arguments.out) if arguments.out else runs[0].workdir / "report.html"
+        runs = [records.read(workdirs.resolve(run)) for run in arguments.runs]
+        out = workdirs.resolve(arguments.out) if arguments.out else runs[0].workdir / "report.html"
         try:
-            workdirs.write(out, page(content(runs)))
+            workdirs.write_atomically(out, page(content(runs)))
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror or error}") from None
     except UserError as error:

@@ -21,8 +21,6 @@ import threading
 import zlib
 from pathlib import Path
 
-from tqdm import tqdm
-
 from alignjax import claims, train
 from alignjax import config as configs
 from alignjax.claims import Study, Trial
@@ -164,8 +162,8 @@ def carry_out(name: str, study: Study, seeds: int, jobs: int, workdir: Path, out
     }
     (out / "study").mkdir(parents=True, exist_ok=True)
     claims.picture(study, found, runs).savefig(out / "study" / f"{name}.png", dpi=110)
-    workdirs.write(out / "study" / f"{name}.json", json.dumps(found, indent=1) + "\n")
-    workdirs.write(out / "study.md", claims.document(out))
+    workdirs.write_atomically(out / "study" / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    workdirs.write_atomically(out / "study.md", claims.document(out))
     head, *lines = claims.cells(found)
     print(
         console.grid(
@@ -255,14 +253,7 @@ def terminated():
 def bar(name: str, planned: list[Trial]):
     """A bar over the steps of all runs, and what brings it up to date."""
     total = sum(trial.steps for trial in planned)
-    with tqdm(
-        total=total,
-        desc=name,
-        unit="step",
-        dynamic_ncols=True,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 60,
-    ) as shown:
+    with console.progress_bar(total, name, "step", log_refresh=60) as shown:
 
         def show():
             counts = [

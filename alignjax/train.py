@@ -27,15 +27,15 @@ from alignjax.machine import console, jsonl, processes, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
-from alignjax.machine.lock import at_work
+from alignjax.machine.lock import exclusive_use
 from alignjax.machine.processes import Stopped
 from alignjax.machine.profile import Compilations, Phases
-from alignjax.machine.signals import Signals, notices
+from alignjax.machine.signals import Signals, watch_for_preemption
 from alignjax.models import attention
 from alignjax.runs import advice, environment, records, tracker
 from alignjax.runs import log as run_log
 from alignjax.runs.records import Records
-from alignjax.weights import checkpoint, roles
+from alignjax.weights import checkpoint, locations
 
 CLAIMING = {
     "lock",
@@ -88,9 +88,9 @@ def fit(
         tracker.package()  # before the hours after which it would be missed
     with contextlib.nullcontext(signals) if signals else Signals() as signals:
         keep_programs()
-        workdir = workdirs.place(workdir or Path("runs") / config.name)
-        notices(lambda: signals.remember(signal.SIGTERM))
-        with at_work(workdir):
+        workdir = workdirs.resolve(workdir or Path("runs") / config.name)
+        watch_for_preemption(lambda: signals.remember(signal.SIGTERM))
+        with exclusive_use(workdir):
             return run(config, workdir, fixed, signals, profile, wandb)
 
 
@@ -147,8 +147,8 @@ def run(
                 "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1),
             }
             if responses:
-                workdirs.write(workdir / "responses.jsonl", jsonl.json_lines(responses))
-            workdirs.write(
+                workdirs.write_atomically(workdir / "responses.jsonl", jsonl.json_lines(responses))
+            workdirs.write_atomically(
                 summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1)
             )
         together("summary")
@@ -173,8 +173,8 @@ def resolve(config: Config, workdir: Path, signals: Signals, project: str = "") 
     found, asked = {}, {}
     for role, spec in config.parents.items():
         if not is_config(spec):
-            found[role] = roles.local(spec)
-            if roles.is_run(found[role]) and not (found[role] / "summary.json").exists():
+            found[role] = locations.local_directory(spec)
+            if locations.is_run(found[role]) and not (found[role] / "summary.json").exists():
                 raise UserError(f"parents.{role}={spec}: this run is not complete")
     for role, spec in config.parents.items():
         if role in found:
@@ -191,11 +191,11 @@ def is_config(spec: str) -> bool:
 
 def parent_of(run: Path, role: str) -> Path | None:
     """Where a run's parent of that role is, or was: one that is a config is beside the run. None if it has none."""
-    spec = roles.stored(run)["parents"].get(role)
+    spec = locations.read_config(run)["parents"].get(role)
     if spec is None:
         return None
     home = run.parent if run.name else run.absolute().parent
-    return home / configs.load(spec).name if is_config(spec) else roles.local(spec)
+    return home / configs.load(spec).name if is_config(spec) else locations.local_directory(spec)
 
 
 def beside(config: Config, spec: str, workdir: Path, signals: Signals, project: str = "") -> Path:
@@ -210,14 +210,14 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals, project: 
         dataclasses.replace(config.model),
     )
     if (directory / "config.json").exists():
-        parent.seed = roles.stored(directory).get("seed", config.seed)
+        parent.seed = locations.read_config(directory).get("seed", config.seed)
     configs.check(parent)
     if (directory / "summary.json").exists():
-        compare(parent, directory, tuple(f"model.{name}" for name in roles.RUNTIME))
+        compare(parent, directory, tuple(f"model.{name}" for name in locations.RUNTIME_FIELDS))
         say(f"{config.name}: {spec} is complete in {directory} (seed {parent.seed}), reused")
     else:
         say(f"{config.name}: {spec} comes first")
-        with at_work(directory):
+        with exclusive_use(directory):
             run(parent, directory, (), signals, project=project)
     return directory
 
@@ -225,7 +225,7 @@ def beside(config: Config, spec: str, workdir: Path, signals: Signals, project: 
 def adopt(
     config: Config,
     fixed: Collection[str],
-    architecture=lambda spec: roles.architecture(roles.local(spec)),
+    architecture=lambda spec: locations.architecture(locations.local_directory(spec)),
 ) -> None:
     """Give the config the architecture of what its parents begin with, unless the user asks for another.
 
@@ -235,7 +235,7 @@ def adopt(
         None, (origin(spec) for role, spec in config.parents.items() if role != "reward")
     ):
         for name, value in dataclasses.asdict(architecture(parent)).items():
-            if name in roles.RUNTIME:
+            if name in locations.RUNTIME_FIELDS:
                 continue
             mine = getattr(config.model, name)
             if f"model.{name}" in fixed and mine != value:
@@ -255,7 +255,7 @@ def compare(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None
     """See that a work directory is free, or holds this run: nothing is overwritten. Another mesh may resume a run."""
     if (workdir / "config.json").exists():
         free = ("mesh.", "keep_checkpoints", "max_skipped", "ppo.eval_", *ignore)
-        differs = configs.difference(config, roles.stored(workdir), free)
+        differs = configs.difference(config, locations.read_config(workdir), free)
         if differs:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(differs)}); name another --workdir"
@@ -273,7 +273,9 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
     if (workdir / "config.json").exists():
         tokenizer = chat.load_tokenizer(workdir / "tokenizer")
     elif sources:
-        if (config.tokenizer or config.chat_template) and all(map(roles.is_run, sources.values())):
+        if (config.tokenizer or config.chat_template) and all(
+            map(locations.is_run, sources.values())
+        ):
             raise UserError(
                 f"tokenizer={config.tokenizer!r}, chat_template={config.chat_template!r}: the parents "
                 f"{sorted(map(str, set(sources.values())))} are runs, which have their own"
@@ -288,7 +290,7 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
                 )
     elif config.tokenizer:
         tokenizer = chat.load_tokenizer(
-            roles.local(config.tokenizer, weights=False), config.chat_template
+            locations.local_directory(config.tokenizer, weights=False), config.chat_template
         )
     else:
         if config.data.kind != "text":
@@ -320,9 +322,9 @@ def keep(config: Config, tokenizer, workdir: Path) -> None:
             tokenizer.save_pretrained(workdir / "tokenizer.partial")
             (workdir / "tokenizer.partial").rename(workdir / "tokenizer")
         else:
-            with workdirs.staged(workdir / "tokenizer") as (local, _):
-                tokenizer.save_pretrained(local)
-        workdirs.write(workdir / "config.json", configs.to_json(config))
+            with workdirs.staging(workdir / "tokenizer") as staging:
+                tokenizer.save_pretrained(staging.local)
+        workdirs.write_atomically(workdir / "config.json", configs.to_json(config))
     together("keep")
 
 
@@ -337,12 +339,12 @@ def train(
 ):
     """The loop: the state after the last step, which is the last checkpoint."""
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    finite, files = jax.jit(optimisation.finite), workdirs.staged(workdir)
+    finite, files = jax.jit(optimisation.finite), workdirs.staging(workdir)
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(phases),
-        files as (local, send),
-        processes.telling(),
+        files as staging,
+        processes.reporting_errors(),
     ):
         found = checkpoints.restore(optimisation.to_items(stage.shapes), say)
         first, state = (
@@ -354,7 +356,7 @@ def train(
             environment.keep(workdir)
         adviser = advice.Adviser(dict(configs.flatten(config)))
         log = run_log.Log(
-            local,
+            staging.local,
             config.name,
             first,
             stage.steps,
@@ -372,10 +374,10 @@ def train(
                     phases.mark("evaluation")
                 state, figures, late, batch = stage.step(state, i)
                 log.write(i, figures, late, batch)
-                last, stop = i + 1 == stage.steps, signals.anywhere()
+                last, stop = i + 1 == stage.steps, signals.received_anywhere()
                 if last or stop or (i + 1) % config.checkpoint_every == 0:
                     log.flush()  # stops here if too many steps were skipped
-                    send()
+                    staging.publish()
                     phases.mark("other")
                     state = stage.finish(state) if last else state
                     if not finite(state):  # a step by finite gradients may still overflow

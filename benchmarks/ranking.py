@@ -56,7 +56,7 @@ def main() -> None:
     cut = lambda i: ranking.microbatches(
         {k: v[i * PAIRS : (i + 1) * PAIRS] for k, v in rows.items()},
         a.microbatch_tokens,
-        sharding.shards(mesh),
+        sharding.row_shards(mesh),
     )
     every = [cut(i) for i in range(a.steps)]
     optimiser = optimisation.make_optimiser(configs.Optimiser(learning_rate=1e-5), a.steps)

@@ -1,10 +1,14 @@
-"""Eight virtual CPU devices, one cache of compiled programs for all test processes, and no time spent on fast code."""
+"""Give the tests eight virtual CPU devices and one cache of compiled programs for all processes.
+
+Optimisation is off, because the tests run tiny programs: the time goes to compilation.
+"""
 
 import fcntl
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
-def signals_as_they_were():
+def restored_signal_handlers() -> Iterator[None]:
+    """Put the signal handlers back after each test, because commands install their own."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():
@@ -28,24 +33,23 @@ def signals_as_they_were():
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory):
-    """(directory of all five tiny runs, what was printed), made by one command, without interruption, by whichever of the
-    test processes needs it first."""
-    from runs import command
+def chain(tmp_path_factory: pytest.TempPathFactory):
+    """Return the `Chain` of tiny runs, made by whichever test process needs it first."""
+    # Not at the top: `runs` imports JAX, which reads the environment that is set above.
+    from runs import Chain, command
 
     from alignjax import train
 
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "chain"
     shared.mkdir(exist_ok=True)
+    printed_file = shared / "printed.json"
     with (shared / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "printed.json").exists():
-            printed, write = [], train.say
-            train.say = printed.append
-            try:
+        if not printed_file.exists():
+            printed = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(train, "say", printed.append)
                 assert train.main(command("ppo-tiny", shared / "runs")) == 0
-            finally:
-                train.say = write
-            (shared / "printed.json").write_text(json.dumps(printed))
-    return shared / "runs", json.loads((shared / "printed.json").read_text())
+            printed_file.write_text(json.dumps(printed))
+    return Chain(runs=shared / "runs", printed=json.loads(printed_file.read_text()))

@@ -1,16 +1,21 @@
-"""What tests of whole runs share: the tiny chain's commands, and what of a run must repeat to the bit."""
+"""Helpers for tests of whole runs: the commands of the tiny chain, and the parts of a run that must repeat to the bit."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import pytest
 
 from alignjax import train
+from alignjax.algorithms.stage import StepDetails, StepOutput
 from alignjax.weights import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+# Each run of the tiny chain with the parents that it needs beside it.
 PARENTS = {
     "lm-tiny": [],
     "sft-tiny": ["lm-tiny"],
@@ -20,68 +25,92 @@ PARENTS = {
 STEPS = 4
 
 
-def command(name, runs, *more):
-    return [
-        "--config",
-        f"{name.removesuffix('-tiny')}.py:tiny",
-        "--workdir",
-        str(runs / name),
-        *more,
-    ]
+class Chain(NamedTuple):
+    """The five tiny runs, made by one command without interruption."""
+
+    runs: Path  # the directory that holds the five runs
+    printed: list[str]
 
 
-def files_of(run: Path, steps: int = STEPS) -> dict:
-    """What must repeat to the bit: metrics, samples, evaluations and responses if there are any, summary (less its
-    seconds), every array of the last checkpoint."""
+def command(name: str, runs: Path, *more: str) -> list[str]:
+    """Return the arguments of `alignjax.train` that make the run NAME in the directory `runs`."""
+    config = f"{name.removesuffix('-tiny')}.py:tiny"
+    return ["--config", config, "--workdir", str(runs / name), *more]
+
+
+def files_of(run: Path, steps: int = STEPS) -> dict[str, object]:
+    """Return everything that must repeat to the bit.
+
+    These are the metrics, the samples, the evaluations and responses if there are any, the
+    summary without its seconds, and every array of the last checkpoint.
+    """
     names = ["metrics.jsonl", "samples.jsonl", "config.json"]
-    names += [name for name in ("evaluations.jsonl", "responses.jsonl") if (run / name).exists()]
-    out = {name: (run / name).read_bytes() for name in names}
-    out["summary"] = {
-        k: v
-        for k, v in json.loads((run / "summary.json").read_text()).items()
-        if "seconds" not in k
-    }
+    for name in ("evaluations.jsonl", "responses.jsonl"):
+        if (run / name).exists():
+            names.append(name)
+    contents = {name: (run / name).read_bytes() for name in names}
+    summary = json.loads((run / "summary.json").read_text())
+    contents["summary"] = {key: value for key, value in summary.items() if "seconds" not in key}
+    return contents | checkpoint_bytes(run, steps)
+
+
+def checkpoint_bytes(run: Path, steps: int) -> dict[str, bytes]:
+    """Return the bytes of every array of a run's last checkpoint, which must be the one of `steps`."""
     checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)
     assert checkpoints.latest() == steps
     items = [
-        p.name
-        for p in (run / "checkpoints" / str(steps)).iterdir()
-        if p.is_dir() and p.name not in ("metrics", "checksums")
+        path.name
+        for path in (run / "checkpoints" / str(steps)).iterdir()
+        if path.is_dir() and path.name not in ("metrics", "checksums")
     ]
-    restored = checkpoints.manager.restore(
-        steps,
-        args=checkpoint.ocp.args.Composite(
-            **{item: checkpoint.ocp.args.StandardRestore() for item in items}
-        ),
-    )
+    wanted = {item: checkpoint.ocp.args.StandardRestore() for item in items}
+    restored = checkpoints.manager.restore(steps, args=checkpoint.ocp.args.Composite(**wanted))
     checkpoints.close()
+    contents = {}
     for item in items:
-        for path, x in jax.tree_util.tree_leaves_with_path(restored[item]):
-            out[item + jax.tree_util.keystr(path)] = np.asarray(x).tobytes()
-    return out
+        for path, array in jax.tree_util.tree_leaves_with_path(restored[item]):
+            contents[item + jax.tree_util.keystr(path)] = np.asarray(array).tobytes()
+    return contents
 
 
 def rows(path: Path) -> list[dict]:
+    """Return the rows of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def with_parents(name, chain_runs: Path, runs: Path) -> Path:
+def with_parents(name: str, chain_runs: Path, runs: Path) -> Path:
+    """Copy the parents of the run NAME from the chain into `runs`, and return `runs`."""
     for parent in PARENTS[name]:
         shutil.copytree(chain_runs / parent, runs / parent)
     return runs
 
 
 def cut(run: Path, other: Path) -> None:
-    """Make a copy of a run as it was after its checkpoint of step 2."""
+    """Copy a run as it was after its checkpoint of step 2."""
     shutil.copytree(run, other)
     shutil.rmtree(other / "checkpoints" / str(STEPS))
     (other / "summary.json").unlink()
 
 
-def fails(capsys, *arguments) -> str:
-    """The one line on standard error of a command that a mistake stops."""
+def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """Run a command that ends in a user error, and return its one line on standard error."""
     assert train.main(list(arguments)) == 2
     printed = capsys.readouterr().err
-    lines = [line for line in printed.splitlines() if line and "%|" not in line]  # but for the bar
-    assert len(lines) == 1 and lines[0].startswith("alignjax: "), printed
-    return lines[0]
+    without_bar = [line for line in printed.splitlines() if line and "%|" not in line]
+    assert len(without_bar) == 1 and without_bar[0].startswith("alignjax: "), printed
+    return without_bar[0]
+
+
+def step_output(
+    metrics: dict,
+    *,
+    late_metrics: dict[str, float] | None = None,
+    samples: list[dict] | None = None,
+    details: Callable[[], StepDetails] | None = None,
+    batch: dict[str, np.ndarray] | None = None,
+) -> StepOutput:
+    """Return the output of a step; `details` takes the place of `late_metrics` and `samples`."""
+    at_once = StepDetails(metrics=late_metrics or {}, samples=samples or [])
+    return StepOutput(
+        metrics=metrics, details=details or (lambda: at_once), batch=lambda: batch or {}
+    )

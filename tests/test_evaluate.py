@@ -20,7 +20,7 @@ from alignjax.data import chat, encoding, mixture
 from alignjax.evals import calibration
 from alignjax.machine import sharding
 from alignjax.models import scoring
-from alignjax.weights import roles
+from alignjax.weights import locations, roles
 from alignjax.weights.checkpoint import restore_role
 
 CLEAN = "toy/comparisons-clean"
@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rm(runs):
     """The reward model's architecture, tokenizer and compiled scores."""
-    model = roles.architecture(runs / "rm-tiny")
+    model = locations.architecture(runs / "rm-tiny")
     tokenizer = chat.load_tokenizer(runs / "rm-tiny" / "tokenizer")
     return model, tokenizer, jax.jit(functools.partial(ranking.score_pairs, model))
 
@@ -201,14 +201,18 @@ def test_scores_are_those_of_each_response_alone_whatever_the_batch_and_the_devi
     monkeypatch.setattr(evaluate, "PAIRS", pairs)
     rows, bar, mesh = mixed(), Bar(), MESHES[mesh]
     with jax.set_mesh(mesh):
-        params = restore_role(runs / "rm-tiny", "model", roles.shapes(model, "scalar", mesh))
+        params = restore_role(
+            runs / "rm-tiny", "model", roles.abstract_params(model, "scalar", mesh)
+        )
         found, kept = evaluate.differences(
             score_fn, params, tokenizer, rows, LENGTH, budget, mesh, bar
         )
     assert kept.tolist() == [*range(5), *range(6, 35)] and bar.total == 42
     fit = [chat.encode_comparisons(tokenizer, [rows[i]])[0] for i in kept]
     with jax.set_mesh(ONE):
-        params = restore_role(runs / "rm-tiny", "model", roles.shapes(model, "scalar", ONE))
+        params = restore_role(
+            runs / "rm-tiny", "model", roles.abstract_params(model, "scalar", ONE)
+        )
         alone = jax.jit(functools.partial(scoring.score_alone, model))
         scores = [
             alone(params, encoding.pad(side, LENGTH), encoding.lengths_of(side))

@@ -17,7 +17,7 @@ from runs import PARENTS, ROOT, STEPS, command, cut, rows
 
 from alignjax import train
 from alignjax.data import files
-from alignjax.machine import command as commands
+from alignjax.machine import signals as machine_signals
 from alignjax.weights import checkpoint
 
 NAMES = ("sft-tiny", "rm-tiny", "ppo-tiny")  # one of each stage, from parents of one process
@@ -27,16 +27,18 @@ sys.path[:0] = ["tests", "."]
 import conftest
 from runs import command
 from test_faults import crash_in
-from alignjax import metrics, processes, train
+from alignjax import train
+from alignjax.machine import processes
+from alignjax.runs import log as run_log
 from alignjax.data import files
 from pathlib import Path
 index, runs = int(sys.argv[1][-1]), Path(sys.argv[2])
 
 def acting(step, act, *asked):  # a run in which process 1 acts at a step
-    write = metrics.Log.write
-    metrics.Log.write = crash_in(step, act if index else lambda: None)
+    write = run_log.Log.write
+    run_log.Log.write = crash_in(step, act if index else lambda: None)
     code = train.main(list(asked))
-    metrics.Log.write = write
+    run_log.Log.write = write
     return code
 
 def crash():
@@ -281,11 +283,11 @@ def test_a_notice_of_the_machines_end_counts_as_a_sigterm(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        commands.watch(f"127.0.0.1:{server.server_port}", told.set, every=0.01)
+        machine_signals.watch(f"127.0.0.1:{server.server_port}", told.set, every=0.01)
         assert told.is_set() and asked == ["preempted", "maintenance-event"] * 2
         monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-        signals = commands.Signals()
-        commands.notices(lambda: (signals.remember(signal.SIGTERM), told.set()))
+        signals = machine_signals.Signals()
+        machine_signals.watch_for_preemption(lambda: (signals.remember(signal.SIGTERM), told.set()))
         told.clear()
-        assert told.wait(60) and signals.anywhere()
+        assert told.wait(60) and signals.received_anywhere()
         server.shutdown()

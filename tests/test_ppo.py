@@ -544,7 +544,7 @@ def kinds(params) -> set:
 def frozen(world, dtype="", memory="device"):
     """The roles with the two that are only read as a run keeps them."""
     return {
-        role: roles.frozen(params, dtype, memory) if role in ("reference", "reward") else params
+        role: roles.freeze(params, dtype, memory) if role in ("reference", "reward") else params
         for role, params in world.params.items()
     }
 

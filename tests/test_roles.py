@@ -13,7 +13,7 @@ from test_models import tiny
 from alignjax.config import Mesh, UserError
 from alignjax.machine import sharding
 from alignjax.models import families
-from alignjax.weights import hf, roles, safetensors
+from alignjax.weights import hf, locations, roles, safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY = jax.random.key(3)
@@ -42,7 +42,7 @@ def test_a_scalar_role_takes_the_head_that_is_there_or_a_fresh_one():
     assert equal(roles.load(model, "scalar", mesh, KEY, GOLDEN / "qwen2_score"), params)
     for name in ("qwen2", "qwen2_tied"):
         model, params = hf.load_hf(GOLDEN / name, "lm")
-        params["head"] = roles.fresh(model, "scalar", mesh, KEY, "head")["head"]
+        params["head"] = roles.init_params(model, "scalar", mesh, KEY, "head")["head"]
         assert (
             params["head"]["kernel"].shape == (32, 1)
             and np.asarray(params["head"]["kernel"]).std() > 0.02
@@ -140,19 +140,19 @@ def test_the_hub_is_asked_once_and_for_no_pickles(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    roles.local.cache_clear()
+    locations.local_directory.cache_clear()
     assert (
-        roles.local("hf://Org/A-model_1.5")
-        == roles.local("hf://Org/A-model_1.5")
+        locations.local_directory("hf://Org/A-model_1.5")
+        == locations.local_directory("hf://Org/A-model_1.5")
         == tmp_path / "snapshot"
     )
-    roles.local("hf://Org/A-model_1.5@refs/pr/1")
+    locations.local_directory("hf://Org/A-model_1.5@refs/pr/1")
     assert asked == [("Org/A-model_1.5", None), ("Org/A-model_1.5", "refs/pr/1")]
     assert (
-        roles.architecture(roles.local("hf://Org/A-model_1.5"))
+        locations.architecture(locations.local_directory("hf://Org/A-model_1.5"))
         == hf.load_hf(GOLDEN / "qwen2", "lm")[0]
     )
-    assert roles.local("runs/sft") == Path("runs/sft") and len(asked) == 2
+    assert locations.local_directory("runs/sft") == Path("runs/sft") and len(asked) == 2
 
 
 def test_a_hub_id_that_leads_nowhere_is_named(monkeypatch):
@@ -163,11 +163,11 @@ def test_a_hub_id_that_leads_nowhere_is_named(monkeypatch):
     with pytest.raises(
         UserError, match="hf://org/name@v1: .*LocalEntryNotFoundError: no network for you"
     ) as told:
-        roles.local("hf://org/name@v1")
+        locations.local_directory("hf://org/name@v1")
     assert "\n" not in str(told.value) and "name a directory" in str(told.value)
     for spec in ("hf://name", "hf://a/b/c", "hf://a/b@", "hf://a b/c"):
-        with pytest.raises(UserError, match="hf://ORG/NAME or hf://ORG/NAME@REVISION wanted"):
-            roles.local(spec)
+        with pytest.raises(UserError, match="expected hf://ORG/NAME or hf://ORG/NAME@REVISION"):
+            locations.local_directory(spec)
 
 
 def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path):

@@ -71,7 +71,7 @@ def run_supervised(module, loss_fn, head, batch_of, mesh):
         state = place(functools.partial(optimisation.init_state, optimiser=optimiser), params, mesh)
         losses = []
         for i in range(STEPS):
-            parts = module.microbatches(batch_of(i), 64, sharding.shards(mesh))
+            parts = module.microbatches(batch_of(i), 64, sharding.row_shards(mesh))
             state, metrics = step(state, [sharding.shard_batch(part, mesh) for part in parts])
             losses.append(float(metrics["loss"]))
         return jax.tree.map(np.asarray, state.params), losses
@@ -103,7 +103,7 @@ def run_ppo(mesh):
             "index": np.arange(8, dtype=np.int32),
         }
         put = lambda parts: [sharding.shard_batch(part, mesh) for part in parts]
-        text = lambda number: put(lm.microbatches(lm_batch(number), 64, sharding.shards(mesh)))
+        text = lambda number: put(lm.microbatches(lm_batch(number), 64, sharding.row_shards(mesh)))
         found = []
         for i in range(STEPS):
             params = {role: state[role].params for role in optimisers} | frozen
@@ -161,7 +161,7 @@ def test_a_mesh_gives_the_single_devices_result(stage, sizes):
 def test_a_batch_lies_over_data_and_fsdp_and_each_device_has_its_own_rows():
     """A host array, whole in every process; what the devices' rows don't divide lies on each of them."""
     mesh = mesh_of(2, 2, 2)
-    assert sharding.shards(mesh) == 4
+    assert sharding.row_shards(mesh) == 4
     host = {
         "rows": np.arange(24, dtype=np.int32).reshape(8, 3),
         "odd": np.arange(6),

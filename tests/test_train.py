@@ -18,7 +18,7 @@ from alignjax.config import UserError
 from alignjax.data import chat, mixture, packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
-from alignjax.weights import checkpoint, roles
+from alignjax.weights import checkpoint, locations, roles
 from configs import arithmetic
 
 
@@ -239,7 +239,7 @@ def test_responses_of_reference_and_policy_are_kept_with_the_log_ratio_of_each_t
         np.testing.assert_allclose(
             [sum(x) for x in row["after"]["log_ratio"]], row["after"]["kl"], atol=2e-3
         )
-    tokenizer, model = chat.load_tokenizer(run / "tokenizer"), roles.architecture(run)
+    tokenizer, model = chat.load_tokenizer(run / "tokenizer"), locations.architecture(run)
 
     def ids(pieces):
         """Those of the first pieces of whole characters."""
@@ -350,9 +350,11 @@ def test_ppo_of_a_function_and_of_a_reward_model_with_its_own_tokenizer(chain, t
         train.main(["--config", "arithmetic.py:tiny", "--workdir", str(runs / name), *arguments])
         == 0
     )
-    model = roles.architecture(runs / "rm-tiny")
+    model = locations.architecture(runs / "rm-tiny")
     mesh = sharding.make_mesh(configs.Mesh())
-    params = checkpoint.restore_role(runs / "rm-tiny", "model", roles.shapes(model, "scalar", mesh))
+    params = checkpoint.restore_role(
+        runs / "rm-tiny", "model", roles.abstract_params(model, "scalar", mesh)
+    )
     answers, found = {row["prompt"]: row["answer"] for row in sums}, []
     for entry in rows(runs / name / "samples.jsonl"):
         for text, score in zip(entry["responses"], entry["score"], strict=True):
@@ -513,7 +515,7 @@ def test_a_run_starts_from_a_hugging_face_checkpoint(chain, tmp_path):
     from alignjax.weights import hf, roles
 
     directory = tmp_path / "exported"
-    model = roles.architecture(chain[0] / "lm-tiny")
+    model = locations.architecture(chain[0] / "lm-tiny")
     mesh = sharding.make_mesh(Mesh())
     params = roles.load(model, "lm", mesh, jax.random.key(0), chain[0] / "lm-tiny")
     hf.save_hf(model, jax.tree.map(np.asarray, params), directory)

@@ -7,6 +7,7 @@ from test_faults import Crash, crash_in
 
 from alignjax import convert, report, train
 from alignjax.machine import workdir
+from alignjax.runs import log as run_log
 
 
 @pytest.fixture
@@ -29,11 +30,11 @@ def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(
     asked = ["--config", "lm.py:tiny", "--workdir", "gs://bucket/runs/lm-tiny"]
 
     def cut():
-        monkeypatch.setattr(workdir, "copy", lambda *_: None)
+        monkeypatch.setattr(workdir, "publish", lambda *_: None)
         raise Crash
 
     with monkeypatch.context() as monkeypatch:
-        monkeypatch.setattr(train.metrics.Log, "write", crash_in(3, cut))
+        monkeypatch.setattr(run_log.Log, "write", crash_in(3, cut))
         with pytest.raises(Crash):
             train.main(asked)
     assert bucket.objects["runs/lm-tiny/metrics.jsonl"][1].count(b"\n") == 2
@@ -53,6 +54,6 @@ def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(
 
 
 def test_a_place_that_cannot_be_reached_is_an_error(capsys, tmp_path):
-    assert "gs://BUCKET/... wanted" in fails(
+    assert "expected a directory or gs://BUCKET/..." in fails(
         capsys, *command("lm-tiny", tmp_path)[:2], "--workdir", "s3://bucket/run"
     )

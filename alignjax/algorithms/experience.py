@@ -361,7 +361,7 @@ class Minibatches:
             self.prompt_lengths,
             self.lengths,
             responses,
-            sharding.shards(self.mesh),
+            sharding.row_shards(self.mesh),
         )
         return [sharding.shard_batch(microbatch, self.mesh) for microbatch in microbatches]
 

@@ -110,7 +110,7 @@ def heldout_loss(
     for part in mixture.in_order(rows, batch_size):
         part_targets = float((part["mask"][:, 1:] > 0).sum())
         part_loss = 0.0
-        for microbatch in pack_minibatch(part, microbatch_tokens, sharding.shards(mesh)):
+        for microbatch in pack_minibatch(part, microbatch_tokens, sharding.row_shards(mesh)):
             loss, _ = compiled_loss(params, sharding.shard_batch(microbatch, mesh))
             part_loss += float(loss)
         total += part_targets * part_loss
@@ -264,7 +264,7 @@ class LanguageModelling:
         """Yield the programs of a step on examples that are as long as they may be."""
         rows = longest_rows(self.config.data.batch, self.config.data.max_length)
         microbatches = pack_minibatch(
-            rows, self.config.microbatch_tokens, sharding.shards(self.mesh)
+            rows, self.config.microbatch_tokens, sharding.row_shards(self.mesh)
         )
         return supervised_programs(
             self.update, self.abstract_state["model"], microbatches, self.mesh
@@ -286,7 +286,7 @@ def load_text(config: Config, mesh: Mesh, inputs: RunInputs) -> TextData:
     batches = mixture.batches(
         config, sets, data.kind, data.max_length, data.batch, inputs.tokenizer, inputs.say
     )
-    row_shards = sharding.shards(mesh)
+    row_shards = sharding.row_shards(mesh)
     prefetch = mixture.Ahead(
         lambda step: pack_minibatch(batches.get(step), config.microbatch_tokens, row_shards)
     )

@@ -109,7 +109,7 @@ def abstract_state(
 ) -> TrainState:
     """Return the shapes, types and shardings of a trained role's state."""
     init = functools.partial(init_state, optimiser=optimiser)
-    shapes = jax.eval_shape(init, roles.shapes(model, head, mesh))
+    shapes = jax.eval_shape(init, roles.abstract_params(model, head, mesh))
     return sharding.abstract(shapes, mesh)
 
 

@@ -142,7 +142,7 @@ class PPO:
         reference = self.load_role("lm", "reference")
         ppo = self.config.ppo
         self.frozen = {
-            "reference": roles.frozen(reference, ppo.frozen_dtype, ppo.frozen_memory),
+            "reference": roles.freeze(reference, ppo.frozen_dtype, ppo.frozen_memory),
             **reward.params,
         }
 
@@ -354,7 +354,7 @@ class PPO:
     def evaluate(self, state: State) -> Evaluation:
         """Compare the reference and the policy on all that is held out."""
         detailed = self.config.ppo.eval_prompts
-        reference = roles.fetched(self.frozen["reference"])
+        reference = roles.copy_to_device(self.frozen["reference"])
         policy = state["policy"].params
         before = self.evaluate_policy(reference, state, limit=None, detailed=detailed)
         after = self.evaluate_policy(policy, state, limit=None, detailed=detailed)

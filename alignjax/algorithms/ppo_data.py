@@ -88,7 +88,7 @@ def load_pretraining_text(config: Config, mesh: Mesh, inputs: RunInputs) -> Pret
     batches = mixture.batches(
         config, sets, "text", length, pretraining_rows(config), inputs.tokenizer, inputs.say
     )
-    row_shards = sharding.shards(mesh)
+    row_shards = sharding.row_shards(mesh)
     prefetch = mixture.Ahead(
         lambda update: lm.pack_minibatch(
             batches.get(update), config.microbatch_tokens, row_shards

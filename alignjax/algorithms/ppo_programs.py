@@ -289,7 +289,7 @@ class PlannedPrograms:
         prompt_lengths = np.full(self.responses, self.config.data.max_length, np.int32)
         first = np.arange(self.responses)[:: self.config.ppo.minibatches]
         return experience.pack_minibatch(
-            self.config, prompt_lengths, lengths, first, sharding.shards(self.mesh)
+            self.config, prompt_lengths, lengths, first, sharding.row_shards(self.mesh)
         )
 
     def programs(self) -> Iterable[Program]:
@@ -370,7 +370,7 @@ class PlannedPrograms:
             texts = lm.pack_minibatch(
                 lm.longest_rows(pretraining_rows(self.config), longest_text(self.config)),
                 self.config.microbatch_tokens,
-                sharding.shards(self.mesh),
+                sharding.row_shards(self.mesh),
             )
             text = sharding.abstract_batch(texts[0], self.mesh)
             text_gradient = self.compiled.text_gradient

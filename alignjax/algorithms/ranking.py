@@ -126,7 +126,7 @@ def score_rows(
 ) -> np.ndarray:
     """Return the scores [pairs 2] of comparisons by a compiled `score_pairs`."""
     scores = np.zeros((len(rows["margin"]) + 1, 2), np.float32)
-    for microbatch in pack_minibatch(rows, microbatch_tokens, sharding.shards(mesh)):
+    for microbatch in pack_minibatch(rows, microbatch_tokens, sharding.row_shards(mesh)):
         batch_scores = score_fn(params, sharding.shard_batch(microbatch, mesh))
         scores[microbatch.pair] = sharding.on_host(batch_scores)
     return scores[:-1]  # the last row took the padding
@@ -381,7 +381,7 @@ class Ranking:
             rows[side] = np.ones((count, length), np.int32)
             rows[f"{side}_length"] = np.full(count, length, np.int32)
         microbatches = pack_minibatch(
-            rows, self.config.microbatch_tokens, sharding.shards(self.mesh)
+            rows, self.config.microbatch_tokens, sharding.row_shards(self.mesh)
         )
         return supervised_programs(
             self.update, self.abstract_state["model"], microbatches, self.mesh
@@ -416,7 +416,7 @@ def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingDa
             inputs.say,
         )
         demonstrations = encode(rows, "conversations")
-    row_shards = sharding.shards(mesh)
+    row_shards = sharding.row_shards(mesh)
     prefetch = mixture.Ahead(
         lambda step: pack_minibatch(batches.get(step), config.microbatch_tokens, row_shards)
     )

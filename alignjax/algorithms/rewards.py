@@ -30,7 +30,7 @@ from alignjax.data import chat, encoding, packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
-from alignjax.weights import roles
+from alignjax.weights import locations, roles
 
 RUNTIME_FIELDS = ("dtype", "remat", "attention")  # of the reward model, as the policy has them
 
@@ -141,7 +141,7 @@ def build(
     directory = parents["reward"]
     model = reward_architecture(config, directory)
     params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
-    params = roles.frozen(params, ppo.frozen_dtype, ppo.frozen_memory)
+    params = roles.freeze(params, ppo.frozen_dtype, ppo.frozen_memory)
     reward_tokenizer = parent_tokenizer(config, directory)
     if same_tokens(reward_tokenizer, tokenizer):
         return Reward(model=model, params={"reward": params}, text_rewards=text_rewards)
@@ -170,7 +170,7 @@ def reward_architecture(config: Config, directory: Path) -> Model:
       UserError: if it cannot read a whole prompt and response.
     """
     runtime = {name: getattr(config.model, name) for name in RUNTIME_FIELDS}
-    model = dataclasses.replace(roles.architecture(directory), **runtime)
+    model = dataclasses.replace(locations.architecture(directory), **runtime)
     longest = longest_sequence(config)
     if model.max_length < longest:
         raise UserError(
@@ -199,11 +199,11 @@ def parent_tokenizer(config: Config, directory: Path) -> PreTrainedTokenizerBase
 
     A run has kept its own. For a Hugging Face checkpoint the config may name another.
     """
-    if roles.is_run(directory):
+    if locations.is_run(directory):
         return chat.load_tokenizer(directory / "tokenizer")
     source = directory
     if config.tokenizer:
-        source = roles.local(config.tokenizer, weights=False)
+        source = locations.local_directory(config.tokenizer, weights=False)
     return chat.load_tokenizer(source, config.chat_template)
 
 
@@ -223,7 +223,7 @@ def score_sequences(
         [[number] for number in range(count)],
         max_tokens,
         microbatch_tokens,
-        sharding.shards(mesh),
+        sharding.row_shards(mesh),
     )
     for layout in layouts:
         packed = PackedTokens(

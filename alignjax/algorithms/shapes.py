@@ -76,7 +76,7 @@ def supervised(config: Config, mesh, head: str, loss, parts: list) -> Work:
 
 def language_model(config: Config, mesh) -> Work:
     rows = text_rows(config.data.batch, config.data.max_length)
-    parts = lm.microbatches(rows, config.microbatch_tokens, sharding.shards(mesh))
+    parts = lm.microbatches(rows, config.microbatch_tokens, sharding.row_shards(mesh))
     return supervised(config, mesh, "lm", functools.partial(lm.loss_fn, config.model), parts)
 
 
@@ -86,7 +86,7 @@ def ranked_pairs(config: Config, mesh) -> Work:
         "margin": np.zeros(n, np.float32)
     }
     rows |= {f"{side}_length": np.full(n, t, np.int32) for side in ranking.SIDES}
-    parts = ranking.microbatches(rows, config.microbatch_tokens, sharding.shards(mesh))
+    parts = ranking.microbatches(rows, config.microbatch_tokens, sharding.row_shards(mesh))
     return supervised(
         config,
         mesh,
@@ -97,7 +97,7 @@ def ranked_pairs(config: Config, mesh) -> Work:
 
 
 def frozen(params, dtype: str, memory: str):
-    """As roles.frozen, of shapes."""
+    """As roles.freeze, of shapes."""
 
     def keep(x):
         layout = x.sharding.with_memory_kind("pinned_host") if memory == "host" else x.sharding
@@ -148,7 +148,7 @@ def four_roles(config: Config, mesh) -> Work:
         full(n, data.max_length),
         full(n, r),
         np.arange(n)[:: p.minibatches],
-        sharding.shards(mesh),
+        sharding.row_shards(mesh),
     )
     part, updates = sharding.abstract_batch(cut[0], mesh), p.epochs * p.minibatches
     learnt, gradients = (experience, part), {}
@@ -182,7 +182,7 @@ def four_roles(config: Config, mesh) -> Work:
     text = None
     if p.pretrain_coef:
         rows = text_rows(int(p.pretrain_ratio * n // p.minibatches), data.max_length + r)
-        texts = lm.microbatches(rows, config.microbatch_tokens, sharding.shards(mesh))
+        texts = lm.microbatches(rows, config.microbatch_tokens, sharding.row_shards(mesh))
         piece = sharding.abstract_batch(texts[0], mesh)
         text = total(programs.text_add, policy.params, piece, mesh)
         jobs.append(

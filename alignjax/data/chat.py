@@ -19,7 +19,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignjax.config import UserError
-from alignjax.machine import workdir
+from alignjax.machine import workdir as workdirs
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHATML = (
@@ -63,7 +63,7 @@ def load_tokenizer(directory: Path, template: str = "") -> PreTrainedTokenizerBa
     if not (directory / "tokenizer_config.json").is_file():
         raise UserError(f"{directory}: no tokenizer there (tokenizer_config.json is missing)")
     try:
-        with workdir.fetched(directory) as local:
+        with workdirs.local_copy(directory) as local:
             tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
     except (ValueError, OSError, ImportError) as error:
         first = str(error).strip().splitlines()[0]

@@ -13,13 +13,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from alignjax import config as configs
 from alignjax import inference
 from alignjax.config import UserError
 from alignjax.evals.requests import Requests
-from alignjax.machine import sharding
+from alignjax.machine import console, sharding
 from alignjax.machine.compilation_cache import keep_programs
 
 GENERATION = {
@@ -169,15 +168,7 @@ class AlignJax(TemplateLM):
 
 
 def progress(what: str, total: int, off: bool):
-    return tqdm(
-        total=total,
-        desc=what,
-        unit="request",
-        disable=off,
-        dynamic_ncols=True,
-        file=sys.stderr,
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-    )
+    return console.progress_bar(total, what, "request", enabled=not off)
 
 
 def main() -> int:

@@ -73,7 +73,10 @@ class Requests:
             tree(context[common:], [continuation for _, continuation in mine])
             for context, mine in asked
         ]
-        lengths, shards = np.array([len(x.tokens) for x in trees]), sharding.shards(self.model.mesh)
+        lengths, shards = (
+            np.array([len(x.tokens) for x in trees]),
+            sharding.row_shards(self.model.mesh),
+        )
         tokens, positions, branches = (
             encoding.pad(column, lengths.max()) for column in list(zip(*trees, strict=True))[:3]
         )

@@ -28,7 +28,7 @@ from alignjax.evals.report import REPORT
 from alignjax.machine import console
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
-from alignjax.weights import checkpoint, roles
+from alignjax.weights import checkpoint, locations, roles
 
 Z = 1.96  # standard errors on either side of an estimate: its 95 % interval
 
@@ -86,8 +86,8 @@ def places(specs: list[str], out: str | None) -> dict[str, Path]:
     for spec in specs:
         if (
             spec.startswith("hf://")
-            or not workdirs.is_local(workdirs.place(spec))
-            or not roles.is_run(Path(spec))
+            or not workdirs.is_local(workdirs.resolve(spec))
+            or not locations.is_run(Path(spec))
         ):
             raise UserError(
                 f"--run {spec}: not a run in a local directory, so its results need a place: --out DIR"
@@ -97,10 +97,10 @@ def places(specs: list[str], out: str | None) -> dict[str, Path]:
 
 def check(spec: str) -> Path:
     """The directory of a language model, there and complete."""
-    directory = roles.local(spec)
-    if roles.is_run(directory):
-        stage = roles.stored(directory)["stage"]
-        if (stage, "lm") not in roles.ITEMS:
+    directory = locations.local_directory(spec)
+    if locations.is_run(directory):
+        stage = locations.read_config(directory)["stage"]
+        if (stage, "lm") not in roles.CHECKPOINT_ITEMS:
             raise UserError(
                 f"--run {spec}: a language model is wanted, this run's stage is {stage!r}"
             )
@@ -141,8 +141,10 @@ def answered(spec: str, out: Path, manager, groups: list, arguments) -> dict:
     )
     dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
     for task, rows in results.pop("samples").items():
-        workdirs.write(out / f"samples_{task.replace('::', '_')}.jsonl", "\n".join(map(dump, rows)))
-    workdirs.write(out / "results.json", dump(results, indent=1))
+        workdirs.write_atomically(
+            out / f"samples_{task.replace('::', '_')}.jsonl", "\n".join(map(dump, rows))
+        )
+    workdirs.write_atomically(out / "results.json", dump(results, indent=1))
     return results
 
 
@@ -154,13 +156,13 @@ def templated(wanted: str, directory: Path, tokenizer, spec: str) -> bool:
         if wanted == "chat":
             raise UserError(f"--template chat: the tokenizer of {spec} has no chat template")
         return False
-    return wanted == "chat" or inference.talks(roles.stored(directory), tokenizer)
+    return wanted == "chat" or inference.talks(locations.read_config(directory), tokenizer)
 
 
 def fingerprint(spec: str, model: AlignJax) -> str:
     """Of what answers depend on besides the question: the answers kept of another checkpoint or type are not these."""
-    directory = roles.local(spec)
-    step = checkpoint.newest(directory).name if roles.is_run(directory) else ""
+    directory = locations.local_directory(spec)
+    step = checkpoint.newest(directory).name if locations.is_run(directory) else ""
     facts = [
         str(directory.absolute()),
         step,

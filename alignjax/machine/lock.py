@@ -25,7 +25,7 @@ UNWRITABLE = (
 
 
 @contextlib.contextmanager
-def at_work(workdir: Path):
+def exclusive_use(workdir: Path):
     """A run works on `workdir`, which is made, and nobody else does; UserError at once if another process is at it.
 
     The kernel ends the lock with the process, however that ends. Where there are none (object stores, some network file

@@ -101,7 +101,7 @@ def one_run(value: str | None):
         client, index, _ = service()
         if client is None:
             raise
-        tell(error)
+        report_error(error)
         if not isinstance(error, UserError):
             traceback.print_exc()
         client.key_value_set(f"{CLOSED}{index}", "")
@@ -110,18 +110,18 @@ def one_run(value: str | None):
 
 
 @contextlib.contextmanager
-def telling():
+def reporting_errors():
     """Tell the other processes of an error inside at once: what is closed after it may wait for them."""
     try:
         yield
     except Stopped:
         raise
     except BaseException as error:
-        tell(error)
+        report_error(error)
         raise
 
 
-def tell(error: BaseException) -> None:
+def report_error(error: BaseException) -> None:
     client, index, _ = service()
     if client is None:
         return
@@ -232,7 +232,7 @@ def gather(data: bytes) -> list[bytes]:
     return [b"".join(part) for part in parts]
 
 
-def largest(number: int) -> jax.Array:
+def largest_of_all(number: int) -> jax.Array:
     """The largest number of all processes, which need not be there yet: all call this, and none waits."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
     mine = np.full(jax.local_device_count(), number, np.int32)

@@ -84,8 +84,10 @@ class Phases:
                 0  # a row for every Python call slows a step and crowds out the device's rows
             )
             # A link to Perfetto would stop the run until somebody follows it.
-            local, _ = self.files.enter_context(workdirs.staged(self.directory))
-            jax.profiler.start_trace(local, create_perfetto_trace=True, profiler_options=options)
+            staging = self.files.enter_context(workdirs.staging(self.directory))
+            jax.profiler.start_trace(
+                staging.local, create_perfetto_trace=True, profiler_options=options
+            )
         if self.tracing and not wanted:
             jax.profiler.stop_trace()
             self.files.close()

@@ -78,7 +78,7 @@ def constrain(tree, axis: int = 0, tensor: int | None = None):
 def spec_of(shape, axis: int = 0, tensor: int | None = None) -> P | None:
     """How `constrain` lays out an array of the mesh that is set; None if it leaves that open."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or "fsdp" not in mesh.axis_names or shape[axis] % shards(mesh):
+    if mesh.empty or "fsdp" not in mesh.axis_names or shape[axis] % row_shards(mesh):
         return None
     spec = [None] * len(shape)
     spec[axis] = BATCH[0]
@@ -129,7 +129,7 @@ def replicated(mesh):
     return NamedSharding(mesh, P())
 
 
-def shards(mesh) -> int:
+def row_shards(mesh) -> int:
     """The number of devices that rows lie over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -138,7 +138,9 @@ def row_layout(shape, mesh) -> NamedSharding:
     """Rows over data and fsdp; where the axes don't divide them they are replicated: right, and no slower for the small
     arrays where this happens."""
     return (
-        NamedSharding(mesh, BATCH) if shape and shape[0] % shards(mesh) == 0 else replicated(mesh)
+        NamedSharding(mesh, BATCH)
+        if shape and shape[0] % row_shards(mesh) == 0
+        else replicated(mesh)
     )
 
 

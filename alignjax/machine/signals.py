@@ -8,7 +8,7 @@ import urllib.request
 
 import jax
 
-from alignjax.machine.processes import largest
+from alignjax.machine.processes import largest_of_all
 
 
 class Signals:
@@ -39,20 +39,20 @@ class Signals:
             raise KeyboardInterrupt
         self.received = number
 
-    def anywhere(self) -> bool:
+    def received_anywhere(self) -> bool:
         """Whether any process has got one: all must save together.
 
         With several processes it is one that had come by the call before, so that nobody waits for the steps in flight.
         """
         if jax.process_count() == 1:
             return self.received > 0
-        before, self.asked = self.asked, largest(self.received)
+        before, self.asked = self.asked, largest_of_all(self.received)
         number = 0 if before is None else int(before)
         self.received = number or self.received
         return number > 0
 
 
-def notices(tell) -> None:
+def watch_for_preemption(tell) -> None:
     """On a cloud TPU, see to it that tell() is called once its machine is to be taken away; elsewhere nothing happens.
 
     That is when the metadata server of Google Cloud says so; $GCE_METADATA_HOST names another server, on any machine.

@@ -1,11 +1,14 @@
-"""Where a run's files are: a local directory, or gs://BUCKET/... through Orbax's own file layer (etils.epath).
+"""Run directories, local or at gs://BUCKET/... through Orbax's file layer, etils.epath.
 
-A local directory is a `Path`, and everything is done in place. An object can be neither appended to nor renamed: files that
-grow are kept in a temporary directory, and copied to the bucket at the points up to which a resume needs them.
+A local directory is a `Path`, and files are written in place. An object in a bucket can be
+neither appended to nor renamed, so files that grow are kept in a temporary local directory, and
+copied to the bucket whenever a resume would need them.
 """
 
 import contextlib
+import dataclasses
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,69 +17,90 @@ from etils import epath
 from alignjax.config import UserError
 
 
-def place(spec) -> Path:
-    """A directory by its name: a `Path`, or what behaves as one if the name begins with gs://."""
+def resolve(spec: str | Path) -> Path:
+    """Return the directory that `spec` names, or raise UserError if it cannot be reached.
+
+    The result is a `Path`, or an `epath.Path`, which behaves like one, for gs://BUCKET/...
+    """
     if "://" not in str(spec):
         return Path(spec)
     if not str(spec).startswith("gs://"):
-        raise UserError(f"{spec}: a directory or gs://BUCKET/... wanted")
+        raise UserError(f"{spec}: expected a directory or gs://BUCKET/...")
     try:
         epath.Path(spec).exists()
-    except Exception as error:  # whatever gcsfs, its absence, or the network below it raise
+    except Exception as error:  # gcsfs, its absence and the network raise many types.
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{spec}: can't be reached ({type(error).__name__}: {reason}); it takes gcsfs "
+            f"{spec}: can't be reached ({type(error).__name__}: {reason}); a bucket needs gcsfs "
             "(the extra [gcs]) and the rights of gcloud auth application-default login"
         ) from error
     return epath.Path(spec)
 
 
-def is_local(directory) -> bool:
+def is_local(directory: Path) -> bool:
+    """Return whether a directory is on this machine and not in a bucket."""
     return isinstance(directory, Path)
 
 
 @contextlib.contextmanager
-def fetched(directory, pattern: str = "*"):
-    """A local directory with the files of this one: itself, or a copy that lasts as long as the context."""
+def local_copy(directory: Path, pattern: str = "*") -> Iterator[Path]:
+    """Yield a local directory with the files of `directory` that match `pattern`.
+
+    That is `directory` itself if it is local, else a copy that is deleted at the end.
+    """
     if is_local(directory):
         yield directory
         return
-    with tempfile.TemporaryDirectory(prefix="alignjax-") as local:
-        for file in directory.glob(pattern) if directory.exists() else ():
-            if file.is_file():
-                file.copy(Path(local) / file.name)
-        yield Path(local)
+    with tempfile.TemporaryDirectory(prefix="alignjax-") as temporary:
+        copy = Path(temporary)
+        if directory.exists():
+            for file in directory.glob(pattern):
+                if file.is_file():
+                    file.copy(copy / file.name)
+        yield copy
+
+
+@dataclasses.dataclass(frozen=True)
+class Staging:
+    """A local directory in which the files of another directory are written."""
+
+    local: Path
+    target: Path
+
+    def publish(self) -> None:
+        """Copy all files to the target, in the first process; do nothing if it is local."""
+        publish(self.local, self.target)
 
 
 @contextlib.contextmanager
-def staged(directory):
-    """(local directory, send) to write a directory's files in: itself, or one that begins with its JSON lines.
+def staging(directory: Path) -> Iterator[Staging]:
+    """Yield a `Staging` for a directory, and publish it at the end.
 
-    send() copies all files to where they belong, as does the end of the context; of the first process only.
+    If the directory is in a bucket, the local one starts with a copy of its JSON lines.
     """
-    with fetched(directory, "*.jsonl") as local:
-
-        def send():
-            copy(local, directory)
-
+    with local_copy(directory, "*.jsonl") as local:
+        staged = Staging(local, directory)
         try:
-            yield local, send
+            yield staged
         finally:
-            send()
+            staged.publish()
 
 
-def copy(local: Path, directory) -> None:
-    """Copy the files at and below a local directory, unless it is the other one; by the first process only."""
-    if local != directory and jax.process_index() == 0:
-        for file in sorted(local.rglob("*")):
-            if file.is_file():
-                epath.Path(file).copy(
-                    directory / file.relative_to(local).as_posix(), overwrite=True
-                )
+def publish(local: Path, target: Path) -> None:
+    """Copy all files below `local` to `target` if they differ, in the first process."""
+    if local == target or jax.process_index() != 0:
+        return
+    for file in sorted(local.rglob("*")):
+        if file.is_file():
+            destination = target / file.relative_to(local).as_posix()
+            epath.Path(file).copy(destination, overwrite=True)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a small file at once or not at all, as an object of a bucket always is."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, with a newline at its end.
+
+    An object in a bucket is always written that way.
+    """
     if not is_local(path):
         path.write_text(text + "\n")
         return

@@ -41,7 +41,7 @@ def keep(workdir) -> None:
     except (FileNotFoundError, json.JSONDecodeError):
         known = []
     if known[-1:] != [mine]:
-        workdirs.write(path, json.dumps([*known, mine], indent=1))
+        workdirs.write_atomically(path, json.dumps([*known, mine], indent=1))
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +12,9 @@ import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
-from tqdm import tqdm
 
 from alignjax.config import UserError
-from alignjax.machine import jsonl, processes
+from alignjax.machine import console, jsonl, processes
 from alignjax.runs import advice, records
 
 FLUSH = 60  # seconds, at most, until TensorBoard can see a step
@@ -60,7 +58,7 @@ class Log:
         if (
             jax.process_count() > 1
         ):  # a shared directory may still look to one as it did before the last file
-            self.skipped = int(processes.largest(self.skipped))
+            self.skipped = int(processes.largest_of_all(self.skipped))
         self.pending = self.ready = (
             None  # the last step, until the next is there; the Future of when it was computed
         )
@@ -96,15 +94,7 @@ class Log:
                 wall_time=time.time(), step=start, session_log=SessionLog(status=SessionLog.START)
             )
         )
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            desc=f"{name:>4}",
-            unit="step",
-            dynamic_ncols=True,
-            file=sys.stderr,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-        )
+        self.bar = console.progress_bar(steps, f"{name:>4}", "step", initial=start)
 
     def write(self, step: int, metrics: dict, late, batch=dict) -> None:
         """Take a step's metrics (device scalars), late() -> (more metrics, rows of samples) and batch() -> {name: array},

@@ -23,7 +23,7 @@ class Tracker:
     def __init__(self, project: str, config: Config, workdir, say=print):
         self.name, self.say, kept = config.name, say, workdir / "wandb-id"
         if not kept.exists():
-            workdirs.write(kept, secrets.token_hex(4))
+            workdirs.write_atomically(kept, secrets.token_hex(4))
         os.environ.setdefault(
             "WANDB_FINISH_TIMEOUT", "60"
         )  # seconds; by itself it waits for a network without end
