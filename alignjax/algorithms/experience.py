@@ -267,9 +267,7 @@ def score_metrics(
     }
 
 
-def token_metrics(
-    rollout: Rollout, reading: Reading, responses: dict[str, jax.Array]
-) -> Metrics:
+def token_metrics(rollout: Rollout, reading: Reading, responses: dict[str, jax.Array]) -> Metrics:
     """Return the metrics of tokens: entropy, lengths, and the sampler's drift.
 
     The drift is the difference between the log-probabilities of the sampler and of the scorer.
@@ -372,9 +370,7 @@ class Minibatches:
         return self.pack(responses)
 
 
-def empty_reading(
-    rollout: Rollout, scores: np.ndarray | None, mesh: jax.sharding.Mesh
-) -> Reading:
+def empty_reading(rollout: Rollout, scores: np.ndarray | None, mesh: jax.sharding.Mesh) -> Reading:
     """Return a reading of zeros, with the scores that text-based rewards have given, if any."""
     shape = rollout.logprobs.shape
     zeros = np.zeros(shape, np.float32)

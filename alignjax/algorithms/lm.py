@@ -89,9 +89,7 @@ def loss_fn(
     model: Model, params: dict, microbatch: TextMicrobatch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the weighted next-token loss of a microbatch, and its metrics."""
-    logprobs, entropy = scoring.token_logprobs(
-        model, params, microbatch.packed, microbatch.targets
-    )
+    logprobs, entropy = scoring.token_logprobs(model, params, microbatch.packed, microbatch.targets)
     loss, metrics = losses.lm_loss(logprobs, microbatch.weights)
     return loss, metrics | {"entropy": jnp.sum(microbatch.weights * entropy)}
 
@@ -118,9 +116,7 @@ def heldout_loss(
     return total / target_count
 
 
-def describe_example(
-    tokenizer: PreTrainedTokenizerBase, rows: dict, number: int
-) -> dict[str, str]:
+def describe_example(tokenizer: PreTrainedTokenizerBase, rows: dict, number: int) -> dict[str, str]:
     """Return an example as text, and the part of it that is trained."""
     tokens = rows["tokens"][number]
     real = rows["segments"][number] > 0
@@ -290,6 +286,4 @@ def load_text(config: Config, mesh: Mesh, inputs: RunInputs) -> TextData:
     prefetch = mixture.Ahead(
         lambda step: pack_minibatch(batches.get(step), config.microbatch_tokens, row_shards)
     )
-    return TextData(
-        batches=batches, prefetch=prefetch, heldout=heldout, tokenizer=inputs.tokenizer
-    )
+    return TextData(batches=batches, prefetch=prefetch, heldout=heldout, tokenizer=inputs.tokenizer)

@@ -186,9 +186,7 @@ def apply_gradients(
     the old one: it keeps no second state, and does not ask the host.
     """
     applied = all_finite(figures)
-    updates, opt_state = optimiser.update(
-        gradient, state.opt_state, state.params, applied=applied
-    )
+    updates, opt_state = optimiser.update(gradient, state.opt_state, state.params, applied=applied)
 
     def choose(new, old):
         return jnp.where(applied, new, old)

@@ -241,9 +241,7 @@ class PPO:
             return None
         index = np.repeat(batch["index"], self.config.ppo.samples_per_prompt)
         prompt_rows = [rows[number] for number in index]
-        return self.reward.score_texts(
-            prompt_rows, heldout.response_texts(self.tokenizer, rollout)
-        )
+        return self.reward.score_texts(prompt_rows, heldout.response_texts(self.tokenizer, rollout))
 
     def pack(self, batch: dict[str, np.ndarray], rollout: Rollout) -> Minibatches:
         """Pack the responses into minibatches.
@@ -285,8 +283,7 @@ class PPO:
         all_metrics = []
         for place, update in enumerate(updates_of_step(self.config, step)):
             parts = [
-                (experience, microbatch)
-                for microbatch in minibatches.get(place, update.responses)
+                (experience, microbatch) for microbatch in minibatches.get(place, update.responses)
             ]
             value, metrics = self.update_value(value, parts)
             if update.number >= self.config.ppo.value_warmup_steps:

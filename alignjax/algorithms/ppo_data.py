@@ -90,8 +90,6 @@ def load_pretraining_text(config: Config, mesh: Mesh, inputs: RunInputs) -> Pret
     )
     row_shards = sharding.row_shards(mesh)
     prefetch = mixture.Ahead(
-        lambda update: lm.pack_minibatch(
-            batches.get(update), config.microbatch_tokens, row_shards
-        )
+        lambda update: lm.pack_minibatch(batches.get(update), config.microbatch_tokens, row_shards)
     )
     return PretrainingText(batches=batches, prefetch=prefetch, heldout=heldout, mesh=mesh)

@@ -39,9 +39,7 @@ LearningPart = tuple[Experience, ResponseMicrobatch]
 HEADS = {"policy": "lm", "value": "scalar"}  # of the trained roles
 
 
-def policy_loss_fn(
-    config: Config, params: dict, part: LearningPart
-) -> tuple[jax.Array, Metrics]:
+def policy_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
     """Return the clipped objective of a microbatch of experience, and its metrics."""
     batch = select_targets(*part)
     logprobs, _ = scoring.token_logprobs(

@@ -103,9 +103,7 @@ def pack_minibatch(rows: Rows, microbatch_tokens: int, row_shards: int) -> list[
     return microbatches
 
 
-def score_pairs(
-    model: Model, params: dict, microbatch: PairMicrobatch
-) -> Float[Array, "pairs 2"]:
+def score_pairs(model: Model, params: dict, microbatch: PairMicrobatch) -> Float[Array, "pairs 2"]:
     """Return the scores of the chosen and rejected responses, read at their end tokens."""
     return scoring.sequence_scores(model, params, microbatch.packed, microbatch.ends)
 
@@ -312,9 +310,7 @@ class Ranking:
         pair = sharding.on_host(microbatch.pair)[0]
         number = self.data.batches.order(step)[pair]
         first_scores = sharding.on_host(scores)[0]
-        sample = describe_pair(
-            self.data.tokenizer, self.data.batches.rows, number, first_scores
-        )
+        sample = describe_pair(self.data.tokenizer, self.data.batches.rows, number, first_scores)
         return StepDetails(metrics={}, samples=[sample])
 
     def finalise(self, state: State) -> State:

@@ -232,6 +232,12 @@ def gather(data: bytes) -> list[bytes]:
     return [b"".join(part) for part in parts]
 
 
+def wait_for_all(name: str) -> None:
+    """Wait until every process has come to the point of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def largest_of_all(number: int) -> jax.Array:
     """The largest number of all processes, which need not be there yet: all call this, and none waits."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
