@@ -215,7 +215,7 @@ def train(
             tracked.summary(evaluation.figures)
     if jax.process_index() == 0:
         if evaluation.rows:
-            workdirs.write(workdir / "responses.jsonl", jsonl.json_lines(evaluation.rows))
+            workdirs.write_atomically(workdir / "responses.jsonl", jsonl.dumps(evaluation.rows))
         write_summary(config, workdir, stage, evaluation.figures)
     processes.wait_for_all("summary")
 
@@ -232,7 +232,7 @@ def check_figures(config: Config, figures: dict[str, float]) -> None:
 
 def write_summary(config: Config, workdir: Path, stage: Stage, figures: dict[str, float]) -> None:
     """Write summary.json, which marks the run as complete."""
-    timing = records.lines(workdir / "timing.jsonl")
+    timing = jsonl.read(workdir / "timing.jsonl")
     facts = {
         "name": config.name,
         "stage": config.stage,
@@ -241,7 +241,7 @@ def write_summary(config: Config, workdir: Path, stage: Stage, figures: dict[str
         "training_seconds": round(sum(row["seconds"] for row in timing), 1),
     }
     summary = facts | figures | {"table": stage.table(figures)}
-    workdirs.write(workdir / "summary.json", json.dumps(summary, indent=1))
+    workdirs.write_atomically(workdir / "summary.json", json.dumps(summary, indent=1))
 
 
 def report(workdir: Path, session: Session) -> Records:

@@ -49,7 +49,7 @@ def claim_workdir(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: P
         else:
             with workdirs.staged(workdir / "tokenizer") as (local, _):
                 tokenizer.save_pretrained(local)
-        workdirs.write(workdir / "config.json", configs.to_json(config))
+        workdirs.write_atomically(workdir / "config.json", configs.to_json(config))
     processes.wait_for_all("claim")
 
 
