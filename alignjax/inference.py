@@ -39,7 +39,7 @@ PROCEED = jax.jit(
     donate_argnums=2,
     static_argnames=("prompt_width", *SETTINGS[1:]),
 )
-SCORES = jax.jit(scoring.scores, static_argnums=0)
+SCORES = jax.jit(scoring.sequence_scores, static_argnums=0)
 
 Prompt = (
     str | list[dict[str, str]]
@@ -198,7 +198,7 @@ class Model:
                 f"score: {longest} tokens of prompt and response, but the model may read {self.max_length}"
             )
         score = functools.partial(self.run, SCORES)
-        return rewards.read_tokens(
+        return rewards.score_sequences(
             score, sequences, size(longest), microbatch_tokens, self.mesh
         ).tolist()
 

@@ -23,13 +23,13 @@ import jax
 from jax.experimental import topologies
 
 from alignjax import config as configs
-from alignjax import train
 from alignjax.algorithms import shapes
 from alignjax.config import Config, UserError
 from alignjax.machine import jsonl, sharding
 from alignjax.models import attention, families, vocabulary
 from alignjax.planning import cost
 from alignjax.planning.cost import GIB
+from alignjax.runs import lineage
 from alignjax.sampling import rollout
 from alignjax.weights import locations
 
@@ -68,7 +68,7 @@ def main(argv=None) -> int:
     try:
         overrides = configs.parse_overrides(rest)
         config = configs.load(arguments.config, overrides)
-        train.adopt(config, overrides, architecture)
+        lineage.adopt_architecture(config, overrides, architecture)
         if arguments.search:
             plans = search(config, arguments.topology)
         else:

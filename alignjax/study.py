@@ -21,13 +21,13 @@ import threading
 import zlib
 from pathlib import Path
 
-from alignjax import claims, train
+from alignjax import claims
 from alignjax import config as configs
 from alignjax.claims import Study, Trial
 from alignjax.config import UserError
 from alignjax.machine import console
 from alignjax.machine import workdir as workdirs
-from alignjax.runs import records
+from alignjax.runs import claim, lineage, records
 
 STUDIES = configs.CONFIGS.parent / "studies"
 
@@ -117,8 +117,8 @@ def trials(study: Study, seeds: int, workdir: Path) -> list[Trial]:
             overrides = {key: str(value) for key, value in fields.items() if key != "config"}
             config = configs.load(spec, overrides | {"seed": str(seed)})
             directory = workdir / str(seed) / directory_of(config.name, overrides)
-            train.adopt(config, overrides)
-            train.compare(config, directory)
+            lineage.adopt_architecture(config, overrides)
+            claim.check_workdir(config, directory)
             given = (
                 f"--config.{key}={value}" for key, value in {"seed": seed, **overrides}.items()
             )

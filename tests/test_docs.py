@@ -309,7 +309,7 @@ def test_the_recipes_numbers_are_those_of_the_configs():
                     said = (
                         cell.strip('"')
                         if isinstance(value, str)
-                        else configs.parse(cell, type(value), key)
+                        else configs.parse_value(cell, type(value), key)
                     )
                     assert said == value, (one, key)
                     compared += 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from alignjax.config import UserError, nearest, parse
+from alignjax.config import UserError, nearest, parse_value
 from alignjax.data import shares
 from alignjax.data.preferences.base import Comparisons, Config
 from alignjax.data.preferences.hh import HH, SUBSETS
@@ -57,7 +57,7 @@ def value(text: str, kind, where: str):
         if text not in choices:
             raise UserError(f"{where}={text}: there is no such choice{nearest(text, choices)}")
         return text
-    found = parse(text, kind, where)
+    found = parse_value(text, kind, where)
     if not 0 <= found < math.inf:
         raise UserError(f"{where}={text}: it must be finite and not below 0")
     return found
