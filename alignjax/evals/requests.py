@@ -172,7 +172,7 @@ class Requests:
 
 def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
     """(log p, whether it is the most probable) of labels[rows k] behind the tokens at `at`[rows k], in nats."""
-    before = None if prefix is None else (prefix.kept, prefix.real)
+    before = None if prefix is None else transformer.PrefixCache(prefix.kept, prefix.real)
     hidden, _ = transformer.apply(
         model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before
     )

@@ -277,7 +277,7 @@ def prefill(model, params, prompts, lengths, prefix: Prefix | None):
         places + prefix.length,
         real.astype(jnp.int32),
         keep=True,
-        prefix=(prefix.kept, prefix.real),
+        prefix=transformer.PrefixCache(prefix.kept, prefix.real),
     )
     join = lambda before, x: jnp.concatenate([jnp.repeat(before, b, axis=1), x], axis=-2)
     return hidden, jax.tree.map(join, prefix.kept, kept)
