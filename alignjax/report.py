@@ -14,6 +14,7 @@ away from; the policy's own add up to its KL. The page's state (sort, filter, th
 
 import argparse
 import base64
+import dataclasses
 import hashlib
 import html
 import json
@@ -253,7 +254,8 @@ def describe(run: Records) -> dict:
         "environments": environments(run),
         "summary": {k: v for k, v in run.summary.items() if isinstance(v, int | float)},
         "warnings": [
-            found._asdict() for found in advice.advise(run.config, run.metrics, run.evaluations)
+            dataclasses.asdict(warning)
+            for warning in advice.advise(run.config, run.metrics, run.evaluations)
         ],
         "series": series,
         "heldout": {name: curve(heldout, name) for name in sorted(figures)},
@@ -261,7 +263,7 @@ def describe(run: Records) -> dict:
 
 
 def environments(run: Records) -> list[dict]:
-    found = records.one(run.workdir / "environment.json")
+    found = records.read_object(run.workdir / "environment.json")
     return found if isinstance(found, list) else []
 
 
@@ -291,7 +293,7 @@ def parents(run: Records) -> list[dict]:
                 Exception
             ):  # a config that is gone, or of another version: whatever its code raises
                 directory = None
-        summary = records.one(directory / "summary.json") if directory else {}
+        summary = records.read_object(directory / "summary.json") if directory else {}
         out.append(
             {
                 "roles": mine,

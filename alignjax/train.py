@@ -142,7 +142,7 @@ def fit(
     config = copy.deepcopy(config)
     configs.check(config)
     if wandb and jax.process_index() == 0:
-        tracker.package()  # fail now, not after hours of training
+        tracker.import_wandb()  # fail now, not after hours of training
     with contextlib.nullcontext(signals) if signals else Signals() as active_signals:
         keep_programs()
         directory = workdirs.resolve(workdir or Path("runs") / config.name)

@@ -26,10 +26,10 @@ from runs import command  # noqa: E402
 
 from alignjax import train
 from alignjax.machine import profile
-from alignjax.runs import log as run_log
+from alignjax.runs.log import TrainingLog
 
 STEPS = 12
-KINDS = (
+TARGETS = (
     "start",
     "rollout",
     "update",
@@ -46,15 +46,15 @@ BEGUN = {
     "due": "evaluation",
     "evaluation": "step",
 }
-KILLS, HITS = 10, 2  # of each of two runs: all in all, and in each of KINDS
+KILLS, HITS = 10, 2  # of each of two runs: all in all, and in each of TARGETS
 
 
 def run(runs: Path, workdir: Path, mark=lambda name: None) -> int:
-    evaluate = run_log.Log.evaluate
+    evaluate = TrainingLog.evaluate
     profile.Phases.mark = lambda self, name, *arrays: (
         self.name and mark(name)
     )  # which ends a phase of the loop
-    run_log.Log.evaluate = lambda self, *what: (mark("due"), evaluate(self, *what))
+    TrainingLog.evaluate = lambda self, *what: (mark("due"), evaluate(self, *what))
     more = f"--config.steps={STEPS}", "--config.checkpoint_every=1", "--workdir", str(workdir)
     return train.main(command("ppo-tiny", runs, *more))
 
@@ -118,15 +118,17 @@ def chain(runs: Path, name: str) -> int:
     """Kills; RUNS/NAME.json then has how many there were in each phase, and the directories that came to their end."""
     rng, hits, ended = random.Random(name), collections.Counter(), []
     workdir, log = runs / f"{name}0", runs / f"{name}.log"
-    while sum(hits.values()) < KILLS or min(hits[kind] for kind in KINDS) < HITS:
+    while sum(hits.values()) < KILLS or min(hits[kind] for kind in TARGETS) < HITS:
         assert sum(hits.values()) < 4 * KILLS, hits
-        phase = attempt(runs, workdir, log, min(KINDS, key=lambda kind: hits[kind]), rng)
+        phase = attempt(runs, workdir, log, min(TARGETS, key=lambda kind: hits[kind]), rng)
         if phase:
             hits[phase] += 1
         else:
             ended.append(str(workdir))
             workdir = runs / f"{name}{len(ended)}"
-    (runs / f"{name}.json").write_text(json.dumps({"hits": hits, "ended": [*ended, str(workdir)]}))
+    (runs / f"{name}.json").write_text(
+        json.dumps({"hits": hits, "completed": [*ended, str(workdir)]})
+    )
     return run(runs, workdir)
 
 

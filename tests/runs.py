@@ -1,8 +1,9 @@
-"""Helpers for tests of whole runs: the commands of the tiny chain, and the parts of a run that must repeat to the bit."""
+"""Helpers for tests of whole runs: the tiny chain, its commands, what must repeat to the bit."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import pytest
 
 from alignjax import train
 from alignjax.algorithms.stage import StepDetails, StepOutput
+from alignjax.runs.log import TrainingLog
 from alignjax.weights import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +57,7 @@ def files_of(run: Path, steps: int = STEPS) -> dict[str, object]:
 
 
 def checkpoint_bytes(run: Path, steps: int) -> dict[str, bytes]:
-    """Return the bytes of every array of a run's last checkpoint, which must be the one of `steps`."""
+    """Return the bytes of every array of the last checkpoint, which must be that of `steps`."""
     checkpoints = checkpoint.Checkpoints(run / "checkpoints", None)
     assert checkpoints.latest() == steps
     items = [
@@ -99,6 +101,25 @@ def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     without_bar = [line for line in printed.splitlines() if line and "%|" not in line]
     assert len(without_bar) == 1 and without_bar[0].startswith("alignjax: "), printed
     return without_bar[0]
+
+
+class Crash(Exception):
+    """A crash that a test causes."""
+
+
+@contextlib.contextmanager
+def act_in_step(step: int, act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` in a step of every run in the context, once the log has the step's output."""
+    write = TrainingLog.write
+
+    def write_and_act(log: TrainingLog, current: int, output: StepOutput) -> None:
+        write(log, current, output)
+        if current == step:
+            act()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLog, "write", write_and_act)
+        yield
 
 
 def step_output(

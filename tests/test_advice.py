@@ -3,13 +3,14 @@
 import re
 
 import pytest
-from runs import command
+from runs import command, step_output
 
 from alignjax import config as configs
 from alignjax import train
 from alignjax.machine import sharding
 from alignjax.runs import advice, records
-from alignjax.runs import log as run_log
+from alignjax.runs.log import TrainingLog
+from alignjax.runs.rules import RULES
 
 PPO = {
     "optimiser.schedule": "constant",
@@ -134,13 +135,11 @@ def test_a_run_that_goes_wrong_says_so_once_when_it_does_and_at_its_end(name, fa
 
 
 def test_every_kind_is_shown_by_a_run_and_names_fields_that_there_are():
-    assert {rule.kind for rule in advice.RULES} == set().union(
-        *(kinds for *_, kinds in FAULTS.values())
-    )
+    assert {rule.kind for rule in RULES} == set().union(*(kinds for *_, kinds in FAULTS.values()))
     fields = {name for name, _ in configs.flatten(configs.Config())} | {
         f"parents.{role}" for role in configs.ROLES["ppo"]
     }
-    for rule in advice.RULES:
+    for rule in RULES:
         words = re.findall(r"\w+\.\w+", f"{rule.meaning} {rule.remedy}")
         named = set(words) - {"samples.jsonl"}
         assert named and named <= fields, rule.kind
@@ -304,12 +303,19 @@ def test_a_run_that_resumes_says_only_what_it_has_not_said(tmp_path):
         length(14.0, 14, 1.0) | {"policy/clipfrac_avg": 0.1 if i < 4 else 0.9} for i in range(10)
     ]
     for start, end in ((0, 8), (6, 10)):
-        log = run_log.Log(tmp_path, "run", start, 10, (), 0, said.append, advice.Adviser(config))
+        log = TrainingLog(
+            tmp_path,
+            "run",
+            start=start,
+            num_steps=10,
+            say=said.append,
+            adviser=advice.Adviser(config),
+        )
         for i in range(start, end):
-            log.write(i, rows[i], lambda: ({}, []))
+            log.write(i, step_output(rows[i]))
         log.flush()
         log.close()
-    found = advice.advise(config, records.lines(tmp_path / "metrics.jsonl"), [])
+    found = advice.advise(config, records.read_lines(tmp_path / "metrics.jsonl"), [])
     assert said == [advice.text("run", warning) for warning in found] and {
         w.step: w.kind for w in found
     } == {4: "truncated", 5: "clip_high"}

@@ -6,7 +6,7 @@ import re
 import pytest
 from runs import ROOT, rows
 
-from alignjax.runs import advice
+from alignjax.runs.rules import RULES
 
 TEXT = (ROOT / "docs" / "metrics.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S))
@@ -74,6 +74,6 @@ def test_samples_are_told(chain):
 def test_the_warnings_are_those_of_the_code():
     lines = re.findall(r"^\| (?!kind|---)(.+) \|$", SECTIONS["Warnings"], re.M)
     assert lines == [
-        f"`{r.kind}` | {', '.join(r.stages)} | {r.words} | {r.meaning} | {r.remedy}"
-        for r in advice.RULES
+        f"`{r.kind}` | {', '.join(r.stages)} | {r.condition} | {r.meaning} | {r.remedy}"
+        for r in RULES
     ]

@@ -1,4 +1,4 @@
-"""What can go wrong with a run, and that it goes on from there as if nothing had been."""
+"""After every fault, a run continues as if it had not happened."""
 
 import collections
 import json
@@ -8,203 +8,197 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import kills
 import pytest
-from runs import ROOT, command, fails, files_of, rows, with_parents
+from runs import ROOT, Chain, Crash, act_in_step, command, fails, files_of, rows, with_parents
 
 from alignjax import train
-from alignjax.runs import log as run_log
-
-
-class Crash(Exception):
-    pass
-
-
-def crash_in(step, act):
-    """A Log.write that acts when it is handed a step."""
-    write = run_log.Log.write
-
-    def wrapped(self, at, *rest):
-        write(self, at, *rest)
-        if at == step:
-            act()
-
-    return wrapped
+from alignjax.runs import tensorboard
+from alignjax.runs.log import TrainingLog
 
 
 @pytest.mark.parametrize("name", ["lm-tiny", "rm-tiny", "ppo-tiny"])
-def test_resume_is_exact_after_an_exception_and_a_sigterm(
-    name, chain, tmp_path, monkeypatch, capsys
-):
-    """SIGTERM in the first step, an exception in the last one, then to the end: all is as if nothing had been."""
-    runs = with_parents(name, chain[0], tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            run_log.Log, "write", crash_in(0, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        )
+def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path, capsys):
+    """SIGTERM arrives in the first step, an exception in the last one; then the run completes."""
+    runs = with_parents(name, chain.runs, tmp_path)
+    with act_in_step(0, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert train.main(command(name, runs)) == 0
     assert f"SIGTERM: {name} saved at step 1 of 4" in capsys.readouterr().err
 
-    def crash():
+    def crash() -> None:
         raise Crash
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run_log.Log, "write", crash_in(3, crash))
-        with pytest.raises(Crash):
-            train.main(command(name, runs))
-    assert (
-        len(rows(runs / name / "metrics.jsonl")) == 3
-    )  # one past the checkpoint: to be dropped and written again
+    with act_in_step(3, crash), pytest.raises(Crash):
+        train.main(command(name, runs))
+    # One row is past the checkpoint. The resume drops it and writes it again.
+    assert len(rows(runs / name / "metrics.jsonl")) == 3
     assert train.main(command(name, runs)) == 0
     assert f"{name}: goes on from step 2" in capsys.readouterr().out
-    assert files_of(runs / name) == files_of(chain[0] / name)
+    assert files_of(runs / name) == files_of(chain.runs / name)
 
 
 def test_twenty_kills_at_random_moments_change_nothing(chain, tmp_path):
-    """See kills.py. What was killed is said in its result: at the start, in rollouts, updates, saves and evaluations, and
-    elsewhere."""
-    with_parents("ppo-tiny", chain[0], tmp_path)
-    asked = [sys.executable, "tests/kills.py", str(tmp_path)]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    hits = sum((collections.Counter(chain["hits"]) for chain in found), collections.Counter())
-    assert hits.total() >= 20 and all(hits[kind] >= 4 for kind in kills.KINDS), hits
+    """See kills.py: it kills at the start, in rollouts, updates, saves, evaluations and between."""
+    with_parents("ppo-tiny", chain.runs, tmp_path)
+    script = [sys.executable, "tests/kills.py", str(tmp_path)]
+    finished = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads(finished.stdout)
+    hits = collections.Counter()
+    for result in results:
+        hits += collections.Counter(result["hits"])
+    assert hits.total() >= 20 and all(hits[target] >= 4 for target in kills.TARGETS), hits
     print(dict(hits))
-    whole = files_of(tmp_path / "whole", kills.STEPS)
-    for run in (tmp_path / name for chain in found for name in chain["ended"]):
-        assert files_of(run, kills.STEPS) == whole
-        assert {path.name for path in run.iterdir()} == {
-            path.name for path in (tmp_path / "whole").iterdir()
-        }
-        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-            "11",
-            "12",
-        ]  # nothing half-written
+    undisturbed = files_of(tmp_path / "whole", kills.STEPS)
+    for run in (tmp_path / name for result in results for name in result["completed"]):
+        assert files_of(run, kills.STEPS) == undisturbed
+        assert names_in(run) == names_in(tmp_path / "whole")
+        # Nothing half-written is left.
+        assert names_in(run / "checkpoints") == {"11", "12"}
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    """Return the bytes of all files below a directory."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def copy_without_summary(chain: Chain, tmp_path: Path) -> Path:
+    """Copy lm-tiny as if it had been interrupted after its last checkpoint."""
+    run = tmp_path / "lm-tiny"
+    shutil.copytree(chain.runs / "lm-tiny", run)
+    (run / "summary.json").unlink()
+    return run
+
+
+def copy_killed(chain: Chain, tmp_path: Path) -> Path:
+    """Copy lm-tiny as if it had been killed in its last save.
+
+    There are rows of all four steps, a half-written checkpoint, and a lock.
+    """
+    run = copy_without_summary(chain, tmp_path)
+    (run / "checkpoints" / "4").rename(run / "checkpoints" / "4.orbax-checkpoint-tmp")
+    (run / "lock").write_text("process 1 on elsewhere")
+    return run
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(chain, tmp_path, capsys):
-    shutil.copytree(chain[0] / "lm-tiny", tmp_path / "lm-tiny")
-    (tmp_path / "lm-tiny" / "summary.json").unlink()
-    for file in (tmp_path / "lm-tiny" / "checkpoints" / "4" / "model").rglob("*"):
+    run = copy_without_summary(chain, tmp_path)
+    for file in (run / "checkpoints" / "4" / "model").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert train.main(command("lm-tiny", tmp_path)) == 0
     printed = capsys.readouterr().out
     assert "is damaged" in printed and "goes on from step 2" in printed
-    assert files_of(tmp_path / "lm-tiny") == files_of(chain[0] / "lm-tiny")
-
-
-def unfinished(chain, tmp_path):
-    """lm-tiny as after step 2 of 4, cut off by force: its lines go on, there is a lock, and half a checkpoint."""
-    shutil.copytree(chain[0] / "lm-tiny", tmp_path / "lm-tiny")
-    (tmp_path / "lm-tiny" / "summary.json").unlink()
-    checkpoints = tmp_path / "lm-tiny" / "checkpoints"
-    (checkpoints / "4").rename(checkpoints / "4.orbax-checkpoint-tmp")
-    (tmp_path / "lm-tiny" / "lock").write_text("process 1 on elsewhere")
-    return tmp_path / "lm-tiny"
+    assert files_of(run) == files_of(chain.runs / "lm-tiny")
 
 
 def test_if_all_checkpoints_are_damaged_nothing_is_touched(chain, tmp_path, capsys):
-    shutil.copytree(chain[0] / "lm-tiny", tmp_path / "lm-tiny")
-    (tmp_path / "lm-tiny" / "summary.json").unlink()
+    run = copy_without_summary(chain, tmp_path)
     for step in ("2", "4"):
-        shutil.rmtree(tmp_path / "lm-tiny" / "checkpoints" / step / "model")
-    before = {
-        path: path.read_bytes() for path in (tmp_path / "lm-tiny").rglob("*") if path.is_file()
-    }
+        shutil.rmtree(run / "checkpoints" / step / "model")
+    before = contents(run)
     line = fails(capsys, *command("lm-tiny", tmp_path))
     assert "none of the checkpoints [4, 2] can be read" in line
-    assert {
-        path: path.read_bytes() for path in (tmp_path / "lm-tiny").rglob("*") if path.is_file()
-    } == before
+    assert contents(run) == before
 
 
 def test_a_damaged_parent_is_named(chain, tmp_path, capsys):
-    """A finished run is its last step: no other is taken for it."""
-    runs = with_parents("sft-tiny", chain[0], tmp_path)
-    sums = runs / "lm-tiny" / "checkpoints" / "4" / "checksums" / "metadata"
-    sums.write_text(sums.read_text().replace("1", "2"))
+    """The result of a complete run is its last checkpoint, and no other replaces it."""
+    runs = with_parents("sft-tiny", chain.runs, tmp_path)
+    last = runs / "lm-tiny" / "checkpoints" / "4"
+    checksums = last / "checksums" / "metadata"
+    checksums.write_text(checksums.read_text().replace("1", "2"))
     line = fails(capsys, *command("sft-tiny", runs))
-    assert (
-        f"{runs / 'lm-tiny' / 'checkpoints' / '4'} is damaged (model/" in line
-        and "checksum differs" in line
-    )
+    assert f"{last} is damaged (model/" in line and "checksum differs" in line
 
 
 def test_a_disk_that_is_full_in_a_save_is_one_line_and_the_same_command_goes_on(
     chain, tmp_path, capfd
 ):
-    """No file may be longer than 20 KiB: the checkpoint's are."""
-    run = unfinished(chain, tmp_path)
-    kept = {
-        path: path.read_bytes() for path in (run / "checkpoints" / "2").rglob("*") if path.is_file()
-    }
-    asked = ["bash", "-c", 'ulimit -f 20; exec "$@"', "-", sys.executable, "-m", "alignjax.train"]
-    done = subprocess.run(
-        [*asked, *command("lm-tiny", tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    told = [line for line in done.stderr.splitlines() if line and "%|" not in line]
-    assert done.returncode == 2 and len(told) == 1, done.stderr
-    assert told[0].startswith(
+    """The limit of 20 KiB for a file is smaller than the files of a checkpoint."""
+    run = copy_killed(chain, tmp_path)
+    kept = contents(run / "checkpoints" / "2")
+    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "-", sys.executable, "-m", "alignjax.train"]
+    arguments = [*limited, *command("lm-tiny", tmp_path)]
+    finished = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in finished.stderr.splitlines() if line and "%|" not in line]
+    assert finished.returncode == 2 and len(lines) == 1, finished.stderr
+    assert lines[0].startswith(
         f"alignjax: {run / 'checkpoints'}: a checkpoint can't be written (File too large); "
     )
-    assert {
-        path: path.read_bytes() for path in (run / "checkpoints" / "2").rglob("*") if path.is_file()
-    } == kept
+    assert contents(run / "checkpoints" / "2") == kept
     assert not (run / "checkpoints" / "4").exists() and not (run / "summary.json").exists()
     assert train.main(command("lm-tiny", tmp_path)) == 0
     assert "goes on from step 2" in capfd.readouterr().out
-    assert files_of(run) == files_of(chain[0] / "lm-tiny")
+    assert files_of(run) == files_of(chain.runs / "lm-tiny")
 
 
-@pytest.mark.filterwarnings(
-    "error::pytest.PytestUnhandledThreadExceptionWarning"
-)  # what a thread leaves uncaught would be a traceback
-@pytest.mark.parametrize("kind", ["metrics", "tensorboard"])
+def fill_disk_of_metrics(log: TrainingLog, patch: pytest.MonkeyPatch) -> None:
+    log.writer.files.files["metrics"] = open("/dev/full", "a")
+
+
+def fill_disk_of_tensorboard(log: TrainingLog, patch: pytest.MonkeyPatch) -> None:
+    log.writer.board.events._py_recordio_writer._writer = open("/dev/full", "wb")
+    patch.setattr(tensorboard, "FLUSH_INTERVAL", 0)
+
+
+# An exception that a thread leaves uncaught would print a traceback.
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    "fill_disk", [fill_disk_of_metrics, fill_disk_of_tensorboard], ids=["metrics", "tensorboard"]
+)
 def test_a_disk_that_is_full_between_saves_is_one_line_too(
-    kind, chain, tmp_path, monkeypatch, capfd
+    fill_disk, chain, tmp_path, monkeypatch, capfd
 ):
-    run, write = unfinished(chain, tmp_path), run_log.Log.write
-
-    def wrapped(self, step, *rest):
-        if step == 3 and kind == "metrics":
-            self.files["metrics"] = open("/dev/full", "a")
-        if step == 3 and kind == "tensorboard":
-            self.board._py_recordio_writer._writer, run_log.FLUSH = open("/dev/full", "wb"), 0
-        write(self, step, *rest)
-
+    run = copy_killed(chain, tmp_path)
+    write = TrainingLog.write
     with monkeypatch.context() as patch:
-        patch.setattr(run_log, "FLUSH", 60)
-        patch.setattr(run_log.Log, "write", wrapped)
+
+        def write_to_full_disk(log, step, output) -> None:
+            if step == 3:
+                fill_disk(log, patch)
+            write(log, step, output)
+
+        patch.setattr(TrainingLog, "write", write_to_full_disk)
         line = fails(capfd, *command("lm-tiny", tmp_path))
-    assert (
-        line
-        == f"alignjax: {run}: No space left on device; the same command goes on once that is put right"
-    )
+    reason = "No space left on device; the same command goes on once that is put right"
+    assert line == f"alignjax: {run}: {reason}"
     assert train.main(command("lm-tiny", tmp_path)) == 0
-    assert files_of(run) == files_of(chain[0] / "lm-tiny")
+    assert files_of(run) == files_of(chain.runs / "lm-tiny")
 
 
-def test_a_second_process_on_a_work_directory_is_refused_at_once(chain, tmp_path, monkeypatch):
-    """It is started in the third step of the first, which goes on; the lock of a run that is gone hinders nobody."""
-    run, seen = unfinished(chain, tmp_path), []
-    asked = [sys.executable, "-m", "alignjax.train", *command("lm-tiny", tmp_path)]
+def test_a_second_process_on_a_work_directory_is_refused_at_once(chain, tmp_path):
+    """It starts in the third step of the first, which continues.
 
-    def second():
-        files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-        done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
-        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == files
-        seen.append((done.returncode, done.stdout, done.stderr))
+    The lock of a process that no longer exists hinders nobody.
+    """
+    run = copy_killed(chain, tmp_path)
+    second_command = [sys.executable, "-m", "alignjax.train", *command("lm-tiny", tmp_path)]
+    outcomes = []
 
-    monkeypatch.setattr(run_log.Log, "write", crash_in(2, second))
-    assert train.main(command("lm-tiny", tmp_path)) == 0
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+    def start_second() -> None:
+        before = times()
+        finished = subprocess.run(second_command, cwd=ROOT, capture_output=True, text=True)
+        assert times() == before
+        outcomes.append((finished.returncode, finished.stdout, finished.stderr))
+
+    with act_in_step(2, start_second):
+        assert train.main(command("lm-tiny", tmp_path)) == 0
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    assert seen == [(2, "", f"alignjax: {run}: in use by {holder}; wait for it, or stop it\n")]
-    assert files_of(run) == files_of(chain[0] / "lm-tiny") and not (run / "lock").exists()
+    assert outcomes == [(2, "", f"alignjax: {run}: in use by {holder}; wait for it, or stop it\n")]
+    assert files_of(run) == files_of(chain.runs / "lm-tiny") and not (run / "lock").exists()
 
 
+# A command on a host with another name, whose clock is 30 years ahead.
 ELSEWHERE = """
 import socket, sys, time
 now = time.time
@@ -215,12 +209,12 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_clock_zone_locale_host_directory_and_hash_seed_change_nothing(chain, tmp_path):
-    """Nor what a process leaves that was killed as it claimed the directory."""
+    """Nor do the files of a process that was killed while it claimed the directory."""
     claimed = tmp_path / "some where" / "lm-tiny"
     (claimed / "tokenizer.partial").mkdir(parents=True)
     for name in ("lock", "config.partial", "tokenizer.partial/tokenizer.json"):
         (claimed / name).write_text("{")
-    around = os.environ | {
+    environment = os.environ | {
         "TZ": "Asia/Kathmandu",
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
@@ -229,7 +223,7 @@ def test_clock_zone_locale_host_directory_and_hash_seed_change_nothing(chain, tm
         "HOME": str(tmp_path),
         "PYTHONPATH": str(ROOT),
     }
-    asked = [sys.executable, "-c", ELSEWHERE, *command("lm-tiny", tmp_path / "some where")]
-    done = subprocess.run(asked, cwd=tmp_path, env=around, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert files_of(claimed) == files_of(chain[0] / "lm-tiny")
+    script = [sys.executable, "-c", ELSEWHERE, *command("lm-tiny", tmp_path / "some where")]
+    finished = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert files_of(claimed) == files_of(chain.runs / "lm-tiny")

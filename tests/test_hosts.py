@@ -25,21 +25,16 @@ SCRIPT = """
 import json, os, signal, sys, time
 sys.path[:0] = ["tests", "."]
 import conftest
-from runs import command
-from test_faults import crash_in
+from runs import act_in_step, command
 from alignjax import train
 from alignjax.machine import processes
-from alignjax.runs import log as run_log
 from alignjax.data import files
 from pathlib import Path
 index, runs = int(sys.argv[1][-1]), Path(sys.argv[2])
 
 def acting(step, act, *asked):  # a run in which process 1 acts at a step
-    write = run_log.Log.write
-    run_log.Log.write = crash_in(step, act if index else lambda: None)
-    code = train.main(list(asked))
-    run_log.Log.write = write
-    return code
+    with act_in_step(step, act if index else lambda: None):
+        return train.main(list(asked))
 
 def crash():
     raise ValueError("a crash")

@@ -143,7 +143,7 @@ def test_a_run_goes_on_or_stops_and_resumes_to_the_bit(marked, tmp_path, capsys)
     run, cut_off = tmp_path / "whole" / "lm-tiny", tmp_path / "cut" / "lm-tiny"
     assert train.main(command("lm-tiny", run.parent, *EVERY)) == 0
     assert (
-        f"loss is nan at step 1 (1 such so far, max_skipped=3); what it learnt from is in {run}/skipped/1.npz"
+        f"loss is nan at step 1 (1 skipped so far, max_skipped=3); its batch is in {run}/skipped/1.npz"
         in capsys.readouterr().out
     )
     found = strict(run / "metrics.jsonl")
@@ -177,7 +177,7 @@ def test_a_run_goes_on_or_stops_and_resumes_to_the_bit(marked, tmp_path, capsys)
     assert not (cut_off / "summary.json").exists() and bits(saved(cut_off, 3)) == states[2]
     assert train.main([*asked[:-1], "--config.max_skipped=2"]) == 0
     assert (
-        "loss is nan at step 3 (2 such so far" in capsys.readouterr().out
+        "loss is nan at step 3 (2 skipped so far" in capsys.readouterr().out
     )  # step 1 counts still, 3 counts anew
     whole, resumed = files_of(run), files_of(cut_off)
     assert {k for k in whole if whole[k] != resumed[k]} == {"config.json"}

@@ -1,4 +1,4 @@
-"""What a run has left is read as it was written; what isn't there, or isn't JSON, is said."""
+"""A run is read as it was written; a missing config and invalid JSON are errors."""
 
 import pytest
 
@@ -6,23 +6,20 @@ from alignjax.config import UserError
 from alignjax.runs import records
 
 
-def test_a_run_is_read_as_it_stands(tmp_path):
+def test_an_unfinished_run_is_read_without_its_incomplete_last_line(tmp_path):
     (tmp_path / "config.json").write_text('{"name": "ppo", "ppo.clip": 0.2}')
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "loss": 1.5}\n{"step": 1, "loss": 1.0}\n{"step": 2, "lo'
     )
-    found = records.read(tmp_path)
-    assert (found.workdir, found.config["ppo.clip"], found.summary) == (tmp_path, 0.2, {})
-    assert found.metrics == [
-        {"step": 0, "loss": 1.5},
-        {"step": 1, "loss": 1.0},
-    ]  # the third is being written
-    assert (found.samples, found.evaluations, found.timing) == ([], [], [])
+    run = records.read(tmp_path)
+    assert run.workdir == tmp_path and run.config["ppo.clip"] == 0.2 and run.summary == {}
+    assert run.metrics == [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 1.0}]
+    assert run.samples == [] and run.evaluations == [] and run.timing == []
     (tmp_path / "summary.json").write_text('{"steps": 3}')
     assert records.read(tmp_path).summary == {"steps": 3}
 
 
-def test_what_is_wrong_names_the_file_and_the_line(tmp_path):
+def test_an_error_names_the_file_and_the_line(tmp_path):
     with pytest.raises(UserError, match="no config.json there, so this is not a run"):
         records.read(tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -182,7 +182,7 @@ def test_warnings_are_those_of_the_rules(tmp_path):
     steps = [{"step": i, "objective/kl": 9.0, "objective/kl_per_token": 0.9} for i in range(10)]
     _, data = made(write(tmp_path / "run", 10, **{"metrics.jsonl": steps}), tmp_path / "out.html")
     (warning,) = data["runs"][0]["warnings"]
-    assert set(warning) == {"kind", "step", "said", "meaning", "remedy"} and (
+    assert set(warning) == {"kind", "step", "observation", "meaning", "remedy"} and (
         warning["kind"],
         warning["step"],
     ) == (
@@ -209,20 +209,20 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_an_environment_is_added_where_it_is_another(tmp_path, monkeypatch):
-    environment.keep(tmp_path)
-    environment.keep(tmp_path)
+    environment.record(tmp_path)
+    environment.record(tmp_path)
     (here,) = json.loads((tmp_path / "environment.json").read_text())
     assert {"python", "backend", "devices", "commit", "packages"} <= set(here) and "jax" in here[
         "packages"
     ]
-    monkeypatch.setattr(environment, "found", lambda: here | {"devices": 64})
-    environment.keep(tmp_path)
+    monkeypatch.setattr(environment, "describe", lambda: here | {"devices": 64})
+    environment.record(tmp_path)
     assert [x["devices"] for x in json.loads((tmp_path / "environment.json").read_text())] == [
         here["devices"],
         64,
     ]
     (tmp_path / "environment.json").write_text('[{"py')
-    environment.keep(tmp_path)
+    environment.record(tmp_path)
     assert [x["devices"] for x in json.loads((tmp_path / "environment.json").read_text())] == [64]
 
 

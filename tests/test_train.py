@@ -160,7 +160,7 @@ def test_an_evaluation_has_its_row_its_curves_and_its_line(chain):
     )
     assert (
         sum(
-            line.startswith("ppo-tiny: after 2 steps, on what is held out: prompts 8, ")
+            line.startswith("ppo-tiny: after 2 steps, on held-out data: prompts 8, ")
             for line in printed
         )
         == 1

@@ -2,12 +2,10 @@
 
 import pytest
 from bucket import Bucket
-from runs import command, fails, files_of
-from test_faults import Crash, crash_in
+from runs import Crash, act_in_step, command, fails, files_of
 
 from alignjax import convert, report, train
 from alignjax.machine import workdir
-from alignjax.runs import log as run_log
 
 
 @pytest.fixture
@@ -33,8 +31,7 @@ def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(
         monkeypatch.setattr(workdir, "publish", lambda *_: None)
         raise Crash
 
-    with monkeypatch.context() as monkeypatch:
-        monkeypatch.setattr(run_log.Log, "write", crash_in(3, cut))
+    with monkeypatch.context() as monkeypatch, act_in_step(3, cut):
         with pytest.raises(Crash):
             train.main(asked)
     assert bucket.objects["runs/lm-tiny/metrics.jsonl"][1].count(b"\n") == 2

@@ -1,4 +1,7 @@
-"""Where a run was made: versions, machine, devices, commit. environment.json of a run has an entry for each that it met."""
+"""Record where a run was made: versions, machine, devices, commit.
+
+environment.json of a run has an entry for each environment that the run has used.
+"""
 
 import functools
 import importlib.metadata
@@ -6,12 +9,14 @@ import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from alignjax.machine import workdir as workdirs
 
 ROOT = Path(__file__).resolve().parents[2]
+GIT_TIMEOUT = 20  # seconds
 PACKAGES = (
     "alignjax",
     "jax",
@@ -30,23 +35,24 @@ PACKAGES = (
 )
 
 
-def keep(workdir) -> None:
-    """Add this environment to environment.json of a work directory, unless it is the last one there.
+def record(workdir: Path) -> None:
+    """Add this environment to environment.json of a work directory, unless it is the last entry.
 
-    A file that isn't JSON is begun anew: it says nothing that a run needs.
+    A file with invalid JSON is replaced: a run needs nothing from it.
     """
-    path, mine = workdir / "environment.json", found()
+    path = workdir / "environment.json"
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
-        known = []
-    if known[-1:] != [mine]:
-        workdirs.write_atomically(path, json.dumps([*known, mine], indent=1))
+        entries = []
+    current = describe()
+    if entries[-1:] != [current]:
+        workdirs.write_atomically(path, json.dumps([*entries, current], indent=1))
 
 
 @functools.cache
-def found() -> dict:
-    """{name: text or number} of this process and its devices, "packages" {name: version}."""
+def describe() -> dict[str, Any]:
+    """Describe this process and its devices: {name: text or number}, and {package: version}."""
     devices = jax.devices()
     return {
         "python": platform.python_version(),
@@ -62,33 +68,29 @@ def found() -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Those of the packages that are installed."""
-    out = {}
+    """Return the versions of the packages that are installed."""
+    installed = {}
     for name in PACKAGES:
         try:
-            out[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return out
+    return installed
 
 
 def commit() -> str:
-    """Of the git checkout that this code lies in, "-dirty" where its files differ from it; "" elsewhere."""
+    """Return the commit of the git checkout that holds this code, "" outside a checkout.
+
+    It ends in "-dirty" if the files differ from the commit.
+    """
     if not (ROOT / ".git").exists():
         return ""
-    asked = [
-        "git",
-        "-C",
-        str(ROOT),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    git = ["git", "-C", str(ROOT)]
+    describe_head = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(
-            asked, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
+        result = subprocess.run(
+            git + describe_head, capture_output=True, text=True, timeout=GIT_TIMEOUT, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
+    return result.stdout.strip()

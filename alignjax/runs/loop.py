@@ -18,7 +18,7 @@ from alignjax.machine.processes import Stopped
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals
 from alignjax.runs import advice, environment
-from alignjax.runs.log import Log
+from alignjax.runs.log import TrainingLog
 from alignjax.runs.tracker import Tracker
 from alignjax.weights.checkpoint import Checkpoints
 
@@ -49,10 +49,10 @@ class Loop:
             stack.enter_context(contextlib.closing(checkpoints))
             stack.enter_context(contextlib.closing(self.phases))
             local, send_files = stack.enter_context(workdirs.staged(self.workdir))
-            stack.enter_context(processes.telling())
+            stack.enter_context(processes.reporting_errors())
             first, state = self.restore_or_init(checkpoints)
             if jax.process_index() == 0:
-                environment.keep(self.workdir)
+                environment.record(self.workdir)
             log = stack.enter_context(contextlib.closing(self.open_log(local, first)))
             self.phases.begin(first, self.stage.num_steps)
             for step in range(first, self.stage.num_steps):
@@ -69,25 +69,25 @@ class Loop:
         self.say(f"{self.config.name}: resuming from step {step}")
         return step, optimisation.from_checkpoint(items)
 
-    def open_log(self, directory: Path, first: int) -> Log:
+    def open_log(self, directory: Path, first: int) -> TrainingLog:
         """Open the files of a run; rows of steps from `first` on are dropped."""
-        return Log(
+        return TrainingLog(
             directory,
             self.config.name,
-            first,
-            self.stage.num_steps,
-            self.stage.progress_metrics,
-            self.config.max_skipped,
-            self.say,
-            advice.Adviser(dict(configs.flatten(self.config))),
-            self.tracker,
+            start=first,
+            num_steps=self.stage.num_steps,
+            progress_metrics=self.stage.progress_metrics,
+            max_skipped=self.config.max_skipped,
+            say=self.say,
+            adviser=advice.Adviser(dict(configs.flatten(self.config))),
+            tracker=self.tracker,
         )
 
     def run_step(
         self,
         state: State,
         step: int,
-        log: Log,
+        log: TrainingLog,
         checkpoints: Checkpoints,
         send_files: Callable[[], None],
     ) -> State:

@@ -84,7 +84,7 @@ function results() {
 function warnings() {
   const found = runs.flatMap((run) => run.warnings.map((warning) => ({ ...warning, run: run.title })));
   section("warnings", `Warnings (${found.length})`, found.length ? found.map((x) => el("div", { class: "card warning" },
-    el("h3", {}, x.kind.replaceAll("_", " "), " ", el("small", {}, `${several ? x.run + ", " : ""}step ${x.step}`)), el("p", {}, x.said),
+    el("h3", {}, x.kind.replaceAll("_", " "), " ", el("small", {}, `${several ? x.run + ", " : ""}step ${x.step}`)), el("p", {}, x.observation),
     el("dl", {}, el("dt", {}, "usually means"), el("dd", {}, x.meaning), el("dt", {}, "to try"), el("dd", {}, x.remedy)))) :
     el("p", { class: "soft" }, "None: no rule of those that look at KL, values, clipping, entropy, lengths and scores holds."));
 }
