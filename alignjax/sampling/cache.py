@@ -76,7 +76,7 @@ def keep_axis_order(stored: Stored) -> Stored:
     if platform() != "tpu":
         return stored
     in_named_order = functools.partial(
-        with_layout_constraint, layout=Layout(tuple(range(stored.ndim)))
+        with_layout_constraint, layouts=Layout(tuple(range(stored.ndim)))
     )
     spec = spec_of(stored.shape, stored.ndim - 4, stored.ndim - 3)
     if spec is None:

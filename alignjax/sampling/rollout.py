@@ -221,10 +221,11 @@ class Decoder:
         hidden, key_values = prefill(
             self.params, prompts.tokens, prompts.lengths, settings.model, self.prefix
         )
-        nothing = jnp.zeros(num_filled, jnp.int32)
+        places = jnp.zeros(num_filled, jnp.int32)
         last_hidden = jnp.repeat(hidden[:, -1], samples, axis=0)
-        tokens, logprobs = self.draw(response_ids, nothing, last_hidden)
-        stop_states, ended = self.follow_stops(nothing, tokens)
+        tokens, logprobs = self.draw(response_ids, places, last_hidden)
+        first_states = jnp.zeros(num_filled, jnp.int32)
+        stop_states, ended = self.follow_stops(first_states, tokens)
         live = (response_ids < self.num_responses) & ~ended & (settings.response_length > 1)
         lengths = jnp.ones(num_filled, jnp.int32)
         tokens = first_column(tokens, settings.response_length)
