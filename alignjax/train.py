@@ -138,16 +138,16 @@ def run(
                 if tracked:
                     tracked.summary(figures)
         if jax.process_index() == 0:
-            times = (workdir / "timing.jsonl").read_text().splitlines()
+            times = jsonl.read(workdir / "timing.jsonl")
             facts = {
                 "name": config.name,
                 "stage": config.stage,
                 "steps": stage.steps,
                 "seed": config.seed,
-                "training_seconds": round(sum(json.loads(row)["seconds"] for row in times), 1),
+                "training_seconds": round(sum(row["seconds"] for row in times), 1),
             }
             if responses:
-                workdirs.write_atomically(workdir / "responses.jsonl", jsonl.json_lines(responses))
+                workdirs.write_atomically(workdir / "responses.jsonl", jsonl.dumps(responses))
             workdirs.write_atomically(
                 summary, json.dumps(facts | figures | {"table": stage.table(figures)}, indent=1)
             )

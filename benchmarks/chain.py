@@ -16,6 +16,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from alignjax.machine import jsonl  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 CLEAN = "accuracy/toy/comparisons-clean"
 FIGURES = {  # name -> (run, figure of its summary.json, factor)
@@ -71,7 +73,7 @@ def chain(runs: Path, seed: int) -> dict:
 
 
 def curves(axes, runs: Path, seed: int) -> None:
-    rows = [json.loads(line) for line in (runs / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    rows = jsonl.read(runs / "ppo" / "metrics.jsonl")
     names = (
         "objective/true_score",
         "objective/scores",

@@ -15,7 +15,6 @@ drops them from the text.
 
 import argparse
 import functools
-import gzip
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from lm_eval.tasks import TaskManager
 from alignjax.data import chat
 from alignjax.evals import registry
 from alignjax.evals.adapter import AlignJax
+from alignjax.machine import jsonl
 from alignjax.machine.compilation_cache import keep_programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,12 +58,6 @@ TEMPLATE = tuple(
 )
 
 
-def rows_of(path: Path) -> list[dict]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def checkpoint(arguments, home: Path) -> Path:
     """A language model in Hugging Face's layout, made once: pretrained on rows that are not asked about."""
     out = home / "checkpoint"
@@ -72,7 +66,7 @@ def checkpoint(arguments, home: Path) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     texts = [
         f"Question: {row['question']}\nAnswer: {row['answer']}"
-        for row in rows_of(arguments.gsm8k)[1000:]
+        for row in jsonl.read(arguments.gsm8k)[1000:]
     ]
     for subject in SUBJECTS:
         examples = json.loads((arguments.bbh / f"{subject}.json").read_text(encoding="utf-8"))[
@@ -154,7 +148,7 @@ def requests(arguments, home: Path, tokenizer) -> dict[str, tuple[str, list]]:
     """{name: (kind, arguments of each request)}, limited to so many rows of each task."""
     data = home / "data"
     (data / "gsm8k").mkdir(parents=True, exist_ok=True)
-    some = "".join(json.dumps(row) + "\n" for row in rows_of(arguments.gsm8k)[:1000])
+    some = "".join(json.dumps(row) + "\n" for row in jsonl.read(arguments.gsm8k)[:1000])
     for split in ("test", "train"):
         (data / "gsm8k" / f"{split}.jsonl").write_text(some, encoding="utf-8")
     if not (data / "bbh").exists():

@@ -14,7 +14,7 @@ import pytest
 from alignjax.config import Mesh, UserError
 from alignjax.machine import sharding
 from alignjax.models import attention
-from alignjax.models.attention import choose, self_attention
+from alignjax.models.attention import SharedKeys, choose, flash, plain, self_attention
 
 F32, BF16 = np.dtype(np.float32), jnp.dtype(jnp.bfloat16)
 
@@ -130,8 +130,8 @@ def test_parts_and_blocks_are_one_piece(t, loops, monkeypatch):
     """Blocks of 8: four parts of a block at most, the last short; and five blocks, with pads, in parts of two."""
     q, k, v, weights = arrays(4, 3, t, 4, 2, 8)
     whole = value_and_grads(self_attention, q, k, v, layout(t), weights)
-    monkeypatch.setattr(attention, "WHOLE", 8)
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(plain, "WHOLE", 8)
+    monkeypatch.setattr(plain, "BLOCK", 8)
     assert str(jax.make_jaxpr(self_attention)(q, k, v, layout(t))).count("scan[") == loops
     assert_same(value_and_grads(self_attention, q, k, v, layout(t), weights), whole, 1e-5)
 
@@ -146,21 +146,21 @@ def test_no_array_is_larger_than_the_scores_of_one_block():
     )
     assert (
         max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
-        == n * attention.BLOCK * t
+        == n * plain.BLOCK * t
     )
 
 
 def test_cudnn_is_given_the_mask_and_an_even_length(monkeypatch):
     """What cuDNN then makes of them needs a GPU."""
-    plain = jax.nn.dot_product_attention
+    without_kernel = jax.nn.dot_product_attention
 
     def stand_in(q, k, v, mask, implementation):
         assert implementation == "cudnn" and q.shape[1] == k.shape[1] == 10
-        return plain(q, k, v, mask=mask, implementation="xla")
+        return without_kernel(q, k, v, mask=mask, implementation="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     q, k, v, weights = arrays(9, 3, 9, 4, 2, 8)
-    ours = value_and_grads(attention.cudnn, q, k, v, layout(9), weights)
+    ours = value_and_grads(flash.cudnn_attention, q, k, v, layout(9), weights)
     assert_same(ours, value_and_grads(self_attention, q, k, v, layout(9), weights), 1e-5)
 
 
@@ -168,7 +168,7 @@ def test_cudnn_is_given_the_mask_and_an_even_length(monkeypatch):
 def test_splash_is_xla(k):
     """Interpreted; t is no multiple of 128, so that pads come in."""
     q, k, v, weights = arrays(6, 3, 200, 4, k, 16)
-    ours = value_and_grads(attention.splash, q, k, v, layout(200), weights)
+    ours = value_and_grads(flash.splash_attention, q, k, v, layout(200), weights)
     assert_same(ours, value_and_grads(self_attention, q, k, v, layout(200), weights), 1e-4)
 
 
@@ -183,8 +183,8 @@ def test_splash_over_a_mesh_is_xla(rows):
     with jax.set_mesh(sharding.make_mesh(Mesh(2, 2, 2))):
         assert attention.shards() == (4, 2)
         on_each = "f32[1,2,128,8]" if rows == 4 else "f32[3,2,128,8]"
-        assert on_each in str(jax.make_jaxpr(attention.splash)(q, k, v, segments))
-        ours = value_and_grads(attention.splash, q, k, v, segments, weights)
+        assert on_each in str(jax.make_jaxpr(flash.splash_attention)(q, k, v, segments))
+        ours = value_and_grads(flash.splash_attention, q, k, v, segments, weights)
     assert_same(ours, alone, 1e-4)
 
 
@@ -272,7 +272,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from alignjax.models.attention import self_attention
-from alignjax.sharding import AXES, BATCH
+from alignjax.machine.sharding import AXES, BATCH
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5:2x2x2").devices
 mesh = Mesh(np.array(devices).reshape(2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -332,5 +332,5 @@ def test_a_prefix_and_a_second_segment_are_seen(t):
     ]
     scores = jnp.where(mask, jnp.einsum("bqnh,bsnh->bnqs", q, joined[0]) * h**-0.5, -1e30)
     expected = jnp.einsum("bnqs,bsnh->bqnh", jax.nn.softmax(scores), joined[1])
-    found = jax.jit(self_attention)(q, key, value, segments, prefix=(keys, values, real))
+    found = jax.jit(self_attention)(q, key, value, segments, prefix=SharedKeys(keys, values, real))
     np.testing.assert_allclose(found, expected, atol=2e-6)

@@ -576,7 +576,7 @@ def test_a_cut_file_and_a_pointer_in_place_of_a_file_are_named(hh_files, tmp_pat
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     with pytest.raises(
-        UserError, match=r"train.jsonl.gz:\d+: JSON lines wanted, Compressed file ended"
+        UserError, match=r"train.jsonl.gz:\d+: JSON lines in UTF-8 wanted, Compressed file ended"
     ):
         prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")

@@ -27,5 +27,5 @@ def test_what_is_wrong_names_the_file_and_the_line(tmp_path):
         records.read(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n{"step": 1\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"samples.jsonl line 2: "):
+    with pytest.raises(UserError, match=r"samples.jsonl:2: not JSON: "):
         records.read(tmp_path)

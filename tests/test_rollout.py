@@ -14,6 +14,7 @@ from test_models import TINY, tiny
 from alignjax.config import Mesh
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
+from alignjax.models.attention import KeyValues
 from alignjax.sampling import rollout
 from alignjax.sampling.cache import (
     RING_PARTS,
@@ -381,8 +382,8 @@ def test_filling_slots_leaves_the_others_alone(written_out, monkeypatch):
         lambda x: rng.normal(size=x.shape).astype(np.float32),
         empty_cache(MODEL, 6, 5, 4),
     )
-    kept = tuple(
-        rng.normal(size=(2, 2, 2, 5, 8)).astype(np.float32) for _ in range(2)
+    kept = KeyValues(
+        *(rng.normal(size=(2, 2, 2, 5, 8)).astype(np.float32) for _ in range(2))
     )  # two prompts of two samples
     layers = lambda cache: (
         cache if written_out else [transformer.layer_of(cache, i) for i in range(2)]
@@ -416,17 +417,19 @@ def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     prompt = np.arange(p) >= p - np.array([[5], [2], [1]])
     lead = () if layer is None else (2,)
-    part = lambda fill: tuple(jnp.full((*lead, s, 2, width, 8), fill) for _ in range(2))
-    stored = [draw(*lead, s, 2, p, 8) for _ in range(2)]
+    part = lambda fill: KeyValues(*(jnp.full((*lead, s, 2, width, 8), fill) for _ in range(2)))
+    stored = KeyValues(*(draw(*lead, s, 2, p, 8) for _ in range(2)))
     mine = stored if layer is None else [x[layer] for x in stored]
     blocks, seen = (
-        [tuple(stored), *(part(np.nan) for _ in range(0, r, width))],
+        [stored, *(part(np.nan) for _ in range(0, r, width))],
         [[] for _ in range(s)],
     )
 
     @jax.jit
     def step(blocks, clock, count, q, k, v):
-        kept = (k, v) if layer is None else tuple(jnp.stack([jnp.zeros_like(x), x]) for x in (k, v))
+        kept = KeyValues(k, v)
+        if layer is not None:
+            kept = jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x), x]), kept)
         reader = make_reader(prompt, clock, count, r)
         return reader.attend(blocks, layer, q, k, v), write_token(blocks, clock, kept, r)
 

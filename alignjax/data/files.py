@@ -5,10 +5,8 @@ or two whole conversations (messages, or a transcript as text) that share their 
 """
 
 import glob
-import gzip
 import json
 import math
-import zlib
 from collections.abc import Iterator
 
 import jax
@@ -17,6 +15,7 @@ import pyarrow.parquet
 
 from alignjax.config import UserError, nearest
 from alignjax.data import shares, transcripts
+from alignjax.machine import jsonl
 
 FIELDS = {
     "text": ("text",),
@@ -86,16 +85,11 @@ class Unreadable(Exception):
 
 def lines(path: str) -> Iterator[tuple[int, str, str]]:
     """(number, where, text) of this process's share of the lines; of those that are not empty."""
-    number, count, index = 0, jax.process_count(), jax.process_index()
+    count, index = jax.process_count(), jax.process_index()
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if number % count == index and line.strip():
-                    yield number, f"{path}:{number}", line
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise Unreadable(
-            number + 1, f"{path}:{number + 1}: JSON lines in UTF-8 wanted, {error}"
-        ) from None
+        yield from jsonl.lines(path, process=index, processes=count)
+    except jsonl.Unreadable as error:
+        raise Unreadable(error.line, str(error)) from None
 
 
 def parquet(path: str) -> Iterator[tuple[int, str, dict]]:
@@ -126,10 +120,7 @@ def parquet(path: str) -> Iterator[tuple[int, str, dict]]:
 def row(value, where: str, kind: str) -> dict:
     """One checked row, from JSON text or an object: the kind's fields, and where it stands."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
+        value = jsonl.parse(value, where)
     if not isinstance(value, dict):
         raise UserError(f"{where}: an object wanted, {found(value)}")
     for name in FIELDS[kind]:

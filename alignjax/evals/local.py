@@ -4,9 +4,7 @@ What is missing, or not as it was published, is a UserError of one line that nam
 """
 
 import csv
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,20 +38,6 @@ def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
                     yield where, fields
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}:{line + 1}: CSV in UTF-8 wanted, {error}") from None
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, object) of each line that is not empty."""
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON: {error}") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}:{number + 1}: JSON lines in UTF-8 wanted, {error}") from None
 
 
 def json_file(path: Path):

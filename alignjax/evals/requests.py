@@ -187,7 +187,7 @@ class Requests:
 
 def read(model: Model, params, batch: dict, prefix: Prefix | None):
     """(log p, whether it is the most probable) of labels[rows k] behind the tokens at `at`[rows k], in nats."""
-    before = None if prefix is None else (prefix.key_values, prefix.real)
+    before = None if prefix is None else prefix.cache
     hidden, _ = transformer.apply(
         model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before
     )

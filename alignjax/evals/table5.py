@@ -25,7 +25,7 @@ from alignjax.config import UserError, nearest
 from alignjax.evals import calibration, registry
 from alignjax.evals.adapter import AlignJax
 from alignjax.evals.report import REPORT
-from alignjax.machine import console
+from alignjax.machine import console, jsonl
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
 from alignjax.weights import checkpoint, locations, roles
@@ -141,9 +141,8 @@ def answered(spec: str, out: Path, manager, groups: list, arguments) -> dict:
     )
     dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
     for task, rows in results.pop("samples").items():
-        workdirs.write_atomically(
-            out / f"samples_{task.replace('::', '_')}.jsonl", "\n".join(map(dump, rows))
-        )
+        text = jsonl.dumps(rows, default=handle_non_serializable, ensure_ascii=False)
+        workdirs.write_atomically(out / f"samples_{task.replace('::', '_')}.jsonl", text)
     workdirs.write_atomically(out / "results.json", dump(results, indent=1))
     return results
 

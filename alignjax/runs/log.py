@@ -1,7 +1,6 @@
 """What a run writes and shows: JSON lines (metrics, samples, evaluations, timing), TensorBoard, the bar, the last table."""
 
 import contextlib
-import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -233,7 +232,7 @@ class Log:
             self.chart(step, {k: v for k, v in timing.items() if k != "step"})
 
     def line(self, kind: str, row: dict) -> None:
-        self.files[kind].write(jsonl.json_lines([row]) + "\n")
+        self.files[kind].write(jsonl.dumps([row]) + "\n")
         self.files[kind].flush()
 
     def chart(self, step: int, figures: dict) -> None:
@@ -278,11 +277,11 @@ def truncate(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in jsonl.lines(path):
         try:
-            if json.loads(line)["step"] < start:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+            if jsonl.parse(line.text, line.where)["step"] < start:
+                kept.append(line.text.rstrip("\n") + "\n")
+        except (UserError, KeyError):
             break
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")

@@ -1,10 +1,10 @@
 """What a run has left in its work directory, read again: its config, its summary, and its JSON lines."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from alignjax.config import UserError
+from alignjax.machine import jsonl
 
 
 class Records(NamedTuple):
@@ -29,21 +29,9 @@ def read(workdir: Path) -> Records:
 
 
 def one(path: Path) -> dict:
-    return parsed(path, path.read_text(encoding="utf-8"), "") if path.exists() else {}
+    return jsonl.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
 
 
 def lines(path: Path) -> list[dict]:
     """The rows of a file of JSON lines, none if it isn't there; a torn last line, of a run that goes on, is left out."""
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [
-        parsed(path, line, f" line {i}") for i, line in enumerate(whole.splitlines(), 1) if line
-    ]
-
-
-def parsed(path: Path, text: str, where: str) -> dict:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}{where}: {error}") from None
+    return jsonl.read(path, unfinished=True) if path.exists() else []

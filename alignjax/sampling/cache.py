@@ -22,13 +22,12 @@ from jaxtyping import Array, Bool, Float, Int
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain, spec_of
 from alignjax.models import transformer
-from alignjax.models.attention import cached_attention, platform, shards
+from alignjax.models.attention import KeyValues, cached_attention, platform, shards
 
 RING_PARTS = 4  # of the ring: a step reads only the parts that hold something
 
-Stored = Float[Array, "*layers slots kv_heads width head_size"]
-Block = tuple[Stored, Stored]  # keys and values
-Cache = list[Block] | list[list[Block]]
+Stored = Float[Array, "*layers slots kv_heads width head_size"]  # keys, or values
+Cache = list[KeyValues] | list[list[KeyValues]]
 
 
 def empty_cache(
@@ -45,14 +44,14 @@ def empty_cache(
 
 def empty_blocks(
     model: Model, layers: tuple[int, ...], slots: int, widths: list[int], dtype: str
-) -> list[Block]:
+) -> list[KeyValues]:
     """Return blocks of zeros of these widths, with the axes `layers` in front."""
     blocks = []
     for width in widths:
         shape = (*layers, slots, model.kv_heads, width, model.head_size)
         keys = empty_block(shape, dtype or model.dtype)
         values = empty_block(shape, dtype or model.dtype)
-        blocks.append((keys, values))
+        blocks.append(KeyValues(keys=keys, values=values))
     return blocks
 
 
@@ -89,7 +88,7 @@ def keep_axis_order(stored: Stored) -> Stored:
 def fill_cache(
     cache: Cache,
     where: Int[Array, " filled"] | None,
-    key_values: tuple[Array, Array],
+    key_values: KeyValues,
     samples_per_prompt: int,
 ) -> Cache:
     """Return the cache with prompts in the slots `where`, or in all slots if that is None.
@@ -106,19 +105,19 @@ def fill_cache(
 
 
 def fill_blocks(
-    blocks: list[Block],
+    blocks: list[KeyValues],
     where: Int[Array, " filled"] | None,
-    key_values: tuple[Array, Array],
+    key_values: KeyValues,
     samples_per_prompt: int,
-) -> list[Block]:
+) -> list[KeyValues]:
     """Return the blocks with prompts in the first of them, see `fill_cache`."""
-    prompt_keys, prompt_values = blocks[0]
+    stored_keys, stored_values = blocks[0]
     new_keys, new_values = key_values
-    prompt_block = (
-        fill_stored(prompt_keys, where, new_keys, samples_per_prompt),
-        fill_stored(prompt_values, where, new_values, samples_per_prompt),
+    prompts = KeyValues(
+        keys=fill_stored(stored_keys, where, new_keys, samples_per_prompt),
+        values=fill_stored(stored_values, where, new_values, samples_per_prompt),
     )
-    return [prompt_block, *blocks[1:]]
+    return [prompts, *blocks[1:]]
 
 
 def fill_stored(
@@ -128,8 +127,7 @@ def fill_stored(
     new = new.astype(stored.dtype)
     if where is None:
         return jnp.repeat(new, samples_per_prompt, axis=-4)
-    rows, _ = shards()
-    if rows == 1:
+    if shards().rows == 1:
         repeated = jnp.repeat(new, samples_per_prompt, axis=-4)
         return stored.at[..., where, :, :, :].set(repeated)
     # Chosen slot by slot rather than scattered: GSPMD would gather the whole cache to scatter
@@ -145,7 +143,7 @@ def fill_stored(
 def write_token(
     cache: Cache,
     clock: Int[Array, ""],
-    key_values: list[tuple[Array, Array]] | tuple[Array, Array],
+    key_values: KeyValues | list[KeyValues],
     response_length: int,
 ) -> Cache:
     """Return the cache with the keys and values of one step, in their place of the ring.
@@ -162,15 +160,18 @@ def write_token(
 
 
 def write_blocks(
-    blocks: list[Block], place: Int[Array, ""], key_values: tuple[Array, Array]
-) -> list[Block]:
+    blocks: list[KeyValues], place: Int[Array, ""], key_values: KeyValues
+) -> list[KeyValues]:
     """Return the blocks with one step's keys and values at `place` of the ring."""
     new_keys, new_values = key_values
     written = [blocks[0]]
     for part, (keys, values) in enumerate(blocks[1:]):
-        keys = write_stored(keys, part, place, new_keys)
-        values = write_stored(values, part, place, new_values)
-        written.append((keys, values))
+        written.append(
+            KeyValues(
+                keys=write_stored(keys, part, place, new_keys),
+                values=write_stored(values, part, place, new_values),
+            )
+        )
     return written
 
 
@@ -197,7 +198,7 @@ class CacheReader:
 
     def attend(
         self,
-        blocks: list[Block],
+        blocks: list[KeyValues],
         layer: Int[Array, ""] | None,
         query: Float[Array, "slots heads head_size"],
         key: Float[Array, "slots kv_heads head_size"],
@@ -209,12 +210,12 @@ class CacheReader:
         ring as the clock has reached. `layer` is None if the blocks are a layer's own.
         """
         num_parts = len(blocks) - 1
-        part_width = blocks[-1][0].shape[-2]
+        part_width = blocks[-1].keys.shape[-2]
         num_slots, response_length = self.ring_mask.shape
         padding = num_parts * part_width - response_length
         padded = jnp.pad(self.ring_mask, ((0, 0), (0, padding)))
         masks = [self.prompt_mask, *jnp.split(padded, num_parts, axis=1)]
-        in_hand = (key[:, :, None], value[:, :, None])
+        in_hand = KeyValues(keys=key[:, :, None], values=value[:, :, None])
         sees_itself = jnp.ones((num_slots, 1), bool)
         branches = []
         for num_read in range(1, num_parts + 2):
@@ -235,9 +236,9 @@ class CacheReader:
 
 def read_blocks(
     query: Float[Array, "slots heads head_size"],
-    blocks: list[Block],
+    blocks: list[KeyValues],
     layer: Int[Array, ""] | None,
-    in_hand: Block,
+    in_hand: KeyValues,
     masks: list[Bool[Array, "slots width"]],
 ) -> Float[Array, "slots heads head_size"]:
     """Attend to blocks of a layer and to the token in hand."""

@@ -8,11 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignjax.config import Model
 from alignjax.models import transformer
-
-KeyValues = tuple[
-    Float[Array, "layers rows kv_heads width head_size"],
-    Float[Array, "layers rows kv_heads width head_size"],
-]
+from alignjax.models.transformer import Activations, PrefixCache
 
 
 @jax.tree_util.register_dataclass
@@ -20,21 +16,23 @@ KeyValues = tuple[
 class Prefix:
     """The tokens that all prompts begin with, which are read once."""
 
-    key_values: KeyValues  # of one row
-    real: Bool[Array, " width"]  # False on the pads in front of its tokens
-    length: Int[Array, ""]
+    cache: PrefixCache
+    length: Int[Array, ""]  # real tokens, which come after its pads
+
+    @property
+    def width(self) -> int:
+        """Return how many places it has, its pads included."""
+        return len(self.cache.real)
 
 
 def read_prefix(
     params: dict, tokens: Int[Array, " width"], length: Int[Array, ""], model: Model
 ) -> Prefix:
     """Read left-padded tokens, of which the last `length` are real, as the prefix of prompts."""
-    _, key_values = prefill(params, tokens[None], jnp.full(1, length), model)
-    return Prefix(
-        key_values=key_values,
-        real=prompt_mask(length, len(tokens))[0],
-        length=jnp.int32(length),
-    )
+    activations = prefill(params, tokens[None], jnp.full(1, length), model)
+    real = prompt_mask(length, len(tokens))[0]
+    cache = PrefixCache(key_values=activations.key_values, real=real)
+    return Prefix(cache=cache, length=jnp.int32(length))
 
 
 def prefill(
@@ -43,25 +41,24 @@ def prefill(
     lengths: Int[Array, " prompts"],
     model: Model,
     prefix: Prefix | None = None,
-) -> tuple[Float[Array, "prompts prompt_width d_model"], KeyValues]:
-    """Return hidden states of left-padded prompts, and keys and values of prefix and prompts."""
+) -> Activations:
+    """Read left-padded prompts; the keys and values returned are those of prefix and prompt."""
     prompt_width = tokens.shape[1]
     segments = prompt_mask(lengths, prompt_width).astype(jnp.int32)
     positions = jnp.maximum(jnp.arange(prompt_width) - (prompt_width - lengths[:, None]), 0)
     if prefix is None:
         return transformer.apply(model, params, tokens, positions, segments, keep=True)
-    hidden, key_values = transformer.apply(
+    activations = transformer.apply(
         model,
         params,
         tokens,
         positions + prefix.length,
         segments,
         keep=True,
-        prefix=(prefix.key_values, prefix.real),
+        prefix=prefix.cache,
     )
-    prefix_keys, prefix_values = prefix.key_values
-    keys, values = key_values
-    return hidden, (prepend(prefix_keys, keys), prepend(prefix_values, values))
+    key_values = jax.tree.map(prepend, prefix.cache.key_values, activations.key_values)
+    return activations._replace(key_values=key_values)
 
 
 def prepend(
@@ -79,10 +76,5 @@ def prompt_mask(
     real = jnp.arange(prompt_width) >= prompt_width - jnp.reshape(lengths, (-1, 1))
     if prefix is None:
         return real
-    in_prefix = jnp.broadcast_to(prefix.real, (len(real), len(prefix.real)))
+    in_prefix = jnp.broadcast_to(prefix.cache.real, (len(real), prefix.width))
     return jnp.concatenate([in_prefix, real], axis=1)
-
-
-def prefix_width(prefix: Prefix | None) -> int:
-    """Return how many places of the cache a prefix takes."""
-    return 0 if prefix is None else len(prefix.real)

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from alignjax.machine.sharding import constrain
 from alignjax.models import transformer
+from alignjax.models.attention import KeyValues
 from alignjax.sampling.cache import fill_cache, make_reader, write_token
-from alignjax.sampling.prefill import Prefix, prefill, prefix_width, prompt_mask
+from alignjax.sampling.prefill import Prefix, prefill, prompt_mask
 from alignjax.sampling.slots import (
     SlotPlan,
     Slots,
@@ -168,7 +169,9 @@ class Decoder:
 
     def free_slots(self) -> Slots:
         """Return the slots before the first prompt."""
-        width = prefix_width(self.prefix) + self.prompt_width
+        width = self.prompt_width
+        if self.prefix is not None:
+            width += self.prefix.width
         return empty_slots(self.settings, self.num_responses, self.plan.slots, width)
 
     def has_prompts_left(self, progress: Progress) -> Bool[Array, ""]:
@@ -218,11 +221,11 @@ class Decoder:
         settings = self.settings
         num_filled = len(response_ids)
         samples = num_filled // len(prompts.lengths)
-        hidden, key_values = prefill(
+        prefilled = prefill(
             self.params, prompts.tokens, prompts.lengths, settings.model, self.prefix
         )
         places = jnp.zeros(num_filled, jnp.int32)
-        last_hidden = jnp.repeat(hidden[:, -1], samples, axis=0)
+        last_hidden = jnp.repeat(prefilled.hidden[:, -1], samples, axis=0)
         tokens, logprobs = self.draw(response_ids, places, last_hidden)
         first_states = jnp.zeros(num_filled, jnp.int32)
         stop_states, ended = self.follow_stops(first_states, tokens)
@@ -239,7 +242,7 @@ class Decoder:
             tokens=put_rows(slots.tokens, where, tokens),
             logprobs=put_rows(slots.logprobs, where, logprobs),
             prompt_lengths=put_rows(slots.prompt_lengths, where, prompt_lengths),
-            cache=fill_cache(slots.cache, where, key_values, samples),
+            cache=fill_cache(slots.cache, where, prefilled.key_values, samples),
             clock=slots.clock,
             finished=slots.finished if where is None else retire(slots, where),
         )
@@ -253,7 +256,7 @@ class Decoder:
         positions = slots.prompt_lengths + slots.lengths - 1
         if self.prefix is not None:
             positions += self.prefix.length
-        hidden, key_values = transformer.decode(
+        decoded = transformer.decode(
             settings.model,
             self.params,
             self.layers,
@@ -262,8 +265,8 @@ class Decoder:
             slots.cache,
             reader.attend,
         )
-        tokens, logprobs = self.draw(slots.response_ids, slots.lengths, hidden)
-        key_values = after_drawing(key_values, tokens)
+        tokens, logprobs = self.draw(slots.response_ids, slots.lengths, decoded.hidden)
+        key_values = after_drawing(decoded.key_values, tokens)
         here = (jnp.arange(response_length) == slots.lengths[:, None]) & slots.live[:, None]
         lengths = slots.lengths + slots.live
         stop_states, ended = self.follow_stops(slots.stop_states, tokens)
@@ -361,7 +364,9 @@ def fold_in(keys: Key[Array, " rows"], numbers: Int[Array, " rows"]) -> Key[Arra
     return jax.vmap(jax.random.fold_in)(keys, numbers)
 
 
-def after_drawing(key_values: list | tuple, tokens: Int[Array, " slots"]) -> list | tuple:
+def after_drawing(
+    key_values: KeyValues | list[KeyValues], tokens: Int[Array, " slots"]
+) -> KeyValues | list[KeyValues]:
     """Return the same keys and values, as values that depend on the drawn tokens.
 
     A token is never negative, so the choice below changes nothing. But it lets XLA see that the

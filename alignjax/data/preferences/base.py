@@ -1,10 +1,7 @@
 """What the builders share: the schema, where files come from, reading them, checking fields, counting rows."""
 
-import gzip
 import hashlib
-import json
 import math
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from tqdm import tqdm
 
 from alignjax.config import UserError, nearest
 from alignjax.data import files
+from alignjax.machine import jsonl
 
 WANTED = {
     str: "text",
@@ -196,33 +194,22 @@ def read(paths: dict[str, Path], what: str):
         mininterval=0.5,
     ) as bar:
         for name, path in paths.items():
-            number = 0
             with open(path, "rb") as raw:
                 if raw.read(20).startswith(b"version https://git"):
                     raise UserError(
                         f"{path}: a pointer of Git LFS, not the file: fetch the file itself"
                     )
-                raw.seek(0)
-                try:
-                    for number, line in enumerate(
-                        gzip.open(raw) if name.endswith(".gz") else raw, 1
-                    ):
-                        if line.strip():
-                            yield row(
-                                line, f"{name.partition('.')[0]}/{number}", f"{path}:{number}"
-                            )
-                        if number % 256 == 0:
-                            bar.update(before + raw.tell() - bar.n)
-                except (OSError, EOFError, zlib.error) as error:
-                    raise UserError(f"{path}:{number + 1}: JSON lines wanted, {error}") from None
+
+            def progress(read: int, before: int = before) -> None:
+                bar.update(before + read - bar.n)
+
+            for line in jsonl.lines(path, gzipped=name.endswith(".gz"), progress=progress):
+                yield row(line.text, f"{name.partition('.')[0]}/{line.number}", line.where)
             before += sizes[name]
 
 
-def row(line: bytes, key: str, where: str) -> Row:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise UserError(f"{where}: not JSON: {error}") from None
+def row(line: str, key: str, where: str) -> Row:
+    value = jsonl.parse(line, where)
     if not isinstance(value, dict):
         raise UserError(f"{where}: an object wanted, {files.found(value)}")
     return Row(key, where, value)

@@ -11,6 +11,7 @@ must equal the answer within 1e-4.
 from alignjax.config import UserError
 from alignjax.evals import answers, local
 from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy, published
+from alignjax.machine import jsonl
 
 SHOTS = 8
 TOKENS = 512  # the harness states none for gsm8k_cot, and its default of 256 cuts long replies
@@ -22,7 +23,7 @@ SOURCE = (
 
 def read(folder: str, **_):
     path = local.find(folder, ["test.jsonl", "test.jsonl.gz"], SOURCE)
-    rows = [row(value, where) for where, value in local.json_lines(path)]
+    rows = [row(jsonl.parse(line.text, line.where), line.where) for line in jsonl.lines(path)]
     return local.dataset(test=local.at_least(rows, 1, path, "to evaluate"))
 
 

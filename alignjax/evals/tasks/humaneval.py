@@ -15,6 +15,7 @@ from lm_eval.api.filter import Filter
 from alignjax.config import UserError
 from alignjax.evals import local, programs, sandbox
 from alignjax.evals.benchmark import Benchmark, Headline, answered, greedy, published
+from alignjax.machine import jsonl
 
 SOURCE = "put https://github.com/openai/human-eval/raw/master/data/HumanEval.jsonl.gz in DATA_DIR/humaneval"
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
@@ -23,7 +24,7 @@ AT_ONCE = 8
 
 def read(folder: str, **_):
     path = local.find(folder, ["HumanEval.jsonl.gz", "HumanEval.jsonl"], SOURCE)
-    rows = [row(value, where) for where, value in local.json_lines(path)]
+    rows = [row(jsonl.parse(line.text, line.where), line.where) for line in jsonl.lines(path)]
     return local.dataset(test=local.at_least(rows, 1, path, "to evaluate"))
 
 

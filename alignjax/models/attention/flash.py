@@ -1,0 +1,117 @@
+"""Flash attention kernels: cuDNN's on NVIDIA GPUs, splash attention on TPUs."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from alignjax.machine.sharding import BATCH
+from alignjax.models.attention.devices import ONE_DEVICE, platform, shards
+from alignjax.models.attention.plain import padded
+
+# Tile sizes of splash attention: it takes the first that divides the tokens of a row. MaxText
+# chooses 512; we have not measured it.
+TILES = (512, 384, 256, 128)
+LANES = 128  # tiles, and so the tokens of a row, must be a multiple of this
+
+
+def cudnn_attention(
+    queries: Float[Array, "batch tokens heads head_size"],
+    keys: Float[Array, "batch tokens kv_heads head_size"],
+    values: Float[Array, "batch tokens kv_heads head_size"],
+    segments: Int[Array, "batch tokens"],
+) -> Float[Array, "batch tokens heads head_size"]:
+    """Call cuDNN's flash attention, which takes no odd number of tokens in training."""
+    return padded(cudnn_even, 2, queries, keys, values, segments)
+
+
+def cudnn_even(
+    queries: Float[Array, "batch tokens heads head_size"],
+    keys: Float[Array, "batch tokens kv_heads head_size"],
+    values: Float[Array, "batch tokens kv_heads head_size"],
+    segments: Int[Array, "batch tokens"],
+) -> Float[Array, "batch tokens heads head_size"]:
+    """Call cuDNN's kernel with the mask of the segments, for an even number of tokens."""
+    tokens = queries.shape[1]
+    causal = jnp.tril(jnp.ones((tokens, tokens), bool))
+    mask = causal & (segments[:, :, None] == segments[:, None, :])
+    return jax.nn.dot_product_attention(
+        queries, keys, values, mask=mask[:, None], implementation="cudnn"
+    )
+
+
+def splash_attention(
+    queries: Float[Array, "batch tokens heads head_size"],
+    keys: Float[Array, "batch tokens kv_heads head_size"],
+    values: Float[Array, "batch tokens kv_heads head_size"],
+    segments: Int[Array, "batch tokens"],
+) -> Float[Array, "batch tokens heads head_size"]:
+    """Call splash attention, a Pallas kernel for TPUs.
+
+    Other backends interpret it, slowly; the tests run it on a CPU. XLA cannot partition a kernel
+    over a mesh, so `shard_map` gives each device its rows and heads. Heads must divide over the
+    devices; rows that do not divide are on every device, as in `sharding.constrain`.
+    """
+    devices = shards()
+    if devices == ONE_DEVICE:
+        return splash_padded(queries, keys, values, segments)
+    rows = BATCH[0] if queries.shape[0] % devices.rows == 0 else None
+    heads = P(rows, None, "tensor", None)
+    # check_vma: a Pallas call does not say over which axes its results vary.
+    attend = jax.shard_map(
+        splash_padded, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False
+    )
+    return attend(queries, keys, values, segments)
+
+
+def splash_padded(
+    queries: Float[Array, "batch tokens heads head_size"],
+    keys: Float[Array, "batch tokens kv_heads head_size"],
+    values: Float[Array, "batch tokens kv_heads head_size"],
+    segments: Int[Array, "batch tokens"],
+) -> Float[Array, "batch tokens heads head_size"]:
+    """Run splash attention on one device, for any number of tokens."""
+    return padded(splash_tiled, LANES, queries, keys, values, segments)
+
+
+def splash_tiled(
+    queries: Float[Array, "batch tokens heads head_size"],
+    keys: Float[Array, "batch tokens kv_heads head_size"],
+    values: Float[Array, "batch tokens kv_heads head_size"],
+    segments: Int[Array, "batch tokens"],
+) -> Float[Array, "batch tokens heads head_size"]:
+    """Run splash attention on one device; the number of tokens is a multiple of LANES."""
+    tokens, heads, head_size = queries.shape[1:]
+    tile = next(size for size in TILES if tokens % size == 0)
+    causal = splash_attention_mask.CausalMask((tokens, tokens))
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask=splash_attention_mask.MultiHeadMask([causal] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=tile,
+            block_kv=tile,
+            block_kv_compute=tile,
+            block_q_dkv=tile,
+            block_kv_dkv=tile,
+            block_kv_dkv_compute=tile,
+            block_q_dq=tile,
+            block_kv_dq=tile,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=platform() != "tpu",
+    )
+
+    def attend_row(queries, keys, values, segments):
+        segment_ids = splash_attention_kernel.SegmentIds(segments, segments)
+        return kernel(queries, keys, values, segment_ids)
+
+    # The kernel leaves the scaling of the scores to its caller.
+    queries = (queries.astype(jnp.float32) * head_size**-0.5).astype(queries.dtype)
+    queries = queries.swapaxes(1, 2)
+    keys = keys.swapaxes(1, 2)
+    values = values.swapaxes(1, 2)
+    return jax.vmap(attend_row)(queries, keys, values, segments).swapaxes(1, 2)

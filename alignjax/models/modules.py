@@ -1,0 +1,165 @@
+"""The decoder's NNX modules: what each layer computes, and how its parameters start.
+
+Pre-norm RMSNorm, RoPE, SwiGLU and grouped queries; biases on queries, keys and values and norms on
+queries and keys as the config says. The names of the attributes are the parameters' paths, such as
+`layers/attention/q/kernel`: `sharding.TABLE` and `models.families` refer to them.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from alignjax.config import Model
+from alignjax.machine.sharding import constrain
+from alignjax.models.attention import KeyValues
+from alignjax.models.rope import Rotation, rotate
+
+# attend(queries, keys, values) -> (the attention's result, the keys and values that are kept)
+Attend = Callable[[Array, Array, Array], tuple[Array, KeyValues | None]]
+
+
+def rms_norm(
+    x: Float[Array, "*rows size"], scale: Float[Array, " size"], eps: float
+) -> Float[Array, "*rows size"]:
+    """Divide x by its root mean square along the last axis; computed in float32."""
+    y = x.astype(jnp.float32)
+    mean_square = jnp.mean(y * y, axis=-1, keepdims=True)
+    return (y * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A product over the last axes of its input, [... inputs] -> [... outputs].
+
+    The kernel is normal with variance 1 / fan-in.
+    """
+
+    def __init__(
+        self, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, rngs: nnx.Rngs
+    ):
+        self.input_axes = len(inputs)
+        kernel = jax.random.normal(rngs.params(), (*inputs, *outputs))
+        self.kernel = nnx.Param(kernel * math.prod(inputs) ** -0.5)
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        kernel = self.kernel[...].astype(x.dtype)
+        rows = x.shape[: x.ndim - self.input_axes]
+        outputs = kernel.shape[self.input_axes :]
+        # One product of two matrices: with batch and tokens as separate axes, XLA's CPU backend
+        # takes twice as long for the gradient.
+        y = x.reshape(math.prod(rows), -1) @ kernel.reshape(-1, math.prod(outputs))
+        y = y.reshape(*rows, *outputs)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """An RMSNorm with a learnt scale."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size))
+
+    def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class Attention(nnx.Module):
+    """Projections, RoPE and the output projection around an `attend` function."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        width = (model.d_model,)
+        queries = (model.heads, model.head_size)
+        keys = (model.kv_heads, model.head_size)
+        self.q = Linear(width, queries, model.qkv_bias, rngs)
+        self.k = Linear(width, keys, model.qkv_bias, rngs)
+        self.v = Linear(width, keys, model.qkv_bias, rngs)
+        self.out = Linear(queries, width, False, rngs)
+        self.q_norm = Norm(model.head_size, model.norm_eps) if model.qk_norm else None
+        self.k_norm = Norm(model.head_size, model.norm_eps) if model.qk_norm else None
+
+    def __call__(
+        self, x: Float[Array, "batch tokens d_model"], rotation: Rotation, attend: Attend
+    ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
+        queries = self.q(x)
+        keys = self.k(x)
+        values = self.v(x)
+        if self.q_norm is not None:
+            queries = self.q_norm(queries)
+            keys = self.k_norm(keys)
+        y, kept = attend(rotate(queries, rotation), rotate(keys, rotation), values)
+        return self.out(y), kept
+
+
+class MLP(nnx.Module):
+    """The feed-forward network, SwiGLU."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        self.gate = Linear((model.d_model,), (model.d_ff,), False, rngs)
+        self.up = Linear((model.d_model,), (model.d_ff,), False, rngs)
+        self.down = Linear((model.d_ff,), (model.d_model,), False, rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens d_model"]
+    ) -> Float[Array, "batch tokens d_model"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to its input."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        self.norm1 = Norm(model.d_model, model.norm_eps)
+        self.norm2 = Norm(model.d_model, model.norm_eps)
+        self.attention = Attention(model, rngs)
+        self.mlp = MLP(model, rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens d_model"], rotation: Rotation, attend: Attend
+    ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
+        """Return x after the layer, and the keys and values that `attend` keeps."""
+        y, kept = self.attention(self.norm1(x), rotation, attend)
+        x = constrain(x + y)
+        return constrain(x + self.mlp(self.norm2(x))), kept
+
+
+class Head(nnx.Module):
+    """The output kernel of a role.
+
+    "lm" has a kernel [d_model vocab] over the vocabulary. "scalar" has a kernel [d_model 1] with
+    standard deviation 1 / (d_model + 1), and a bias [1] that holds a reward model's shift.
+    """
+
+    def __init__(self, model: Model, head: str, rngs: nnx.Rngs):
+        scalar = head == "scalar"
+        deviation = 1 / (model.d_model + 1) if scalar else model.d_model**-0.5
+        shape = (model.d_model, 1 if scalar else model.vocab_size)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * deviation)
+        self.bias = nnx.Param(jnp.zeros(1)) if scalar else None
+
+
+class Embed(nnx.Module):
+    """The embedding [vocab d_model] of tokens."""
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        # A tied embedding is also the output kernel, whose scale follows its fan-in.
+        deviation = model.d_model**-0.5 if model.tied else 1.0
+        shape = (model.vocab_size, model.d_model)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape) * deviation)
+
+
+class Transformer(nnx.Module):
+    """All parameters of a role, with the layers stacked along a first axis.
+
+    Each layer has its own key, so its values do not depend on devices or layout.
+    """
+
+    def __init__(self, model: Model, head: str, rngs: nnx.Rngs):
+        self.embed = Embed(model, rngs)
+        keys = jax.random.split(rngs.params(), model.layers)
+        self.layers = nnx.vmap(lambda key: Layer(model, nnx.Rngs(params=key)))(keys)
+        self.norm = Norm(model.d_model, model.norm_eps)
+        self.head = None if head == "lm" and model.tied else Head(model, head, rngs)
