@@ -30,7 +30,7 @@ from alignjax.models import attention, families, vocabulary
 from alignjax.planning import cost
 from alignjax.planning.cost import GIB
 from alignjax.runs import lineage
-from alignjax.sampling import rollout
+from alignjax.sampling.slots import plan_slots
 from alignjax.weights import locations
 
 DOES_NOT_FIT = 3
@@ -271,7 +271,7 @@ def notes(config: Config, mesh) -> list[str]:
     counts = {"data.batch": d.batch}
     if config.stage == "ppo":
         own = sharding.row_shards(sharding.with_tensor(mesh, p.rollout_tensor))
-        at_once, slots = rollout.slots_of(d.batch, p.samples_per_prompt, p.slots)
+        at_once, slots = plan_slots(d.batch, p.samples_per_prompt, p.slots)
         for name, count in (
             ("prompts filled in at once", at_once),
             ("slots of the rollout", slots),

@@ -328,11 +328,11 @@ def test_the_python_of_the_quick_start_is_taken_by_the_surface(monkeypatch, caps
 
     class Taken:
         def generate(self, *given, **named):
-            inspect.signature(inference.Model.generate).bind(self, *given, **named)
+            inspect.signature(inference.LoadedModel.generate).bind(self, *given, **named)
             return [inference.Response("sure", [1], False) for _ in given[0]]
 
         def score(self, *given, **named):
-            inspect.signature(inference.Model.score).bind(self, *given, **named)
+            inspect.signature(inference.LoadedModel.score).bind(self, *given, **named)
             return [0.5 for _ in given[0]]
 
     def load(*given, **named):

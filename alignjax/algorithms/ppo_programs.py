@@ -4,6 +4,7 @@ Frozen parameters are arguments of the compiled functions: closed over, they wou
 constants of the executable.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout as default_sampler
+from alignjax.sampling.slots import plan_slots
 from alignjax.sampling.types import Prompts, Rollout, Sampler, SamplingSettings
 
 Mesh = jax.sharding.Mesh
@@ -155,7 +157,7 @@ def sampling_settings(config: Config, end_token: int) -> SamplingSettings:
     """Return how a run samples."""
     ppo = config.ppo
     return SamplingSettings(
-        model=config.model,
+        model=dataclasses.replace(config.model),  # the config may change, static arguments must not
         samples_per_prompt=ppo.samples_per_prompt,
         response_length=ppo.response_length,
         temperature=ppo.temperature,
@@ -447,10 +449,10 @@ def rollout_loops(config: Config) -> Loops:
     """Return how often the loops of a rollout run in which no response ends early, on average."""
     ppo = config.ppo
     prompts = config.data.batch
-    at_once, slots = default_sampler.slots_of(prompts, ppo.samples_per_prompt, ppo.slots)
-    refills = -(-prompts // at_once)
-    rounds = -(-prompts * ppo.samples_per_prompt // slots)
+    plan = plan_slots(prompts, ppo.samples_per_prompt, ppo.slots)
+    refills = -(-prompts // plan.prompts_per_fill)
+    rounds = -(-prompts * ppo.samples_per_prompt // plan.slots)
     steps = rounds * (ppo.response_length - 1)
-    if at_once == prompts:
+    if plan.prompts_per_fill == prompts:
         return Loops(0, steps)
     return Loops(refills, -(-steps // refills))

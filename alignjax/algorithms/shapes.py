@@ -22,9 +22,7 @@ class Work:
 def work_of(config: Config, mesh: jax.sharding.Mesh) -> Work:
     """Return the programs of a run."""
     stage = STAGES[config.stage].plan(config, mesh)
-    return Work(
-        jobs=list(stage.programs()), resident=stage.resident(), saved=stage.abstract_state
-    )
+    return Work(jobs=list(stage.programs()), resident=stage.resident(), saved=stage.abstract_state)
 
 
 WORK = dict.fromkeys(STAGES, work_of)
