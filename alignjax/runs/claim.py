@@ -47,8 +47,8 @@ def claim_workdir(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: P
         if workdirs.is_local(workdir):
             save_tokenizer(tokenizer, workdir)
         else:
-            with workdirs.staged(workdir / "tokenizer") as (local, _):
-                tokenizer.save_pretrained(local)
+            with workdirs.staging(workdir / "tokenizer") as staging:
+                tokenizer.save_pretrained(staging.local)
         workdirs.write_atomically(workdir / "config.json", configs.to_json(config))
     processes.wait_for_all("claim")
 

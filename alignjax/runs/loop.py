@@ -48,15 +48,15 @@ class Loop:
             checkpoints = Checkpoints(directory, self.config.keep_checkpoints)
             stack.enter_context(contextlib.closing(checkpoints))
             stack.enter_context(contextlib.closing(self.phases))
-            local, send_files = stack.enter_context(workdirs.staged(self.workdir))
+            staging = stack.enter_context(workdirs.staging(self.workdir))
             stack.enter_context(processes.reporting_errors())
             first, state = self.restore_or_init(checkpoints)
             if jax.process_index() == 0:
                 environment.record(self.workdir)
-            log = stack.enter_context(contextlib.closing(self.open_log(local, first)))
+            log = stack.enter_context(contextlib.closing(self.open_log(staging.local, first)))
             self.phases.begin(first, self.stage.num_steps)
             for step in range(first, self.stage.num_steps):
-                state = self.run_step(state, step, log, checkpoints, send_files)
+                state = self.run_step(state, step, log, checkpoints, staging)
             return state
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[int, State]:
@@ -89,7 +89,7 @@ class Loop:
         step: int,
         log: TrainingLog,
         checkpoints: Checkpoints,
-        send_files: Callable[[], None],
+        staging: workdirs.Staging,
     ) -> State:
         """Run a step, and save after it if it is time to, or if a signal has arrived."""
         every = self.config.ppo.eval_every
@@ -102,7 +102,7 @@ class Loop:
         stop = self.signals.received_anywhere()
         if is_last or stop or (step + 1) % self.config.checkpoint_every == 0:
             log.flush()  # raises if too many steps were skipped
-            send_files()
+            staging.publish()
             self.phases.mark("other")
             if is_last:
                 state = self.stage.finalise(state)
