@@ -12,10 +12,11 @@ from runs import ROOT
 
 from alignjax import config as configs
 from alignjax import plan
-from alignjax.algorithms import shapes
+from alignjax.algorithms import ppo_programs, shapes
 from alignjax.machine import sharding
 from alignjax.models import families
 from alignjax.planning import cost
+from alignjax.weights import roles
 
 COMPILER = ROOT / ".venv" / "tpu-compiler"  # where run.sh has put it
 SMALL = [
@@ -85,7 +86,7 @@ def test_what_is_resident_is_the_state_and_the_frozen_roles():
     mesh = sharding.make_mesh(configs.Mesh(fsdp=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         work = shapes.WORK["ppo"](config, mesh)
-        frozen = shapes.frozen(work.resident["policy"].params, "bfloat16", "host")
+        frozen = roles.abstract_frozen(work.resident["policy"].params, "bfloat16", "host")
     m = config.model
     layer = (
         4 * m.d_model * m.heads * m.head_size - 2 * m.d_model * (m.heads - m.kv_heads) * m.head_size
@@ -111,7 +112,7 @@ def test_a_rollout_decodes_all_tokens_of_all_slots(b, samples, slots, r, turns, 
     config.ppo = dataclasses.replace(
         config.ppo, samples_per_prompt=samples, slots=slots, response_length=r
     )
-    assert shapes.loops_of(config) == (turns, steps)
+    assert ppo_programs.rollout_loops(config) == (turns, steps)
 
 
 def test_the_hubs_known_models_are_planned_without_it():

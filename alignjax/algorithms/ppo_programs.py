@@ -31,8 +31,9 @@ from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout as default_sampler
+from alignjax.sampling.external import ExternalSampler
 from alignjax.sampling.slots import plan_slots
-from alignjax.sampling.types import Prompts, Rollout, Sampler, SamplingSettings
+from alignjax.sampling.types import Prompts, Rollout, SamplingSettings
 
 Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
@@ -168,15 +169,15 @@ def sampling_settings(config: Config, end_token: int) -> SamplingSettings:
     )
 
 
-def make_sampler(config: Config, settings: SamplingSettings) -> Callable[..., Rollout]:
-    """Return the sampler that `ppo.sampler` names, or ours, compiled, if it names none.
-
-    One of the user's is called as it is: it may be a client of another engine.
-    """
-    if not config.ppo.sampler:
+def make_sampler(
+    config: Config, mesh: Mesh, settings: SamplingSettings
+) -> Callable[[dict, Prompts, jax.Array], Rollout]:
+    """Return the sampler that `ppo.sampler` names, or ours, compiled, if it names none."""
+    spec = config.ppo.sampler
+    if not spec:
         return jax.jit(functools.partial(default_sampler.generate, settings=settings))
-    sampler: Sampler = plugins.load_function("ppo.sampler", config.ppo.sampler)
-    return functools.partial(sampler, settings=settings)
+    function = plugins.load_function("ppo.sampler", spec)
+    return ExternalSampler(spec=spec, function=function, settings=settings, mesh=mesh)
 
 
 def compile_programs(
@@ -201,7 +202,7 @@ def compile_programs(
     text_loss = functools.partial(lm.loss_fn, config.model)
     read = functools.partial(experience.read_roles, config, reward_model or config.model)
     return Programs(
-        sample=make_sampler(config, sampling_settings(config, end_token)),
+        sample=make_sampler(config, mesh, sampling_settings(config, end_token)),
         place_params=params_placement(config, mesh, abstract["policy"].params),
         place_rollout=rollout_placement(config, mesh),
         read=jax.jit(read, donate_argnums=2),
