@@ -1,7 +1,11 @@
-# For the launchers, to be sourced: takes "[--dry-run] ARGUMENTS -- TRAIN'S ARGUMENTS" apart into arguments, train, and
-# workdir, which is train's --workdir; goes to the repository's root.
+# Shared by the launchers, which source it. It splits "[--dry-run] ARGUMENTS -- TRAIN_ARGUMENTS"
+# into the arrays `arguments` and `train`, sets `workdir` to the --workdir of alignjax.train, and
+# changes to the repository's root.
 # shellcheck shell=bash
+
+# Prints the comment at the top of the launcher and exits with 2.
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
+
 dry="" arguments=() workdir=""
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   if [ "$1" = --dry-run ]; then dry=1; else arguments+=("$1"); fi
@@ -17,7 +21,7 @@ while [ $# -gt 0 ]; do
 done
 [ ${#train[@]} -eq 0 ] || [ -n "$workdir" ] || usage
 
-# Words as a shell has to read them.
+# Prints its arguments as one line that a shell reads as the same words.
 quoted() {
   local word words=()
   for word in "$@"; do
@@ -26,7 +30,7 @@ quoted() {
   echo "${words[*]}"
 }
 
-# Prints a command, then runs it; with --dry-run it only prints.
+# Prints a command, and runs it unless --dry-run was given.
 run() {
   quoted "$@" >&3
   [ -n "$dry" ] || "$@"

@@ -1,10 +1,11 @@
-# Makes .venv from the pinned versions of constraints.txt, once, and puts it first on the PATH. To be sourced from the
-# repository's root. PYTHON names the interpreter; without it, the first of these that is 3.11 or later.
+# Creates .venv with the versions that constraints.txt pins, unless it is up to date, and puts it
+# first on the PATH. Source it from the repository's root. PYTHON names the interpreter; without
+# it, the first of the names below that is Python 3.11 or later is used.
 # shellcheck shell=sh
 if [ -z "${PYTHON:-}" ]; then
   for PYTHON in python3 python3.13 python3.12 python3.11 ""; do
     if [ -z "$PYTHON" ]; then
-      echo "Python 3.11 or later is needed; set PYTHON to one" >&2
+      echo "Python 3.11 or later is needed; set PYTHON to its path" >&2
       exit 2
     fi
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
@@ -12,7 +13,7 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 wanted=$(cat constraints.txt setup.py | cksum)
 if [ "$(cat .venv/made-from 2>/dev/null)" != "$wanted" ]; then
-  echo "making .venv with $("$PYTHON" --version) and the versions of constraints.txt"
+  echo "creating .venv with $("$PYTHON" --version) and the versions that constraints.txt pins"
   rm -rf .venv
   "$PYTHON" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test${EXTRA:+,$EXTRA}]" &&

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# A run on a GKE cluster that xpk has made; XPK names xpk, which wants an environment of its own (pipx install xpk):
+# Starts a run on a GKE cluster that was created with xpk:
 #   launch/gke.sh [--dry-run] run CLUSTER WORKLOAD ZONE TYPE [--spot, other options of xpk] -- --workdir gs://... --config ...
 #   launch/gke.sh [--dry-run] tail|delete CLUSTER WORKLOAD ZONE
-# `run` hands the code, the working tree less what .dockerignore names, and the command to the cluster, which starts it
-# again where machines were taken away, but not after a mistake of yours (exit code 2).
+# `run` gives the cluster the command and the code, which is the working tree without what
+# .dockerignore names. The cluster starts the command again after a preemption, but not after a
+# user error (exit code 2). XPK is the path of xpk, which needs an environment of its own (pipx
+# install xpk).
 set -eo pipefail
 . "$(dirname "$0")/common.sh"
 [ ${#arguments[@]} -ge 4 ] || usage

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The main job on one machine: makes the environment, then pretraining, SFT, PMP, RM and PPO, into runs/, the report
-# runs/ppo/report.html, and the table of what the policy can do before PPO and after. With arguments, which are train's, it
-# runs what they ask for, and no more: ./launch/local.sh --config rm.py; EXTRA=cuda ./launch/local.sh installs for a GPU.
+# Runs the main job on one machine: creates the environment; trains pretraining, SFT, PMP, RM and
+# PPO into runs/; writes the report runs/ppo/report.html; and prints a table of the policy's
+# abilities before and after PPO. With arguments, which are those of alignjax.train, it runs only
+# what they name: ./launch/local.sh --config rm.py
+# EXTRA=cuda ./launch/local.sh installs JAX for a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# A run on a SLURM cluster, from a directory that all nodes share: one task for each GPU, or for each node without any.
+# Starts a run on a SLURM cluster. Use it in a directory that all nodes share, with one task for
+# each GPU, or for each node if there are no GPUs:
 #   launch/slurm.sh [--dry-run] [--nodes 2 --ntasks-per-node 8 --gpus-per-node 8, other options of sbatch] -- --workdir DIR --config ...
-# The job saves five minutes before its time is up and queues itself again, until the run is complete or fails.
+# Five minutes before its time limit the job saves and returns to the queue, until the run is
+# complete or fails.
 set -eo pipefail
 . "$(dirname "$0")/common.sh"
 [ -n "$workdir" ] || usage

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU VMs, from a machine that has gcloud:
+# Starts a run on Cloud TPU VMs, from a machine that has gcloud:
 #   launch/tpu_vm.sh [--dry-run] run NAME ZONE TYPE RUNTIME [--spot, other options of gcloud] -- --workdir gs://... --config ...
 #   launch/tpu_vm.sh [--dry-run] tail|delete NAME ZONE
-# `run` queues for the machines, copies the code and runs the command on all of them, on new ones where they were taken
-# away, until the run is complete; then it deletes them. If the run fails, they stay. Stopped at any time and started again, it
-# goes on from where things are.
+# `run` requests the machines, waits for them, copies the code to all of them and runs the command
+# there. After a preemption it requests new machines and runs the command again. When the run is
+# complete it deletes the machines; if the run fails, they stay. You can stop the launcher at any
+# time and start it again: it continues from the current state.
 set -eo pipefail
 . "$(dirname "$0")/common.sh"
 [ ${#arguments[@]} -ge 3 ] || usage
@@ -18,7 +19,9 @@ create() {
   queue create --node-id "$name" --accelerator-type "${arguments[3]}" --runtime-version "${arguments[4]}" "${arguments[@]:5}"
 }
 remove() { queue delete --force --quiet; }
-attempt() { # the lock: whoever comes back waits for the run that goes on, instead of starting a second one
+# Copies the code to the machines and runs the command. The lock makes a launcher that was started
+# again wait for the run that is still going, instead of starting a second one.
+attempt() {
   run tar -czf "/tmp/$name.tgz" --exclude ./.git --exclude ./.venv --exclude ./runs . || return
   run gcloud compute tpus tpu-vm scp "/tmp/$name.tgz" "$name:" --zone "$zone" --worker all || return
   remote all "mkdir -p alignjax && tar -xzf $name.tgz -C alignjax && curl -LsSf https://astral.sh/uv/install.sh | sh" || return

@@ -1,45 +1,55 @@
-"""Preference model pretraining before the reward model, as the number of clean comparisons varies."""
+"""Preference model pretraining before the reward model, with more and fewer clean comparisons."""
 
 from alignjax.claims import Study
 
-INSIDE, OUTSIDE = (
-    "toy/comparisons-clean:tasks=copy+find+last",
-    "toy/comparisons-clean:tasks=join+count",
-)
-ALL = {"config": "rm.py", "data.heldout": f"{INSIDE},{OUTSIDE},toy/comparisons-noisy"}
+INSIDE = "toy/comparisons-clean:tasks=copy+find+last"
+OUTSIDE = "toy/comparisons-clean:tasks=join+count"
+NOISY = "toy/comparisons-noisy"
 
 
 def arm(pairs: int, **fields) -> dict:
-    return ALL | {"data.train": f"{INSIDE},examples={pairs}"} | fields
+    """Return the fields of a reward model that learns from so many clean comparisons."""
+    return {
+        "config": "rm.py",
+        "data.heldout": f"{INSIDE},{OUTSIDE},{NOISY}",
+        "data.train": f"{INSIDE},examples={pairs}",
+        **fields,
+    }
 
+
+FROM_LM = {"parents.model": "lm.py"}
+LONG = {"steps": 1000, "optimiser.learning_rate": 1e-3}
+UNTRAINED = {"optimiser.learning_rate": 0.0, "steps": 1}
 
 study = Study(
     title="PMP before RM",
-    claim="""The report trains the reward model on a small set of clean comparisons after PMP on a large and noisy one; its
-Table 4 has PMP ahead where the RM has seen nothing, and RM far ahead where it has. Here the RM learns from clean comparisons of
-three tasks (inside); the two others are outside. PMP has seen 24,000 noisy comparisons of all five. "Alone" begins with the
-language model; "long" has as many updates, at the learning rate of PMP, as PMP and RM have together.""",
+    claim="""The report trains the reward model on a small set of clean comparisons, after PMP on
+a large and noisy one. In its Table 4, PMP leads on data that the RM has not seen, and the RM
+leads by far on data that it has seen. Here the RM learns from clean comparisons of three tasks
+("inside"); the two other tasks are "outside". PMP has seen 24,000 noisy comparisons of all five.
+"Alone" starts from the language model. "Long" has as many updates as PMP and RM together, at the
+learning rate of PMP.""",
     arms={
         "PMP, then RM on 1000": arm(1000),
         "PMP, then RM on 300": arm(300),
         "PMP, then RM on 100": arm(100),
-        "PMP alone": arm(1000, **{"optimiser.learning_rate": 0.0, "steps": 1}),
-        "RM alone on 1000": arm(1000, **{"parents.model": "lm.py"}),
-        "RM alone on 1000, long": arm(
-            1000, **{"parents.model": "lm.py", "steps": 1000, "optimiser.learning_rate": 1e-3}
-        ),
-        "RM alone on 300": arm(300, **{"parents.model": "lm.py"}),
-        "RM alone on 100": arm(100, **{"parents.model": "lm.py"}),
+        "PMP alone": arm(1000, **UNTRAINED),
+        "RM alone on 1000": arm(1000, **FROM_LM),
+        "RM alone on 1000, long": arm(1000, **FROM_LM, **LONG),
+        "RM alone on 300": arm(300, **FROM_LM),
+        "RM alone on 100": arm(100, **FROM_LM),
     },
     figures={
         "accuracy inside": f"accuracy/{INSIDE}",
         "accuracy outside": f"accuracy/{OUTSIDE}",
-        "accuracy, noisy": "accuracy/toy/comparisons-noisy",
+        "accuracy, noisy": f"accuracy/{NOISY}",
         "loss inside": f"loss/{INSIDE}",
     },
-    found="""The pattern of Table 4 holds. Outside the RM's tasks PMP alone is ahead of PMP and RM (94.8 against 93.7 %), inside it
-is behind (84.5 against 85.5 %), each by more than the seeds' scatter. Both gaps are but a point: PMP does nearly all
-the work. With fewer clean pairs, in as many updates, the RM falls behind PMP inside too (81.8 % with 300, 76.5 % with
-100), as it learns them by heart. Without PMP it is little better than chance outside (59 %), and ten times the updates
-bring it to 74 % inside and 66 % outside, with a loss of 2: what is lacking is data, not steps.""",
+    outcome="""The pattern of Table 4 holds. Outside the RM's tasks, PMP alone is ahead of PMP and
+RM (94.8 against 93.7 %); inside, it is behind (84.5 against 85.5 %). Both differences exceed the
+scatter between seeds. Both are only about one point: PMP does nearly all the work. With fewer
+clean pairs and the same number of updates, the RM falls behind PMP inside, too (81.8 % with 300,
+76.5 % with 100), because it memorises them. Without PMP, it is little better than chance outside
+(59 %). Ten times the updates bring it to 74 % inside and 66 % outside, with a loss of 2: it lacks
+data, not steps.""",
 )

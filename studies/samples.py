@@ -1,11 +1,11 @@
-"""How many responses to a prompt."""
+"""The number of responses to each prompt."""
 
 from alignjax.claims import Study, mean
 
 study = Study(
     title="Two responses for each prompt",
-    claim="""The report samples two responses for each prompt and finds that this helps. Every arm has 64 responses in a
-rollout, and as many rollouts.""",
+    claim="""The report samples two responses for each prompt and finds that this helps. Every arm
+has 64 responses in a rollout, and the same number of rollouts.""",
     arms={
         "2": {},
         "1": {"data.batch": 64, "ppo.samples_per_prompt": 1},
@@ -18,7 +18,13 @@ rollout, and as many rollouts.""",
         "score after": "score/after",
         "KL after": "kl/after",
     },
-    curves=("objective/true_score", "objective/scores", "objective/kl", "policy/entropy_avg"),
-    found="""Not seen here: with 64 responses in each rollout, one, two, four and eight for a prompt end within 0.01 of each other,
-in true score, score and KL, all of it within the seeds' scatter.""",
+    curves=(
+        "objective/true_score",
+        "objective/scores",
+        "objective/kl",
+        "policy/entropy_avg",
+    ),
+    outcome="""This is not confirmed here: with 64 responses in each rollout, the arms with one,
+two, four and eight responses to a prompt end within 0.01 of each other in true score, score and
+KL, all of it within the scatter between seeds.""",
 )

@@ -1,7 +1,8 @@
-"""What README and docs say holds: commands, links, names, and the recipe's numbers.
+"""What the README and docs say is true: commands, links, names, and the recipe's numbers.
 
-Every command in them, and in the docstrings of configs, modules and benchmarks, is put to its own parser, and its config is
-loaded and checked; RUN_BY names the test that runs its like, with small sizes. The examples of docs/data.md are run here.
+Every command in them, and in the docstrings of configs, modules and benchmarks, goes through its
+own parser, and its config is loaded and checked. RUN_BY names the test that runs a command of the
+same shape at a small size. The examples of docs/data.md run here.
 """
 
 import argparse
@@ -16,390 +17,449 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
-from runs import ROOT, rows
+from pages import (
+    PAGES,
+    ROOT,
+    commands,
+    fences,
+    shown_files,
+    tables,
+    without_fences,
+)
+from runs import rows
 
 from alignjax import config as configs
 from alignjax import train
 from alignjax.data import chat, encoding, mixture
 from alignjax.models import families
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODE = [
+SOURCES = [
     path
     for folder in ("configs", "alignjax", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-OURS = r"(?:[A-Z_]+=\S+ )*(?:python -m alignjax|python benchmarks/|\./launch/|\./tests/|launch/\w|pip install )"
-# Tools of others, which a command may call: nothing of theirs is checked.
-OUTSIDE = {"tensorboard", "gcloud", "tail", "scancel"}
-# What a command begins with or has in it -> the test that runs its like. The first that is found counts.
-RUN_BY = {
-    "alignjax.train .*my_ppo.py": "test_docs.py::test_the_examples_of_your_own_data_and_reward_run",
-    "alignjax.train .*reward_fn=": "test_docs.py::test_the_examples_of_your_own_data_and_reward_run",
-    "alignjax.train .*arithmetic.py": "test_train.py::test_ppo_of_a_function_and_of_a_reward_model_with_its_own_tokenizer",
-    "alignjax.train .*=hf://": "test_train.py::test_a_run_starts_from_a_hugging_face_checkpoint",
-    "alignjax.train .*mesh": "test_sharding.py::test_a_mesh_gives_the_single_devices_result",
-    "alignjax.train .*slots": "test_ppo.py::test_slots_give_the_same_experience",
-    "alignjax.train --distributed": "test_hosts.py::test_two_processes_give_the_result_of_one",
-    "alignjax.train .*--wandb": "test_tracker.py::test_runs_are_told_by_their_steps_and_go_on_as_the_same_ones",
-    r"alignjax.train .*--config\.": "test_train.py::test_no_steps_are_one_pass",
-    "alignjax.train": "test_train.py::test_one_command_runs_the_chain_in_order",
-    "alignjax.evaluate .*--sets": "test_evaluate.py::test_the_command_prints_and_writes_pmp_and_rm",
-    "alignjax.evaluate .*--tasks world": "test_table5.py::test_the_world_before_and_after_ppo",
-    "alignjax.evaluate .*--run hf://": "test_adapter.py::test_hugging_face_checkpoint_and_run_answer_alike",
-    "alignjax.evaluate .*--tasks": "test_table5.py::test_benchmarks_on_local_files_with_the_reports_figures_beneath",
-    "alignjax.evals.adapter": "test_adapter.py::test_the_harness_own_command_line",
-    "alignjax.data.prepare": "test_preferences.py::test_the_command_reports_and_says_the_same_again_without_work",
-    "alignjax.convert": "test_export.py::test_each_role_of_ppo_goes_out",
-    "alignjax.chat": "test_chat.py::test_before_and_after_ppo_with_scores",
-    "alignjax.report": "test_report.py::test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left",
-    "alignjax.study": "test_study.py::test_a_study_runs_what_is_not_there_and_writes_what_came_of_it",
-    "alignjax.plan .*--topology": "test_plan.py::test_a_variant_of_each_stage_compiles_for_a_tpu_that_is_not_here",
-    "alignjax.plan": "test_plan.py::test_a_plan_has_every_program_of_ppo_and_its_verdict",
+COMMANDS = sorted(
+    {(line, str(path.relative_to(ROOT))) for path in [*PAGES, *SOURCES] for line in commands(path)}
+)
+# Tools of others, which a command may call; we do not check their arguments.
+OTHER_TOOLS = {"tensorboard", "gcloud", "tail", "scancel"}
+# (pattern of a command, file and name of the test that runs such a command): first match counts.
+RUN_BY = [
+    (
+        "alignjax.train .*my_ppo.py",
+        "test_docs.py",
+        "test_the_examples_of_your_own_data_and_reward_run",
+    ),
+    (
+        "alignjax.train .*reward_fn=",
+        "test_docs.py",
+        "test_the_examples_of_your_own_data_and_reward_run",
+    ),
+    (
+        "alignjax.train .*arithmetic.py",
+        "test_train.py",
+        "test_ppo_of_a_function_and_of_a_reward_model_with_its_own_tokenizer",
+    ),
+    (
+        "alignjax.train .*=hf://",
+        "test_train.py",
+        "test_a_run_starts_from_a_hugging_face_checkpoint",
+    ),
+    ("alignjax.train .*mesh", "test_sharding.py", "test_a_mesh_gives_the_single_devices_result"),
+    ("alignjax.train .*slots", "test_ppo.py", "test_slots_give_the_same_experience"),
+    ("alignjax.train --distributed", "test_hosts.py", "test_two_processes_give_the_result_of_one"),
+    (
+        "alignjax.train .*--wandb",
+        "test_tracker.py",
+        "test_runs_are_told_by_their_steps_and_go_on_as_the_same_ones",
+    ),
+    (r"alignjax.train .*--config\.", "test_train.py", "test_no_steps_are_one_pass"),
+    ("alignjax.train", "test_train.py", "test_one_command_runs_the_chain_in_order"),
+    (
+        "alignjax.evaluate .*--sets",
+        "test_evaluate.py",
+        "test_the_command_prints_and_writes_pmp_and_rm",
+    ),
+    ("alignjax.evaluate .*--tasks world", "test_table5.py", "test_the_world_before_and_after_ppo"),
+    (
+        "alignjax.evaluate .*--run hf://",
+        "test_adapter.py",
+        "test_hugging_face_checkpoint_and_run_answer_alike",
+    ),
+    (
+        "alignjax.evaluate .*--tasks",
+        "test_table5.py",
+        "test_benchmarks_on_local_files_with_the_reports_figures_beneath",
+    ),
+    ("alignjax.evals.adapter", "test_adapter.py", "test_the_harness_own_command_line"),
+    (
+        "alignjax.data.prepare",
+        "test_preferences.py",
+        "test_the_command_reports_and_says_the_same_again_without_work",
+    ),
+    ("alignjax.convert", "test_export.py", "test_each_role_of_ppo_goes_out"),
+    ("alignjax.chat", "test_chat.py", "test_before_and_after_ppo_with_scores"),
+    (
+        "alignjax.report",
+        "test_report.py",
+        "test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left",
+    ),
+    (
+        "alignjax.study",
+        "test_study.py",
+        "test_a_study_runs_what_is_not_there_and_writes_what_came_of_it",
+    ),
+    (
+        "alignjax.plan .*--topology",
+        "test_plan.py",
+        "test_a_variant_of_each_stage_compiles_for_a_tpu_that_is_not_here",
+    ),
+    ("alignjax.plan", "test_plan.py", "test_a_plan_has_every_program_of_ppo_and_its_verdict"),
+]
+KINDS = {
+    "text": "text",
+    "sft": "conversations",
+    "pairs": "comparisons",
+    "prompts": "prompts",
 }
 
 
-def fences(path, *kinds) -> list[str]:
-    """The texts of a page's code fences of these kinds; "" are commands."""
-    return [
-        body
-        for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.M | re.S)
-        if kind in kinds
-    ]
-
-
-def commands(path) -> list[str]:
-    """The commands of a page, in fences and within lines, or of a file's docstring, each on one line."""
-    if path.suffix == ".py":
-        found = re.findall(
-            rf"(?:^|(?<=: )) *((?:for .* do )?{OURS}.*)",
-            ast.get_docstring(ast.parse(path.read_text())) or "",
-            re.M,
-        )
-        # Behind three spaces stands what it does; what is in brackets may be left out.
-        lines = [
-            re.sub(r" *\[[^]]*\]", "", re.split(" {3,}", line)[0]).rstrip(".") for line in found
-        ]
-    else:
-        whole = "\n".join(fences(path, "", "sh")).replace("\\\n", " ")
-        prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
-        lines = [*filter(None, whole.splitlines()), *re.findall(rf"`({OURS}[^`]*)`", prose)]
-    out = []
-    for line in lines:
-        loop = re.fullmatch(r"for (\w+) in (.*); do (.*); done", line.strip())
-        out += (
-            [loop[3].replace(f"${loop[1]}", each) for each in loop[2].split()]
-            if loop
-            else [line.strip()]
-        )
-    return out
-
-
-COMMANDS = sorted(
-    {(line, str(path.relative_to(ROOT))) for path in [*PAGES, *CODE] for line in commands(path)}
-)
-
-
 class Parsed(Exception):
-    """(arguments, what is left): a command's own parser has taken its words."""
+    """Stop a command once its own parser has accepted its arguments."""
 
-
-@cache
-def extras() -> set[str]:
-    found = re.search(r"extras_require=(\{.*?\n    \})", (ROOT / "setup.py").read_text(), re.S)[1]
-    return set(ast.literal_eval(found))
+    def __init__(self, arguments: argparse.Namespace, rest: list[str]):
+        super().__init__()
+        self.arguments = arguments
+        self.rest = rest
 
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     """A directory with the files that docs/data.md shows."""
-    directory, text = tmp_path_factory.mktemp("examples"), (ROOT / "docs" / "data.md").read_text()
-    for name, body in re.findall(
-        r"`(\w+\.(?:py|jsonl))`[^`]*:\n\n```(?:python|jsonl)\n(.*?)^```$", text, re.M | re.S
-    ):
-        (directory / name).write_text(body)
+    directory = tmp_path_factory.mktemp("examples")
+    for name, text in shown_files(ROOT / "docs" / "data.md").items():
+        (directory / name).write_text(text)
     return directory
 
 
-def takes(main, words, monkeypatch) -> None:
-    """A module's main takes these words; a config that they name is loaded, with its overrides, and checked."""
-    known = argparse.ArgumentParser.parse_known_args
+def parse_with(main, words: list[str], monkeypatch) -> None:
+    """Check that a command's `main` accepts these words, and the config that they name."""
+    parse_known_args = argparse.ArgumentParser.parse_known_args
 
-    def parse(self, args=None, namespace=None):
-        raise Parsed(*known(self, args, namespace))
+    def parse_and_stop(self, args=None, namespace=None):
+        raise Parsed(*parse_known_args(self, args, namespace))
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", ["the command", *words])
-    with pytest.raises(Parsed) as found:
+    with pytest.raises(Parsed) as stop:
         main()
-    arguments, rest = found.value.args
     if main.__module__ in ("alignjax.train", "alignjax.plan"):
-        configs.load(arguments.config, configs.parse_overrides(rest))
+        overrides = configs.parse_overrides(stop.value.rest)
+        configs.load(stop.value.arguments.config, overrides)
     else:
-        assert rest == []
+        assert stop.value.rest == []
+
+
+@cache
+def extras() -> set[str]:
+    """Return the names of setup.py's optional dependencies."""
+    setup = (ROOT / "setup.py").read_text()
+    table = re.search(r"extras_require=(\{.*?\n    \})", setup, re.S)
+    return set(ast.literal_eval(table[1]))
+
+
+def without_variables(words: list[str]) -> list[str]:
+    """Return the words after the environment variables, and check the extras that these name."""
+    first = 0
+    while first < len(words) and re.fullmatch(r"[A-Z_]+=.*", words[first]):
+        name, _, value = words[first].partition("=")
+        assert name != "EXTRA" or set(value.split(",")) <= extras()
+        first += 1
+    return words[first:]
+
+
+def check_benchmark(words: list[str], monkeypatch) -> None:
+    script = ROOT / words[1]
+    assert words[1].startswith("benchmarks/") and script.is_file()
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = words[1].removeprefix("benchmarks/").removesuffix(".py")
+    parse_with(importlib.import_module(module).main, words[2:], monkeypatch)
+
+
+def check_script(words: list[str], monkeypatch) -> None:
+    """Check a launcher's syntax and the training command; test_launch.py covers its own options."""
+    script = ROOT / words[0]
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    training = []
+    if script.name == "local.sh":
+        training = words[1:]
+    elif "--" in words:
+        training = words[words.index("--") + 1 :]
+    if training:
+        parse_with(train.main, training, monkeypatch)
+
+
+def check_installation(words: list[str]) -> None:
+    named = [part for word in words for part in re.findall(r"^\.\[(.*)\]$", word)]
+    assert set(",".join(named).split(",")) - {""} <= extras()
+    assert named or "." in words or words[2:] == ["tensorboard"]
 
 
 @pytest.mark.parametrize(
     "line, page", COMMANDS, ids=[f"{page}: {line[:60]}" for line, page in COMMANDS]
 )
-def test_a_command_is_taken_by_its_own_parser(line, page, examples, monkeypatch):
-    words = shlex.split(line, comments=True)
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        name, _, value = words.pop(0).partition("=")
-        assert name != "EXTRA" or set(value.split(",")) <= extras()
+def test_a_command_is_accepted_by_its_own_parser(line, page, examples, monkeypatch):
+    words = without_variables(shlex.split(line, comments=True))
     monkeypatch.chdir(examples)
     if words[:2] == ["python", "-m"]:
-        takes(importlib.import_module(words[2]).main, words[3:], monkeypatch)
+        parse_with(importlib.import_module(words[2]).main, words[3:], monkeypatch)
     elif words[0] == "python":
-        assert words[1].startswith("benchmarks/") and (ROOT / words[1]).is_file()
-        monkeypatch.syspath_prepend(ROOT / "benchmarks")
-        takes(
-            importlib.import_module(words[1].removeprefix("benchmarks/").removesuffix(".py")).main,
-            words[2:],
-            monkeypatch,
-        )
+        check_benchmark(words, monkeypatch)
     elif words[0].endswith(".sh"):
-        script = ROOT / words[0]
-        assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script]).returncode == 0
-        asked = (
-            words[1:]
-            if script.name == "local.sh"
-            else words[words.index("--") + 1 :]
-            if "--" in words
-            else []
-        )
-        if asked:  # the launcher's own words are `test_launch`'s
-            takes(train.main, asked, monkeypatch)
+        check_script(words, monkeypatch)
     elif words[:2] == ["pip", "install"]:
-        wanted = [part for word in words for part in re.findall(r"^\.\[(.*)\]$", word)]
-        assert set(",".join(wanted).split(",")) - {""} <= extras()
-        assert wanted or "." in words or words[2:] == ["tensorboard"]
+        check_installation(words)
     elif words[0] == "cp":
         assert (ROOT / words[1]).is_file()
     else:
-        assert words[0] in OUTSIDE or words == [".", ".venv/bin/activate"]
+        assert words[0] in OTHER_TOOLS or words == [".", ".venv/bin/activate"]
 
 
 @cache
-def defined(name: str) -> set[str]:
-    return set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / name).read_text(), re.M))
+def named_tests(file: str) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M))
 
 
-def test_every_shape_of_a_command_has_a_test_that_runs_it():
-    ours = {line for line, _ in COMMANDS if "python -m alignjax" in line}
-    by = {
-        line: next((test for shape, test in RUN_BY.items() if re.search(shape, line)), "")
-        for line in ours
-    }
-    assert len(ours) > 40 and [line for line, test in by.items() if not test] == []
-    for test in RUN_BY.values():
-        file, _, name = test.partition("::")
-        assert name in defined(file), test
-    assert set(RUN_BY.values()) == set(by.values())  # no shape that is no more
+def test_a_test_runs_every_shape_of_a_command():
+    lines = {line for line, _ in COMMANDS if "python -m alignjax" in line}
+    assert len(lines) > 40
+    used = set()
+    for line in lines:
+        matches = [pattern for pattern, _, _ in RUN_BY if re.search(pattern, line)]
+        assert matches, line
+        used.add(matches[0])
+    for pattern, file, test in RUN_BY:
+        assert test in named_tests(file), test
+        assert pattern in used, f"no command has the shape {pattern!r} any more"
 
 
-def test_no_command_hides_in_a_fence_of_another_kind():
+def test_no_command_hides_in_a_fence_of_another_language():
     for path in PAGES:
-        kinds = set(re.findall(r"^```(\w*)\n(?=.)", path.read_text(), re.M))
-        assert kinds <= {"", "sh", "text", "conf", "json", "jsonl", "python"}, path
-        assert not any("python -m" in body for body in fences(path, *kinds - {"", "sh"}))
+        languages = set(re.findall(r"^```(\w*)\n(?=.)", path.read_text(), re.M))
+        assert languages <= {"", "sh", "text", "conf", "json", "jsonl", "python"}, path
+        others = fences(path, *languages - {"", "sh"})
+        assert not any("python -m" in text for text in others), path
 
 
-def slugs(path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
-    heads = re.findall(
-        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), re.M
-    )
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", without_fences(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_links_pictures_and_paths_lead_somewhere(path):
-    text = path.read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http://", "https://")):
-            file, _, anchor = target.partition("#")
-            there = path.parent / file if file else path
-            assert there.exists(), target
-            assert not anchor or anchor in slugs(there), target
-    named = re.findall(
-        r"`((?:\./)?(?:alignjax|configs|launch|benchmarks|tests|docs|notebooks)/[\w./-]*)[^`]*`",
-        text,
-    )
+def test_links_and_pictures_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_paths_exist_and_the_readme_leads_to_the_page(path):
+    folders = "alignjax|configs|launch|benchmarks|tests|docs|notebooks"
+    named = re.findall(rf"`((?:\./)?(?:{folders})/[\w./-]*)[^`]*`", path.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert path.name == "README.md" or f"docs/{path.name}" in (ROOT / "README.md").read_text()
 
 
+def names_bound_by(node: ast.stmt) -> set[str]:
+    """Return the names that a statement at the top of a module or a class defines."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    bound = {getattr(target, "name", getattr(target, "id", "")) for target in targets}
+    return bound - {""}
+
+
 @cache
 def names() -> set[str]:
-    """module.NAME of everything at the top of our modules, methods as CLASS.NAME."""
-    out = set()
+    """Return module.NAME, CLASS.NAME and module.CLASS.NAME of all that our modules define."""
+    collected = set()
     for path in (ROOT / "alignjax").rglob("*.py"):
+        module = path.parent.name if path.stem == "__init__" else path.stem
         for node in ast.parse(path.read_text()).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [node]
-            found = {getattr(target, "name", getattr(target, "id", "")) for target in targets}
-            out |= {
-                f"{path.stem if path.stem != '__init__' else path.parent.name}.{name}"
-                for name in found
-            }
-    return out
+            collected |= {f"{module}.{name}" for name in names_bound_by(node)}
+            if isinstance(node, ast.ClassDef):
+                members = {name for item in node.body for name in names_bound_by(item)}
+                collected |= {f"{node.name}.{member}" for member in members}
+                collected |= {f"{module}.{node.name}.{member}" for member in members}
+    return collected
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_names_of_functions_fields_and_tests_are_names(path):
-    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
-    ours, fields = names(), {name for name, _ in configs.flatten(configs.Config())}
-    groups = {name.partition(".")[0] for name in (*ours, *fields)}
-    for whole in re.findall(r"`([a-z_\d]+\.[A-Za-z_]+)(?:=[^`]*)?`", text):
-        if whole.partition(".")[0] in groups and not re.search(r"\.(py|jsonl|json)$", whole):
-            parent = whole.startswith("parents.") and whole.partition(".")[2] in set().union(
-                *configs.ROLES.values()
-            )
-            assert whole in ours | fields or parent, whole
+def test_functions_classes_and_fields_that_a_page_names_exist(path):
+    fields = {name for name, _ in configs.flatten(configs.Config())}
+    roles = {f"parents.{role}" for roles in configs.ROLES.values() for role in roles}
+    known = names() | fields | roles
+    groups = {name.partition(".")[0] for name in known}
+    dotted = re.findall(r"`(\w+(?:\.[A-Za-z_]+)+)(?:=[^`]*)?`", without_fences(path))
+    for name in dotted:
+        if name.partition(".")[0] in groups and not name.endswith((".py", ".jsonl", ".json")):
+            assert name in known, name
     for name in re.findall(r"--config\.([\w.]+)=", path.read_text()):
         assert name in fields or name.startswith("parents."), name
-    tests = {path.name: defined(path.name) for path in (ROOT / "tests").glob("test_*.py")}
-    for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", text):
-        assert name in (tests[file] if file else set().union(*tests.values())), name
 
 
-def test_every_module_has_its_line_in_the_house():
-    """Folders within folders have one for all."""
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_tests_that_a_page_names_exist(path):
+    tests = {file.name: named_tests(file.name) for file in (ROOT / "tests").glob("test_*.py")}
+    every_test = set().union(*tests.values())
+    for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", without_fences(path)):
+        assert name in (tests[file] if file else every_test), name
+
+
+def test_the_architecture_page_lists_every_module():
+    """Modules of folders within folders need not be listed one by one."""
     text = (ROOT / "docs" / "architecture.md").read_text()
-    modules = [
-        path
-        for deep in ("*.py", "*/*.py")
-        for path in (ROOT / "alignjax").glob(deep)
-        if path.name != "__init__.py"
-    ]
-    assert len(modules) > 50 and [path.name for path in modules if path.name not in text] == []
+    package = ROOT / "alignjax"
+    modules = {path.name for pattern in ("*.py", "*/*.py") for path in package.glob(pattern)}
+    modules.discard("__init__.py")
+    assert len(modules) > 50
+    assert [name for name in sorted(modules) if name not in text] == []
 
 
-def tables(path) -> list[list[list[str]]]:
-    """The tables of a page: rows of cells, the head first, without their ticks."""
-    blocks = re.findall(r"(?:^\|.*\|\n)+", path.read_text(), re.M)
-    cells = lambda line: [cell.strip() for cell in line.strip().strip("|").split("|")]
-    return [
-        [cells(line) for i, line in enumerate(block.splitlines()) if i != 1] for block in blocks
-    ]
+def configs_of(column: str) -> list[str]:
+    """Return the configs that a column of the recipe describes; * stands for the three sizes."""
+    if "*" not in column:
+        return [column]
+    return [column.replace("*", size) for size in ("1_8b", "7b", "14b")]
+
+
+def recipe_tables() -> list[list[list[str]]]:
+    return tables(ROOT / "docs" / "recipe.md")
+
+
+def test_the_recipes_models_are_the_presets():
+    [table] = [table for table in recipe_tables() if table[0][0] == ""]
+    head, *lines = table
+    fields = [field.strip("`").removeprefix("model.") for field in head[1:-1]]
+    for preset, *cells in lines:
+        for field, cell in zip(fields, cells, strict=False):
+            assert int(cell) == getattr(families.PRESETS[preset.strip("`")], field), field
 
 
 def test_the_recipes_numbers_are_those_of_the_configs():
     compared = 0
-    for head, *lines in tables(ROOT / "docs" / "recipe.md"):
-        if head[0] == "":  # the models: fields are columns
-            for name, *cells in lines:
-                for field, cell in zip(head[1:-1], cells, strict=False):
-                    assert int(cell) == getattr(
-                        families.PRESETS[name.strip("`")], field.strip("`").removeprefix("model.")
-                    )
+    for head, *lines in recipe_tables():
+        if head[0] == "":
             continue
-        for _, field, *cells in lines:
-            for name, cell in zip(head[2:], cells, strict=True):
-                name = name.strip("`")
-                for one in (
-                    [name.replace("*", size) for size in ("1_8b", "7b", "14b")]
-                    if "*" in name
-                    else [name]
-                ):
-                    key = re.match(r"`([\w.]+)`", field)[1]
-                    value = dict(configs.flatten(configs.load(one)))[key]
-                    said = (
-                        cell.strip('"')
-                        if isinstance(value, str)
-                        else configs.parse_value(cell, type(value), key)
-                    )
-                    assert said == value, (one, key)
+        for _, field_cell, *cells in lines:
+            field = re.match(r"`([\w.]+)`", field_cell)[1]
+            for column, cell in zip(head[2:], cells, strict=True):
+                for config in configs_of(column.strip("`")):
+                    value = fields_of(config)[field]
+                    assert parsed_like(value, cell, field) == value, (config, field)
                     compared += 1
     assert compared > 150
 
 
-def test_the_readmes_table_of_speed_is_that_of_its_page():
-    known = {tuple(row) for table in tables(ROOT / "docs" / "speed.md") for row in table}
-    [table] = [table for table in tables(ROOT / "README.md") if table[0][0] == "work"]
-    assert len(table) == 6 and set(map(tuple, table)) <= known
+@cache
+def fields_of(config: str) -> dict:
+    return dict(configs.flatten(configs.load(config)))
 
 
-def test_the_python_of_the_quick_start_is_taken_by_the_surface(monkeypatch, capsys):
-    """By its signatures; `test_inference` runs them."""
-    inference = importlib.import_module("alignjax.inference")
-
-    class Taken:
-        def generate(self, *given, **named):
-            inspect.signature(inference.LoadedModel.generate).bind(self, *given, **named)
-            return [inference.Response("sure", [1], False) for _ in given[0]]
-
-        def score(self, *given, **named):
-            inspect.signature(inference.LoadedModel.score).bind(self, *given, **named)
-            return [0.5 for _ in given[0]]
-
-    def load(*given, **named):
-        inspect.signature(real).bind(*given, **named)
-        return Taken()
-
-    real = inference.load
-    monkeypatch.setattr(inference, "load", load)
-    [code] = fences(ROOT / "docs" / "quickstart.md", "python")
-    exec(compile(code, "quickstart.md", "exec"), {})
-    assert (
-        capsys.readouterr().out == "copy : cat box -> sure 0.5\ncount : owl pig rug -> sure 0.5\n"
+def parsed_like(value, cell: str, field: str):
+    """Return the text of a cell as a value of the same type as `value`."""
+    return (
+        cell.strip('"') if isinstance(value, str) else configs.parse_value(cell, type(value), field)
     )
 
 
-KINDS = {"text": "text", "sft": "conversations", "pairs": "comparisons", "prompts": "prompts"}
+def test_the_readmes_table_of_speed_is_that_of_its_page():
+    rows_of_the_page = [row for table in tables(ROOT / "docs" / "speed.md") for row in table]
+    [table] = [table for table in tables(ROOT / "README.md") if table[0][0] == "work"]
+    assert len(table) == 6
+    assert all(row in rows_of_the_page for row in table)
 
 
-def test_the_examples_of_data_are_read_by_the_loader_and_fit_their_stages(examples, chain):
-    tokenizer = chat.load_tokenizer(chain[0] / "sft-tiny" / "tokenizer")
-    said = []
+def test_the_python_of_the_quick_start_fits_the_signatures(monkeypatch, capsys):
+    """Only the signatures are checked here; `test_inference` runs these functions."""
+    inference = importlib.import_module("alignjax.inference")
+    load = inference.load
+
+    class FakeModel:
+        def generate(self, *args, **kwargs):
+            inspect.signature(inference.LoadedModel.generate).bind(self, *args, **kwargs)
+            return [inference.Response("sure", [1], False) for _ in args[0]]
+
+        def score(self, *args, **kwargs):
+            inspect.signature(inference.LoadedModel.score).bind(self, *args, **kwargs)
+            return [0.5 for _ in args[0]]
+
+    def fake_load(*args, **kwargs):
+        inspect.signature(load).bind(*args, **kwargs)
+        return FakeModel()
+
+    monkeypatch.setattr(inference, "load", fake_load)
+    [code] = fences(ROOT / "docs" / "quickstart.md", "python")
+    exec(compile(code, "quickstart.md", "exec"), {})
+    lines = ["copy : cat box -> sure 0.5", "count : owl pig rug -> sure 0.5"]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_the_loader_reads_the_examples_of_data_and_they_fit_their_stages(examples, chain):
+    tokenizer = chat.load_tokenizer(chain.runs / "sft-tiny" / "tokenizer")
+    printed = []
+    examples_of = {}
     for name, kind in KINDS.items():
-        found = mixture.load(str(examples / f"{name}.jsonl"), kind, "train", 0)
-        arrays = encoding.encode(found, kind, 32 if kind == "text" else 512, tokenizer, said.append)
-        assert len(found) >= 2 and len(next(iter(arrays.values()))) >= 2
-    assert said == [] and found[0]["columns"] == {"answer": "three"}
+        length = 32 if kind == "text" else 512
+        examples_of[name] = mixture.load(str(examples / f"{name}.jsonl"), kind, "train", 0)
+        arrays = encoding.encode(examples_of[name], kind, length, tokenizer, printed.append)
+        assert len(examples_of[name]) >= 2
+        assert len(next(iter(arrays.values()))) >= 2
+    assert printed == []
+    assert examples_of["prompts"][0]["columns"] == {"answer": "three"}
     assert {path.stem for path in examples.glob("*.jsonl")} == set(KINDS)
 
 
+# Small sizes for my_ppo.py. The shapes are those of ppo-tiny, whose compiled programs then serve.
+SMALL = {
+    "steps": 1,
+    "model.dtype": "float32",
+    "model.remat": "nothing",
+    "model.max_length": 64,
+    "data.batch": 8,
+    "data.max_length": 22,
+    "data.heldout_share": 0.4,
+    "microbatch_tokens": 4096,
+    "ppo.response_length": 14,
+    "ppo.minibatches": 2,
+}
+
+
 def test_the_examples_of_your_own_data_and_reward_run(examples, chain, tmp_path, monkeypatch):
-    """my_ppo.py on prompts.jsonl, small, scored by rm-tiny and by my_reward.py; the rest is as the page has it."""
+    """Run my_ppo.py at a small size on prompts.jsonl, with rm-tiny and my_reward.py as reward."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for path in examples.iterdir():
         shutil.copy(path, tmp_path)
-    for mine, made in (("my-sft", "sft-tiny"), ("my-rm", "rm-tiny")):
-        shutil.copytree(chain[0] / made, tmp_path / "runs" / mine)
-    # The shapes are those of ppo-tiny, so that its programs serve.
-    small = {
-        "steps": 1,
-        "model.dtype": "float32",
-        "model.remat": "nothing",
-        "model.max_length": 64,
-        "data.batch": 8,
-        "data.max_length": 22,
-        "data.heldout_share": 0.4,
-        "microbatch_tokens": 4096,
-        "ppo.response_length": 14,
-        "ppo.minibatches": 2,
-    }
-    assert (
-        train.main(
-            [
-                "--config",
-                "my_ppo.py",
-                *(f"--config.{name}={value}" for name, value in small.items()),
-            ]
-        )
-        == 0
-    )
-    [entry] = rows(tmp_path / "runs" / "my-ppo" / "samples.jsonl")[:1]
-    assert (
-        len(entry["score"]) == 2
-        and json.loads((tmp_path / "runs/my-ppo/summary.json").read_text())["steps"] == 1
-    )
+    for parent, run in (("my-sft", "sft-tiny"), ("my-rm", "rm-tiny")):
+        shutil.copytree(chain.runs / run, tmp_path / "runs" / parent)
+    overrides = [f"--config.{field}={value}" for field, value in SMALL.items()]
+    assert train.main(["--config", "my_ppo.py", *overrides]) == 0
+    run = tmp_path / "runs" / "my-ppo"
+    assert len(rows(run / "samples.jsonl")[0]["score"]) == 2
+    assert json.loads((run / "summary.json").read_text())["steps"] == 1
     polite = importlib.import_module("polite").reward([], ["sure , four .", "four"])
+    assert polite == [1.0, 0.0]
+    answers = ["three", "three"]
     mine = importlib.import_module("my_reward").reward(
-        [], ["It is three .", "four"], answer=["three", "three"]
+        [], ["It is three .", "four"], answer=answers
     )
-    assert polite == [1.0, 0.0] and mine == pytest.approx([0.96, -0.01])
+    assert mine == pytest.approx([0.96, -0.01])

@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_between_saves_is_one_line_too(
 
         patch.setattr(TrainingLog, "write", write_to_full_disk)
         line = fails(capfd, *command("lm-tiny", tmp_path))
-    reason = "No space left on device; the same command goes on once that is put right"
+    reason = "No space left on device; fix that, and the same command resumes the run"
     assert line == f"alignjax: {run}: {reason}"
     assert train.main(command("lm-tiny", tmp_path)) == 0
     assert files_of(run) == files_of(chain.runs / "lm-tiny")
@@ -194,7 +194,8 @@ def test_a_second_process_on_a_work_directory_is_refused_at_once(chain, tmp_path
     with act_in_step(2, start_second):
         assert train.main(command("lm-tiny", tmp_path)) == 0
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    assert outcomes == [(2, "", f"alignjax: {run}: in use by {holder}; wait for it, or stop it\n")]
+    line = f"alignjax: {run}: in use by {holder}; wait for it to finish, or stop it\n"
+    assert outcomes == [(2, "", line)]
     assert files_of(run) == files_of(chain.runs / "lm-tiny") and not (run / "lock").exists()
 
 

@@ -243,7 +243,7 @@ def test_a_process_that_is_gone_or_fails_ends_all_and_both_go_on_exactly(shared,
         -signal.SIGABRT,
     )  # the latter where jax's heartbeats end it
     assert (
-        name in told(err)[0] and "the same command goes on from the last checkpoint" in told(err)[0]
+        name in told(err)[0] and "the same command resumes from the last checkpoint" in told(err)[0]
     ), err
     assert not (tmp_path / "sft-tiny" / "summary.json").exists()
     (code, out, err), (other, _, traceback) = pair(AGAIN, tmp_path)
@@ -278,7 +278,7 @@ def test_a_notice_of_the_machines_end_counts_as_a_sigterm(monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        machine_signals.watch(f"127.0.0.1:{server.server_port}", told.set, every=0.01)
+        machine_signals.poll_metadata(f"127.0.0.1:{server.server_port}", told.set, every=0.01)
         assert told.is_set() and asked == ["preempted", "maintenance-event"] * 2
         monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
         signals = machine_signals.Signals()

@@ -43,7 +43,7 @@ def strict(path) -> list[dict]:
 def saved(run, step) -> dict:
     """Item -> arrays of a checkpoint, all of which are finite."""
     kept = (run / "checkpoints" / str(step)).iterdir()
-    items = [p.name for p in kept if p.is_dir() and p.name not in ("metrics", checkpoint.SUMS)]
+    items = [p.name for p in kept if p.is_dir() and p.name not in ("metrics", checkpoint.CHECKSUMS)]
     with checkpoint.ocp.PyTreeCheckpointer() as reader:
         found = {item: reader.restore(run / "checkpoints" / str(step) / item) for item in items}
     assert items and all(np.isfinite(x).all() for x in jax.tree.leaves(found))

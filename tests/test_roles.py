@@ -1,4 +1,4 @@
-"""Parents: a checkpoint's arrays on any mesh, each device's part read alone, and models named by their hub id."""
+"""Parents: a checkpoint's arrays on any mesh, read in parts, and models named on the hub."""
 
 import json
 import shutil
@@ -20,9 +20,9 @@ KEY = jax.random.key(3)
 MESHES = [Mesh(data=1, fsdp=4, tensor=2), Mesh(data=4, fsdp=1, tensor=2), Mesh(data=8)]
 
 
-def equal(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        jax.tree.leaves(jax.tree.map(np.array_equal, a, b))
+def equal(tree, other):
+    return jax.tree.structure(tree) == jax.tree.structure(other) and all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, tree, other))
     )
 
 
@@ -43,29 +43,57 @@ def test_a_scalar_role_takes_the_head_that_is_there_or_a_fresh_one():
     for name in ("qwen2", "qwen2_tied"):
         model, params = hf.load_hf(GOLDEN / name, "lm")
         params["head"] = roles.init_params(model, "scalar", mesh, KEY, "head")["head"]
-        assert (
-            params["head"]["kernel"].shape == (32, 1)
-            and np.asarray(params["head"]["kernel"]).std() > 0.02
-        )
+        kernel = params["head"]["kernel"]
+        assert kernel.shape == (32, 1) and np.asarray(kernel).std() > 0.02
         assert equal(roles.load(model, "scalar", mesh, KEY, GOLDEN / name), params)
         assert "head" not in hf.load_hf(GOLDEN / name, "scalar")[1]
 
 
-class Counted(np.ndarray):
+class CountedArray(np.ndarray):
     """An array that counts the elements that are taken from it."""
 
-    taken = 0
+    taken = 0  # of all arrays
 
     def __getitem__(self, index):
-        found = np.asarray(self)[index]
-        Counted.taken += found.size
-        return found
+        part = np.asarray(self)[index]
+        CountedArray.taken += part.size
+        return part
+
+
+def count_reads(view):
+    """Make a view of checkpoint files, or a list of views, count what is read."""
+    if isinstance(view, list):
+        return [part.view(CountedArray) for part in view]
+    return view.view(CountedArray)
+
+
+@pytest.fixture
+def parts_read(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the parts that `hf.cut` reads; each read takes only its own elements."""
+    shapes = []
+    open_hf = hf.open_hf
+    cut = hf.cut
+
+    def open_counted(directory, head):
+        model, views = open_hf(directory, head)
+        return model, {path: count_reads(view) for path, view in views.items()}
+
+    def cut_counted(view, index):
+        before = CountedArray.taken
+        part = cut(view, index)
+        assert CountedArray.taken - before == part.size
+        shapes.append(part.shape)
+        return part
+
+    monkeypatch.setattr(hf, "open_hf", open_counted)
+    monkeypatch.setattr(hf, "cut", cut_counted)
+    return shapes
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("family", families.NAMES)
-def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path, monkeypatch):
-    """Each cut makes one shard out of as many elements of the file; equal shards are read once for all devices."""
+def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path, parts_read):
+    """Each shard is cut out of as many elements of the file; equal shards are read once."""
     bias, norm = families.SHAPES[family]
     model, params = tiny(
         family=family,
@@ -75,47 +103,25 @@ def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path
         vocab_size=96,
     )
     hf.save_hf(model, params, tmp_path)
-    opened, cuts = hf.open_hf, []
-
-    def open_counted(directory, head):
-        model, views = opened(directory, head)
-        counted = lambda x: [y.view(Counted) for y in x] if isinstance(x, list) else x.view(Counted)
-        return model, {path: counted(x) for path, x in views.items()}
-
-    def cut(view, index):
-        before = Counted.taken
-        part = whole(view, index)
-        assert Counted.taken - before == part.size
-        cuts.append(part.shape)
-        return part
-
-    whole = hf.cut
-    monkeypatch.setattr(hf, "open_hf", open_counted)
-    monkeypatch.setattr(hf, "cut", cut)
     placed = roles.load(model, "lm", sharding.make_mesh(mesh), KEY, tmp_path)
     assert equal(placed, params)
-    shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(placed)]
-    sizes = [
-        x.size // np.prod(shape) for x, shape in zip(jax.tree.leaves(placed), shards, strict=True)
-    ]
-    assert sorted(cuts) == sorted(
-        shape for shape, n in zip(shards, sizes, strict=True) for _ in range(n)
-    )
+    expected = []
+    for x in jax.tree.leaves(placed):
+        shard_shape = x.sharding.shard_shape(x.shape)
+        distinct_shards = x.size // np.prod(shard_shape)
+        expected += [shard_shape] * distinct_shards
+    assert sorted(parts_read) == sorted(expected)
     gate = placed["layers"]["mlp"]["gate"]["kernel"]
-    assert (
-        gate.addressable_shards[0].data.size
-        * (mesh.fsdp if mesh.fsdp > 0 else 1)
-        * max(mesh.tensor, 1)
-        == gate.size
-    )
+    split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
+    assert gate.addressable_shards[0].data.size * split == gate.size
 
 
 def test_the_hub_is_asked_once_and_for_no_pickles(tmp_path, monkeypatch):
-    asked = []
+    downloads = []
 
     def download(name, revision=None, allow_patterns=None):
-        asked.append((name, revision))
-        there = [
+        downloads.append((name, revision))
+        on_the_hub = [
             "config.json",
             "model.safetensors",
             "tokenizer.json",
@@ -128,8 +134,10 @@ def test_the_hub_is_asked_once_and_for_no_pickles(tmp_path, monkeypatch):
             "training_args.bin",
             "chat_template.jinja",
         ]
-        kept = list(huggingface_hub.utils.filter_repo_objects(there, allow_patterns=allow_patterns))
-        assert kept == [
+        allowed = huggingface_hub.utils.filter_repo_objects(
+            on_the_hub, allow_patterns=allow_patterns
+        )
+        assert list(allowed) == [
             "config.json",
             "model.safetensors",
             "tokenizer.json",
@@ -141,30 +149,23 @@ def test_the_hub_is_asked_once_and_for_no_pickles(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     locations.local_directory.cache_clear()
-    assert (
-        locations.local_directory("hf://Org/A-model_1.5")
-        == locations.local_directory("hf://Org/A-model_1.5")
-        == tmp_path / "snapshot"
-    )
+    directory = locations.local_directory("hf://Org/A-model_1.5")
+    assert directory == locations.local_directory("hf://Org/A-model_1.5") == tmp_path / "snapshot"
     locations.local_directory("hf://Org/A-model_1.5@refs/pr/1")
-    assert asked == [("Org/A-model_1.5", None), ("Org/A-model_1.5", "refs/pr/1")]
-    assert (
-        locations.architecture(locations.local_directory("hf://Org/A-model_1.5"))
-        == hf.load_hf(GOLDEN / "qwen2", "lm")[0]
-    )
-    assert locations.local_directory("runs/sft") == Path("runs/sft") and len(asked) == 2
+    assert downloads == [("Org/A-model_1.5", None), ("Org/A-model_1.5", "refs/pr/1")]
+    assert locations.architecture(directory) == hf.load_hf(GOLDEN / "qwen2", "lm")[0]
+    assert locations.local_directory("runs/sft") == Path("runs/sft") and len(downloads) == 2
 
 
 def test_a_hub_id_that_leads_nowhere_is_named(monkeypatch):
-    def download(*arguments, **more):
+    def download(*arguments, **options):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nfor\nyou")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(
-        UserError, match="hf://org/name@v1: .*LocalEntryNotFoundError: no network for you"
-    ) as told:
+    message = "hf://org/name@v1: .*LocalEntryNotFoundError: no network for you"
+    with pytest.raises(UserError, match=message) as raised:
         locations.local_directory("hf://org/name@v1")
-    assert "\n" not in str(told.value) and "name a directory" in str(told.value)
+    assert "\n" not in str(raised.value) and "name a directory" in str(raised.value)
     for spec in ("hf://name", "hf://a/b/c", "hf://a/b@", "hf://a b/c"):
         with pytest.raises(UserError, match="expected hf://ORG/NAME or hf://ORG/NAME@REVISION"):
             locations.local_directory(spec)

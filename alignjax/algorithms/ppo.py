@@ -439,6 +439,11 @@ class PPO:
 
     def resident(self) -> dict[str, Any]:
         """Return the shapes of the state, the frozen roles and the experience of a step."""
+        return self.resident_shapes
+
+    @functools.cached_property
+    def resident_shapes(self) -> dict[str, Any]:
+        """Hold what `resident` returns: the arguments of the programs are the same objects."""
         ppo = self.config.ppo
         policy = self.abstract_state["policy"]
         value = self.abstract_state["value"]

@@ -126,7 +126,10 @@ class Stage(Protocol):
         ...
 
     def programs(self) -> Iterable[Program]:
-        """Yield the compiled functions of a step with the shapes that they are called with."""
+        """Yield the compiled functions of a step with the shapes that they are called with.
+
+        Resident shapes among the arguments are the same objects as in `resident`.
+        """
         ...
 
     def resident(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 import jax
 import numpy as np
 
-from alignjax.machine import processes
+from alignjax.machine import collectives
 
 
 def mine(items):
@@ -30,7 +30,7 @@ def exchange(value) -> list:
     """Each process's value, which JSON can hold, in their order; every process calls this."""
     if jax.process_count() == 1:
         return [value]
-    return [json.loads(data) for data in processes.gather(json.dumps(value).encode())]
+    return [json.loads(data) for data in collectives.gather(json.dumps(value).encode())]
 
 
 def exchange_ids(items: list[tuple]) -> list[list[tuple]]:
@@ -39,7 +39,7 @@ def exchange_ids(items: list[tuple]) -> list[list[tuple]]:
         return [items]
     flat = [ids for item in items for ids in item]
     header = [len(flat), len(flat) // max(len(items), 1), *map(len, flat)]
-    found = processes.gather(np.concatenate([np.array(header, np.int32), *flat]).tobytes())
+    found = collectives.gather(np.concatenate([np.array(header, np.int32), *flat]).tobytes())
     return [unpacked(np.frombuffer(data, np.int32)) for data in found]
 
 

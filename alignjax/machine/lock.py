@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import jax
 from alignjax.config import UserError
 from alignjax.machine import workdir as workdirs
 
+# Errors of a disk that is full, over its quota, failing, read-only or not ours to write.
 UNWRITABLE = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -22,15 +24,18 @@ UNWRITABLE = (
     errno.EACCES,
     errno.EPERM,
 )
+# How errors of Rust libraries and of TensorStore name the system's error code.
+OS_ERROR = re.compile(r"\(os error (\d+)\)|os_error_code='(\d+)'")
 
 
 @contextlib.contextmanager
-def exclusive_use(workdir: Path):
-    """A run works on `workdir`, which is made, and nobody else does; UserError at once if another process is at it.
+def exclusive_use(workdir: Path) -> Iterator[None]:
+    """Create a run's work directory and keep other processes out of it during the body.
 
-    The kernel ends the lock with the process, however that ends. Where there are none (object stores, some network file
-    systems) it goes without, as it does for a finished run, which is only read. A disk that is full, or not to be
-    written, is a UserError too.
+    Raises UserError at once if another process uses it, and if the body fails because the disk
+    is full or cannot be written. The kernel releases the lock when the process ends, however it
+    ends. There is no lock where there are none (object stores, some network file systems), nor
+    for a finished run, which is only read.
     """
     with contextlib.ExitStack() as stack:
         if (
@@ -39,45 +44,55 @@ def exclusive_use(workdir: Path):
             and not (workdir / "summary.json").exists()
         ):
             with contextlib.suppress(OSError):
-                lock(workdir, stack)
+                stack.enter_context(locked(workdir))
         try:
             yield
         except Exception as error:
-            if unwritable(error):
-                told = f"{workdir}: {unwritable(error)}; the same command goes on once that is put right"
-                raise UserError(told) from error
+            problem = disk_problem(error)
+            if problem:
+                raise UserError(
+                    f"{workdir}: {problem}; fix that, and the same command resumes the run"
+                ) from error
             raise
 
 
-def unwritable(error: Exception) -> str:
-    """What the system says of a disk that is full or not to be written, if that is the error, in Python or in a library."""
-    found = re.search(
-        r"\(os error (\d+)\)|os_error_code='(\d+)'", str(error)
-    )  # of Rust, and of TensorStore
-    code = getattr(error, "errno", None) or (found and int(found[1] or found[2]))
+def disk_problem(error: Exception) -> str:
+    """Return the system's text for an error of an unwritable disk, "" for other errors.
+
+    The error may come from Python or from a library.
+    """
+    code = getattr(error, "errno", None)
+    if not code:
+        match = OS_ERROR.search(str(error))
+        code = int(match[1] or match[2]) if match else None
     return os.strerror(code) if code in UNWRITABLE else ""
 
 
-def lock(workdir: Path, stack: contextlib.ExitStack) -> None:
-    """Hold workdir/lock until the stack is left; it goes then, with the directory if that is all there is."""
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Hold workdir/lock; delete it at the end, and the directory if nothing else is in it."""
     path = workdir / "lock"
     workdir.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context(path.open("ab+", buffering=0))
+    with path.open("ab+", buffering=0) as file:
+        if not acquire(file.fileno(), path):
+            file.seek(0)
+            holder = file.read().decode()
+            raise UserError(f"{workdir}: in use by {holder}; wait for it to finish, or stop it")
+        try:
+            with contextlib.suppress(OSError):  # On a full disk, hold the lock without a name.
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                workdir.rmdir()
+
+
+def acquire(descriptor: int, path: Path) -> bool:
+    """Lock an open file; return False if another process holds it, or has just deleted it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise BlockingIOError  # it went in between
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"{workdir}: in use by {file.read().decode()}; wait for it, or stop it"
-        ) from None
-
-    def leave():
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            workdir.rmdir()
-
-    stack.callback(leave)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        return False
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())

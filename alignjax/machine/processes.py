@@ -1,13 +1,16 @@
-"""Several processes as one run: how they start, hand each other host data, and all end when one of them can't go on.
+"""Several processes as one run: they start together, and end together when one cannot go on.
 
-An error is told to all through the key-value store of jax's coordination service, which process 0 holds. Process 0
-decides what the run ends of, says so, and every process leaves at once, whatever collective or barrier it waits in. A
-process that is gone is missed by its beats, which each writes to the store, and at last by jax's own heartbeats. Where
-process 0 itself is gone the store is too, and jax ends the others at once ("the leader task", it says).
+A process reports an error to the key-value store of JAX's coordination service, which process 0
+holds. Process 0 decides how the run ends and announces it, and every process exits at once,
+whatever collective or barrier it waits in. Each process also writes a sign of life to the store
+every second, so process 0 notices one that is gone; if no error follows, JAX's own heartbeats
+end the run. If process 0 itself is gone, so is the store, and JAX ends the other processes at
+once with a message about "the leader task".
 """
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -15,103 +18,141 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax._src import distributed
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from alignjax.config import UserError
 
 BEAT = 1.0  # seconds between two signs of life of a process
-SILENT = 5.0  # seconds without one, after which a process is called gone, where there is an error already
-PATIENCE = 10.0  # seconds from the first error on in which the others may close what they hold
-HEARTBEAT = 30  # seconds without a sign of life, or at exit without the others, after which jax ends a process
-CHUNK = 1 << 24  # bytes of each process that are gathered at a time
-BEATS, ERRORS, CLOSED, LEFT, END = (
-    f"alignjax/{name}" for name in ("beats/", "errors/", "closed/", "left/", "end")
-)
+SILENT = 5.0  # after an error, seconds without a sign of life that mean a process is gone
+PATIENCE = 10.0  # seconds after the first error in which the other processes may close files
+HEARTBEAT = 30  # seconds without a sign of life, or waiting at exit, after which JAX ends a process
+GOODBYES = 5.0  # seconds that process 0 waits until the others have read its decision
+# Keys of the store. Those with a slash at the end are followed by a process's number.
+BEATS = "alignjax/beats/"
+ERRORS = "alignjax/errors/"
+CLOSED = "alignjax/closed/"
+LEFT = "alignjax/left/"
+END = "alignjax/end"
 
 
 class Stopped(Exception):
-    """A signal, of this number, ended the run after a save."""
+    """A signal ended the run after a save."""
 
     def __init__(self, text: str, number: int):
         super().__init__(text)
-        self.number = number
+        self.number = number  # of the signal
 
 
-def service():
-    """(client of the key-value store that all processes share, this process's number, how many there are).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Membership:
+    """A process's place among the processes of a run."""
 
-    The client is None in a process that is alone. It is private: jax has no public way to it.
+    client: Any  # of the key-value store that all processes share; None if there is one process
+    index: int
+    count: int
+
+
+def membership() -> Membership:
+    """Return this process's place among the processes of the run.
+
+    JAX has no public access to the key-value store, so this reads its private state.
     """
     state = distributed.global_state
-    return state.client, state.process_id, state.num_processes
+    return Membership(client=state.client, index=state.process_id, count=state.num_processes)
 
 
-def start(value: str) -> None:
-    """Join the others: "auto", what the cluster says of itself, or HOST:PORT,PROCESSES,INDEX."""
-    known = {}
-    if value != "auto":
-        try:
-            address, count, index = value.split(",")
-            known = {
-                "coordinator_address": address,
-                "num_processes": int(count),
-                "process_id": int(index),
-            }
-        except ValueError:
-            raise UserError(f"--distributed={value}: HOST:PORT,PROCESSES,INDEX wanted") from None
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """An error that ends the run: its text, and the exit code of all processes."""
+
+    text: str
+    code: int
+
+
+def start(address: str) -> None:
+    """Join the other processes of the run and watch over them.
+
+    `address` is HOST:PORT,PROCESSES,INDEX, or "auto" to use what the cluster tells JAX.
+    """
+    arguments = parse_address(address)
     try:
         jax.distributed.initialize(
-            **known, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+            **arguments,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed={value}: {first_line(error)}") from None
-    leaving, works = threading.Event(), (beat, judge if service()[1] == 0 else listen)
-    threads = [threading.Thread(target=work, args=(leaving,), daemon=True) for work in works]
+        raise UserError(f"--distributed={address}: {first_line(error)}") from None
+    leaving = threading.Event()
+    end_together = watch_over_all if membership().index == 0 else wait_for_end
+    threads = [
+        threading.Thread(target=work, args=(leaving,), daemon=True)
+        for work in (send_beats, end_together)
+    ]
     for thread in threads:
         thread.start()
     atexit.register(leave, leaving, threads)
 
 
-def leave(leaving, threads) -> None:
-    """Disconnect at exit, when all do. A thread that were still in a call as Python ends would bring the process down."""
+def parse_address(address: str) -> dict[str, Any]:
+    """Return the arguments of `jax.distributed.initialize` for the text of --distributed."""
+    if address == "auto":
+        return {}
+    try:
+        coordinator, *numbers = address.split(",")
+        count, index = map(int, numbers)
+    except ValueError:
+        raise UserError(f"--distributed={address}: expected HOST:PORT,PROCESSES,INDEX") from None
+    return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+
+
+def leave(leaving: threading.Event, threads: list[threading.Thread]) -> None:
+    """Disconnect at exit, together with the other processes.
+
+    A thread that is still inside a call of the store when Python ends would crash the process.
+    """
     leaving.set()
     for thread in threads:
-        thread.join(2 * BEAT)  # `listen` ends as it is disconnected
+        thread.join(2 * BEAT)  # `wait_for_end` returns only once it is disconnected.
     jax.distributed.shutdown()
     threads[-1].join()
 
 
 @contextlib.contextmanager
-def one_run(value: str | None):
-    """What is inside, as one of several processes if `value` (see `start`) says so: an error inside ends all of them."""
-    if value:
-        start(value)
+def one_run(address: str | None) -> Iterator[None]:
+    """Run the body as one of several processes if there is an `address` (see `start`).
+
+    An error in the body of one process then ends all of them.
+    """
+    if address:
+        start(address)
     try:
         yield
     except Stopped:
         raise
     except BaseException as error:
-        client, index, _ = service()
-        if client is None:
+        member = membership()
+        if member.client is None:
             raise
         report_error(error)
         if not isinstance(error, UserError):
             traceback.print_exc()
-        client.key_value_set(f"{CLOSED}{index}", "")
-        time.sleep(PATIENCE + HEARTBEAT)  # `judge` or `listen` ends this process meanwhile
+        member.client.key_value_set(f"{CLOSED}{member.index}", "")
+        # `watch_over_all` or `wait_for_end` ends this process in the meantime.
+        time.sleep(PATIENCE + HEARTBEAT)
         os._exit(1)
 
 
 @contextlib.contextmanager
-def reporting_errors():
-    """Tell the other processes of an error inside at once: what is closed after it may wait for them."""
+def reporting_errors() -> Iterator[None]:
+    """Report an error of the body to the other processes at once.
+
+    What is closed after the body may wait for them.
+    """
     try:
         yield
     except Stopped:
@@ -122,126 +163,173 @@ def reporting_errors():
 
 
 def report_error(error: BaseException) -> None:
-    client, index, _ = service()
-    if client is None:
+    """Report an error to the other processes, if there are any and none was reported before."""
+    member = membership()
+    if member.client is None:
         return
-    mine = isinstance(error, UserError)
-    text = str(error) if mine else f"{type(error).__name__}: {first_line(error)}"
-    code = 2 if mine else 130 if isinstance(error, KeyboardInterrupt) else 1
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # told already: the first stays
-        client.key_value_set(f"{ERRORS}{index}", json.dumps([text, code]))
+    # The store refuses a second value of a key, so the first error of a process stays.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        failure = json.dumps(dataclasses.asdict(failure_of(error)))
+        member.client.key_value_set(f"{ERRORS}{member.index}", failure)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Describe an error in one line, with the exit code that it gives."""
+    if isinstance(error, UserError):
+        return Failure(str(error), 2)
+    text = f"{type(error).__name__}: {first_line(error)}"
+    return Failure(text, 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:500]
+    """Return the first line of an error's text, shortened."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:500] if lines else ""
 
 
-def beat(leaving) -> None:
-    """Write signs of life, until this process leaves or the service is gone."""
-    (client, index, _), number = service(), 0
+def send_beats(leaving: threading.Event) -> None:
+    """Write signs of life until this process leaves or the store is gone."""
+    member = membership()
+    number = 0
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         while not leaving.wait(BEAT if number else 0):
             number += 1
-            client.key_value_set(
-                f"{BEATS}{index}", json.dumps([number, socket.gethostname()]), allow_overwrite=True
-            )
+            beat = json.dumps([number, socket.gethostname()])
+            member.client.key_value_set(f"{BEATS}{member.index}", beat, allow_overwrite=True)
 
 
-def judge(leaving) -> None:
-    """In process 0: end all processes once one has told of an error, when all have closed or PATIENCE is over."""
-    client, _, count = service()
-    read = lambda prefix: {
-        int(key.removeprefix(prefix)): value for key, value in client.key_value_dir_get(prefix)
-    }
-    signs, seen, errors, first, missed = (
-        {},
-        dict.fromkeys(range(count), time.monotonic()),
-        {},
-        None,
-        set(),
-    )
-    while not leaving.wait(BEAT / 2):
-        new, closed = read(BEATS), read(CLOSED)
-        errors |= {i: json.loads(told) for i, told in read(ERRORS).items() if i not in errors}
-        now = time.monotonic()
-        seen |= {i: now for i, sign in new.items() if signs.get(i) != sign}
-        signs |= new
-        named = {i: f"process {i} on {json.loads(sign)[1]}" for i, sign in signs.items()}
-        for i in named.keys() - missed:
-            if (
-                now - seen[i] > HEARTBEAT / 2
-            ):  # busy or gone: jax's heartbeats, of another thread, decide
-                missed.add(i)
-                print(
-                    f"\nalignjax: nothing heard of {named[i]} for {HEARTBEAT // 2} s; if it is gone, jax ends the run in "
-                    f"{HEARTBEAT // 2} s more, and the same command goes on from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        first = first or (now if errors else None)
-        if first and (len(closed) == count or now - first > PATIENCE):
-            break
-    else:
-        return
-    gone = [i for i in named if i not in errors and now - seen[i] > SILENT]
-    (culprit, (text, code)), *others = errors.items()
-    lines = [f"{named[i]} is gone; the same command goes on from the last checkpoint" for i in gone]
-    same = len(errors) == count and all(told[0] == text for _, told in others)
-    lines.append(text if same else f"{named[culprit]}: {text}")
-    bar = "" if 0 in closed else "\n"  # while it stands, its line has no end
-    print(bar + "\n".join(f"alignjax: {line}" for line in lines), file=sys.stderr, flush=True)
-    client.key_value_set(END, str(1 if gone else code))
-    for _ in range(50):  # until all have heard it, for the service goes with this process
-        if len(read(LEFT)) >= count - 1 - len(gone):
-            break
-        time.sleep(0.1)
-    os._exit(1 if gone else code)
-
-
-def listen(leaving) -> None:
-    """In the other processes: end when process 0 says so."""
-    client, index, _ = service()
+def wait_for_end(leaving: threading.Event) -> None:
+    """Exit when process 0 announces the end; runs in all processes but 0."""
+    member = membership()
     try:
-        code = int(client.blocking_key_value_get(END, 10**10))
-        client.key_value_set(f"{LEFT}{index}", "")
-    except (
-        jax.errors.JaxRuntimeError
-    ):  # this process leaves; or process 0 is gone, and jax ends this one, saying so
+        code = int(member.client.blocking_key_value_get(END, 10**10))
+        member.client.key_value_set(f"{LEFT}{member.index}", "")
+    except jax.errors.JaxRuntimeError:
+        # This process leaves, or process 0 is gone and JAX ends this one with a message.
         return
     os._exit(code)
 
 
-def gather(data: bytes) -> list[bytes]:
-    """What each process gives, in the order of their numbers, in every process. All must call it, as any collective."""
-    if jax.process_count() == 1:
-        return [data]
-    sizes = multihost_utils.process_allgather(np.array(divmod(len(data), CHUNK), np.int32))
-    sizes = [int(many) * CHUNK + int(rest) for many, rest in sizes]
-    parts, rest = [[] for _ in sizes], np.frombuffer(data, np.uint8)
-    for at in range(0, max(sizes), CHUNK):
-        left = max(sizes) - at
-        chunk = np.zeros(
-            min(CHUNK, 1 << max(10, (left - 1).bit_length())), np.uint8
-        )  # of few shapes
-        mine = rest[at : at + len(chunk)]
-        chunk[: len(mine)] = mine
-        for part, size, found in zip(
-            parts, sizes, multihost_utils.process_allgather(chunk), strict=True
-        ):
-            part.append(found[: max(0, min(size - at, len(chunk)))].tobytes())
-    return [b"".join(part) for part in parts]
+def watch_over_all(leaving: threading.Event) -> None:
+    """End all processes once one has failed; runs in process 0 until it leaves."""
+    Watch(membership()).run(leaving)
+
+
+class Watch:
+    """Process 0's view of all processes, and its decision to end them."""
+
+    def __init__(self, member: Membership):
+        self.client = member.client
+        self.count = member.count
+        self.beats: dict[int, str] = {}  # process -> its last sign of life
+        self.last_seen = dict.fromkeys(range(member.count), time.monotonic())
+        self.failures: dict[int, Failure] = {}  # in the order of their arrival
+        self.first_failure: float | None = None  # when it arrived
+        self.closed: set[int] = set()  # failed processes that have closed their files
+        self.missed: set[int] = set()  # processes whose silence was reported
+
+    def run(self, leaving: threading.Event) -> None:
+        """Watch until this process leaves, or until all of them must end."""
+        while not leaving.wait(BEAT / 2):
+            self.read_store()
+            self.report_silence()
+            if self.must_end():
+                self.end_all()
+
+    def read_store(self) -> None:
+        """Note signs of life, failures and processes that have closed their files."""
+        beats = self.read(BEATS)
+        self.closed = set(self.read(CLOSED))
+        failures = self.read(ERRORS)
+        now = time.monotonic()
+        for process, beat in beats.items():
+            if self.beats.get(process) != beat:
+                self.last_seen[process] = now
+        self.beats |= beats
+        for process, failure in failures.items():
+            if process not in self.failures:
+                self.failures[process] = Failure(**json.loads(failure))
+        if self.failures and self.first_failure is None:
+            self.first_failure = now
+
+    def read(self, prefix: str) -> dict[int, str]:
+        """Read {process: value} of all keys that begin with `prefix`."""
+        pairs = self.client.key_value_dir_get(prefix)
+        return {int(key.removeprefix(prefix)): value for key, value in pairs}
+
+    def silence(self, process: int) -> float:
+        """Return the seconds since a process last gave a sign of life."""
+        return time.monotonic() - self.last_seen[process]
+
+    def describe(self, process: int) -> str:
+        """Name a process, and its host once it has given a sign of life."""
+        if process not in self.beats:
+            return f"process {process}"
+        _, host = json.loads(self.beats[process])
+        return f"process {process} on {host}"
+
+    def report_silence(self) -> None:
+        """Print a warning, once, for each process that gives no sign of life.
+
+        It may only be busy. JAX's heartbeats, which another thread sends, decide.
+        """
+        for process in self.beats.keys() - self.missed:
+            if self.silence(process) > HEARTBEAT / 2:
+                self.missed.add(process)
+                print(
+                    f"\nalignjax: no sign of life from {self.describe(process)} for "
+                    f"{HEARTBEAT // 2} s; if it is gone, JAX ends the run in {HEARTBEAT // 2} s, "
+                    "and the same command resumes from the last checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def must_end(self) -> bool:
+        """Return whether one has failed, and all have closed their files or had time to."""
+        if self.first_failure is None:
+            return False
+        waited = time.monotonic() - self.first_failure
+        return len(self.closed) == self.count or waited > PATIENCE
+
+    def end_all(self) -> None:
+        """Print why the run ends, announce its exit code, and exit."""
+        gone = [
+            process
+            for process in self.beats
+            if process not in self.failures and self.silence(process) > SILENT
+        ]
+        code = 1 if gone else next(iter(self.failures.values())).code
+        # A progress bar that is still open has not ended its line.
+        end_of_bar = "" if 0 in self.closed else "\n"
+        lines = [f"alignjax: {line}" for line in self.reasons(gone)]
+        print(end_of_bar + "\n".join(lines), file=sys.stderr, flush=True)
+        self.client.key_value_set(END, str(code))
+        self.wait_for_goodbyes(self.count - 1 - len(gone))
+        os._exit(code)
+
+    def reasons(self, gone: list[int]) -> list[str]:
+        """Say which processes are gone, and which error came first.
+
+        An error that all processes share, such as a mistake in the config, names none of them.
+        """
+        lines = [
+            f"{self.describe(process)} is gone; the same command resumes from the last checkpoint"
+            for process in gone
+        ]
+        first, failure = next(iter(self.failures.items()))
+        texts = {failure.text for failure in self.failures.values()}
+        if len(self.failures) == self.count and len(texts) == 1:
+            return [*lines, failure.text]
+        return [*lines, f"{self.describe(first)}: {failure.text}"]
+
+    def wait_for_goodbyes(self, count: int) -> None:
+        """Wait until `count` processes have read the decision: the store ends with this one."""
+        deadline = time.monotonic() + GOODBYES
+        while len(self.read(LEFT)) < count and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def wait_for_all(name: str) -> None:
     """Wait until every process has come to the point of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def largest_of_all(number: int) -> jax.Array:
-    """The largest number of all processes, which need not be there yet: all call this, and none waits."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    mine = np.full(jax.local_device_count(), number, np.int32)
-    with jax.set_mesh(mesh):
-        numbers = jax.make_array_from_process_local_data(NamedSharding(mesh, P("devices")), mine)
-        return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))(numbers)

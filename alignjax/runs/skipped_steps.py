@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from alignjax.machine import processes
+from alignjax.machine import collectives
 
 
 class SkippedSteps:
@@ -21,7 +21,7 @@ class SkippedSteps:
         self.count = sum(step < start for step in steps)
         if jax.process_count() > 1:
             # In a shared directory, a process may not see the newest file yet.
-            self.count = int(processes.largest_of_all(self.count))
+            self.count = int(collectives.largest_of_all(self.count))
         self.writes = jax.process_index() == 0
         if self.writes:
             for step in steps:

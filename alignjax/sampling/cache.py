@@ -1,4 +1,4 @@
-"""The cache of keys and values that decoding reads: how it is laid out, filled, written and read.
+"""The cache of keys and values: how it is laid out, filled, written and read.
 
 A cache is a list of blocks, each a pair of keys and values. The first block holds the prompts,
 one in each slot. The others are the parts of a ring, with one place for each response token.

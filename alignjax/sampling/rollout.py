@@ -1,4 +1,4 @@
-"""Sample responses: prefill each prompt once, then decode its samples in slots that are refilled.
+"""Sample responses: prefill each prompt once, then decode in slots that are refilled.
 
 Convention: sampling keeps the smallest set of tokens with mass `top_p`. The log-probabilities that
 PPO uses, in its ratio and its KL, come from `models.scoring` and are those of the full

@@ -42,7 +42,7 @@ class TopPSampler:
         sums: Float[Array, "rows lanes"],
         threshold: Float[Array, " rows"],
     ) -> Int[Array, " rows"]:
-        """Draw tokens in proportion to the weights above a threshold; `sums` are theirs by lanes."""
+        """Draw tokens in proportion to the weights above a threshold, whose `sums` are by lanes."""
         uniform = jax.vmap(functools.partial(uniform_of_round, round_number))(self.keys)
         lanes, remainder = pick(sums, uniform * sums.sum(axis=-1))
         inside = jnp.take_along_axis(self.weights, lanes[:, None, None], axis=1)[:, 0]
@@ -136,7 +136,7 @@ def any_rejected(draw: Draw) -> Bool[Array, ""]:
 def pick(
     weights: Float[Array, "rows choices"], target: Float[Array, " rows"]
 ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-    """Return where the running sum of the weights passes the target, and what remains of it there.
+    """Return where the running sum of the weights passes the target, and what then remains.
 
     It never picks a weight of 0. A running sum is subject to rounding: it may rise at a weight of
     0, and it may end before the target, in which case the last positive weight is picked.

@@ -1,8 +1,9 @@
-"""Orbax checkpoints: one item for each role, one for the rest of the training state, and a checksum of every array.
+"""Orbax checkpoints: one item for each role, one for the rest of the state, and checksums.
 
-`<workdir>/checkpoints/<step>/<item>`; a save becomes visible only when it is whole. Items restore one at a time, which
-is how one role is taken from another run's checkpoint, onto any mesh. The checksums are of the arrays in memory, before
-a save and after a restore: a flipped bit in a file need not stop its readers, and what reads well may still be wrong.
+A checkpoint is `<workdir>/checkpoints/<step>/<item>`, and becomes visible only when it is whole.
+Items are restored one at a time, onto any mesh; so a run takes one role from another run's
+checkpoint. The checksums are those of the arrays in memory, before a save and after a restore:
+a flipped bit in a file need not stop its readers, so what can be read may still be wrong.
 """
 
 import contextlib
@@ -10,201 +11,241 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from alignjax.config import UserError
-from alignjax.machine import sharding
+from alignjax.machine import collectives, sharding
 from alignjax.machine import workdir as workdirs
-from alignjax.machine.lock import unwritable
+from alignjax.machine.lock import disk_problem
 
-# Orbax tells of every file that it writes, and shows the traceback of an error that it also raises; what it was still
-# reading or writing then is heard of from asyncio, from a loop that is closed, and from coroutines that are dropped.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-show = sys.unraisablehook
-sys.unraisablehook = lambda found: (
-    None if str(found.exc_value) == "Event loop is closed" else show(found)
-)
+CHECKSUMS = "checksums"  # an item: JSON, item -> path of a leaf -> checksum
+CHECKSUM_PART = 1 << 20  # elements of an array that `host_checksum` reads at a time
 
-SUMS = "checksums"  # an item: JSON, item -> path of a leaf -> number
+Tree = Any  # a tree of arrays, or of their shapes
+
+
+def silence_orbax() -> None:
+    """Silence the libraries' reports of errors that they also raise.
+
+    Orbax logs every file that it writes, and the traceback of an error that it raises as well.
+    What it was still reading or writing at that moment is reported by asyncio, by a closed
+    event loop, and by coroutines that were never awaited.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    show = sys.unraisablehook
+
+    def show_unless_loop_is_closed(error: Any) -> None:
+        if str(error.exc_value) != "Event loop is closed":
+            show(error)
+
+    sys.unraisablehook = show_unless_loop_is_closed
+
+
+silence_orbax()
 
 
 class Checkpoints:
+    """The checkpoints of one run."""
+
     def __init__(self, directory: Path, keep: int | None):
-        """`keep` is how many stay, the newest; None is to read only, and touches nothing."""
+        """Open a directory of checkpoints.
+
+        `keep` is how many of the newest stay; None opens them to read only, and changes nothing.
+        """
         self.directory = directory.absolute() if workdirs.is_local(directory) else directory
-        reads = keep is None
+        read_only = keep is None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=not reads,
-            cleanup_tmp_directories=not reads,
-            read_only=reads,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
             enable_async_checkpointing=True,
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, items: dict) -> None:
-        """Begin to save pytrees by name, in the background; the arrays may be donated as soon as this returns.
+    def save(self, step: int, items: dict[str, Tree]) -> None:
+        """Begin to save pytrees by name, in the background.
 
-        UserError if this or the save before can't be written: that may show only now, or when they are closed.
+        The arrays may be donated as soon as this returns. Raises UserError if this save or the
+        one before it cannot be written, which may show only now, or at `close`.
         """
-        save = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         sums = jax.device_get({name: checksums(item) for name, item in items.items()})
-        save[SUMS] = ocp.args.JsonSave({name: by_path(item) for name, item in sums.items()})
+        arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        arguments[CHECKSUMS] = ocp.args.JsonSave(
+            {name: by_path(item_sums) for name, item_sums in sums.items()}
+        )
         with self.writing():
-            self.manager.save(step, args=ocp.args.Composite(**save), force=True)
+            self.manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
-    def restore(self, shapes: dict, say) -> tuple[int, dict] | None:
-        """(step, items) of the newest checkpoint that can be read, or None where there is none.
+    def restore(
+        self, shapes: dict[str, Tree], say: Callable[[str], object]
+    ) -> tuple[int, dict[str, Tree]] | None:
+        """Return (step, items) of the newest checkpoint that can be read, None if there is none.
 
-        Those that cannot be read are moved aside, saying so; if none can, they stay, and that is a UserError.
+        Checkpoints that cannot be read are reported with `say` and moved aside. If none can be
+        read they all stay where they are, and UserError is raised.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
-        for i, step in enumerate(steps):
-            items = told = None
+        for position, step in enumerate(steps):
+            items = None
+            problem = "another process could not read it"
             try:
                 items = self.read(step, shapes)
-            except Exception as error:  # whatever a damaged file makes the readers raise
-                told = reason(error)
-            if everywhere(items is not None):
-                self.put_aside(steps[:i])
+            except Exception as error:  # Damaged files make the readers raise many types.
+                problem = short_reason(error)
+            if collectives.true_in_all(items is not None):
+                self.put_aside(steps[:position])
                 return step, items
-            damaged = f"checkpoint {self.directory / str(step)} is damaged ({told or 'as another process found'})"
-            say(f"{damaged}; falling back to the one before")
+            path = self.directory / str(step)
+            say(f"checkpoint {path} is damaged ({problem}); falling back to the one before")
         if steps:
             raise UserError(f"{self.directory}: none of the checkpoints {steps} can be read")
         return None
 
     def put_aside(self, steps: list[int]) -> None:
-        """Move checkpoints into `damaged/` beside theirs, so that their steps can be saved again."""
-        for step in steps if jax.process_index() == 0 else ():
-            aside = epath.Path(self.directory.parent / "damaged" / str(step))
-            aside.parent.mkdir(exist_ok=True)
-            aside.rmtree(missing_ok=True)
-            epath.Path(self.directory / str(step)).rename(aside)
-        if steps:
-            everywhere(True)  # only when they have gone do the others look at what there is
-            self.manager.reload()
+        """Move checkpoints into `damaged/`, beside their directory, to free their steps."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                aside = epath.Path(self.directory.parent / "damaged" / str(step))
+                aside.parent.mkdir(exist_ok=True)
+                aside.rmtree(missing_ok=True)
+                epath.Path(self.directory / str(step)).rename(aside)
+        # The other processes must list the directory only when the moved ones have gone.
+        collectives.true_in_all(True)
+        self.manager.reload()
 
-    def read(self, step: int, shapes: dict) -> dict:
-        """Some of a checkpoint's items, as arrays with the shapes, types and shardings of `shapes`.
+    def read(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
+        """Read items of a checkpoint as arrays with the given shapes, types and shardings.
 
-        Raises, one thing or another, if it is damaged, and ValueError unless the arrays are those that were saved.
+        Raises some exception if it is damaged, and ValueError if an array is not the one that
+        was saved.
         """
-        restore = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
-        restore[SUMS] = ocp.args.JsonRestore()
-        items = dict(self.manager.restore(step, args=ocp.args.Composite(**restore)).items())
-        saved = items.pop(SUMS)
-        for name, found in jax.device_get(
-            {name: checksums(items[name]) for name in shapes}
-        ).items():
-            for path, number in by_path(found).items():
-                agree(saved, name, path, number)
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+        arguments[CHECKSUMS] = ocp.args.JsonRestore()
+        composite = ocp.args.Composite(**arguments)
+        items = dict(self.manager.restore(step, args=composite).items())
+        saved_sums = items.pop(CHECKSUMS)
+        sums = jax.device_get({name: checksums(items[name]) for name in shapes})
+        for name, item_sums in sums.items():
+            for path, number in by_path(item_sums).items():
+                verify(saved_sums, name, path, number)
         return items
 
     def latest(self) -> int | None:
+        """Return the step of the newest checkpoint, None if there is none."""
         return self.manager.latest_step()
 
     def close(self) -> None:
-        """Wait until what was begun is on disk; UserError if it can't be written."""
+        """Wait until every save is on disk; raise UserError if one cannot be written."""
         with self.writing():
             self.manager.wait_until_finished()
             self.manager.close()
 
     @contextlib.contextmanager
-    def writing(self):
+    def writing(self) -> Iterator[None]:
+        """Turn an error of the body into a UserError."""
         try:
             yield
-        except Exception as error:  # a full disk has a different name in each of the writers
+        except Exception as error:  # A full disk is another exception in each of the writers.
+            reason = disk_problem(error) or short_reason(error)
             raise UserError(
-                f"{self.directory}: a checkpoint can't be written ({unwritable(error) or reason(error)}); "
-                "those before it are whole, and the same command goes on from them"
+                f"{self.directory}: a checkpoint can't be written ({reason}); the earlier ones "
+                "are intact, and the same command resumes from them"
             ) from error
 
 
-def reason(error: Exception) -> str:
-    """An error's first line, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def short_reason(error: Exception) -> str:
+    """Return an error's first line, or its type if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
-def mixed(x):
-    """uint32 numbers, each made another by a map that is one to one: the finalizer of MurmurHash3."""
+def mix(x: jax.Array) -> jax.Array:
+    """Map uint32 numbers one to one onto others that look random.
+
+    This is the finaliser of MurmurHash3. It takes arrays of JAX and of NumPy.
+    """
     x = (x ^ x >> 16) * np.uint32(0x85EBCA6B)
     x = (x ^ x >> 13) * np.uint32(0xC2B2AE35)
     return x ^ x >> 16
 
 
 @jax.jit
-def checksums(tree):
-    """For each leaf a uint32 number by its bits and their places: the same on any mesh, as whole numbers add in any order.
+def checksums(tree: Tree) -> Tree:
+    """Return for each leaf a uint32 checksum of its elements' bits and positions.
 
-    That one element is another is always seen; that more are, but for one time in 2^32.
+    It is the same on any mesh, because whole numbers add up in any order. A change of one
+    element always changes it; a change of several goes unnoticed once in 2^32 times.
     """
-
-    def of(x):
-        words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-        place = jnp.uint32(0)
-        for axis, size in enumerate(x.shape):
-            place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(mixed(words ^ mixed(place)), dtype=jnp.uint32)
-
-    return jax.tree.map(of, tree)
+    return jax.tree.map(checksum, tree)
 
 
-def checksum(x: np.ndarray) -> int:
-    """The number that `checksums` gives, made on the host and a part at a time."""
-    words, total, size = x.reshape(-1).view(f"uint{8 * x.dtype.itemsize}"), 0, 2**20
-    for first in range(0, len(words), size):
-        part = words[first : first + size].astype(np.uint32)
-        place = np.arange(first, first + len(part)).astype(np.uint32)
-        total += int(mixed(part ^ mixed(place)).sum(dtype=np.uint64))
+def checksum(x: jax.Array) -> jax.Array:
+    """Return the checksum of one array; for use inside jit."""
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    position = jnp.uint32(0)  # of each element in the flat array
+    for axis, size in enumerate(x.shape):
+        coordinate = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        position = position * np.uint32(size) + coordinate
+    return jnp.sum(mix(words ^ mix(position)), dtype=jnp.uint32)
+
+
+def host_checksum(x: np.ndarray) -> int:
+    """Return the checksum that `checksum` gives, computed on the host, a part at a time."""
+    words = x.reshape(-1).view(f"uint{8 * x.dtype.itemsize}")
+    total = 0
+    for start in range(0, len(words), CHECKSUM_PART):
+        part = words[start : start + CHECKSUM_PART].astype(np.uint32)
+        position = np.arange(start, start + len(part)).astype(np.uint32)
+        total += int(mix(part ^ mix(position)).sum(dtype=np.uint64))
     return total % 2**32
 
 
-def by_path(sums) -> dict[str, int]:
-    return {
-        sharding.path_name(path): int(x) for path, x in jax.tree_util.tree_leaves_with_path(sums)
-    }
+def by_path(sums: Tree) -> dict[str, int]:
+    """Return a tree of checksums as {path of the leaf: number}."""
+    leaves = jax.tree_util.tree_leaves_with_path(sums)
+    return {sharding.path_name(path): int(number) for path, number in leaves}
 
 
-def agree(saved: dict, item: str, path: str, number: int) -> None:
-    if saved[item][path] != number:
+def verify(saved_sums: dict[str, dict[str, int]], item: str, path: str, number: int) -> None:
+    """Raise ValueError unless an array's checksum is the one that was saved."""
+    if saved_sums[item][path] != number:
         raise ValueError(f"{item}/{path} is not what was saved: its checksum differs")
 
 
-def everywhere(holds: bool) -> bool:
-    """Whether something holds in every process; all wait for all."""
-    return (
-        holds
-        if jax.process_count() == 1
-        else bool(multihost_utils.process_allgather(np.array(holds)).all())
-    )
+def restore_role(workdir: Path, item: str, shapes: Tree) -> Tree:
+    """Read one role's parameters from the newest checkpoint of a finished run.
 
-
-def restore_role(workdir: Path, item: str, shapes):
-    """One role's parameters from the newest checkpoint of a finished run; UserError if they aren't what was saved."""
+    Raises UserError if there is none, or if they are not what was saved.
+    """
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=None)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{workdir}: no checkpoint there")
         try:
             return checkpoints.read(step, {item: shapes})[item]
-        except Exception as error:  # whatever a damaged file makes the readers raise
-            raise UserError(
-                f"{checkpoints.directory / str(step)} is damaged ({reason(error)})"
-            ) from error
+        except Exception as error:  # Damaged files make the readers raise many types.
+            path = checkpoints.directory / str(step)
+            raise UserError(f"{path} is damaged ({short_reason(error)})") from error
 
 
 def newest(workdir: Path) -> Path:
-    """The directory of a run's newest checkpoint, named by its step; an item is a directory in it."""
+    """Return the directory of a run's newest checkpoint.
+
+    Its name is the step, and each item is a directory in it.
+    """
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=None)) as checkpoints:
         step = checkpoints.latest()
     if step is None:
@@ -213,22 +254,22 @@ def newest(workdir: Path) -> Path:
 
 
 def restore_array(item: Path, path: str) -> np.ndarray:
-    """One array of an item's directory by its path, such as "layers/norm1/scale", whole; no other is read.
+    """Read one whole array of an item's directory, and no other.
 
-    UserError if it can't be read, or isn't what was saved.
+    `path` is the array's path, such as "layers/norm1/scale". Raises UserError if it cannot be
+    read, or is not what was saved.
     """
-    wanted = 0  # the value of a leaf is not looked at
+    tree: Any = 0  # Orbax ignores the value of a leaf.
     for name in reversed(path.split("/")):
-        wanted = {name: wanted}
-    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        tree = {name: tree}
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    arguments = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
     try:
         with ocp.PyTreeCheckpointer() as reader:
-            found = reader.restore(
-                item, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
-            )
-        (array,) = jax.tree.leaves(found)
-        saved = json.loads((item.parent / SUMS / "metadata").read_text(encoding="utf-8"))
-        agree(saved, item.name, path, checksum(array))
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise UserError(f"{item}: {path} can't be read ({reason(error)})") from error
+            restored = reader.restore(item, args=arguments)
+        (array,) = jax.tree.leaves(restored)
+        saved_sums = json.loads((item.parent / CHECKSUMS / "metadata").read_text(encoding="utf-8"))
+        verify(saved_sums, item.name, path, host_checksum(array))
+    except Exception as error:  # Damaged files make the readers raise many types.
+        raise UserError(f"{item}: {path} can't be read ({short_reason(error)})") from error
     return array
