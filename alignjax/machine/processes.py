@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 from jax._src import distributed
+from jax.experimental import multihost_utils
 
 from alignjax.config import UserError
 
