@@ -27,7 +27,7 @@ from alignjax.algorithms.stage import (
 )
 from alignjax.config import Config, Model
 from alignjax.config import Ranking as RankingConfig
-from alignjax.data import encoding, mixture, packing
+from alignjax.data import encoding, mixture, packing, sources
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.models import scoring
@@ -401,16 +401,8 @@ def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingDa
     )
     demonstrations = None
     if config.ranking.demonstrations:
-        rows = mixture.load(
-            config.ranking.demonstrations,
-            "conversations",
-            "heldout",
-            config.seed,
-            data.examples,
-            data.data_dir,
-            data.on_bad_row == "skip",
-            inputs.say,
-        )
+        options = sources.read_options(config, inputs.say)
+        rows = sources.load(config.ranking.demonstrations, "conversations", "heldout", options)
         demonstrations = encode(rows, "conversations")
     row_shards = sharding.row_shards(mesh)
     prefetch = mixture.Ahead(

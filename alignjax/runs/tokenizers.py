@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.rewards import parent_tokenizer
 from alignjax.config import Config, UserError
-from alignjax.data import chat, mixture, toy
+from alignjax.data import chat, mixture, sources, toy
 from alignjax.weights import locations
 
 
@@ -76,8 +76,8 @@ def train_tokenizer(config: Config, say: Callable[[str], None]) -> PreTrainedTok
             f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only"
         )
     texts = toy.tokenizer_texts(config.seed)
-    sources = [source for source, _ in mixture.sources(config.data.train)]
-    if not all(source.startswith("toy/") for source in sources):
+    names = [name for name, _ in sources.parse(config.data.train)]
+    if not all(name.startswith("toy/") for name in names):
         sets = mixture.sets(config, "text", config.data.train, "", say)
         texts = [row["text"] for rows in sets.train for row in rows]
     with tempfile.TemporaryDirectory() as directory:
