@@ -27,11 +27,11 @@ def choose_tokenizer(
     Raises:
       UserError: if the parents' tokenizers differ, or the vocabulary is larger than the model's.
     """
-    sources = {role: directory for role, directory in parents.items() if role != "reward"}
+    directories = {role: directory for role, directory in parents.items() if role != "reward"}
     if (workdir / "config.json").exists():
         tokenizer = chat.load_tokenizer(workdir / "tokenizer")
-    elif sources:
-        tokenizer = shared_tokenizer(config, sources)
+    elif directories:
+        tokenizer = shared_tokenizer(config, directories)
     elif config.tokenizer:
         directory = locations.local_directory(config.tokenizer, weights=False)
         tokenizer = chat.load_tokenizer(directory, config.chat_template)
@@ -45,23 +45,23 @@ def choose_tokenizer(
     return tokenizer
 
 
-def shared_tokenizer(config: Config, sources: dict[str, Path]) -> PreTrainedTokenizerBase:
+def shared_tokenizer(config: Config, directories: dict[str, Path]) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the parents, which must all have the same vocabulary."""
     names_another = config.tokenizer or config.chat_template
-    if names_another and all(locations.is_run(directory) for directory in sources.values()):
+    if names_another and all(locations.is_run(directory) for directory in directories.values()):
         raise UserError(
             f"tokenizer={config.tokenizer!r}, chat_template={config.chat_template!r}: "
-            f"the parents {sorted(map(str, set(sources.values())))} are runs, "
+            f"the parents {sorted(map(str, set(directories.values())))} are runs, "
             "which have their own"
         )
-    first_role = next(iter(sources))
-    tokenizers = {role: parent_tokenizer(config, source) for role, source in sources.items()}
+    first_role = next(iter(directories))
+    tokenizers = {role: parent_tokenizer(config, source) for role, source in directories.items()}
     tokenizer = tokenizers[first_role]
     for role, other in tokenizers.items():
         if other.get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"the tokenizers of {sources[first_role]} ({first_role}) "
-                f"and {sources[role]} ({role}) differ"
+                f"the tokenizers of {directories[first_role]} ({first_role}) "
+                f"and {directories[role]} ({role}) differ"
             )
     return tokenizer
 
