@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from alignjax.config import Mesh, Model
 from alignjax.machine import sharding
 from alignjax.models import families, transformer
-from alignjax.sampling import rollout
+from alignjax.sampling import cache as caches
 from alignjax.weights import hf
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -113,17 +113,17 @@ def test_decoding_gives_torchs_logits(name, form, monkeypatch):
         hidden, kept = transformer.apply(
             model, params, tokens[:, :p], positions[:, :p], mask[:, :p], keep=True
         )
-        cache = rollout.empty_cache(model, 4, p, r, "")
-        return transformer.logits(model, params, hidden), rollout.fill_cache(cache, None, kept, 2)
+        cache = caches.empty_cache(model, 4, p, r)
+        return transformer.logits(model, params, hidden), caches.fill_cache(cache, None, kept, 2)
 
     @jax.jit
     def step(tokens, places, cache, clock, count):
         layers, attend = (
             transformer.for_decoding(model, params),
-            rollout.reader(prompt, clock, count, r),
+            caches.make_reader(prompt, clock, count, r).attend,
         )
         hidden, kept = transformer.decode(model, params, layers, tokens, places, cache, attend)
-        return transformer.logits(model, params, hidden), rollout.write(cache, clock, kept, r)
+        return transformer.logits(model, params, hidden), caches.write_token(cache, clock, kept, r)
 
     assert transformer.unrolled(model) == (form == "unrolled")
     assert error(prefill()[0][mask[:, :p] > 0], theirs[:, :p][mask[:, :p] > 0]) < 2e-5

@@ -1,5 +1,6 @@
 """A loss or a gradient that is not finite: the step is not applied, its batch is kept, the run goes on, or stops."""
 
+import dataclasses
 import functools
 import json
 import types
@@ -17,7 +18,7 @@ from alignjax.algorithms.advantages import RunningStats
 from alignjax.config import Mesh, Optimiser
 from alignjax.data import mixture
 from alignjax.machine import sharding
-from alignjax.sampling.rollout import Rollout
+from alignjax.sampling.types import Rollout
 from alignjax.weights import checkpoint
 
 NAN, INF = float("nan"), float("inf")
@@ -206,7 +207,7 @@ def reward(prompts, responses, **columns):
 def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     make, none = (
         experience.make_experience,
-        lambda sampled: sampled._replace(truncated=sampled.truncated & False),
+        lambda sampled: dataclasses.replace(sampled, truncated=sampled.truncated & False),
     )
     monkeypatch.setattr(
         ppo,
@@ -251,7 +252,7 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     loss = jax.jit(functools.partial(ppo.value_loss_fn, config))
     for arrays, wanted in ((kept, NAN), (kept | {"returns": kept["old_values"]}, 0)):
         learnt = experience.Experience(
-            Rollout(*map(arrays.get, Rollout._fields)),
+            Rollout(**{field.name: arrays[field.name] for field in dataclasses.fields(Rollout)}),
             *map(arrays.get, experience.Experience._fields[1:]),
         )
         again = sum(float(loss(before["value"], (learnt, part))[0]) for part in parts)

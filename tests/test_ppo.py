@@ -476,8 +476,9 @@ def test_tokens_in_front_of_a_prompt_and_behind_an_end_are_never_read(packed_wor
     sampled = packed_world.sampled
     real = np.asarray(sampled.segments) > 0
     assert (~real[:, :5]).any() and (~real[:, 5:]).any()
-    other = sampled._replace(
-        tokens=jnp.where(real, sampled.tokens, jnp.where(words(7, 16, 5 + R) < 48, END, 90))
+    other = dataclasses.replace(
+        sampled,
+        tokens=jnp.where(real, sampled.tokens, jnp.where(words(7, 16, 5 + R) < 48, END, 90)),
     )
     assert not equal(other.tokens, sampled.tokens)
     experience, *figures, _ = packed_world.score(sampled=other)
@@ -513,7 +514,7 @@ def test_what_stands_behind_an_end_in_the_experience_is_never_learnt(packed_worl
 def test_slots_give_the_same_experience(world):
     """Responses are the same, to the bit, in whatever slot they were decoded; so is all that is read of them."""
     mine = World(make(slots=6))
-    same = [name for name in mine.sampled._fields if name != "logprobs"]
+    same = [name for name in vars(mine.sampled) if name != "logprobs"]
     assert all(
         np.array_equal(getattr(mine.sampled, name), getattr(world.sampled, name)) for name in same
     )

@@ -15,7 +15,7 @@ from alignjax.config import Config
 from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
-from alignjax.sampling.rollout import Rollout
+from alignjax.sampling.types import Rollout
 from alignjax.weights import roles
 
 
@@ -164,7 +164,7 @@ def kept(experience: Experience, said: dict) -> dict:
     """Name -> array, on the host: figures of each response, and the fields of an Experience and its Rollout."""
     return {
         k: sharding.on_host(v)
-        for k, v in (said | experience._asdict() | experience.sampled._asdict()).items()
+        for k, v in (said | experience._asdict() | vars(experience.sampled)).items()
         if k != "sampled"
     }
 

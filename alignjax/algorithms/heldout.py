@@ -8,7 +8,7 @@ import numpy as np
 from alignjax.config import Config
 from alignjax.data import chat, encoding, toy
 from alignjax.machine import sharding
-from alignjax.sampling.rollout import Rollout
+from alignjax.sampling.types import Rollout
 
 NO_FIGURES = "prompt", "responses", "tokens", "log_ratio"  # of an entry of `describe`
 

@@ -10,7 +10,8 @@ one before were applied, the same command in a copy of WORKDIR without newer che
     ppo       ppo.policy_loss_fn(config, params, (experience, part)), ppo.value_loss_fn likewise,
               for each part of experience.microbatches(config, kept["prompt_lengths"], kept["lengths"], rows, 1)
               for each (update, rows) of ppo.minibatches(config, STEP), where
-              experience = Experience(Rollout(*map(kept.get, Rollout._fields)), *map(kept.get, Experience._fields[1:]))
+              experience = Experience(rollout, *map(kept.get, Experience._fields[1:]))
+              and rollout = Rollout(**{field.name: kept[field.name] for field in dataclasses.fields(Rollout)})
 
 give (loss, metrics) that add up over the parts. kept["score"], one number a response, and the texts of the pretraining
 gradient, "text/UPDATE/NAME", are there for PPO too; alignjax.data.chat.load_tokenizer(WORKDIR / "tokenizer") decodes tokens.

@@ -3,6 +3,7 @@
 Letters: b prompts, n samples of each, r response tokens, m responses of a minibatch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
-from alignjax.sampling.rollout import Rollout
+from alignjax.sampling.types import Prompts, Rollout, SamplingSettings
 from alignjax.weights import roles
 
 UNTIMED = Phases()
@@ -141,22 +142,20 @@ def compiled(
             out_shardings=sharding.row_layout((config.data.batch * p.samples_per_prompt,), mesh),
         )
 
+    settings = SamplingSettings(
+        model=dataclasses.replace(config.model),
+        samples_per_prompt=p.samples_per_prompt,
+        response_length=p.response_length,
+        temperature=p.temperature,
+        top_p=p.top_p,
+        end_token=end,
+        slots=p.slots,
+        cache_dtype=p.cache_dtype,
+    )
+
     def sample(params, batch, key):
-        return rollout.generate(
-            config.model,
-            params,
-            batch["prompts"],
-            batch["lengths"],
-            batch["index"],
-            key,
-            samples=p.samples_per_prompt,
-            response_length=p.response_length,
-            temperature=p.temperature,
-            top_p=p.top_p,
-            end=end,
-            slots=p.slots,
-            cache_dtype=p.cache_dtype,
-        )
+        prompts = Prompts(tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"])
+        return rollout.generate(params, prompts, key, settings)
 
     return Programs(
         own,

@@ -17,7 +17,7 @@ from alignjax.algorithms.stage import Loops
 from alignjax.config import Config
 from alignjax.data import packing
 from alignjax.machine import sharding
-from alignjax.sampling import rollout
+from alignjax.sampling.slots import plan_slots
 
 END = 0  # stands for the end token
 
@@ -203,7 +203,7 @@ def four_roles(config: Config, mesh) -> Work:
 def loops_of(config: Config) -> Loops:
     """Of a rollout in which no response ends early: turns of the slots, and decoding steps in each, on average."""
     p, b = config.ppo, config.data.batch
-    at_once, slots = rollout.slots_of(b, p.samples_per_prompt, p.slots)
+    at_once, slots = plan_slots(b, p.samples_per_prompt, p.slots)
     turns = -(-b // at_once)
     steps = -(-b * p.samples_per_prompt // slots) * (p.response_length - 1)
     return Loops(0, steps) if at_once == b else Loops(turns, -(-steps // turns))
