@@ -105,12 +105,12 @@ RUN_BY = [
     (
         "alignjax.report",
         "test_report.py",
-        "test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left",
+        "test_the_page_of_every_stage_has_what_its_run_left",
     ),
     (
         "alignjax.study",
         "test_study.py",
-        "test_a_study_runs_what_is_not_there_and_writes_what_came_of_it",
+        "test_a_study_runs_what_is_missing_and_writes_its_results",
     ),
     (
         "alignjax.plan .*--topology",
