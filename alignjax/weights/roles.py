@@ -139,6 +139,18 @@ def freeze(params: Params, dtype: str, memory: str) -> Params:
     return jax.tree.map(freeze_one, params)
 
 
+def abstract_frozen(params: Params, dtype: str, memory: str) -> Params:
+    """Return the shapes that `freeze` makes of shapes with shardings."""
+
+    def freeze_one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        layout = x.sharding
+        if memory == "host":
+            layout = layout.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=layout)
+
+    return jax.tree.map(freeze_one, params)
+
+
 def copy_to_device(params: Params) -> Params:
     """Copy parameters that may be in the host's memory to the devices."""
 
