@@ -126,12 +126,12 @@ RUN_BY = [
     (
         "alignjax.report",
         "test_report.py",
-        "test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left",
+        "test_the_page_of_every_stage_has_what_its_run_left",
     ),
     (
         "alignjax.study",
         "test_study.py",
-        "test_a_study_runs_what_is_not_there_and_writes_what_came_of_it",
+        "test_a_study_runs_what_is_missing_and_writes_its_results",
     ),
     (
         "alignjax.plan .*--topology",
@@ -418,7 +418,9 @@ def fields_of(config: str) -> dict:
 
 def parsed_like(value, cell: str, field: str):
     """Return the text of a cell as a value of the same type as `value`."""
-    return cell.strip('"') if isinstance(value, str) else configs.parse(cell, type(value), field)
+    return (
+        cell.strip('"') if isinstance(value, str) else configs.parse_value(cell, type(value), field)
+    )
 
 
 def test_the_readmes_table_of_speed_is_that_of_its_page():
