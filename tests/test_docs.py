@@ -95,7 +95,7 @@ RUN_BY = [
     (
         "alignjax.train .*--wandb",
         "test_tracker.py",
-        "test_runs_are_told_by_their_steps_and_go_on_as_the_same_ones",
+        "test_runs_are_sent_by_step_and_resume_under_their_ids",
     ),
     (r"alignjax.train .*--config\.", "test_train.py", "test_no_steps_are_one_pass"),
     ("alignjax.train", "test_train.py", "test_one_command_runs_the_chain_in_order"),

@@ -1,5 +1,6 @@
 """The code of docs/extending.md works from outside the package, and does what the page says."""
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -7,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import outside
 import pyarrow
@@ -25,6 +25,7 @@ from alignjax.config import PPO, Mesh, Model, UserError
 from alignjax.data import chat, formats, mixture, sources
 from alignjax.machine import sharding
 from alignjax.models import families
+from alignjax.sampling.external import ExternalSampler
 from alignjax.sampling.types import Prompts, SamplingSettings
 from alignjax.weights import hf, roles
 
@@ -329,27 +330,52 @@ def test_a_reward_scores_texts(directory):
 # --------------------------------------------------------------------------------- another sampler
 
 
+PROMPTS = Prompts(
+    tokens=np.arange(12).reshape(3, 4), lengths=np.array([4, 3, 2]), index=np.arange(3)
+)
+SETTINGS = SamplingSettings(
+    model=Model(vocab_size=6),
+    samples_per_prompt=2,
+    response_length=5,
+    temperature=1.0,
+    top_p=1.0,
+    end_token=1,
+)
+
+
 def test_a_sampler_returns_a_rollout(directory):
     sample = imported("random_words", directory).sample
-    prompts = Prompts(
-        tokens=jnp.arange(12).reshape(3, 4), lengths=jnp.array([4, 3, 2]), index=jnp.arange(3)
-    )
-    settings = SamplingSettings(
-        model=Model(vocab_size=6),
-        samples_per_prompt=2,
-        response_length=5,
-        temperature=1.0,
-        top_p=1.0,
-        end_token=1,
-    )
-    rollout = sample({}, prompts, jax.random.key(0), settings)
+    rollout = sample({}, PROMPTS, jax.random.key(0), SETTINGS)
     assert rollout.tokens.shape == (6, 9)
-    assert rollout.tokens[:, :4].tolist() == np.repeat(prompts.tokens, 2, axis=0).tolist()
+    assert rollout.tokens[:, :4].tolist() == np.repeat(PROMPTS.tokens, 2, axis=0).tolist()
     assert rollout.prompt_lengths.tolist() == [4, 4, 3, 3, 2, 2]
     for response, length in zip(rollout.tokens[:, 4:], rollout.lengths, strict=True):
-        assert (response == settings.end_token).tolist().index(True) == length - 1
+        assert (response == SETTINGS.end_token).tolist().index(True) == length - 1
     assert (rollout.logprobs != 0).sum(axis=1).tolist() == rollout.lengths.tolist()
     assert not rollout.truncated.any()
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("tokens", np.zeros((6, 8), np.int32), r"tokens is int32\[6, 8\], not integer\[6, 9\]"),
+        ("lengths", np.full(6, 6), "lengths from 6 to 6 must lie in 1 to 5"),
+    ],
+)
+def test_a_wrong_rollout_is_a_user_error_that_names_the_field(directory, field, value, message):
+    sample = imported("random_words", directory).sample
+
+    def sample_wrong(*arguments):
+        return dataclasses.replace(sample(*arguments), **{field: value})
+
+    sampler = ExternalSampler(
+        spec="random_words:sample",
+        function=sample_wrong,
+        settings=SETTINGS,
+        mesh=sharding.make_mesh(Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1]),
+    )
+    with pytest.raises(UserError, match=f"ppo.sampler=random_words:sample: {message}"):
+        sampler({}, PROMPTS, jax.random.key(0))
 
 
 # ------------------------------------------------------------------------------------- all in PPO
