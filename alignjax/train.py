@@ -25,6 +25,7 @@ from alignjax.algorithms import lm, optimisation, ppo, ranking, rewards
 from alignjax.algorithms.stage import Evaluation, StepDetails, StepOutput
 from alignjax.config import Config, UserError
 from alignjax.data import chat, mixture, toy
+from alignjax.data import sources as data_sources
 from alignjax.machine import console, jsonl, processes, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.compilation_cache import keep_programs
@@ -300,7 +301,7 @@ def tokenizer_of(config: Config, workdir: Path, parents: dict[str, Path]):
                 f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only"
             )
         texts = toy.tokenizer_texts(config.seed)
-        if not all(source.startswith("toy/") for source, _ in mixture.sources(config.data.train)):
+        if not all(name.startswith("toy/") for name, _ in data_sources.parse(config.data.train)):
             texts = [
                 row["text"]
                 for rows in mixture.sets(config, "text", config.data.train, "", say).train

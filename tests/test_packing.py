@@ -185,7 +185,9 @@ def test_a_layout_by_hand():
 
 
 def test_layouts_of_spots_by_hand():
-    layout = packing.layout([(1, 0, 0), (0, 0, 3), (2, 1, 0)], [2, 3, 1], 2, 6)
+    layout = packing.layout(
+        [packing.Spot(*spot) for spot in ((1, 0, 0), (0, 0, 3), (2, 1, 0))], [2, 3, 1], 2, 6
+    )
     assert layout.sequence.tolist() == [[1, 1, 1, 0, 0, -1], [2, -1, -1, -1, -1, -1]]
     assert layout.place.tolist() == [[0, 1, 2, 0, 1, 0], [0] * 6]
 

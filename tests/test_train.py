@@ -440,7 +440,7 @@ def test_a_mistake_on_the_command_line_is_one_line(
         (
             "sft-tiny",
             ['{"messages": 3}'],
-            r"data.jsonl:1: messages: a list of messages wanted, int found: 3",
+            r"data.jsonl:1: messages: expected a list of messages, found int: 3",
         ),
         ("sft-tiny", [], "data.jsonl: empty"),
         (
@@ -451,7 +451,7 @@ def test_a_mistake_on_the_command_line_is_one_line(
         (
             "ppo-tiny",
             ['{"prompt": "a"}', '{"prompt": 1}'],
-            "data.jsonl:2: prompt: text or a list of messages wanted",
+            "data.jsonl:2: prompt: expected text or a list of messages",
         ),
         (
             "ppo-tiny",

@@ -11,7 +11,7 @@ import numpy as np
 from alignjax.algorithms import losses, optimisation
 from alignjax.algorithms.old_stage import Stage, nothing_late
 from alignjax.config import Config
-from alignjax.data import encoding, mixture, packing
+from alignjax.data import encoding, mixture, packing, sources
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.weights import roles
@@ -125,16 +125,8 @@ def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
     )
     demonstrations = None
     if ranking.demonstrations:
-        rows = mixture.load(
-            ranking.demonstrations,
-            "conversations",
-            "heldout",
-            config.seed,
-            data.examples,
-            data.data_dir,
-            data.on_bad_row == "skip",
-            say,
-        )
+        options = sources.read_options(config, say)
+        rows = sources.load(ranking.demonstrations, "conversations", "heldout", options)
         demonstrations = encode(rows, "conversations")
     steps = config.steps or batches.epoch
     ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.row_shards(mesh)))
