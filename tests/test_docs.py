@@ -376,6 +376,27 @@ def test_the_architecture_page_lists_every_module():
     assert [name for name in sorted(modules) if name not in text] == []
 
 
+def contents_of(package: Path) -> set[str]:
+    """Return the modules of a package, and its folders with a "/" behind them."""
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.name}/" for path in package.iterdir() if path.is_dir()}
+    return (modules | folders) - {"__pycache__/"}
+
+
+def test_the_architecture_page_lists_modules_in_their_packages():
+    [table] = [
+        table
+        for table in tables(ROOT / "docs" / "architecture.md")
+        if table[0] == ["package", "modules"]
+    ]
+    listed = {}
+    for package, modules in table[1:]:
+        listed[package.strip("`")] = set(re.findall(r"`([\w.]+/?)`", modules))
+    package = ROOT / "alignjax"
+    folders = contents_of(package) - {path.name for path in package.glob("*.py")}
+    assert listed == {folder: contents_of(package / folder) for folder in folders}
+
+
 def configs_of(column: str) -> list[str]:
     """Return the configs that a column of the recipe describes; * stands for the three sizes."""
     if "*" not in column:
