@@ -429,8 +429,7 @@ def comparisons_of(seed, n=9, longest=12):
 
 def by_last_token(params, part):
     """Return the last tokens themselves as scores."""
-    last = part["tokens"].reshape(-1)[part["ends"]]
-    return last[:, 0], last[:, 1]
+    return part.packed.tokens.reshape(-1)[part.ends]
 
 
 class Whole:
@@ -450,13 +449,15 @@ def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, mo
     n = 9
     lengths = np.stack([rows["chosen_length"], rows["rejected_length"]], axis=1)
     last_tokens = 1000 * (1 + np.arange(n)[:, None]) + 100 * np.arange(2) + lengths - 1
-    assert ranking.scored(by_last_token, None, rows, budget, Whole).tolist() == last_tokens.tolist()
+    assert (
+        ranking.score_rows(by_last_token, None, rows, budget, Whole).tolist()
+        == last_tokens.tolist()
+    )
 
     def by_length(params, part):
-        chosen, rejected = by_last_token(params, part)
-        return (chosen % 100).astype(np.float32), (rejected % 100).astype(np.float32)
+        return (by_last_token(params, part) % 100).astype(np.float32)
 
-    figures = ranking.accuracy(by_length, None, rows, 4, budget, Whole)
+    figures = ranking.heldout_figures(by_length, None, rows, 4, budget, Whole)
     longer = (lengths[:, 0] > lengths[:, 1]).sum()
     same = (lengths[:, 0] == lengths[:, 1]).sum()
     loss = np.log(1 + np.exp(lengths[:, 1] - lengths[:, 0])).mean()
@@ -478,8 +479,8 @@ def test_the_held_out_loss_is_the_mean_of_all_targets(budget, monkeypatch):
     monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: batch)
 
     def loss(params, part):
-        tokens = np.take_along_axis(part["tokens"], part["at"], axis=1)
-        return (part["weights"] * (tokens % 100)).sum(), {}
+        tokens = np.take_along_axis(part.packed.tokens, part.targets, axis=1)
+        return (part.weights * (tokens % 100)).sum(), {}
 
     rows = conversations_of(5, n=11)
     targets = rows["tokens"][(rows["mask"] > 0) & (np.arange(20) > 0)] % 100

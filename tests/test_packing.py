@@ -3,6 +3,7 @@
 A packed minibatch gives the figures and gradients of the unpacked one, sequence by sequence.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -242,23 +243,28 @@ def text():
     return {"tokens": words(1, 7, T), "mask": mask * (segments > 0), "segments": segments}
 
 
-class TextTargets(NamedTuple):
-    """Of a microbatch's targets [rows k]: the example, the place in it, and which are real."""
-
-    example: np.ndarray
-    place: np.ndarray
-    real: np.ndarray
-
-
-def targets_of(batch) -> TextTargets:
-    segments = np.take_along_axis(batch["segments"], batch["at"], axis=1)
-    positions = np.take_along_axis(batch["positions"], batch["at"], axis=1)
-    return TextTargets(segments // (T + 1), positions, batch["weights"] > 0)
+def targets_of(batch):
+    """Return (example, place) [2 rows targets] of a microbatch's targets, and which are real."""
+    segments = np.take_along_axis(batch.packed.segments, batch.targets, axis=1)
+    places = np.take_along_axis(batch.packed.positions, batch.targets, axis=1)
+    return np.stack([segments // (T + 1), places]), batch.weights > 0
 
 
 @jax.jit
 def read_text(params, batch):
-    return scoring.token_logprobs(MODEL, params, batch)
+    return scoring.token_logprobs(MODEL, params, batch.packed, batch.targets)
+
+
+def fill_pads(batch, token):
+    """Return a microbatch with another token on its pads."""
+    packed = batch.packed
+    tokens = np.where(packed.segments > 0, packed.tokens, token)
+    return dataclasses.replace(batch, packed=dataclasses.replace(packed, tokens=tokens))
+
+
+def same_arrays(one, other) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -304,24 +310,24 @@ def test_packed_text_is_each_document_alone(budget, shards, documents):
     """Each target comes once, all with one weight, and has the log-probability it has alone."""
     rows = text()
     seen = []
-    batches = lm.microbatches(rows, budget, shards)
+    batches = lm.pack_minibatch(rows, budget, shards)
     for batch in batches:
-        example, place, real = targets_of(batch)
+        (example, place), real = targets_of(batch)
         seen += np.stack([example[real], place[real]], axis=1).tolist()
-        assert set(batch["weights"][real].tolist()) <= {np.float32(1) / (rows["mask"][:, 1:].sum())}
-        assert len(batch["tokens"]) % shards == 0
+        assert set(batch.weights[real].tolist()) <= {np.float32(1) / (rows["mask"][:, 1:].sum())}
+        assert len(batch.packed.tokens) % shards == 0
         if shards == 1:
             logprobs = np.asarray(read_text(PARAMS, batch)[0])
             wanted = documents[0][example, place]
             np.testing.assert_allclose(logprobs[real], wanted[real], atol=1e-5)
     rows["mask"][:, 0] = 0
     assert sorted(seen) == np.argwhere(rows["mask"]).tolist()
-    assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
+    assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
     assert len(batches) > 1 or budget == 1000
 
 
 def gradient(loss_fn, params, batches):
-    return optimisation.total(optimisation.adder(loss_fn), params, batches)
+    return optimisation.sum_gradients(optimisation.compile_accumulate(loss_fn), params, batches)
 
 
 def assert_close(ours, theirs):
@@ -334,7 +340,7 @@ def assert_close(ours, theirs):
 def test_packed_text_has_the_gradient_of_each_document_alone(budget, documents):
     rows = text()
     grads, metrics = gradient(
-        functools.partial(lm.loss_fn, MODEL), PARAMS, lm.microbatches(rows, budget, 1)
+        functools.partial(lm.loss_fn, MODEL), PARAMS, lm.pack_minibatch(rows, budget, 1)
     )
     assert_close(grads, documents[1])
     targets = rows["mask"] * (np.arange(T) > 0) > 0
@@ -352,12 +358,12 @@ def test_pads_and_neighbours_do_not_change_the_figures_of_text():
     other["tokens"][3] = words(9, T)
     moved = 0
     for budget in BUDGETS:
-        parts = [lm.microbatches(x, budget, 1) for x in (rows, garbage, other)]
+        parts = [lm.pack_minibatch(x, budget, 1) for x in (rows, garbage, other)]
         for plain, same, changed in zip(*parts, strict=True):
-            assert all(np.array_equal(plain[name], same[name]) for name in plain)
-            example, _, real = targets_of(plain)
+            assert same_arrays(plain, same)
+            (example, _), real = targets_of(plain)
             of_example_3 = example[real] == 3
-            filled = plain | {"tokens": np.where(plain["segments"] > 0, plain["tokens"], 96)}
+            filled = fill_pads(plain, 96)
             readings = [read_text(PARAMS, batch) for batch in (plain, filled, changed)]
             for figures in zip(*readings, strict=True):  # of each kind of figure
                 before, with_pads, after = (np.asarray(figure)[real] for figure in figures)
@@ -381,7 +387,7 @@ def comparisons():
 
 @jax.jit
 def read_pairs(params, batch):
-    return jnp.stack(ranking.score_pairs(MODEL, params, batch), axis=1)
+    return ranking.score_pairs(MODEL, params, batch)
 
 
 class AloneReading(NamedTuple):
@@ -395,7 +401,7 @@ class AloneReading(NamedTuple):
 @pytest.fixture(scope="module")
 def responses() -> AloneReading:
     """Read each response alone in a row."""
-    tokens, lengths = ranking.interleaved(comparisons())
+    tokens, lengths = ranking.interleave(comparisons())
     assert np.array_equal(tokens[2::2], comparisons()["chosen"][1:])
     assert lengths[1] == comparisons()["rejected_length"][0]
 
@@ -417,24 +423,25 @@ def responses() -> AloneReading:
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_packed_pairs_are_each_response_alone(budget, responses):
     """Each pair comes once and whole, with the scores it has alone; the weights sum to 1."""
-    batches = ranking.microbatches(comparisons(), budget, 1)
+    batches = ranking.pack_minibatch(comparisons(), budget, 1)
     seen = []
     for batch in batches:
-        here = batch["pair"] < 7
-        assert batch["ends"].shape == (7, 2) and np.array_equal(batch["weights"] > 0, here)
-        pair = batch["pair"][here]
+        here = batch.pair < 7
+        assert batch.ends.shape == (7, 2)
+        assert np.array_equal(batch.weights > 0, here)
+        pair = batch.pair[here]
         seen += pair.tolist()
-        assert np.array_equal(batch["margin"][here], comparisons()["margin"][pair])
+        assert np.array_equal(batch.margin[here], comparisons()["margin"][pair])
         scores = np.asarray(read_pairs(SCALAR, batch))
         np.testing.assert_allclose(scores[here], responses.scores[pair], atol=1e-5)
     assert sorted(seen) == list(range(7)) and (len(batches) > 1 or budget == 1000)
-    assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
+    assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_packed_pairs_have_the_gradient_of_each_response_alone(budget, responses):
     loss_fn = functools.partial(ranking.loss_fn, MODEL, Ranking(margin=True, centring=0.1))
-    grads, metrics = gradient(loss_fn, SCALAR, ranking.microbatches(comparisons(), budget, 1))
+    grads, metrics = gradient(loss_fn, SCALAR, ranking.pack_minibatch(comparisons(), budget, 1))
     scores = responses.scores
     assert_close(grads, responses.grads)
     centring = 0.1 * (scores.sum(axis=1) ** 2).mean()
@@ -453,17 +460,17 @@ def test_pads_and_neighbours_do_not_change_a_score():
         real = np.arange(T) < garbage[f"{side}_length"][:, None]
         garbage[side] = np.where(real, garbage[side], 96)
     for budget in BUDGETS:
-        parts = [ranking.microbatches(x, budget, 1) for x in (rows, garbage, other)]
+        parts = [ranking.pack_minibatch(x, budget, 1) for x in (rows, garbage, other)]
         for plain, same, changed in zip(*parts, strict=True):
-            assert all(np.array_equal(plain[name], same[name]) for name in plain)
-            filled = plain | {"tokens": np.where(plain["segments"] > 0, plain["tokens"], 96)}
+            assert same_arrays(plain, same)
+            filled = fill_pads(plain, 96)
             before = np.asarray(read_pairs(SCALAR, plain))
             with_pads = np.asarray(read_pairs(SCALAR, filled))
             after = np.asarray(read_pairs(SCALAR, changed))
-            here = plain["pair"] < 7
+            here = plain.pair < 7
             assert np.array_equal(before[here], with_pads[here])
             assert np.argwhere((before != after) & here[:, None]).tolist() == [
-                [i, 1] for i in np.flatnonzero(plain["pair"] == 2)
+                [i, 1] for i in np.flatnonzero(plain.pair == 2)
             ]
 
 
@@ -476,7 +483,7 @@ def test_scores_over_all_devices_are_each_response_alone(mesh, responses):
     """They come in the order of the pairs, not of the microbatches; so does a mean score."""
     score_fn = jax.jit(functools.partial(ranking.score_pairs, MODEL))
     with jax.set_mesh(mesh):
-        scores = ranking.scored(score_fn, SCALAR, comparisons(), 1, mesh)
+        scores = ranking.score_rows(score_fn, SCALAR, comparisons(), 1, mesh)
         np.testing.assert_allclose(scores, responses.scores, atol=1e-5)
         rows = {
             "tokens": comparisons()["chosen"],
@@ -491,14 +498,13 @@ def test_the_self_check_stops_at_a_score_that_reads_pads_or_neighbours(mesh):
     score_fn = jax.jit(functools.partial(ranking.score_pairs, MODEL))
 
     def leaking(params, batch):
-        chosen, rejected = score_fn(params, batch)
-        return chosen, rejected + 2.0
+        return score_fn(params, batch) + np.float32([0.0, 2.0])
 
     with jax.set_mesh(mesh):
         ranking.check_packing(config, score_fn, SCALAR, comparisons(), mesh)
         with pytest.raises(
             UserError,
-            match="self-check at step 0: the largest change of a score as its row's pads and "
+            match="self-check at step 0: the largest change of a score when its row's pads and "
             "neighbours change is 2, not 0",
         ):
             ranking.check_packing(config, leaking, SCALAR, comparisons(), mesh)
