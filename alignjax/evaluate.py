@@ -330,7 +330,7 @@ def differences(score_fn, params, tokenizer, rows, length: int, budget: int, mes
     for i, start in enumerate(range(0, len(rows), PAIRS)):
         kept, pairs = ahead.get(i)
         if kept:
-            scores = ranking.scored(score_fn, params, arrays(pairs, length), budget, mesh)[
+            scores = ranking.score_rows(score_fn, params, arrays(pairs, length), budget, mesh)[
                 : len(kept)
             ]
             same = np.array([chosen == rejected for chosen, rejected in pairs])
@@ -342,7 +342,7 @@ def differences(score_fn, params, tokenizer, rows, length: int, budget: int, mes
 
 def figures(difference: np.ndarray, kept: np.ndarray, ratio: np.ndarray) -> dict:
     """Of the pairs of a set that fit: accuracy, ties, loss, interval, by_ratio, calibration; ratio is of all its rows."""
-    out = ranking.figures(difference)
+    out = ranking.figures_of(difference)
     out |= {
         "interval": calibration.interval(int((difference > 0).sum()), len(difference)),
         "dropped": len(ratio) - len(kept),

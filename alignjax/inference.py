@@ -38,7 +38,7 @@ STREAM_TOKENS = 4  # tokens that a call of a stream decodes
 GENERATE = jax.jit(rollout.generate, static_argnames="settings")
 BEGIN = jax.jit(rollout.begin, static_argnames="settings")
 PROCEED = jax.jit(rollout.proceed, static_argnames="settings", donate_argnames="slots")
-SCORES = jax.jit(scoring.scores, static_argnums=0)
+SCORES = jax.jit(scoring.sequence_scores, static_argnums=0)
 
 # The text of a user's turn, or messages, each with a role and content.
 Prompt = str | list[dict[str, str]]
@@ -214,7 +214,7 @@ class LoadedModel:
                 f"max_length={self.max_length}"
             )
         score = functools.partial(self.run, SCORES, self.architecture, self.params)
-        scores = rewards.read_tokens(
+        scores = rewards.score_sequences(
             score, sequences, round_up(longest), microbatch_tokens, self.mesh
         )
         return scores.tolist()

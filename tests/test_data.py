@@ -424,9 +424,8 @@ def comparisons_of(seed, n=9, longest=12):
 
 
 def by_last_token(params, part):
-    """Scores that are the last tokens themselves."""
-    last = part["tokens"].reshape(-1)[part["ends"]]
-    return last[:, 0], last[:, 1]
+    """Return the last tokens themselves as scores."""
+    return part.packed.tokens.reshape(-1)[part.ends]
 
 
 class Whole:
@@ -442,13 +441,12 @@ def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, mo
     rows, n = comparisons_of(3), 9
     lengths = np.stack([rows[f"{side}_length"] for side in ("chosen", "rejected")], axis=1)
     wanted = 1000 * (1 + np.arange(n)[:, None]) + 100 * np.arange(2) + lengths - 1
-    assert ranking.scored(by_last_token, None, rows, budget, Whole).tolist() == wanted.tolist()
+    assert ranking.score_rows(by_last_token, None, rows, budget, Whole).tolist() == wanted.tolist()
 
     def by_length(params, part):
-        chosen, rejected = by_last_token(params, part)
-        return (chosen % 100).astype(np.float32), (rejected % 100).astype(np.float32)
+        return (by_last_token(params, part) % 100).astype(np.float32)
 
-    found = ranking.accuracy(by_length, None, rows, 4, budget, Whole)
+    found = ranking.heldout_figures(by_length, None, rows, 4, budget, Whole)
     longer, same = (lengths[:, 0] > lengths[:, 1]).sum(), (lengths[:, 0] == lengths[:, 1]).sum()
     loss = np.log(1 + np.exp(lengths[:, 1] - lengths[:, 0])).mean()
     assert found == {
@@ -469,8 +467,8 @@ def test_the_held_out_loss_is_the_mean_of_all_targets(budget, monkeypatch):
     monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: batch)
 
     def loss(params, part):
-        tokens = np.take_along_axis(part["tokens"], part["at"], axis=1)
-        return (part["weights"] * (tokens % 100)).sum(), {}
+        tokens = np.take_along_axis(part.packed.tokens, part.targets, axis=1)
+        return (part.weights * (tokens % 100)).sum(), {}
 
     rows = conversations_of(5, n=11)
     targets = rows["tokens"][(rows["mask"] > 0) & (np.arange(20) > 0)] % 100

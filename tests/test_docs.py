@@ -376,7 +376,9 @@ def fields_of(config: str) -> dict:
 
 def parsed_like(value, cell: str, field: str):
     """Return the text of a cell as a value of the same type as `value`."""
-    return cell.strip('"') if isinstance(value, str) else configs.parse(cell, type(value), field)
+    return (
+        cell.strip('"') if isinstance(value, str) else configs.parse_value(cell, type(value), field)
+    )
 
 
 def test_the_readmes_table_of_speed_is_that_of_its_page():

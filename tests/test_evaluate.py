@@ -223,8 +223,8 @@ def test_scores_are_those_of_each_response_alone_whatever_the_batch_and_the_devi
     assert found[9] == 0 and (
         np.sort(np.abs(found))[1] > 2e-5
     )  # so that no rounding could change a verdict
-    assert ranking.figures(found)["accuracy"] == (np.delete(expected, 9) > 0).sum() / 34
-    assert ranking.figures(found)["ties"] == 1 / 34
+    assert ranking.figures_of(found)["accuracy"] == (np.delete(expected, 9) > 0).sum() / 34
+    assert ranking.figures_of(found)["ties"] == 1 / 34
 
 
 def run(*arguments) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from alignjax.config import UserError, nearest, parse
+from alignjax.config import UserError, nearest, parse_value
 from alignjax.data import shares
 from alignjax.data.preferences.base import Comparisons, Config
 from alignjax.data.preferences.hh import HH, SUBSETS
@@ -56,19 +56,19 @@ def parse_options(spec: str, builder: type[Comparisons]) -> Any:
         key, text = part.partition("=")[::2]
         if key not in types:
             raise UserError(f"{spec}: {name} has no option {key!r}{nearest(key, list(types))}")
-        value = parse_value(text, types[key], f"{spec}: {key}")
+        value = parse_option(text, types[key], f"{spec}: {key}")
         options = replace(options, **{key: value})
     return options
 
 
-def parse_value(text: str, kind: Any, where: str) -> str | int | float | bool:
+def parse_option(text: str, kind: Any, where: str) -> str | int | float | bool:
     """Return an option's value: one of its choices, a number, or true or false."""
     choices = typing.get_args(kind)
     if choices:
         if text not in choices:
             raise UserError(f"{where}={text}: there is no such choice{nearest(text, choices)}")
         return text
-    value = parse(text, kind, where)
+    value = parse_value(text, kind, where)
     if not 0 <= value < math.inf:
         raise UserError(f"{where}={text}: it must be finite and not below 0")
     return value
