@@ -5,8 +5,8 @@ usage: python tunix_ppo.py [tiny|small] [iterations] [match|accum|stock] [mean l
 The model is a small random Qwen2 in float32 on the CPU. With a mean length, responses end at
 random: the end token gets that chance at every place, whatever came before.
 
-match: one rollout of 32, then 4 minibatches of 8 with an optimiser step each, as TRL does. Tunix has
-       no setting for this, because it makes a rollout for every mini_batch_size. So the trainers are
+match: one rollout of 32, then 4 minibatches of 8, an optimiser step each, as TRL does. Tunix has
+       no setting for this, because it makes a rollout for each mini_batch_size. So the trainers are
        built for minibatches of 8, and then the learner is given 32 in 4 microbatches.
 accum: Tunix's own nearest setting with one rollout of 32: 4 microbatches of 8, accumulated into 1
        optimiser step.
