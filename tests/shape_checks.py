@@ -23,6 +23,8 @@ PACKAGES = ("alignjax.models", "alignjax.sampling", "alignjax.algorithms")
 
 def accept_numpy(annotation):
     """Return an annotation whose JAX arrays may be numpy arrays too."""
+    if annotation is jax.Array:
+        return jax.Array | np.ndarray | np.generic
     if isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray):
         if annotation.array_type is jax.Array:
             return annotation.dtype[jax.Array | np.ndarray | np.generic, annotation.dim_str]
