@@ -1,4 +1,4 @@
-"""Any mesh gives the single device's result over several steps of every stage; the table covers every parameter."""
+"""Any mesh gives a single device's result in every stage; one table covers all parameters."""
 
 import dataclasses
 import functools
@@ -168,7 +168,7 @@ def test_a_mesh_gives_the_single_devices_result(stage, sizes):
 
 
 def test_a_batch_lies_over_data_and_fsdp_and_each_device_has_its_own_rows():
-    """A host array, whole in every process; what the devices' rows don't divide lies on each of them."""
+    """A host array is whole in every process. Rows that do not divide are replicated."""
     mesh = mesh_of(2, 2, 2)
     assert sharding.row_shards(mesh) == 4
     host = {
