@@ -46,7 +46,7 @@ def crash() -> None:
 
 
 def read_shares(runs: Path) -> None:
-    """Read files together, and note the rows, the places that this process parses, and the lines."""
+    """Read files together; note the rows, the places that this process parses, and the lines."""
     read_row = files.read_row
     for name in ("text.jsonl", "text.parquet"):
         places = []

@@ -164,9 +164,9 @@ def test_two_processes_give_the_result_of_one(name, pair, chain):
 def test_a_sigterm_to_one_process_saves_in_all_and_the_run_goes_on(pair):
     first, second = pair.ended
     assert first.error_lines()[0] == (
-        "alignjax: SIGTERM: sft-tiny saved at step 2 of 4; the same command goes on"
+        "alignjax: SIGTERM: sft-tiny saved at step 2 of 4; the same command resumes it"
     )
-    assert "sft-tiny: goes on from step 2" in first.out.partition("stopped\n")[2]
+    assert "sft-tiny: resuming from step 2" in first.out.partition("stopped\n")[2]
     assert "stopped\n" in second.out
     # Only the first process prints.
     assert "sft-tiny" not in second.out and second.error_lines() == []
@@ -175,12 +175,12 @@ def test_a_sigterm_to_one_process_saves_in_all_and_the_run_goes_on(pair):
 def test_a_run_goes_on_with_other_processes_and_another_mesh(pair, chain, tmp_path, capsys):
     """From one process to two, and back."""
     assert_alike(pair.runs / "other" / "rm-tiny", chain.runs / "rm-tiny")
-    assert "rm-tiny: goes on from step 2" in pair.ended[0].out
+    assert "rm-tiny: resuming from step 2" in pair.ended[0].out
     for parent in PARENTS["rm-tiny"]:
         shutil.copytree(pair.runs / parent, tmp_path / parent)
     cut(pair.runs / "rm-tiny", tmp_path / "rm-tiny")
     assert train.main(command("rm-tiny", tmp_path, "--config.mesh.tensor=2")) == 0
-    assert "rm-tiny: goes on from step 2" in capsys.readouterr().out
+    assert "rm-tiny: resuming from step 2" in capsys.readouterr().out
     assert_alike(tmp_path / "rm-tiny", chain.runs / "rm-tiny")
 
 
@@ -227,7 +227,7 @@ def test_a_process_that_is_gone_or_fails_ends_all_and_both_go_on_exactly(pair, t
     assert not (tmp_path / "sft-tiny" / "summary.json").exists()
 
     first, second = run_pair("resume", tmp_path)
-    assert first.code == second.code == 1 and "sft-tiny: goes on from step 2" in first.out
+    assert first.code == second.code == 1 and "sft-tiny: resuming from step 2" in first.out
     undisturbed = pair.runs / "sft-tiny"
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "sft-tiny" / file).read_bytes() == (undisturbed / file).read_bytes()
