@@ -62,11 +62,13 @@ def lm_batch(step):
 
 def comparison_batch(step):
     rng = np.random.default_rng(step)
+    # The same in every step, so that few shapes of microbatches are compiled.
+    lengths = np.random.default_rng(0).integers(2, 10, (2, 8)).astype(np.int32)
     return {
         "chosen": rng.integers(1, 96, (8, 9)).astype(np.int32),
         "rejected": rng.integers(1, 96, (8, 9)).astype(np.int32),
-        "chosen_length": rng.integers(2, 10, 8).astype(np.int32),
-        "rejected_length": rng.integers(2, 10, 8).astype(np.int32),
+        "chosen_length": lengths[0],
+        "rejected_length": lengths[1],
         "margin": np.zeros(8, np.float32),
     }
 
