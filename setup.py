@@ -40,6 +40,7 @@ setup(
         "ml_dtypes",
         "jaxtyping",
         "etils[epath]",
+        "absl-py",
         "tensorboardX",
         "matplotlib",
         "tqdm",
