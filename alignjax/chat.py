@@ -33,7 +33,7 @@ class Speaker(NamedTuple):
     """One that answers, with what it remembers."""
 
     name: str
-    model: inference.Model
+    model: inference.LoadedModel
     turns: int  # how many earlier exchanges it may see
     messages: list[dict]
 
@@ -107,7 +107,7 @@ def parse(argv):
     return arguments
 
 
-def loaded(run: str, arguments) -> inference.Model:
+def loaded(run: str, arguments) -> inference.LoadedModel:
     mesh = sharding.make_mesh(configs.Mesh(tensor=arguments.tensor))
     return inference.load(
         run,
@@ -128,13 +128,13 @@ def speakers(arguments) -> list[Speaker]:
             loaded(run, arguments),
             locations.read_config(locations.local_directory(run)),
         )
-        if not model.ends:
+        if not model.end_tokens:
             raise UserError(
                 f"{run}: a language model is wanted, this is a reward model, for --reward"
             )
-        alone = not model.converses or stored.get("data.train", "").startswith("toy/")
+        alone = not model.uses_chat_template or stored.get("data.train", "").startswith("toy/")
         turns = arguments.turns if arguments.turns is not None else 0 if alone else sys.maxsize
-        out.append(Speaker(name, model, turns if model.converses else 0, []))
+        out.append(Speaker(name, model, turns if model.uses_chat_template else 0, []))
         say(f"{name}: {run}{state(run)}" + ("" if turns else ", each prompt by itself"))
     return out
 
@@ -147,7 +147,7 @@ def state(run: str) -> str:
     return f", not complete: as it was after step {checkpoint.newest(directory).name}"
 
 
-def judge(arguments) -> inference.Model | None:
+def judge(arguments) -> inference.LoadedModel | None:
     """The reward model, said; none is needed."""
     run = arguments.reward
     try:
@@ -165,13 +165,13 @@ def judge(arguments) -> inference.Model | None:
             raise
         say(f"no scores: {error}")
         return None
-    if model and model.ends:
+    if model and model.end_tokens:
         raise UserError(f"--reward {run}: a reward model is wanted, this is a language model")
     say(f"score: by {run}{state(run)}" if model else "no scores: --reward names a reward model")
     return model
 
 
-def talk(asked: list[Speaker], reward: inference.Model | None, arguments) -> None:
+def talk(asked: list[Speaker], reward: inference.LoadedModel | None, arguments) -> None:
     """Prompts and replies, until there are no more prompts."""
     if importlib.util.find_spec("readline"):
         importlib.import_module("readline")  # input() then has a history, and the keys of a shell
@@ -209,14 +209,14 @@ def lines() -> Iterator[str]:
 
 
 def answered(
-    asked: list[Speaker], reward: inference.Model | None, line: str, number: int, arguments
+    asked: list[Speaker], reward: inference.LoadedModel | None, line: str, number: int, arguments
 ) -> None:
     """All answer a line, and remember it once all have."""
     seen, replies = [], []
     for speaker in asked:
         seen.append(fitting(speaker, line, arguments.max_tokens or speaker.model.max_tokens))
         print(f"{speaker.name}: ", end="", flush=True)
-        prompt = seen[-1] if speaker.model.converses else line
+        prompt = seen[-1] if speaker.model.uses_chat_template else line
         pieces = speaker.model.stream(
             prompt,
             temperature=arguments.temperature,
@@ -257,14 +257,14 @@ def fitting(speaker: Speaker, line: str, room: int) -> list[dict]:
 
 def figures(
     speaker: Speaker,
-    reward: inference.Model | None,
+    reward: inference.LoadedModel | None,
     messages: list[dict],
     reply: inference.Response,
 ) -> str:
     """What is told behind a reply."""
     out, prompt = [], messages[-1]["content"]
     if reward:
-        same = speaker.model.converses and rewards.same_tokens(
+        same = speaker.model.uses_chat_template and rewards.same_tokens(
             speaker.model.tokenizer, reward.tokenizer
         )
         try:

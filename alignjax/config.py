@@ -1,4 +1,7 @@
-"""What a run is: the dataclasses with every default once, loading `NAME.py[:variant]`, overrides, and `check`."""
+"""What a run is: dataclasses that hold every default once, loading, overrides, and `check`.
+
+A config file defines `config(variant)`, which returns a `Config`.
+"""
 
 import ast
 import dataclasses
@@ -7,17 +10,19 @@ import json
 import math
 import runpy
 import typing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
-    """A mistake of the user's: printed as one line, exit code 2, no traceback."""
+    """A user's mistake: commands print it as one line, without a traceback, and exit with 2."""
 
 
 @dataclass(unsafe_hash=True)
 class Model:
-    """A decoder. `family` names the Hugging Face layout that its weights are read from and written to."""
+    """A decoder. `family` names the Hugging Face layout that weights are read from and written to."""
 
     family: str = "qwen2"  # qwen, qwen2, qwen3, llama
     vocab_size: int = 1024
@@ -38,16 +43,20 @@ class Model:
     rope_high_factor: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast
     rope_original_length: int = 8192
     max_length: int = 2048
-    dtype: str = "float32"  # of the computation; parameters, softmax, log-probabilities and losses are float32
+    # Type of the computation. Parameters, softmax, log-probabilities and losses are float32.
+    dtype: str = "float32"
     remat: str = (
-        "nothing"  # what the backward pass recomputes: nothing, everything, or all but dots
+        "nothing"  # what the backward pass recomputes: nothing, everything, dots (all else)
     )
     attention: str = "auto"  # auto, xla, cudnn (NVIDIA), splash (TPU)
 
 
 @dataclass
 class Optimiser:
-    """AdamW with global-norm clipping; the schedule is a linear warm-up, then constant or cosine to a tenth."""
+    """AdamW with global-norm clipping.
+
+    The learning rate warms up linearly, then stays constant or follows a cosine to a tenth.
+    """
 
     learning_rate: float = 1e-3
     schedule: str = "constant"  # constant, cosine
@@ -61,33 +70,39 @@ class Optimiser:
 
 @dataclass
 class Data:
-    """Where examples come from: "toy/NAME", "tfds/NAME" or a path, several with commas, see `data.mixture`."""
+    """Where examples come from.
+
+    A source is "toy/NAME", "tfds/NAME" or a path; commas separate several, see `data.mixture`.
+    """
 
     kind: str = "text"  # lm: text, conversations; ranking: comparisons; ppo: prompts
     train: str = "toy/text"
-    heldout: str = "toy/text"  # ranking gives figures for each source by itself
-    heldout_share: float = (
-        0.0  # of the prompts of a file that is named in train and heldout: held out, by their hash
-    )
-    on_bad_row: str = "error"  # of a user's file: error, skip (counted)
+    heldout: str = "toy/text"  # ranking reports figures for each source separately
+    # Share of prompts, chosen by their hash, to hold out of a file that train and heldout both name.
+    heldout_share: float = 0.0
+    on_bad_row: str = "error"  # in a user's file: error, or skip (and count)
     data_dir: str = ""  # where public sets were prepared; "" is the default of TFDS
-    batch: int = 64  # examples (pairs, prompts) in one optimiser step (in one rollout, for PPO)
+    batch: int = 64  # examples (pairs, prompts) of an optimiser step (of a rollout, for PPO)
     max_length: int = 64  # tokens of an example; longer ones are dropped and counted, never cut
     examples: int = 0  # how many examples of each data set to use; 0 is all of them
 
 
 @dataclass
 class Ranking:
-    margin: bool = False  # subtract the comparison's margin from the score difference
+    """The ranking loss of PMP and RM."""
+
+    margin: bool = False  # subtract the margin of a comparison from the difference of scores
     centring: float = 0.0  # coefficient of (score_chosen + score_rejected)^2
-    demonstrations: str = (
-        ""  # conversations whose mean score a shift of the head's bias brings to 0 after training
-    )
+    # Conversations whose mean score is brought to 0 after training, by a shift of the head's bias.
+    demonstrations: str = ""
 
 
 @dataclass
 class PPO:
-    """Clipped PPO, section 3.2.2 of the report. What it doesn't state is marked (i): InstructGPT's value."""
+    """Clipped PPO, section 3.2.2 of the report.
+
+    (i) marks what the report does not state: the value is InstructGPT's.
+    """
 
     samples_per_prompt: int = 2
     response_length: int = 24
@@ -101,39 +116,35 @@ class PPO:
     epochs: int = 1  # (i)
     minibatches: int = 1
     value_warmup_steps: int = 50  # the first updates, which touch only the value model
-    reward_fn: str = (
-        ""  # module:function(prompts, responses, **columns) -> scores, see `stages.rewards`
-    )
+    advantage_estimator: str = "gae"  # a name of `algorithms.estimators`, or module:function
+    sampler: str = ""  # module:function(params, prompts, key, settings) -> Rollout; "" is ours
+    reward_fn: str = ""  # module:function(prompts, responses, **columns) -> scores
     reward_fn_weight: float = 1.0
-    reward_weight: float = 1.0  # of the reward model's score, to which the function's is added
+    reward_weight: float = 1.0  # of the reward model's score, which is added to the function's
     normalise_scores: str = "mean"  # by running statistics: none, mean, mean_std
     whiten_advantages: bool = True
-    truncated_score: float = (
-        -1.0
-    )  # takes the place of the (raw) score of a response that did not end
+    truncated_score: float = -1.0  # replaces the raw score of a response that did not end
     pretrain_data: str = "toy/text"  # cut in windows of data.max_length + response_length tokens
-    pretrain_heldout: str = (
-        "toy/text"  # where the alignment tax is read, before and after; "" is nowhere
-    )
+    pretrain_heldout: str = "toy/text"  # measures the alignment tax, before and after; "" is none
     pretrain_coef: float = 0.0
     pretrain_ratio: float = 0.0  # pretraining sequences for each response
-    slots: int = 0  # responses that are sampled at once, each ended one making room for the next; 0 is all of them
-    rollout_tensor: int = 0  # devices along mesh.tensor in sampling, the others along mesh.data; 0 is the mesh as it is
+    # Responses that are sampled at once; each that ends makes room for the next. 0 is all of them.
+    slots: int = 0
+    # Devices along mesh.tensor in sampling, the others along mesh.data; 0 is the mesh as it is.
+    rollout_tensor: int = 0
     cache_dtype: str = ""  # of keys and values in sampling; "" is model.dtype
     frozen_dtype: str = ""  # of the reference's and reward model's parameters; "" is float32
-    frozen_memory: str = (
-        "device"  # where they are kept: device, host (pinned, fetched when they are used)
-    )
-    eval_every: int = (
-        0  # steps between evaluations on what is held out (evaluations.jsonl); 0 is only at the end
-    )
-    eval_prompts: int = (
-        64  # the first ones, in whole batches of data.batch; and as many windows of held-out text
-    )
+    frozen_memory: str = "device"  # where they are kept: device, host (pinned, fetched on use)
+    # Steps between evaluations on held-out prompts (evaluations.jsonl); 0 is only at the end.
+    eval_every: int = 0
+    # How many held-out prompts, in whole batches of data.batch, and windows of held-out text.
+    eval_prompts: int = 64
 
 
 @dataclass
 class Mesh:
+    """Devices along each axis."""
+
     data: int = 1
     fsdp: int = -1  # -1 takes the devices that are left
     tensor: int = 1
@@ -141,19 +152,19 @@ class Mesh:
 
 @dataclass
 class Config:
+    """One run: a stage, its parents, and everything that determines its result."""
+
     stage: str = "lm"  # lm, ranking, ppo
     name: str = "lm"
     seed: int = 0
-    steps: int = 100  # of the loop: optimiser steps; for PPO, rollouts; 0, not for PPO, is one pass over the examples
+    # Optimiser steps; for PPO, rollouts. 0, not for PPO, is one pass over the examples.
+    steps: int = 100
     # role -> config (NAME.py), run, Hugging Face directory, or hf://ORG/NAME, which is downloaded
     parents: dict[str, str] = field(default_factory=dict)
-    tokenizer: str = (
-        ""  # a directory or hf://ORG/NAME; "" is the parents', without any a new one of the text
-    )
+    # A directory or hf://ORG/NAME; "" is the parents', or without parents one trained on the text.
+    tokenizer: str = ""
     chat_template: str = ""  # "" is the tokenizer's own; chatml
-    microbatch_tokens: int = (
-        4096  # an optimiser step's batch is packed into microbatches of about so many tokens
-    )
+    microbatch_tokens: int = 4096  # a minibatch is packed into microbatches of about so many tokens
     model: Model = field(default_factory=Model)
     optimiser: Optimiser = field(default_factory=Optimiser)
     value_optimiser: Optimiser = field(default_factory=Optimiser)
@@ -163,11 +174,16 @@ class Config:
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
-    max_skipped: int = 3  # steps whose loss or gradient is not finite, which are not applied; one more stops the run
+    # Steps whose loss or gradient is not finite, which are not applied; one more stops the run.
+    max_skipped: int = 3
     sample_every: int = 10  # steps between entries of samples.jsonl
 
 
-ROLES = {"lm": {"model"}, "ranking": {"model"}, "ppo": {"policy", "reference", "value", "reward"}}
+ROLES = {
+    "lm": {"model"},
+    "ranking": {"model"},
+    "ppo": {"policy", "reference", "value", "reward"},
+}
 KINDS = {"lm": ("text", "conversations"), "ranking": ("comparisons",), "ppo": ("prompts",)}
 CHOICES = {
     "stage": tuple(ROLES),
@@ -206,22 +222,33 @@ AT_LEAST_ONE = (
     "ppo.minibatches",
     "ppo.eval_prompts",
 )
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MAY_BE_NEGATIVE = ("ppo.truncated_score", "mesh.data", "mesh.fsdp", "mesh.tensor")
+FUNCTIONS = ("ppo.reward_fn", "ppo.sampler")  # module:function, or ""
+
+# A checkout has configs/ and studies/ beside the package; an installed package has them inside.
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
+CONFIGS = SHIPPED / "configs"
 
 
 def load(spec: str, overrides: dict[str, str] | None = None) -> Config:
-    """The config that `NAME.py[:variant]` names, with overrides such as {"ppo.kl_coef": "0.1"} applied, checked.
+    """Load the config that `NAME.py[:variant]` names, apply overrides, and check it.
 
-    A path is tried first, then `configs/`. The file defines `config(variant)`, which returns a Config.
+    Args:
+      spec: a path, or the name of a file in `configs/`; the path is tried first.
+      overrides: dotted field -> text, such as {"ppo.kl_coef": "0.1"}.
+
+    Raises:
+      UserError: for a file, variant or field that does not exist, and for a broken rule.
     """
     name, _, variant = spec.partition(":")
-    path = next((p for p in (Path(name), CONFIGS / name) if p.is_file()), None)
-    if path is None:
-        known = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.py"))
+    candidates = [path for path in (Path(name), CONFIGS / name) if path.is_file()]
+    if not candidates:
+        known = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.py"))
         raise UserError(
             f"--config {spec}: no file {name} here or in {CONFIGS}{nearest(name, known)}"
         )
-    module = runpy.run_path(str(path))
+    module = runpy.run_path(str(candidates[0]))
     variants = module.get("VARIANTS", ("",))
     if variant not in variants:
         raise UserError(
@@ -234,30 +261,51 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> Config:
     return config
 
 
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Return {dotted field: text} of arguments --config.FIELD=VALUE or --config.FIELD VALUE.
+
+    Raises:
+      UserError: for any other argument.
+    """
+    overrides = {}
+    remaining = list(arguments)
+    while remaining:
+        name, equals, value = remaining.pop(0).partition("=")
+        if not name.startswith("--config."):
+            raise UserError(
+                f"{name}: no such argument; a field of the config is set by --config.FIELD=VALUE"
+            )
+        if not equals:
+            if not remaining:
+                raise UserError(f"{name}: a value is missing")
+            value = remaining.pop(0)
+        overrides[name.removeprefix("--config.")] = value
+    return overrides
+
+
 def override(config: Config, key: str, text: str) -> None:
     """Set one field, given by its dotted name, from text of the field's type."""
-    *path, last = key.split(".")
+    *groups, last = key.split(".")
     target = config
-    for i, part in enumerate((*path, last)):
-        if isinstance(target, dict) and i == len(path):
+    for depth, name in enumerate((*groups, last)):
+        if isinstance(target, dict) and depth == len(groups):
             target[last] = text
             return
-        known = (
-            [f.name for f in dataclasses.fields(target)] if dataclasses.is_dataclass(target) else []
-        )
-        if part not in known:
-            everything = [k for k, _ in flatten(config)]
-            raise UserError(f"--config.{key}: there is no such field{nearest(key, everything)}")
-        if i < len(path):
-            target = getattr(target, part)
+        is_group = dataclasses.is_dataclass(target)
+        known = [f.name for f in dataclasses.fields(target)] if is_group else []
+        if name not in known:
+            all_fields = [field_name for field_name, _ in flatten(config)]
+            raise UserError(f"--config.{key}: there is no such field{nearest(key, all_fields)}")
+        if depth < len(groups):
+            target = getattr(target, name)
     kind = typing.get_type_hints(type(target))[last]
     if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
         raise UserError(f"--config.{key}: this is a group; set one of its fields")
-    setattr(target, last, parse(text, kind, f"--config.{key}"))
+    setattr(target, last, parse_value(text, kind, f"--config.{key}"))
 
 
-def parse(text: str, kind: type, where: str):
-    """`text` as a value of type `kind`; integers are taken where floats are wanted."""
+def parse_value(text: str, kind: type, name: str) -> Any:
+    """Return `text` as a value of type `kind`; a float may be written as an integer."""
     if kind is str:
         return text
     try:
@@ -267,148 +315,180 @@ def parse(text: str, kind: type, where: str):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise UserError(f"{where}={text}: {kind.__name__} wanted, {type(value).__name__} given")
+        raise UserError(f"{name}={text}: {kind.__name__} wanted, {type(value).__name__} given")
     return value
 
 
 def check(config: Config) -> None:
-    """Raise UserError for the first rule that the config breaks, naming the fields and both values."""
+    """Check every rule of a config.
+
+    Raises:
+      UserError: for the first rule that is broken; it names the fields and both values.
+    """
+    check_fields(config)
+    check_model(config)
+    check_stage(config)
+    if config.stage == "ppo":
+        check_ppo(config)
+
+
+def rule(holds: bool, message: str) -> None:
+    """Raise UserError unless a rule holds."""
+    if not holds:
+        raise UserError(message)
+
+
+def check_fields(config: Config) -> None:
+    """Check the values that a single field may take."""
     values = dict(flatten(config))
-
-    def rule(holds: bool, message: str) -> None:
-        if not holds:
-            raise UserError(message)
-
     for key, choices in CHOICES.items():
-        rule(
-            values[key] in choices,
-            f"{key}={values[key]!r} must be one of {', '.join(map(repr, choices))}",
-        )
+        options = ", ".join(map(repr, choices))
+        rule(values[key] in choices, f"{key}={values[key]!r} must be one of {options}")
     for key in AT_LEAST_ONE:
         rule(values[key] >= 1, f"{key}={values[key]} must be at least 1")
     for key, value in values.items():
-        below = key == "ppo.truncated_score" or key.startswith("mesh.")  # these may be
-        rule(
-            not isinstance(value, int | float) or 0 <= value < math.inf or below,
-            f"{key}={value} must be finite and not below 0",
-        )
-    m, p = config.model, config.ppo
+        if isinstance(value, int | float) and key not in MAY_BE_NEGATIVE:
+            rule(0 <= value < math.inf, f"{key}={value} must be finite and not below 0")
+
+
+def check_model(config: Config) -> None:
+    """Check the shapes of the model."""
+    model = config.model
+    data = config.data
     rule(
-        m.heads % m.kv_heads == 0, f"model.kv_heads={m.kv_heads} must divide model.heads={m.heads}"
+        model.heads % model.kv_heads == 0,
+        f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}",
     )
-    rule(m.head_size % 2 == 0, f"model.head_size={m.head_size} must be even")
+    rule(model.head_size % 2 == 0, f"model.head_size={model.head_size} must be even")
     rule(
-        config.data.max_length <= m.max_length,
-        f"data.max_length={config.data.max_length} is over model.max_length={m.max_length}",
+        data.max_length <= model.max_length,
+        f"data.max_length={data.max_length} is over model.max_length={model.max_length}",
     )
-    roles = ROLES[config.stage]
+
+
+def check_stage(config: Config) -> None:
+    """Check that parents and data suit the stage."""
+    data = config.data
+    known_roles = ROLES[config.stage]
     rule(
-        set(config.parents) <= roles,
-        f"parents={sorted(config.parents)} must be among {sorted(roles)} for {config.stage}",
+        set(config.parents) <= known_roles,
+        f"parents={sorted(config.parents)} must be among {sorted(known_roles)} for {config.stage}",
     )
     kinds = KINDS[config.stage]
     rule(
-        config.data.kind in kinds,
-        f"data.kind={config.data.kind!r} must be one of {kinds} for stage={config.stage!r}",
+        data.kind in kinds,
+        f"data.kind={data.kind!r} must be one of {kinds} for stage={config.stage!r}",
+    )
+    rule(data.heldout_share < 1, f"data.heldout_share={data.heldout_share} must be below 1")
+
+
+def check_ppo(config: Config) -> None:
+    """Check the rules of PPO."""
+    ppo = config.ppo
+    rule(config.steps >= 1, f"steps={config.steps} must be at least 1 for ppo")
+    # A function may be the whole reward.
+    needed = ROLES["ppo"] - ({"reward"} if ppo.reward_fn else set())
+    rule(
+        needed <= set(config.parents),
+        f"parents={sorted(config.parents)} must be {sorted(needed)} for ppo",
+    )
+    values = dict(flatten(config))
+    for key in FUNCTIONS:
+        rule(
+            not values[key] or is_function_spec(values[key]),
+            f"{key}={values[key]!r} must be module:function",
+        )
+    check_ppo_batches(config)
+    # A rounded reference would not be the policy at step 0, unless the policy computes so too.
+    rule(
+        ppo.frozen_dtype != "bfloat16" or config.model.dtype == "bfloat16",
+        f"ppo.frozen_dtype={ppo.frozen_dtype!r} needs model.dtype='bfloat16', "
+        f"not {config.model.dtype!r}",
+    )
+    rule(0 < ppo.top_p <= 1, f"ppo.top_p={ppo.top_p} must lie in (0, 1]")
+    rule(ppo.temperature > 0, f"ppo.temperature={ppo.temperature} must be above 0")
+    rule(
+        config.data.max_length + ppo.response_length <= config.model.max_length,
+        f"data.max_length={config.data.max_length} + ppo.response_length={ppo.response_length} "
+        f"is over model.max_length={config.model.max_length}",
+    )
+
+
+def is_function_spec(spec: str) -> bool:
+    """Return whether a text has the form module:function."""
+    module, _, function = spec.partition(":")
+    return bool(module and function)
+
+
+def check_ppo_batches(config: Config) -> None:
+    """Check that minibatches divide a rollout, and pretraining text a minibatch."""
+    ppo = config.ppo
+    responses = config.data.batch * ppo.samples_per_prompt
+    rule(
+        responses % ppo.minibatches == 0,
+        f"ppo.minibatches={ppo.minibatches} must divide data.batch x "
+        f"ppo.samples_per_prompt={responses}",
+    )
+    minibatch = responses // ppo.minibatches
+    pretraining = ppo.pretrain_ratio * minibatch
+    rule(
+        pretraining == int(pretraining),
+        f"ppo.pretrain_ratio={ppo.pretrain_ratio} times the minibatch={minibatch} must be whole",
     )
     rule(
-        config.data.heldout_share < 1,
-        f"data.heldout_share={config.data.heldout_share} must be below 1",
+        (ppo.pretrain_coef > 0) == (ppo.pretrain_ratio > 0),
+        f"ppo.pretrain_coef={ppo.pretrain_coef} and ppo.pretrain_ratio={ppo.pretrain_ratio}: "
+        "both or neither must be 0",
     )
-    if config.stage == "ppo":
-        rule(config.steps >= 1, f"steps={config.steps} must be at least 1 for ppo")
-        wanted = roles - (
-            {"reward"} if p.reward_fn else set()
-        )  # a function may be the whole reward
-        rule(
-            wanted <= set(config.parents),
-            f"parents={sorted(config.parents)} must be {sorted(wanted)} for ppo",
-        )
-        module, _, function = p.reward_fn.partition(":")
-        rule(
-            not p.reward_fn or (module and function),
-            f"ppo.reward_fn={p.reward_fn!r} must be module:function",
-        )
-        responses = config.data.batch * p.samples_per_prompt
-        rule(
-            responses % p.minibatches == 0,
-            f"ppo.minibatches={p.minibatches} must divide data.batch x "
-            f"ppo.samples_per_prompt={responses}",
-        )
-        minibatch = responses // p.minibatches
-        pretrain = p.pretrain_ratio * minibatch
-        rule(
-            pretrain == int(pretrain),
-            f"ppo.pretrain_ratio={p.pretrain_ratio} times the minibatch={minibatch} must be whole",
-        )
-        rule(
-            (p.pretrain_coef > 0) == (p.pretrain_ratio > 0),
-            f"ppo.pretrain_coef={p.pretrain_coef} and ppo.pretrain_ratio={p.pretrain_ratio}: both or neither must be 0",
-        )
-        # A rounded reference would not be the policy at step 0, unless the policy is rounded as it computes.
-        rule(
-            p.frozen_dtype != "bfloat16" or m.dtype == "bfloat16",
-            f"ppo.frozen_dtype={p.frozen_dtype!r} needs model.dtype='bfloat16', not {m.dtype!r}",
-        )
-        rule(0 < p.top_p <= 1, f"ppo.top_p={p.top_p} must lie in (0, 1]")
-        rule(p.temperature > 0, f"ppo.temperature={p.temperature} must be above 0")
-        rule(
-            config.data.max_length + p.response_length <= m.max_length,
-            f"data.max_length={config.data.max_length} + "
-            f"ppo.response_length={p.response_length} is over model.max_length={m.max_length}",
-        )
 
 
-def flatten(config, prefix: str = ""):
-    """(dotted name, value) of every field; dictionaries are values."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every field; a dictionary is one value."""
+    for config_field in dataclasses.fields(config):
+        value = getattr(config, config_field.name)
+        name = f"{prefix}{config_field.name}"
         if dataclasses.is_dataclass(value):
-            yield from flatten(value, f"{prefix}{f.name}.")
+            yield from flatten(value, f"{name}.")
         else:
-            yield f"{prefix}{f.name}", value
+            yield name, value
 
 
-def difference(asked: Config, stored: dict, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Lines `field: stored -> asked` for each field in which a stored config (as `to_json` wrote it) differs."""
-    new = dict(flatten(asked))
+def difference(config: Config, stored: dict, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Return a line `field: stored -> new` for each field that differs from a stored config.
+
+    A field that the stored config lacks, because an earlier version wrote it, counts as its
+    default.
+
+    Args:
+      config: the new config.
+      stored: what `to_json` wrote.
+      ignore: beginnings of the names of fields that may differ.
+    """
+    new = dict(flatten(config))
+    old = dict(flatten(Config())) | stored
     return [
-        f"{k}: {stored.get(k, 'absent')!r} -> {new.get(k, 'absent')!r}"
-        for k in sorted({*new, *stored})
-        if not k.startswith(ignore or ("\0",)) and stored.get(k) != new.get(k)
+        f"{name}: {old[name]!r} -> {new.get(name, 'absent')!r}"
+        for name in sorted({*old, *new})
+        if not name.startswith(ignore or ("\0",)) and old[name] != new.get(name, "absent")
     ]
 
 
 def to_json(config: Config) -> str:
+    """Return a config as JSON: {dotted field: value}."""
     return json.dumps(dict(flatten(config)), indent=1)
 
 
-def nearest(name: str, known) -> str:
-    """ "; did you mean ...?" for the closest of `known`, or a list of them."""
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return (
-        f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(map(repr, known))}"
-    )
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" for the closest of the known names, or a list of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(map(repr, names))}"
 
 
 def model_from_json(stored: dict) -> Model:
-    return Model(
-        **{k.removeprefix("model."): v for k, v in stored.items() if k.startswith("model.")}
-    )
-
-
-def parse_overrides(rest: list[str]) -> dict[str, str]:
-    """{dotted field: text} of arguments --config.FIELD=VALUE; UserError for others."""
-    overrides = {}
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--config."):
-            raise UserError(
-                f"{name}: no such argument; a field of the config is set by --config.FIELD=VALUE"
-            )
-        if not equals:
-            if not rest:
-                raise UserError(f"{name}: a value is missing")
-            value = rest.pop(0)
-        overrides[name.removeprefix("--config.")] = value
-    return overrides
+    """Return the model of a config that `to_json` wrote."""
+    prefix = "model."
+    fields = {key: value for key, value in stored.items() if key.startswith(prefix)}
+    return Model(**{key.removeprefix(prefix): value for key, value in fields.items()})

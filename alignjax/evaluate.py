@@ -27,7 +27,7 @@ from alignjax import config as configs
 from alignjax import inference, train
 from alignjax.algorithms import ranking
 from alignjax.config import UserError
-from alignjax.data import chat, encoding, mixture, preferences, toy
+from alignjax.data import chat, encoding, mixture, preferences, sources, toy
 from alignjax.evals import calibration
 from alignjax.machine import console, sharding
 from alignjax.machine import workdir as workdirs
@@ -169,7 +169,7 @@ def evaluate(arguments) -> None:
     stored = locations.read_config(first)
     length = arguments.max_length or stored["data.max_length"]
     budget = arguments.microbatch_tokens or stored["microbatch_tokens"]
-    names = [name for name, _ in mixture.sources(arguments.sets)]
+    names = [source.name for source in sources.parse(arguments.sets)]
     sets = {name: load(name, arguments, stored["seed"]) for name in names}
     tokenizers = {label: chat.load_tokenizer(run / "tokenizer") for label, run in runs.items()}
     for label, tokenizer in tokenizers.items():
@@ -291,9 +291,10 @@ def load(name: str, arguments, seed: int) -> list[dict]:
         raise UserError(
             f"--sets {name}: no such set, and no such file{configs.nearest(name, known)}"
         )
-    rows = mixture.load(
-        source, "comparisons", arguments.split, seed, arguments.examples or 0, arguments.data_dir
+    options = sources.ReadOptions(
+        seed=seed, limit=arguments.examples or 0, data_dir=arguments.data_dir
     )
+    rows = sources.load(source, "comparisons", arguments.split, options)
     if not rows:
         raise UserError(f"--sets {name}: there are no comparisons in its split {arguments.split!r}")
     return rows
@@ -329,7 +330,7 @@ def differences(score_fn, params, tokenizer, rows, length: int, budget: int, mes
     for i, start in enumerate(range(0, len(rows), PAIRS)):
         kept, pairs = ahead.get(i)
         if kept:
-            scores = ranking.scored(score_fn, params, arrays(pairs, length), budget, mesh)[
+            scores = ranking.score_rows(score_fn, params, arrays(pairs, length), budget, mesh)[
                 : len(kept)
             ]
             same = np.array([chosen == rejected for chosen, rejected in pairs])
@@ -341,7 +342,7 @@ def differences(score_fn, params, tokenizer, rows, length: int, budget: int, mes
 
 def figures(difference: np.ndarray, kept: np.ndarray, ratio: np.ndarray) -> dict:
     """Of the pairs of a set that fit: accuracy, ties, loss, interval, by_ratio, calibration; ratio is of all its rows."""
-    out = ranking.figures(difference)
+    out = ranking.figures_of(difference)
     out |= {
         "interval": calibration.interval(int((difference > 0).sum()), len(difference)),
         "dropped": len(ratio) - len(kept),

@@ -1,16 +1,19 @@
-"""A run, or a Hugging Face checkpoint, to be asked: loaded, it generates and streams responses, or scores them.
+"""Load a run, or a Hugging Face checkpoint, and let it generate, stream or score responses.
 
-    policy, reward = inference.load("runs/ppo"), inference.load("runs/rm")
+    policy = inference.load("runs/ppo")
+    reward = inference.load("runs/rm")
     responses = policy.generate(["copy : cat box"], samples=2)
     scores = reward.score(["copy : cat box"] * 2, [response.tokens for response in responses])
 
-`alignjax.chat` and `alignjax.evaluate` stand on this; `train.fit` is the other half, which makes runs.
+`alignjax.chat` and `alignjax.evaluate` are built on this. Its counterpart is `train.fit`, which
+makes runs.
 """
 
+import dataclasses
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,40 +26,40 @@ from alignjax.data import chat, encoding
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
+from alignjax.sampling.prefill import Prefix
+from alignjax.sampling.types import Prompts, SamplingSettings
 from alignjax.weights import locations, roles
 
-CALL = 8  # prompts of a call for each slot: what an interruption loses, and how seldom slots wait for the last
-AT_ONCE = 4  # tokens of a stream's call
+# Prompts of a call of `generate` for each slot. With more, an interruption loses more responses;
+# with fewer, slots wait more often for the last responses of a call.
+PROMPTS_PER_SLOT = 8
+STREAM_TOKENS = 4  # tokens that a call of a stream decodes
 
-SETTINGS = ("response_length", "temperature", "top_p", "end")
-GENERATE = jax.jit(
-    rollout.generate, static_argnums=0, static_argnames=(*SETTINGS, "samples", "slots")
-)
-BEGIN = jax.jit(rollout.begin, static_argnums=0, static_argnames=SETTINGS)
-PROCEED = jax.jit(
-    rollout.proceed,
-    static_argnums=0,
-    donate_argnums=2,
-    static_argnames=("prompt_width", *SETTINGS[1:]),
-)
-SCORES = jax.jit(scoring.scores, static_argnums=0)
+GENERATE = jax.jit(rollout.generate, static_argnames="settings")
+BEGIN = jax.jit(rollout.begin, static_argnames="settings")
+PROCEED = jax.jit(rollout.proceed, static_argnames="settings", donate_argnames="slots")
+SCORES = jax.jit(scoring.sequence_scores, static_argnums=0)
 
-Prompt = (
-    str | list[dict[str, str]]
-)  # the words of a user's turn, or messages, each with a role and content
+# The text of a user's turn, or messages, each with a role and content.
+Prompt = str | list[dict[str, str]]
 
 
 class Response(NamedTuple):
+    """A sampled response."""
+
     text: str  # without the end token
-    tokens: list[int]  # with the end token, if it has ended
-    truncated: bool  # not ended within max_tokens
+    tokens: list[int]  # with the end token, if the response has one
+    truncated: bool  # no end token within max_tokens
 
 
-class Model:
-    """A model with its parameters on a mesh: what `load` gives.
+class LoadedModel:
+    """A model with its parameters on a mesh, as `load` returns it.
 
-    `architecture` is its config.Model; `ends` are the tokens that end a response, none of a reward model; `converses` says
-    whether prompts go through the tokenizer's chat template.
+    Attributes:
+        architecture: its `config.Model`.
+        end_tokens: the tokens that end a response; empty for a reward model.
+        uses_chat_template: whether prompts go through the tokenizer's chat template.
+        max_length: how many tokens prompt and response may have together.
     """
 
     def __init__(
@@ -65,21 +68,20 @@ class Model:
         params: dict,
         tokenizer: chat.PreTrainedTokenizerBase,
         mesh: jax.sharding.Mesh,
-        ends: list[int],
-        converses: bool = True,
+        end_tokens: list[int],
+        uses_chat_template: bool = True,
     ):
-        self.architecture, self.params, self.tokenizer, self.mesh = (
-            architecture,
-            params,
-            tokenizer,
-            mesh,
-        )
-        self.ends, self.converses = ends, converses
-        self.max_length = architecture.max_length  # tokens of prompt and response together
+        self.architecture = architecture
+        self.params = params
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        self.end_tokens = end_tokens
+        self.uses_chat_template = uses_chat_template
+        self.max_length = architecture.max_length
 
     @property
     def max_tokens(self) -> int:
-        """Of a response, where nothing else is asked: 256, or a quarter of what the model may read."""
+        """Return the default length of a response: 256, or a quarter of `max_length`."""
         return max(1, min(256, self.max_length // 4))
 
     def generate(
@@ -93,34 +95,39 @@ class Model:
         seed: int = 0,
         slots: int = 64,
     ) -> list[Response]:
-        """`samples` responses to each prompt, those of a prompt adjacent; `slots` of them are decoded at once.
+        """Sample `samples` responses to each prompt; the responses to a prompt are adjacent.
 
-        A response depends on the seed, its prompt's place in the list and its number among that prompt's samples alone.
-        Temperature 0 takes the likeliest token. UserError for a reward model, and for a prompt that with `max_tokens` (see
-        `Model.max_tokens`) is longer than the model may read.
+        A response depends only on the seed, its prompt's place in the list and its number among
+        that prompt's samples. Temperature 0 takes the most probable token. `slots` responses
+        decode at once. `max_tokens` defaults to the property of that name.
+
+        Raises UserError for a reward model, and for a prompt that together with `max_tokens`
+        exceeds the model's `max_length`.
         """
-        length, settings = self.settings(temperature, top_p, max_tokens)
+        settings = self.sampling_settings(temperature, top_p, max_tokens, samples)
         if samples < 1 or slots < 1:
             raise UserError(f"samples={samples}, slots={slots}: both must be at least 1")
-        asked = self.fitting(prompts, length)
-        if not asked:
+        encoded = self.encode_to_fit(prompts, settings.response_length)
+        if not encoded:
             return []
-        at_once = -(-slots // samples)  # prompts
-        most, found = min(CALL * at_once, size(len(asked), 1)), [[]] * len(asked)
-        for mine in calls({i: len(ids) for i, ids in enumerate(asked)}, most, at_once):
-            ids = self.answer(
-                [asked[i] for i in mine],
-                mine,
+        prompts_at_once = -(-slots // samples)
+        most = min(PROMPTS_PER_SLOT * prompts_at_once, round_up(len(encoded), 1))
+        settings = dataclasses.replace(settings, slots=min(slots, most * samples))
+        lengths = {number: len(tokens) for number, tokens in enumerate(encoded)}
+        responses = {}
+        for numbers in group_by_length(lengths, most, prompts_at_once):
+            rows = self.generate_tokens(
+                [encoded[number] for number in numbers],
+                numbers,
                 most,
-                slots=min(slots, most * samples),
-                samples=samples,
                 key=jax.random.key(seed),
-                response_length=length,
-                **settings,
+                settings=settings,
+                stops=self.end_stops(),
             )
-            for k, i in enumerate(mine):
-                found[i] = [self.response(row) for row in ids[k * samples : (k + 1) * samples]]
-        return sum(found, [])
+            for place, number in enumerate(numbers):
+                rows_of_prompt = rows[place * samples : (place + 1) * samples]
+                responses[number] = [self.make_response(row) for row in rows_of_prompt]
+        return [response for number in lengths for response in responses[number]]
 
     def stream(
         self,
@@ -132,40 +139,47 @@ class Model:
         seed: int = 0,
         number: int = 0,
     ) -> Generator[str, None, Response]:
-        """The text of one response in pieces, as it is decoded; the generator's value at its end is the Response.
+        """Yield the text of one response in pieces, as it is decoded, and return the Response.
 
-        It is the response that `generate` gives to the prompt at the place `number` of its list. No piece ends within a
-        character. Its programs depend on the prompt's length, rounded up as `size` does, and on the settings alone.
+        It is the response that `generate` gives to the prompt at the place `number` of its list.
+        No piece ends within a character. The compiled programs depend only on the prompt's
+        length, rounded up by `round_up`, and on the settings.
         """
-        length, settings = self.settings(temperature, top_p, max_tokens)
-        (ids,) = self.fitting([prompt], length)
-        row, key = encoding.pad([ids], size(len(ids)), left=True), jax.random.key(seed)
-        index = jnp.full(1, number, jnp.int32)
-        state = self.run(
-            BEGIN,
-            row,
-            np.array([len(ids)], np.int32),
-            index,
-            key,
-            response_length=length,
-            **settings,
+        settings = self.sampling_settings(temperature, top_p, max_tokens)
+        (prompt_tokens,) = self.encode_to_fit([prompt], settings.response_length)
+        width = round_up(len(prompt_tokens))
+        prompts = Prompts(
+            tokens=encoding.pad([prompt_tokens], width, left=True),
+            lengths=np.array([len(prompt_tokens)], np.int32),
+            index=jnp.full(1, number, jnp.int32),
         )
-        more = functools.partial(
-            self.run, PROCEED, index=index, key=key, prompt_width=row.shape[1], **settings
-        )
-        said, live, (state, ahead) = "", True, more(state, tokens=0)
+        begin = functools.partial(self.run, BEGIN, self.params)
+        proceed = functools.partial(self.run, PROCEED, self.params)
+        constant = {
+            "prompts": prompts,
+            "key": jax.random.key(seed),
+            "settings": settings,
+            "stops": self.end_stops(),
+        }
+        slots = begin(**constant)
+        slots, upcoming = proceed(slots=slots, new_tokens=0, **constant)
+        shown = ""
+        live = True
         while live:
-            # The next tokens are on their way while these are read; once the response has ended there are none.
-            now, (state, ahead) = ahead, more(state, tokens=AT_ONCE)
-            (tokens,), (count,), (live,) = map(sharding.on_host, now)
-            text = chat.decode_response(self.tokenizer, tokens[:count])
-            whole = (
-                text.rstrip("\ufffd") if live else text
-            )  # what stands for half a character waits for the rest
-            if len(whole) > len(said):
-                yield whole[len(said) :]
-                said = whole
-        return self.response(tokens[:count])
+            output = upcoming
+            # The device decodes the next tokens while the host turns these into text. After the
+            # response has ended there are none.
+            slots, upcoming = proceed(slots=slots, new_tokens=STREAM_TOKENS, **constant)
+            (tokens,) = sharding.on_host(output.tokens)
+            (length,) = sharding.on_host(output.lengths)
+            (live,) = sharding.on_host(output.live)
+            text = chat.decode_response(self.tokenizer, tokens[:length])
+            # The replacement character may stand for half a character: wait for the rest.
+            complete = text.rstrip("\ufffd") if live else text
+            if len(complete) > len(shown):
+                yield complete[len(shown) :]
+                shown = complete
+        return self.make_response(tokens[:length])
 
     def score(
         self,
@@ -174,126 +188,159 @@ class Model:
         *,
         microbatch_tokens: int = 4096,
     ) -> list[float]:
-        """A reward model's score of each response to its prompt; about `microbatch_tokens` tokens are read at once.
+        """Return a reward model's score of each response to its prompt.
 
-        A response is text, which is read with the end token behind it, or tokens of the model's own tokenizer, which are
-        read as they are: PPO scores what its policy has sampled so, and a text may be other tokens than were sampled.
-        UserError for a language model, and for more tokens than the model may read.
+        A response is either text, to which the end token is added, or tokens of the model's own
+        tokenizer, which are read as they are. PPO scores the tokens that its policy sampled; their
+        text may be encoded as other tokens. About `microbatch_tokens` tokens are read at once.
+
+        Raises UserError for a language model, and for sequences longer than `max_length`.
         """
-        if self.ends:
+        if self.end_tokens:
             raise UserError(
-                "score: a reward model is wanted, a run of stage 'ranking'; this is a language model"
+                "score: this needs a reward model, a run of stage 'ranking', but this is a "
+                "language model"
             )
         if len(prompts) != len(responses):
             raise UserError(f"score: {len(prompts)} prompts for {len(responses)} responses")
-        texts = [response for response in responses if isinstance(response, str)]
-        ends = iter(chat.encode_responses(self.tokenizer, texts))
-        said = [
-            next(ends) if isinstance(response, str) else list(response) for response in responses
-        ]
-        sequences = [ids + more for ids, more in zip(self.encode(prompts), said, strict=True)]
+        sequences = []
+        encoded_responses = self.encode_responses(responses)
+        for prompt, response in zip(self.encode(prompts), encoded_responses, strict=True):
+            sequences.append(prompt + response)
         longest = max(map(len, sequences), default=0)
         if longest > self.max_length:
             raise UserError(
-                f"score: {longest} tokens of prompt and response, but the model may read {self.max_length}"
+                f"score: prompt and response have {longest} tokens, over the model's "
+                f"max_length={self.max_length}"
             )
-        score = functools.partial(self.run, SCORES)
-        return rewards.read_tokens(
-            score, sequences, size(longest), microbatch_tokens, self.mesh
-        ).tolist()
+        score = functools.partial(self.run, SCORES, self.architecture, self.params)
+        scores = rewards.score_sequences(
+            score, sequences, round_up(longest), microbatch_tokens, self.mesh
+        )
+        return scores.tolist()
 
-    def settings(
-        self, temperature: float, top_p: float, max_tokens: int | None
-    ) -> tuple[int, dict]:
-        """(tokens of a response, what `rollout` takes besides), looked through."""
-        if not self.ends:
+    def sampling_settings(
+        self, temperature: float, top_p: float, max_tokens: int | None, samples: int = 1
+    ) -> SamplingSettings:
+        """Return checked settings for the sampler; UserError if the model or a value is unfit."""
+        if not self.end_tokens:
             raise UserError(
-                "generate: a language model is wanted; this is a reward model, which scores"
+                "generate: this needs a language model, but this is a reward model, which scores"
             )
-        length = self.max_tokens if max_tokens is None else max_tokens
-        if length < 1 or not 0 <= temperature < np.inf or not 0 < top_p <= 1:
+        response_length = self.max_tokens if max_tokens is None else max_tokens
+        if response_length < 1 or not 0 <= temperature < np.inf or not 0 < top_p <= 1:
             raise UserError(
-                f"max_tokens={length} must be at least 1, temperature={temperature} not below 0, "
-                f"top_p={top_p} in (0, 1]"
+                f"max_tokens={response_length} must be at least 1, temperature={temperature} not "
+                f"below 0, top_p={top_p} in (0, 1]"
             )
+        return SamplingSettings(
+            model=dataclasses.replace(self.architecture),  # a copy: the settings are a key of jit
+            samples_per_prompt=samples,
+            response_length=response_length,
+            temperature=temperature,
+            top_p=top_p,
+            end_token=self.end_tokens[0],
+        )
+
+    def end_stops(self) -> np.ndarray:
+        """Return the stop table, [1 vocabulary], by which each of the end tokens ends a response.
+
+        The sampler itself knows only the first of them.
+        """
         stops = np.zeros((1, self.architecture.vocab_size), np.int16)
-        stops[:, self.ends] = 1
-        return length, {
-            "temperature": temperature,
-            "top_p": top_p,
-            "end": self.ends[0],
-            "stops": stops,
-        }
+        stops[:, self.end_tokens] = 1
+        return stops
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The tokens of prompts, up to where the assistant begins."""
+        """Return the tokens of prompts, up to where the assistant's response begins."""
         if isinstance(prompts, str):
-            raise UserError(f"a list of prompts is wanted, not {prompts[:80]!r} alone")
-        if self.converses:
-            asked = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in prompts]
-            return chat.encode_prompts(self.tokenizer, asked)
-        if not all(isinstance(x, str) for x in prompts):
+            raise UserError(f"prompts must be a list, not the text {prompts[:80]!r}")
+        if self.uses_chat_template:
+            return chat.encode_prompts(self.tokenizer, [as_messages(prompt) for prompt in prompts])
+        if not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(
-                "messages need a chat template, and a model that was trained on it: plain text is wanted"
+                "messages need a chat template and a model that was trained with it; this model "
+                "takes plain text"
             )
         return self.tokenizer(list(prompts))["input_ids"] if prompts else []
 
-    def fitting(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
-        """As `encode`; UserError unless there are tokens, and `room` more may follow."""
-        found = self.encode(prompts)
-        for i, ids in enumerate(found):
-            if not 0 < len(ids) <= self.max_length - room:
+    def encode_to_fit(self, prompts: Sequence[Prompt], response_length: int) -> list[list[int]]:
+        """Encode prompts; UserError if one is empty or leaves no space for the response."""
+        encoded = self.encode(prompts)
+        for number, tokens in enumerate(encoded):
+            if not 0 < len(tokens) <= self.max_length - response_length:
                 raise UserError(
-                    f"prompt {i} has {len(ids)} tokens, and up to {room} may follow: at least 1, and no more than "
-                    f"the model may read are wanted, max_length={self.max_length}"
+                    f"prompt {number} has {len(tokens)} tokens and its response may have "
+                    f"{response_length}: a prompt must not be empty, and their sum must not "
+                    f"exceed the model's max_length={self.max_length}"
                 )
-        return found
+        return encoded
 
-    def answer(
+    def encode_responses(self, responses: Sequence[str | list[int]]) -> list[list[int]]:
+        """Return the tokens of responses; those that are text get the end token."""
+        texts = [response for response in responses if isinstance(response, str)]
+        encoded_texts = iter(chat.encode_responses(self.tokenizer, texts))
+        return [
+            next(encoded_texts) if isinstance(response, str) else list(response)
+            for response in responses
+        ]
+
+    def generate_tokens(
         self,
-        prompts: list,
+        prompts: list[Sequence[int]],
         numbers: list[int],
         most: int,
         *,
-        key,
-        samples: int = 1,
-        prefix=None,
-        **settings,
+        key: jax.Array,
+        settings: SamplingSettings,
+        stops: np.ndarray | jax.Array,
+        prefix: Prefix | None = None,
     ) -> list[np.ndarray]:
-        """The tokens of the responses to prompts (tokens behind the prefix, none empty) of these numbers, in rows of `most`."""
-        lengths = np.array([len(ids) for ids in prompts] + [1] * (most - len(prompts)), np.int32)
-        index = np.array(numbers + [0] * (most - len(prompts)), np.int32)
-        tokens = encoding.pad(
-            [*prompts, *[(0,)] * (most - len(prompts))], size(lengths.max()), left=True
+        """Return the tokens of the responses to encoded prompts, in one call of the sampler.
+
+        The prompts follow the prefix, and none is empty. `numbers` are their places in the whole
+        list of prompts, which key their randomness. The call has `most` rows of prompts, so that
+        calls with fewer prompts need no new program.
+        """
+        filler = most - len(prompts)
+        rows = [*prompts, *[(0,)] * filler]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        batch = Prompts(
+            tokens=encoding.pad(rows, round_up(lengths.max()), left=True),
+            lengths=lengths,
+            index=np.array(numbers + [0] * filler, np.int32),
         )
-        batch = sharding.shard_batch((tokens, lengths, index), self.mesh)
         sampled = self.run(
             GENERATE,
-            *batch,
+            self.params,
+            sharding.shard_batch(batch, self.mesh),
             key,
+            settings,
             prefix=prefix,
+            stops=stops,
             wanted=jnp.int32(len(prompts)),
-            samples=samples,
-            **settings,
         )
-        out, counts = (
-            sharding.on_host(sampled.tokens)[:, tokens.shape[1] :],
-            sharding.on_host(sampled.lengths),
-        )
+        responses = sharding.on_host(sampled.tokens)[:, batch.tokens.shape[1] :]
+        response_lengths = sharding.on_host(sampled.lengths)
+        wanted = len(prompts) * settings.samples_per_prompt
         return [
-            row[:count] for row, count in zip(out[: len(prompts) * samples], counts, strict=False)
+            response[:length]
+            for response, length in zip(responses[:wanted], response_lengths[:wanted], strict=True)
         ]
 
-    def response(self, ids: np.ndarray) -> Response:
+    def make_response(self, tokens: np.ndarray) -> Response:
+        """Return the Response that these tokens are."""
         return Response(
-            chat.decode_response(self.tokenizer, ids), ids.tolist(), int(ids[-1]) not in self.ends
+            text=chat.decode_response(self.tokenizer, tokens),
+            tokens=tokens.tolist(),
+            truncated=int(tokens[-1]) not in self.end_tokens,
         )
 
-    def run(self, program, *arguments, **settings):
-        """program(architecture, parameters, ...) on the mesh; what is float32 is multiplied as such on any device."""
+    def run(self, program: Callable, *arguments: Any, **keywords: Any) -> Any:
+        """Call a compiled program on the mesh; float32 is multiplied as such on any device."""
         precision = "highest" if self.architecture.dtype == "float32" else "default"
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
-            return program(self.architecture, self.params, *arguments, **settings)
+            return program(*arguments, **keywords)
 
 
 def load(
@@ -304,91 +351,124 @@ def load(
     max_length: int | None = None,
     chat_template: str = "",
     unfinished: bool = False,
-) -> Model:
-    """The model of a run (a PPO run's policy), or of a Hugging Face checkpoint: a directory or hf://ORG/NAME.
+) -> LoadedModel:
+    """Load the model of a run (a PPO run's policy), or of a Hugging Face checkpoint.
 
-    A run of stage "ranking", or a sequence classifier, is a reward model, which scores; others generate. `dtype` is of the
-    computation. The mesh is over all devices if none is given. `chat_template` "chatml" is for a checkpoint that has none;
-    `unfinished` takes a run's newest checkpoint though the run is not complete. UserError for what can't be loaded.
+    A run of stage "ranking" or a sequence classifier is a reward model, which scores; all others
+    generate. Raises UserError if the model cannot be loaded.
+
+    Args:
+        run: a directory, or hf://ORG/NAME.
+        dtype: the type of the computation.
+        mesh: defaults to one over all devices.
+        max_length: defaults to the model's own.
+        chat_template: "chatml" for a checkpoint that has no template.
+        unfinished: load the newest checkpoint of a run that is not complete.
     """
     if dtype not in configs.CHOICES["model.dtype"]:
-        raise UserError(
-            f"dtype={dtype!r} must be one of {', '.join(map(repr, configs.CHOICES['model.dtype']))}"
-        )
+        choices = ", ".join(map(repr, configs.CHOICES["model.dtype"]))
+        raise UserError(f"dtype={dtype!r} must be one of {choices}")
     directory = locations.local_directory(str(run))
-    stored, ours = locations.read_config(directory), locations.is_run(directory)
-    if ours and not unfinished and not (directory / "summary.json").exists():
-        raise UserError(f"{run}: this run is not complete; the command that began it goes on")
-    architecture = locations.architecture(directory)
-    architecture.dtype, architecture.remat, architecture.attention = dtype, "nothing", "auto"
+    stored = locations.read_config(directory)
+    is_run = locations.is_run(directory)
+    if is_run and not unfinished and not (directory / "summary.json").exists():
+        raise UserError(
+            f"{run}: this run is not complete; repeat the command that started it to continue"
+        )
+    architecture = dataclasses.replace(
+        locations.architecture(directory), dtype=dtype, remat="nothing", attention="auto"
+    )
     architecture.max_length = int(max_length or architecture.max_length)
-    tokenizer = chat.load_tokenizer(directory / "tokenizer" if ours else directory, chat_template)
+    tokenizer_directory = directory / "tokenizer" if is_run else directory
+    tokenizer = chat.load_tokenizer(tokenizer_directory, chat_template)
     mesh = mesh or sharding.make_mesh(configs.Mesh())
-    head = "scalar" if scores(stored) else "lm"
+    is_reward = is_reward_model(stored)
+    return LoadedModel(
+        architecture,
+        load_params(architecture, "scalar" if is_reward else "lm", mesh, directory),
+        tokenizer,
+        mesh,
+        [] if is_reward else end_tokens(stored, tokenizer),
+        uses_chat_template(stored, tokenizer),
+    )
+
+
+def load_params(
+    architecture: configs.Model, head: str, mesh: jax.sharding.Mesh, directory: Path
+) -> dict:
+    """Return parameters on the mesh, of a run or a Hugging Face checkpoint."""
     with jax.set_mesh(mesh):
-        if ours or head == "lm":
+        if locations.is_run(directory) or head == "lm":
             params = roles.load(architecture, head, mesh, jax.random.key(0), directory)
         else:
             params = roles.read_hf(architecture, head, mesh, directory)
         if "head" not in params and head == "scalar":
-            raise UserError(f"{directory}: a sequence classifier without score.weight")
-        if dtype != "float32" and head == "lm":  # a score is read off in float32, as in training
-            params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)(
-                architecture, params
-            )
-    converses = talks(stored, tokenizer)
-    return Model(
-        architecture,
-        params,
-        tokenizer,
-        mesh,
-        [] if head == "scalar" else ends(stored, tokenizer),
-        converses,
-    )
+            raise UserError(f"{directory}: this sequence classifier has no score.weight")
+        # A reward model stays in float32, in which its score is computed, as in training.
+        if architecture.dtype != "float32" and head == "lm":
+            round_params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)
+            params = round_params(architecture, params)
+    return params
 
 
-def scores(stored: dict) -> bool:
-    """Whether this config.json is a reward model's."""
+def is_reward_model(stored: dict) -> bool:
+    """Return whether this content of a config.json is a reward model's."""
     kinds = stored.get("architectures") or [""]
     return stored.get("stage") == "ranking" or kinds[0].endswith("ForSequenceClassification")
 
 
-def talks(stored: dict, tokenizer) -> bool:
-    """Whether a model converses: there is a chat template, and it wasn't trained on plain text, as its config.json says."""
+def uses_chat_template(stored: dict, tokenizer: chat.PreTrainedTokenizerBase) -> bool:
+    """Return whether a model expects conversations.
+
+    That is so if there is a chat template, unless its config.json says that it was trained on
+    plain text.
+    """
     return bool(tokenizer.chat_template) and stored.get("data.kind") != "text"
 
 
-def ends(stored: dict, tokenizer) -> list[int]:
-    """What ends a response: the tokenizer's end of text, what ends the assistant's turn where there is a template, and
-    what ended a document where a run was trained on plain text."""
-    turn = [chat.end_token(tokenizer)] if tokenizer.chat_template else []
-    document = [encoding.closing(tokenizer)] if stored.get("data.kind") == "text" else []
-    found = [
-        token
-        for token in dict.fromkeys((tokenizer.eos_token_id, *turn, *document))
-        if token is not None
-    ]
-    if not found:
+def end_tokens(stored: dict, tokenizer: chat.PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a response.
+
+    These are the tokenizer's end of text, the end of the assistant's turn if there is a chat
+    template, and the token between documents if the run was trained on plain text.
+    """
+    candidates = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        candidates.append(chat.end_token(tokenizer))
+    if stored.get("data.kind") == "text":
+        candidates.append(encoding.closing(tokenizer))
+    tokens = [token for token in dict.fromkeys(candidates) if token is not None]
+    if not tokens:
         raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer has neither an eos_token nor a chat template"
         )
-    return found
+    return tokens
 
 
-def calls(lengths: dict[int, int], most: int, slots: int):
-    """The requests of {request: length}, longest first, in calls of at most `most`. Where slots are filled and lengths have
-    halved there is a new one, for what a call reads and keeps of a prompt is as wide as its longest."""
-    call = []
-    for i in sorted(lengths, key=lengths.get, reverse=True):
-        if len(call) == most or (len(call) >= slots and 2 * lengths[i] <= lengths[call[0]]):
-            yield call
-            call = []
-        call.append(i)
-    yield call
+def as_messages(prompt: Prompt) -> list[dict[str, str]]:
+    """Return a prompt as messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def size(n: int, least: int = 8) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, ...: lengths are rounded up to these, that few programs are compiled."""
-    n = max(int(n), least)
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if n <= power * 3 // 4 else power
+def group_by_length(lengths: dict[int, int], most: int, slots: int) -> Iterator[list[int]]:
+    """Yield the requests of {request: length}, longest first, in groups of at most `most`.
+
+    A new group begins once the slots are filled and the lengths have halved, because a call reads
+    and stores as many places of each prompt as its longest prompt has.
+    """
+    group = []
+    for request in sorted(lengths, key=lengths.get, reverse=True):
+        is_full = len(group) == most
+        if is_full or (len(group) >= slots and 2 * lengths[request] <= lengths[group[0]]):
+            yield group
+            group = []
+        group.append(request)
+    yield group
+
+
+def round_up(count: int, least: int = 8) -> int:
+    """Return the next of 8, 12, 16, 24, 32, 48, ..., so that few programs are compiled."""
+    count = max(int(count), least)
+    power = 1 << (count - 1).bit_length()
+    three_quarters = power * 3 // 4
+    return three_quarters if count <= three_quarters else power

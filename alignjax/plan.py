@@ -18,7 +18,6 @@ import json
 import sys
 
 from alignjax import config as configs
-from alignjax import train
 from alignjax.config import Config, Model
 from alignjax.machine import console, jsonl
 from alignjax.models import families
@@ -26,6 +25,7 @@ from alignjax.planning.plans import Estimate, make_plan, plan_dict
 from alignjax.planning.printing import format_estimates, format_plan
 from alignjax.planning.search import search
 from alignjax.planning.topologies import PLATFORMS
+from alignjax.runs.lineage import adopt_architecture
 from alignjax.weights import locations
 
 DOES_NOT_FIT = 3
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Plan the run that the arguments name, print the result, and return the exit code."""
     overrides = configs.parse_overrides(rest)
     config = configs.load(arguments.config, overrides)
-    train.adopt(config, overrides, architecture)
+    adopt_architecture(config, overrides, architecture)
     plans = plans_of(config, arguments.topology, arguments.search)
     if arguments.json:
         texts = [plan_dict(plan) for plan in plans]

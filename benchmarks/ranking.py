@@ -24,7 +24,9 @@ def pad(lengths, groups, longest: int, budget: int, shards: int = 1) -> list[pac
     each = max(budget // longest // len(groups[0]), 1)
     parts = [sum(groups[i : i + each], []) for i in range(0, len(groups), each)]
     return [
-        packing.layout([(i, row, 0) for row, i in enumerate(part)], lengths, len(part), longest)
+        packing.layout(
+            [packing.Spot(i, row, 0) for row, i in enumerate(part)], lengths, len(part), longest
+        )
         for part in parts
     ]
 

@@ -25,7 +25,7 @@ from sampling import programs, rollout
 from alignjax import config as configs
 from alignjax.algorithms import experience
 from alignjax.models import transformer
-from alignjax.sampling.rollout import Rollout
+from alignjax.sampling.types import Rollout
 
 ROWS, LENGTH = 8, 64
 AXES = {
@@ -51,7 +51,13 @@ def microbatch(model, rows: int, length: int):
     assert part["sequence"].shape == (rows, length) and part["sequence"].min() == 0
     fixed = [rng.normal(size=(n, length // 2)).astype(np.float32) for _ in range(5)]
     tokens = rng.integers(2, model.vocab_size, (n, length)).astype(np.int32)
-    sampled = Rollout(tokens, prompts, lengths, fixed[0], np.zeros(n, bool))
+    sampled = Rollout(
+        tokens=tokens,
+        prompt_lengths=prompts,
+        lengths=lengths,
+        logprobs=fixed[0],
+        truncated=np.zeros(n, bool),
+    )
     return c, jax.tree.map(jnp.asarray, (experience.Experience(sampled, *fixed[1:]), part))
 
 

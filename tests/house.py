@@ -85,8 +85,13 @@ def assignment_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
         targets = node.targets[0]
         if isinstance(node.value, ast.Tuple) and not is_swap(targets, node.value):
             yield node.lineno, "binds several names to several values"
-        elif len(targets.elts) > 2 and "shape" not in ast.unparse(node.value):
+        elif len(targets.elts) > 2 and not is_natural(ast.unparse(node.value)):
             yield node.lineno, f"unpacks {len(targets.elts)} values"
+
+
+def is_natural(value: str) -> bool:
+    """Return whether an expression has more than two parts by nature: a shape, a partition."""
+    return "shape" in value or ".partition(" in value or ".rpartition(" in value
 
 
 def is_swap(targets: ast.Tuple, values: ast.Tuple) -> bool:

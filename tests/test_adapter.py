@@ -62,7 +62,7 @@ def test_hugging_face_checkpoint_and_run_answer_alike(model, chain, tmp_path):
     assert other.loglikelihood(asked, disable_tqdm=True) == model.loglikelihood(
         asked, disable_tqdm=True
     )
-    assert other.asked.model.ends == model.asked.model.ends and other.asked.slots == 64
+    assert other.asked.model.end_tokens == model.asked.model.end_tokens and other.asked.slots == 64
 
 
 def test_half_precision_is_near(model, chain):

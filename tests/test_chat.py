@@ -31,7 +31,7 @@ def heard(monkeypatch):
         yield "k"
         return inference.Response("ok", self.encode(["ok"])[0][:2], len(asked) % 2 == 0)
 
-    monkeypatch.setattr(inference.Model, "stream", stream)
+    monkeypatch.setattr(inference.LoadedModel, "stream", stream)
     return asked
 
 
@@ -57,7 +57,7 @@ def test_before_and_after_ppo_with_scores(chain, capsys, monkeypatch):
 def test_a_conversation_goes_on_until_it_is_too_long(chain, capsys, monkeypatch, heard):
     ppo, words = chain[0] / "ppo-tiny", " ".join(["cat"] * 9)
     monkeypatch.setattr(
-        inference.Model, "score", lambda self, prompts, responses: [len(prompts[0])]
+        inference.LoadedModel, "score", lambda self, prompts, responses: [len(prompts[0])]
     )
     text = "a\nb\n/nothing\n/reset\nc\n/system d\ne\nstop\n" + f"{words}\n" * 3 + "/exit\nnever\n"
     found = session(
@@ -140,7 +140,7 @@ def test_what_is_amiss_is_said(chain, capsys, monkeypatch, tmp_path, heard):
 def test_a_prompt_that_is_too_long_is_said_and_the_next_answered(chain, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        inference.Model, "run", lambda self, program, *_, **__: asked.append(program) or 1 / 0
+        inference.LoadedModel, "run", lambda self, program, *_, **__: asked.append(program) or 1 / 0
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO("cat " * 60 + "\na\n"))
     with pytest.raises(ZeroDivisionError):

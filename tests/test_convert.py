@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: bit-exact round trips, little memory, and one line that names the fault of a faulty one."""
+"""Hugging Face checkpoints: exact round trips, little memory, and errors that name the fault."""
 
 import dataclasses
 import json
@@ -27,21 +27,24 @@ def head_of(name):
 
 
 def same(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        jax.tree.leaves(jax.tree.map(np.array_equal, a, b))
-    )
+    """Return whether two trees have the same structure and equal arrays."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def read_model(directory):
+    return families.model_from_hf(json.loads((directory / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_export_gives_the_files_tensors_back(name, dtype, tmp_path):
-    """Every tensor, read by the safetensors library, is the original's bit for bit (qwen3's need float32)."""
+    """The safetensors library reads each tensor bit for bit (those of qwen3 need float32)."""
     model, params = hf.load_hf(GOLDEN / name, head_of(name))
     hf.save_hf(model, params, tmp_path, dtype)
-    ours, theirs = (
-        load_file(tmp_path / "model.safetensors"),
-        load_file(GOLDEN / name / "model.safetensors"),
-    )
+    ours = load_file(tmp_path / "model.safetensors")
+    theirs = load_file(GOLDEN / name / "model.safetensors")
     if head_of(name) == "scalar":
         assert ours.pop("score.bias").tolist() == [0]
     assert ours.keys() == theirs.keys()
@@ -54,9 +57,9 @@ def test_export_gives_the_files_tensors_back(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_in_and_out_again_gives_the_same_bytes(family, head, dtype, tmp_path):
-    """Tensors by transformers' names, written by the safetensors library, come back byte for byte in their own type."""
+    """Tensors that the safetensors library wrote come back byte for byte, in their own type."""
     rng = np.random.default_rng(0)
     tensors = load_file(GOLDEN / family / "model.safetensors")
     if head == "scalar":
@@ -68,13 +71,11 @@ def test_in_and_out_again_gives_the_same_bytes(family, head, dtype, tmp_path):
     save_file(tensors, tmp_path / "in/model.safetensors")
     hf.save_hf(*hf.load_hf(tmp_path / "in", head), tmp_path / "out", np.dtype(dtype).name)
     again = load_file(tmp_path / "out/model.safetensors")
-    assert {name: (x.dtype, x.shape, x.tobytes()) for name, x in again.items()} == {
-        name: (x.dtype, x.shape, x.tobytes()) for name, x in tensors.items()
-    }
-    fields = families.model_from_hf(json.loads((tmp_path / "out/config.json").read_text()))
-    assert fields == families.model_from_hf(
-        json.loads((GOLDEN / family / "config.json").read_text())
-    )
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype and again[name].shape == tensor.shape
+        assert again[name].tobytes() == tensor.tobytes(), name
+    assert read_model(tmp_path / "out") == read_model(GOLDEN / family)
 
 
 def test_shards_hold_what_one_file_holds(tmp_path):
@@ -96,13 +97,19 @@ def test_the_reward_shift_survives(tmp_path):
 
 
 def faulty(tmp_path, name="qwen2", **tensors):
-    """A copy of a golden checkpoint with tensors replaced, added, or (None) left out; "." is spelt "__"."""
+    """Copy a golden checkpoint with tensors replaced, added, or left out (None).
+
+    In the names of tensors, "__" stands for ".".
+    """
     shutil.copytree(GOLDEN / name, tmp_path, dirs_exist_ok=True)
     all_tensors = load_file(GOLDEN / name / "model.safetensors")
-    all_tensors |= {key.replace("__", "."): x for key, x in tensors.items()}
-    save_file(
-        {key: x for key, x in all_tensors.items() if x is not None}, tmp_path / "model.safetensors"
-    )
+    for key, tensor in tensors.items():
+        key = key.replace("__", ".")
+        if tensor is None:
+            del all_tensors[key]
+        else:
+            all_tensors[key] = tensor
+    save_file(all_tensors, tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -163,60 +170,65 @@ def test_a_parameter_that_is_missing_or_misshapen_is_named(tmp_path):
         hf.save_hf(model, params | {"norm": {"scale": np.zeros(31)}}, tmp_path)
 
 
-def shape_of(family, head, layers=4, **changes):
-    """(model, {path: shape}) of a family's small model."""
-    bias, norm = families.SHAPES[family]
-    kv = 4 if family == "qwen" else 2
-    model = Model(family=family, qkv_bias=bias, qk_norm=norm, layers=layers, kv_heads=kv, **changes)
-    return model, hf.layout(model, head)[0]
+def model_and_shapes(family, head, layers=4, **changes):
+    """Return a small model of a family, and the shapes of its parameters by path."""
+    flags = families.FAMILIES[family].flags
+    kv_heads = 4 if family == "qwen" else 2
+    model = Model(family=family, layers=layers, kv_heads=kv_heads, **flags, **changes)
+    return model, hf.layout_of(model, head).shapes
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_writing_holds_the_parameters_of_one_tensor_at_a_time(family, tmp_path):
-    """Those asked for before are gone when others are asked for, and with them a tensor of the file is all there is."""
-    model, shapes = shape_of(family, "lm", layers=16, vocab_size=512, d_model=128, d_ff=352)
-    names, alive, most = families.weight_names(model, "lm"), {}, 0
+    """When a parameter is read, only parameters of the same tensor are still in memory.
+
+    Beside them there is at most one tensor as the file has it.
+    """
+    model, shapes = model_and_shapes(family, "lm", layers=16, vocab_size=512, d_model=128, d_ff=352)
+    names = families.weight_names(model, "lm")
+    references = {}
+    most = 0
 
     def read(path):
         nonlocal most
-        held = {other for other, x in alive.items() if x() is not None}
-        assert {names[other] for other in held} <= {names[path]}
-        x = np.ones(shapes[path], np.float32)
-        alive[path] = weakref.ref(x)
-        most = max(most, x.nbytes + sum(alive[other]().nbytes for other in held))
-        return x
+        alive = {other: ref() for other, ref in references.items() if ref() is not None}
+        assert {names[other] for other in alive} <= {names[path]}
+        param = np.ones(shapes[path], np.float32)
+        references[path] = weakref.ref(param)
+        most = max(most, param.nbytes + sum(other.nbytes for other in alive.values()))
+        return param
 
-    hf.layout(model, "lm")  # what jax allocates when it traces isn't the point
+    hf.layout_of(model, "lm")  # what jax allocates when it traces is not measured
     tracemalloc.start()
     try:
         total = hf.write_hf(model, "lm", read, tmp_path, max_shard_bytes=10**6)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len(alive) == len(shapes) and len(list(tmp_path.glob("*.safetensors"))) > 8
+    assert len(references) == len(shapes)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 8
     assert total > 4 * most and peak < 1.2 * most
 
 
 def test_reading_holds_the_part_that_is_asked_for(tmp_path):
-    model, shapes = shape_of("qwen", "lm", layers=8, vocab_size=512)
-    hf.write_hf(
-        model, "lm", lambda path: np.full(shapes[path], len(path), np.float32), tmp_path, "bfloat16"
-    )
-    hf.open_hf(tmp_path, "lm")
+    model, shapes = model_and_shapes("qwen", "lm", layers=8, vocab_size=512)
+
+    def read(path):
+        return np.full(shapes[path], len(path), np.float32)
+
+    hf.write_hf(model, "lm", read, tmp_path, "bfloat16")
+    hf.open_hf(tmp_path, "lm")  # what is imported and traced the first time is not measured
     tracemalloc.start()
     try:
         _, views = hf.open_hf(tmp_path, "lm")
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        part = hf.cut(views["layers/mlp/gate/kernel"], (slice(None), slice(0, 64), slice(None)))
+        part = views["layers/mlp/gate/kernel"].read((slice(None), slice(0, 64), slice(None)))
         peak = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    assert (
-        part.shape == (8, 64, 352)
-        and part.dtype == np.float32
-        and (part == len("layers/mlp/gate/kernel")).all()
-    )
+    assert part.shape == (8, 64, 352) and part.dtype == np.float32
+    assert (part == len("layers/mlp/gate/kernel")).all()
     assert peak < 1.2 * part.nbytes
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from alignjax import config as configs
 from alignjax.algorithms import lm, ranking
 from alignjax.config import UserError
-from alignjax.data import chat, encoding, files, mixture, toy
+from alignjax.data import chat, encoding, files, mixture, sources, toy
 from alignjax.machine import sharding
 
 USER = {"role": "user", "content": "last : red cat box"}
@@ -165,7 +165,7 @@ def test_examples_follow_the_seed():
     with pytest.raises(
         UserError, match="takes comparisons, that is toy/comparisons-noisy or toy/comparisons-clean"
     ):
-        mixture.load("toy/prompts", "comparisons", "train", 0)
+        sources.load("toy/prompts", "comparisons", "train")
 
 
 def test_tokenizer_is_the_same_each_time_and_has_every_word(tokenizer, tmp_path):
@@ -424,9 +424,8 @@ def comparisons_of(seed, n=9, longest=12):
 
 
 def by_last_token(params, part):
-    """Scores that are the last tokens themselves."""
-    last = part["tokens"].reshape(-1)[part["ends"]]
-    return last[:, 0], last[:, 1]
+    """Return the last tokens themselves as scores."""
+    return part.packed.tokens.reshape(-1)[part.ends]
 
 
 class Whole:
@@ -442,13 +441,12 @@ def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, mo
     rows, n = comparisons_of(3), 9
     lengths = np.stack([rows[f"{side}_length"] for side in ("chosen", "rejected")], axis=1)
     wanted = 1000 * (1 + np.arange(n)[:, None]) + 100 * np.arange(2) + lengths - 1
-    assert ranking.scored(by_last_token, None, rows, budget, Whole).tolist() == wanted.tolist()
+    assert ranking.score_rows(by_last_token, None, rows, budget, Whole).tolist() == wanted.tolist()
 
     def by_length(params, part):
-        chosen, rejected = by_last_token(params, part)
-        return (chosen % 100).astype(np.float32), (rejected % 100).astype(np.float32)
+        return (by_last_token(params, part) % 100).astype(np.float32)
 
-    found = ranking.accuracy(by_length, None, rows, 4, budget, Whole)
+    found = ranking.heldout_figures(by_length, None, rows, 4, budget, Whole)
     longer, same = (lengths[:, 0] > lengths[:, 1]).sum(), (lengths[:, 0] == lengths[:, 1]).sum()
     loss = np.log(1 + np.exp(lengths[:, 1] - lengths[:, 0])).mean()
     assert found == {
@@ -469,8 +467,8 @@ def test_the_held_out_loss_is_the_mean_of_all_targets(budget, monkeypatch):
     monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: batch)
 
     def loss(params, part):
-        tokens = np.take_along_axis(part["tokens"], part["at"], axis=1)
-        return (part["weights"] * (tokens % 100)).sum(), {}
+        tokens = np.take_along_axis(part.packed.tokens, part.targets, axis=1)
+        return (part.weights * (tokens % 100)).sum(), {}
 
     rows = conversations_of(5, n=11)
     targets = rows["tokens"][(rows["mask"] > 0) & (np.arange(20) > 0)] % 100
@@ -482,7 +480,7 @@ def test_files_are_read_as_the_world_is(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n")
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(json.dumps({**row, "prompt": turns("x", "y", "z"), "margin": 2}))
-    assert mixture.load(str(tmp_path / "*.jsonl*"), "comparisons", "train", 0) == [
+    assert sources.load(str(tmp_path / "*.jsonl*"), "comparisons", "train") == [
         {
             "prompt": turns("hi"),
             "chosen": "a",
@@ -504,34 +502,38 @@ def test_files_are_read_as_the_world_is(tmp_path):
     "kind, line, message",
     [
         ("text", '{"text": "a"', "not JSON"),
-        ("text", '["a"]', r'an object wanted, list found: \["a"\]'),
-        ("text", '{"test": "a"}', "text need a field 'text'; did you mean 'test'"),
-        ("text", '{"text": 3}', "text: text wanted, int found: 3"),
+        ("text", '["a"]', r'expected an object, found list: \["a"\]'),
+        ("text", '{"test": "a"}', "a row of text needs a field 'text'; did you mean 'test'"),
+        ("text", '{"text": 3}', "text: expected text, found int: 3"),
         (
             "prompts",
             '{"prompt": []}',
-            r"prompt: text or a list of messages wanted, list found: \[\]",
+            r"prompt: expected text or a list of messages, found list: \[\]",
         ),
         (
             "prompts",
             '{"prompt": [{"role": "user"}]}',
-            r"prompt\[0\]: an object with content as text wanted, dict found",
+            r"prompt\[0\]: expected an object with content as text, found dict",
         ),
         (
             "conversations",
             '{"messages": "a"}',
-            'messages: a list of messages wanted, str found: "a"',
+            'messages: expected a list of messages, found str: "a"',
         ),
         (
             "conversations",
             '{"messages": [{"role": "user", "content": "a"}]}',
-            "role assistant wanted, the roles found are user",
+            "role assistant, found the roles user",
         ),
-        ("comparisons", '{"prompt": "a", "chosen": "b"}', "comparisons need a field 'rejected'"),
+        (
+            "comparisons",
+            '{"prompt": "a", "chosen": "b"}',
+            "a row of comparisons needs a field 'rejected'",
+        ),
         (
             "comparisons",
             '{"prompt": "a", "chosen": "b", "rejected": null}',
-            "rejected: text or a list of messages wanted, NoneType",
+            "rejected: expected text or a list of messages, found NoneType",
         ),
         (
             "comparisons",
@@ -541,7 +543,7 @@ def test_files_are_read_as_the_world_is(tmp_path):
         (
             "comparisons",
             '{"prompt": "a", "chosen": [{"role": "user", "content": "a"}], "rejected": "c"}',
-            "chosen: one message of the role assistant wanted after the prompt, the roles are user",
+            "chosen: expected one message with the role assistant after the prompt, found the roles user",
         ),
         (
             "comparisons",
@@ -551,12 +553,12 @@ def test_files_are_read_as_the_world_is(tmp_path):
         (
             "comparisons",
             '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}',
-            'margin: a number wanted, str found: "1"',
+            'margin: expected a number, found str: "1"',
         ),
         (
             "comparisons",
             '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}',
-            "margin: a number wanted, float found",
+            "margin: expected a number, found float",
         ),
     ],
 )
@@ -607,11 +609,12 @@ def test_parquet_is_read_as_lines_are(tmp_path):
         (turns("a"), 0.0, f"{tmp_path}/rows.parquet: row 1")
     ]
     with pytest.raises(
-        UserError, match="rows.parquet: row 2: rejected: one message of the role assistant"
+        UserError,
+        match="rows.parquet: row 2: rejected: expected one message with the role assistant",
     ):
         files.read(tmp_path / "rows.parquet", "comparisons")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-9])
-    with pytest.raises(UserError, match="torn.parquet: Parquet wanted"):
+    with pytest.raises(UserError, match="torn.parquet: expected Parquet"):
         files.read(tmp_path / "torn.parquet", "comparisons")
 
 
@@ -621,7 +624,7 @@ def test_bad_rows_are_skipped_and_counted_if_asked(tmp_path):
     rows = files.read(tmp_path / "a.jsonl", "text", skip=True, say=said.append)
     assert [row["text"] for row in rows] == ["a", "c"] and len(said) == 1
     assert re.search(
-        r"a.jsonl: 2 bad rows skipped of 4; the first: .*a.jsonl:2: text: text wanted, int found: 3",
+        r"a.jsonl: 2 bad rows skipped of 4; the first: .*a.jsonl:2: text: expected text, found int: 3",
         said[0],
     )
     with pytest.raises(
@@ -636,18 +639,18 @@ def test_prompts_keep_their_other_columns(tmp_path):
 
 
 def test_sources_and_their_weights():
-    assert mixture.sources("") == [] and mixture.sources("a*.jsonl, b") == [
+    assert sources.parse("") == [] and sources.parse("a*.jsonl, b") == [
         ("a*.jsonl", None),
         ("b", None),
     ]
     spec = "0.7*tfds/shp:min_score_ratio=3,pairs_per_post=5/test,.3*mine.jsonl"
-    assert mixture.sources(spec) == [
+    assert sources.parse(spec) == [
         ("tfds/shp:min_score_ratio=3,pairs_per_post=5/test", 0.7),
         ("mine.jsonl", 0.3),
     ]
     for wrong in ("a,,b", "0*a", "2*a,b"):
         with pytest.raises(UserError, match="WEIGHT"):
-            mixture.sources(wrong)
+            sources.parse(wrong)
 
 
 def test_weights_are_the_shares_of_the_sources():
@@ -685,7 +688,7 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path):
     config.data.heldout_share = 0.2
     found = mixture.sets(config, "comparisons", a, a, said.append)
     left, right = (
-        {mixture.prompt_of(row) for row in rows} for rows in (found.train[0], found.heldout[a])
+        {sources.prompt_of(row) for row in rows} for rows in (found.train[0], found.heldout[a])
     )
     assert not left & right and len(left | right) == 100 and 10 < len(right) < 30 and len(said) == 1
     assert len(found.train[0]) == 3 * len(left) and len(found.heldout[a]) == 3 * len(right)

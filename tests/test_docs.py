@@ -33,7 +33,7 @@ from runs import rows
 
 from alignjax import config as configs
 from alignjax import train
-from alignjax.data import chat, encoding, mixture
+from alignjax.data import chat, encoding, sources
 from alignjax.models import families
 
 SOURCES = [
@@ -105,12 +105,12 @@ RUN_BY = [
     (
         "alignjax.report",
         "test_report.py",
-        "test_every_stage_of_the_chain_has_its_page_with_what_its_run_has_left",
+        "test_the_page_of_every_stage_has_what_its_run_left",
     ),
     (
         "alignjax.study",
         "test_study.py",
-        "test_a_study_runs_what_is_not_there_and_writes_what_came_of_it",
+        "test_a_study_runs_what_is_missing_and_writes_its_results",
     ),
     (
         "alignjax.plan .*--topology",
@@ -376,7 +376,9 @@ def fields_of(config: str) -> dict:
 
 def parsed_like(value, cell: str, field: str):
     """Return the text of a cell as a value of the same type as `value`."""
-    return cell.strip('"') if isinstance(value, str) else configs.parse(cell, type(value), field)
+    return (
+        cell.strip('"') if isinstance(value, str) else configs.parse_value(cell, type(value), field)
+    )
 
 
 def test_the_readmes_table_of_speed_is_that_of_its_page():
@@ -393,11 +395,11 @@ def test_the_python_of_the_quick_start_fits_the_signatures(monkeypatch, capsys):
 
     class FakeModel:
         def generate(self, *args, **kwargs):
-            inspect.signature(inference.Model.generate).bind(self, *args, **kwargs)
+            inspect.signature(inference.LoadedModel.generate).bind(self, *args, **kwargs)
             return [inference.Response("sure", [1], False) for _ in args[0]]
 
         def score(self, *args, **kwargs):
-            inspect.signature(inference.Model.score).bind(self, *args, **kwargs)
+            inspect.signature(inference.LoadedModel.score).bind(self, *args, **kwargs)
             return [0.5 for _ in args[0]]
 
     def fake_load(*args, **kwargs):
@@ -417,7 +419,7 @@ def test_the_loader_reads_the_examples_of_data_and_they_fit_their_stages(example
     examples_of = {}
     for name, kind in KINDS.items():
         length = 32 if kind == "text" else 512
-        examples_of[name] = mixture.load(str(examples / f"{name}.jsonl"), kind, "train", 0)
+        examples_of[name] = sources.load(str(examples / f"{name}.jsonl"), kind, "train")
         arrays = encoding.encode(examples_of[name], kind, length, tokenizer, printed.append)
         assert len(examples_of[name]) >= 2
         assert len(next(iter(arrays.values()))) >= 2

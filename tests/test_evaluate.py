@@ -16,7 +16,7 @@ from PIL import Image
 from alignjax import evaluate, train
 from alignjax.algorithms import ranking
 from alignjax.config import Mesh
-from alignjax.data import chat, encoding, mixture
+from alignjax.data import chat, encoding, sources
 from alignjax.evals import calibration
 from alignjax.machine import sharding
 from alignjax.models import scoring
@@ -64,7 +64,7 @@ class Bar:
 
 def mixed() -> list[dict]:
     """42 pairs of the world, but that the 11th row's responses are equal and those of the 6th and all from 36th on too long."""
-    rows = mixture.load(CLEAN, "comparisons", "heldout", 0, 42)
+    rows = sources.load(CLEAN, "comparisons", "heldout", sources.ReadOptions(limit=42))
     rows[10] = {**rows[10], "rejected": rows[10]["chosen"]}
     for i in (5, *range(35, 42)):
         rows[i] = {**rows[i], "rejected": "dog " * LENGTH}
@@ -223,8 +223,8 @@ def test_scores_are_those_of_each_response_alone_whatever_the_batch_and_the_devi
     assert found[9] == 0 and (
         np.sort(np.abs(found))[1] > 2e-5
     )  # so that no rounding could change a verdict
-    assert ranking.figures(found)["accuracy"] == (np.delete(expected, 9) > 0).sum() / 34
-    assert ranking.figures(found)["ties"] == 1 / 34
+    assert ranking.figures_of(found)["accuracy"] == (np.delete(expected, 9) > 0).sum() / 34
+    assert ranking.figures_of(found)["ties"] == 1 / 34
 
 
 def run(*arguments) -> int:
@@ -268,7 +268,7 @@ def test_public_sets_come_from_tfds_with_the_reports_figures_and_shp_by_ratio(
         source = where[0]
         return [{**row, "ratio": 2.5 * (source == "tfds/shp")} for row in rows]
 
-    monkeypatch.setattr(mixture, "load", load)
+    monkeypatch.setattr(sources, "load", load)
     out = tmp_path / "table.json"
     more = ("--data_dir", "somewhere", "--split", "train", "--out", out)
     assert (
@@ -276,7 +276,7 @@ def test_public_sets_come_from_tfds_with_the_reports_figures_and_shp_by_ratio(
         == 0
     )
     assert asked == [
-        (f"tfds/{name}", "comparisons", "train", 0, 0, "somewhere")
+        (f"tfds/{name}", "comparisons", "train", sources.ReadOptions(data_dir="somewhere"))
         for name in ("shp", "hh_harmless_base")
     ]
     found, printed = json.loads(out.read_text()), capsys.readouterr().out
@@ -366,7 +366,7 @@ def test_a_mistake_is_one_line(directory, arguments, message, runs, tmp_path, ca
 
 def test_options_of_a_public_set_stay_with_it(runs, tmp_path, monkeypatch):
     asked, rows = [], mixed()
-    monkeypatch.setattr(mixture, "load", lambda source, *_: asked.append(source) or rows)
+    monkeypatch.setattr(sources, "load", lambda source, *_: asked.append(source) or rows)
     out = tmp_path / "table.json"
     sets = f"shp:min_score_ratio=1,pairs=5,summarize,{CLEAN},prm800k:a=b"
     assert run("--run", runs / "rm-tiny", "--sets", sets, "--out", out) == 0
@@ -385,7 +385,7 @@ def test_options_of_a_public_set_stay_with_it(runs, tmp_path, monkeypatch):
 
 
 def test_an_empty_split_is_one_line(runs, capsys, monkeypatch):
-    monkeypatch.setattr(mixture, "load", lambda *_: [])
+    monkeypatch.setattr(sources, "load", lambda *_: [])
     assert run("--run", runs / "rm-tiny", "--sets", "shp") == 2
     assert (
         "alignjax: --sets shp: there are no comparisons in its split 'heldout'"

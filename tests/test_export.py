@@ -1,8 +1,11 @@
-"""A run as a Hugging Face checkpoint: what is written, from little memory, and one line for each mistake."""
+"""A run as a Hugging Face checkpoint: its files, little memory, and user errors in one line."""
 
+import gc
 import json
 import shutil
 import weakref
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -31,8 +34,8 @@ def tokenizer(tmp_path_factory):
     return directory
 
 
-def run_of(directory, tokenizer, stage, model, items):
-    """What a complete run leaves, saved from eight devices: its model's parameters by item."""
+def make_run(directory, tokenizer, stage, model, items):
+    """Write what a complete run leaves, saved from eight devices; `items` are those of Orbax."""
     directory.mkdir()
     (directory / "config.json").write_text(
         configs.to_json(configs.Config(stage=stage, model=model))
@@ -53,40 +56,47 @@ def small(head="lm", seed=0, **changes):
     return tiny(seed, head, vocab_size=320, **changes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PPORun:
+    """A complete PPO run, and the parameters that it holds."""
+
+    directory: Path
+    model: configs.Model
+    policy: dict
+    value: dict
+
+
 @pytest.fixture(scope="module")
 def ppo(tmp_path_factory, tokenizer):
-    """(directory, model, policy, value) of a PPO run."""
-    (model, policy), (_, value) = small(), small("scalar", 1)
+    model, policy = small()
+    _, value = small("scalar", 1)
     value["head"]["bias"] = np.float32([0.75])
-    directory = tmp_path_factory.mktemp("runs") / "ppo"
-    return (
-        run_of(directory, tokenizer, "ppo", model, {"policy": policy, "value": value}),
-        model,
-        policy,
-        value,
-    )
+    items = {"policy": policy, "value": value}
+    directory = make_run(tmp_path_factory.mktemp("runs") / "ppo", tokenizer, "ppo", model, items)
+    return PPORun(directory=directory, model=model, policy=policy, value=value)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 def to_hf(run, out, *more) -> int:
     return convert.main(["--to_hf", str(run), "--out", str(out), *more])
 
 
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_run_goes_out_whole(family, tokenizer, tmp_path, capsys):
-    bias, norm = families.SHAPES[family]
-    model, params = small(
-        family=family, qkv_bias=bias, qk_norm=norm, kv_heads=4 if family == "qwen" else 2
-    )
-    run, out = (
-        run_of(tmp_path / "sft", tokenizer, "lm", model, {"model": params}),
-        tmp_path / "deep" / "out",
-    )
+    flags = families.FAMILIES[family].flags
+    kv_heads = 4 if family == "qwen" else 2
+    model, params = small(family=family, kv_heads=kv_heads, **flags)
+    run = make_run(tmp_path / "sft", tokenizer, "lm", model, {"model": params})
+    out = tmp_path / "deep" / "out"
     assert to_hf(run, out) == 0
     again, back = hf.load_hf(out, "lm")
     assert again == model and same(params, back)
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 2, 0)
-    assert json.loads((out / "generation_config.json").read_text()) == {
+    assert read_json(out / "generation_config.json") == {
         "bos_token_id": None,
         "eos_token_id": [2],
         "pad_token_id": 0,
@@ -102,23 +112,21 @@ def test_a_run_goes_out_whole(family, tokenizer, tmp_path, capsys):
 
 
 def test_each_role_of_ppo_goes_out(ppo, tmp_path, capsys):
-    run, model, policy, value = ppo
-    (tmp_path / "default").mkdir()  # an empty directory may be there
+    run = ppo.directory
+    (tmp_path / "default").mkdir()  # --out may be an empty directory
     assert to_hf(run, tmp_path / "default") == to_hf(run, tmp_path / "policy", "--role=policy") == 0
     assert "score.bias" not in capsys.readouterr().out
     assert to_hf(run, tmp_path / "value", "--role=value", "--dtype=bfloat16") == 0
     assert (
-        "score.bias=0.75 is written, but transformers leaves it unread" in capsys.readouterr().out
+        "score.bias=0.75 is written, but transformers does not read it" in capsys.readouterr().out
     )
-    assert same(hf.load_hf(tmp_path / "default", "lm")[1], policy)
-    assert same(hf.load_hf(tmp_path / "policy", "lm")[1], policy)
-    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), value)
+    assert same(hf.load_hf(tmp_path / "default", "lm")[1], ppo.policy)
+    assert same(hf.load_hf(tmp_path / "policy", "lm")[1], ppo.policy)
+    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), ppo.value)
     assert same(hf.load_hf(tmp_path / "value", "scalar")[1], rounded)
-    config = json.loads((tmp_path / "value/config.json").read_text())
-    assert (
-        config["architectures"] == ["Qwen2ForSequenceClassification"]
-        and len(config["id2label"]) == 1
-    )
+    config = read_json(tmp_path / "value/config.json")
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"]
+    assert len(config["id2label"]) == 1
     assert config["pad_token_id"] == 0 and config["torch_dtype"] == "bfloat16"
     assert not (tmp_path / "value/generation_config.json").exists()
 
@@ -126,29 +134,19 @@ def test_each_role_of_ppo_goes_out(ppo, tmp_path, capsys):
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_transformers_computes_the_same_and_saves_what_we_wrote(family, head, tokenizer, tmp_path):
-    """Live, with torch. It has no class for "qwen", only code that comes with the checkpoints and isn't run here."""
+    """Live, with torch. transformers has no class for "qwen", and we run no checkpoint's code."""
     torch = pytest.importorskip("torch")
-    bias, norm = families.SHAPES[family]
-    model, params = small(head, family=family, qkv_bias=bias, qk_norm=norm)
-    stage, kind = (
-        ("lm", AutoModelForCausalLM)
-        if head == "lm"
-        else ("ranking", AutoModelForSequenceClassification)
-    )
-    assert (
-        to_hf(
-            run_of(tmp_path / "run", tokenizer, stage, model, {"model": params}), tmp_path / "out"
-        )
-        == 0
-    )
-    theirs, report = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, params = small(head, family=family, **families.FAMILIES[family].flags)
+    stage = "lm" if head == "lm" else "ranking"
+    loader = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+    run = make_run(tmp_path / "run", tokenizer, stage, model, {"model": params})
+    assert to_hf(run, tmp_path / "out") == 0
+    theirs, report = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and set(report["unexpected_keys"]) <= {"score.bias"}
     tokens = np.random.default_rng(2).integers(3, 300, (3, 40)).astype(np.int32)
     segments = (np.arange(40) < np.array([[40], [17], [29]])).astype(np.int32)
-    tokens[segments == 0], tokens[np.arange(3), segments.sum(1) - 1] = (
-        0,
-        2,
-    )  # pads, after an end token
+    tokens[segments == 0] = 0  # pads, after an end token
+    tokens[np.arange(3), segments.sum(1) - 1] = 2
     with torch.no_grad():
         logits = theirs.eval()(
             torch.tensor(tokens).long(), attention_mask=torch.tensor(segments)
@@ -171,93 +169,87 @@ def test_a_reward_model_never_pads_with_its_end_token(tokenizer, tmp_path):
     changed.pad_token = chat.END
     changed.save_pretrained(tmp_path / "tokenizer")
     model, params = small("scalar")
-    run = run_of(tmp_path / "rm", tmp_path / "tokenizer", "ranking", model, {"model": params})
+    run = make_run(tmp_path / "rm", tmp_path / "tokenizer", "ranking", model, {"model": params})
     assert to_hf(run, tmp_path / "out") == 0
-    pad = json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"]
+    pad = read_json(tmp_path / "out/config.json")["pad_token_id"]
     assert pad == 1 and chat.load_tokenizer(tmp_path / "out").pad_token_id == pad
     assert same(hf.load_hf(tmp_path / "out", "scalar")[1], params)
 
 
 def test_generation_ends_at_either_end_token(tokenizer, tmp_path):
-    """Where the tokenizer's end token isn't the one that ends the assistant's turn."""
+    """The tokenizer's end token need not be the one that ends the assistant's turn."""
     changed = AutoTokenizer.from_pretrained(str(tokenizer))
     changed.eos_token = chat.PAD
     changed.add_special_tokens({"additional_special_tokens": [chat.START, chat.END]})
     changed.save_pretrained(tmp_path / "tokenizer")
     model, params = small()
-    assert (
-        to_hf(
-            run_of(tmp_path / "sft", tmp_path / "tokenizer", "lm", model, {"model": params}),
-            tmp_path / "out",
-        )
-        == 0
-    )
-    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 2
-    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [
-        2,
-        0,
-    ]
+    run = make_run(tmp_path / "sft", tmp_path / "tokenizer", "lm", model, {"model": params})
+    assert to_hf(run, tmp_path / "out") == 0
+    assert read_json(tmp_path / "out/config.json")["eos_token_id"] == 2
+    assert read_json(tmp_path / "out/generation_config.json")["eos_token_id"] == [2, 0]
 
 
 def test_exporting_reads_the_checkpoint_an_array_at_a_time(ppo, tmp_path, monkeypatch):
-    """What is alive, whenever the next is read, is at most the arrays that share a tensor with it."""
-    read, alive, asked = checkpoint.restore_array, [], []
+    """When an array is read, none that was read before is in memory.
+
+    In qwen2 no two parameters share a tensor.
+    """
+    restore = checkpoint.restore_array
+    shapes = hf.layout_of(ppo.model, "lm").shapes
+    references = []
+    reads = []
 
     def watched(item, path):
-        asked.append((item.name, path))
-        assert not [
-            x for x in alive if x() is not None
-        ]  # of qwen2, no two parameters share a tensor
-        x = read(item, path)
-        assert x.shape == hf.layout(ppo[1], "lm")[0][path]
-        alive.append(weakref.ref(x))
-        return x
+        reads.append((item.name, path))
+        gc.collect()  # Orbax leaves what it has read in reference cycles
+        assert all(ref() is None for ref in references)
+        array = restore(item, path)
+        assert array.shape == shapes[path]
+        references.append(weakref.ref(array))
+        return array
 
     monkeypatch.setattr(checkpoint, "restore_array", watched)
-    assert to_hf(ppo[0], tmp_path / "out") == 0
-    assert sorted(asked) == sorted(("policy", path) for path in hf.layout(ppo[1], "lm")[0])
+    assert to_hf(ppo.directory, tmp_path / "out") == 0
+    assert sorted(reads) == sorted(("policy", path) for path in shapes)
 
 
 def test_an_interrupted_export_does_not_look_whole(ppo, tmp_path, monkeypatch):
-    read = checkpoint.restore_array
+    restore = checkpoint.restore_array
 
     def interrupted(item, path):
         if path == "norm/scale":
             raise KeyboardInterrupt
-        return read(item, path)
+        return restore(item, path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "restore_array", interrupted)
-        to_hf(ppo[0], tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial/config.json").exists()
-    assert to_hf(ppo[0], tmp_path / "out") == 0 and [path.name for path in tmp_path.iterdir()] == [
-        "out"
-    ]
+        to_hf(ppo.directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial/config.json").exists()
+    assert to_hf(ppo.directory, tmp_path / "out") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_mistakes_on_the_command_line_are_one_line(ppo, tokenizer, tmp_path, capsys):
-    run, model, policy, _ = ppo
-    other = run_of(tmp_path / "sft", tokenizer, "lm", model, {"model": policy})
+    run = ppo.directory
+    other = make_run(tmp_path / "sft", tokenizer, "lm", ppo.model, {"model": ppo.policy})
     full = tmp_path / "full"
     full.mkdir()
-    (full / "mine").write_text("kept")
+    (full / "file").write_text("kept")
 
     def fails(*arguments):
         before = sorted(tmp_path.rglob("*"))
         assert to_hf(*arguments) == 2 and sorted(tmp_path.rglob("*")) == before
         printed = capsys.readouterr()
-        assert (
-            printed.out == ""
-            and printed.err.startswith("alignjax: ")
-            and printed.err.count("\n") == 1
-        )
+        assert printed.out == ""
+        assert printed.err.startswith("alignjax: ") and printed.err.count("\n") == 1
         return printed.err
 
-    assert f"--out {full}: there is something already" in fails(run, full)
-    assert f"--out {full / 'mine'}: there is something already" in fails(run, full / "mine")
+    assert f"--out {full}: already exists" in fails(run, full)
+    assert f"--out {full / 'file'}: already exists" in fails(run, full / "file")
     assert "--role value: " in fails(other, tmp_path / "out", "--role=value")
     assert "--role policy: " in fails(other, tmp_path / "out", "--role=policy")
-    assert "no config.json there, so not a run" in fails(tmp_path, tmp_path / "out")
+    assert "no config.json there, so this is not a run" in fails(tmp_path, tmp_path / "out")
     assert "config.json names no stage" in fails(GOLDEN / "qwen2", tmp_path / "out")
     (other / "summary.json").unlink()
     assert "this run is not complete" in fails(other, tmp_path / "out")
@@ -269,15 +261,13 @@ def test_mistakes_on_the_command_line_are_one_line(ppo, tokenizer, tmp_path, cap
 
 def test_a_damaged_checkpoint_is_named(ppo, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(ppo[0], run)
+    shutil.copytree(ppo.directory, run)
     for path in (run / "checkpoints/7/policy").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-5])
     assert to_hf(run, tmp_path / "out") == 2
     printed = capsys.readouterr().err
-    assert (
-        str(run / "checkpoints/7/policy") in printed
-        and "can't be read" in printed
-        and printed.count("\n") == 1
-    )
+    assert str(run / "checkpoints/7/policy") in printed and "can't be read" in printed
+    assert printed.count("\n") == 1
     shutil.rmtree(run / "checkpoints")
-    assert to_hf(run, tmp_path / "out") == 2 and "no checkpoint there" in capsys.readouterr().err
+    assert to_hf(run, tmp_path / "out") == 2
+    assert "no checkpoint there" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""An evaluation by itself: whole batches of prompts, the first so many of which count, and their means."""
+"""An evaluation by itself: whole batches of prompts, of which the first few count."""
 
 import numpy as np
 import pytest
@@ -16,17 +16,19 @@ TEXT = {"tokens": np.arange(12).reshape(6, 2), "mask": np.ones((6, 2))}
 @pytest.mark.parametrize(
     "limit, batches, rows",
     [
-        (None, [[0, 1], [2, 4], [7, 0]], 6),  # the last is filled up with the first
+        (None, [[0, 1], [2, 4], [7, 0]], 6),  # the first prompt fills up the last batch
         (99, [[0, 1], [2, 4], [7, 0]], 6),
         (4, [[0, 1], [2, 4]], 4),
         (1, [[0, 0]], 1),
     ],
 )
-def test_the_first_prompts_are_asked_in_whole_batches_and_each_counts_once(limit, batches, rows):
-    asked, read, details = [], [], []
+def test_prompts_are_answered_in_whole_batches_and_each_counts_once(limit, batches, rows):
+    answered = []
+    texts = []
+    details = []
 
     def answer(batch, detailed):
-        asked.append(batch["index"].tolist())
+        answered.append(batch["index"].tolist())
         details.append(detailed)
         assert batch["prompts"].shape == (2, 16)
         return [
@@ -41,25 +43,25 @@ def test_the_first_prompts_are_asked_in_whole_batches_and_each_counts_once(limit
             for i in batch["index"]
         ]
 
-    figures, entries = heldout.evaluate(
-        answer, lambda text: read.append(text) or 2.5, PROMPTS, TEXT, 2, limit, 3
-    )
-    assert (
-        details == [3, 1, 0][: len(batches)]
-        if len(index := PROMPTS["index"][:limit]) > 1
-        else details == [1]
-    )
+    def text_loss(text):
+        texts.append(text)
+        return 2.5
+
+    result = heldout.evaluate(answer, text_loss, PROMPTS, TEXT, 2, limit, 3)
     index = PROMPTS["index"][:limit]
-    assert asked == batches and [entry["prompt"] for entry in entries] == [str(i) for i in index]
-    assert figures == {
+    assert details == ([3, 1, 0][: len(batches)] if len(index) > 1 else [1])
+    assert answered == batches
+    assert [entry["prompt"] for entry in result.rows] == [str(i) for i in index]
+    assert result.figures == {
         "score": index.mean() + 0.5,
         "length": 3.0,
         "truncated": 0.5,
         "entropy": 1.5,
         "pretrain_loss": 2.5,
     }
-    assert {name: len(x) for name, x in read[0].items()} == {"tokens": rows, "mask": rows}
-    assert "pretrain_loss" not in heldout.evaluate(answer, None, PROMPTS, None, 2, limit)[0]
+    assert {name: len(array) for name, array in texts[0].items()} == {"tokens": rows, "mask": rows}
+    without_text = heldout.evaluate(answer, None, PROMPTS, None, 2, limit)
+    assert "pretrain_loss" not in without_text.figures
 
 
 def test_the_gap_is_closed_where_the_best_is_reached():

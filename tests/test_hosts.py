@@ -44,13 +44,13 @@ processes.start(sys.argv[1])
 # A file that is read; a run of each stage, the first after a SIGTERM to one process; what one process began; a bad row. PPO
 # is from parents of one process, for from others that differ by a rounding a token comes out differently now and then.
 CHAIN = """
-row, parsed, said = files.row, [], []
-files.row = lambda value, where, kind: parsed.append(where) or row(value, where, kind)
+read_row, parsed, said = files.read_row, [], []
+files.read_row = lambda value, where, kind: parsed.append(where) or read_row(value, where, kind)
 for name in ("text.jsonl", "text.parquet"):
     found = files.read(runs / name, "text", True, said.append)
     (runs / f"{name}-{index}").write_text(json.dumps([found, parsed, said]))
     parsed.clear()
-files.row = row
+files.read_row = read_row
 assert acting(0, lambda: os.kill(os.getpid(), signal.SIGTERM), *command("sft-tiny", runs)) == 0
 print("stopped", flush=True)
 for name, where in (("sft-tiny", runs), ("rm-tiny", runs), ("ppo-tiny", runs / "same")):
@@ -211,7 +211,7 @@ def test_a_bad_row_is_the_same_error_in_all(shared):
     (code, _, err), (other, _, silent) = shared[1]
     assert code == other == 2 and told(silent) == []
     assert told(err)[1:] == [
-        f"alignjax: {shared[0]}/text.jsonl:5: text: text wanted, int found: 3; "
+        f"alignjax: {shared[0]}/text.jsonl:5: text: expected text, found int: 3; "
         'data.on_bad_row="skip" leaves such rows out'
     ]
 

@@ -1,6 +1,6 @@
 """The Python surface: what is loaded generates, streams and scores as training and `rollout` do, and says what it can't."""
 
-import functools
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +14,7 @@ from alignjax.config import Mesh, UserError
 from alignjax.data import chat, encoding, toy
 from alignjax.machine import sharding
 from alignjax.sampling import rollout
+from alignjax.sampling.types import Prompts, SamplingSettings, StreamOutput
 
 PROMPTS = [
     "copy : cat box",
@@ -39,18 +40,17 @@ def test_responses_are_those_of_a_rollout(policy):
     ids, end = policy.encode(PROMPTS), chat.end_token(policy.tokenizer)
     width = max(map(len, ids))
     tokens = encoding.pad(ids, width, left=True)
-    whole = jax.jit(
-        functools.partial(
-            rollout.generate,
-            policy.architecture,
-            samples=2,
-            response_length=10,
-            end=end,
-            temperature=1.3,
-            top_p=0.9,
-        )
+    settings = SamplingSettings(
+        model=policy.architecture,
+        samples_per_prompt=2,
+        response_length=10,
+        temperature=1.3,
+        top_p=0.9,
+        end_token=end,
     )
-    alone = whole(policy.params, tokens, encoding.lengths_of(ids), np.arange(3), jax.random.key(3))
+    prompts = Prompts(tokens=tokens, lengths=encoding.lengths_of(ids), index=np.arange(3))
+    whole = jax.jit(rollout.generate, static_argnames="settings")
+    alone = whole(policy.params, prompts, jax.random.key(3), settings)
     for response, row, count, cut in zip(
         found, alone.tokens, alone.lengths, alone.truncated, strict=True
     ):
@@ -81,14 +81,18 @@ def test_no_piece_ends_within_a_character(policy, monkeypatch):
     letters = {i: chr(code) for i, code in byte_letters().items()}
     for text, cut in ((texts[0], 0), (texts[1], 2)):
         ids = [vocabulary[letters[byte]] for byte in text.encode()[: -cut or None]]
-        ids += [] if cut else policy.ends
+        ids += [] if cut else policy.end_tokens
         state = iter(range(1, len(ids) + 2))
 
         def run(program, *_, ids=ids, state=state, **__):
             if program is inference.BEGIN:
                 return None
             count = min(next(state), len(ids))
-            return None, (np.array([ids]), np.array([count]), np.array([count < len(ids)]))
+            return None, StreamOutput(
+                tokens=np.array([ids]),
+                lengths=np.array([count]),
+                live=np.array([count < len(ids)]),
+            )
 
         monkeypatch.setattr(policy, "run", run)
         pieces, response = told(policy.stream("x", max_tokens=len(ids)))
@@ -109,19 +113,23 @@ def byte_letters():
 def test_streams_of_any_length_share_few_programs(policy, monkeypatch):
     asked = set()
 
-    def run(program, *arguments, **settings):
+    def run(program, params, *, prompts, settings, **_):
         if program is inference.BEGIN:
-            asked.add(("begin", arguments[0].shape, settings["response_length"]))
+            asked.add(("begin", prompts.tokens.shape, settings))
             return None
-        asked.add(("proceed", settings["prompt_width"]))
-        return None, (np.array([policy.ends]), np.array([1]), np.array([False]))
+        asked.add(("proceed", prompts.tokens.shape, settings))
+        return None, StreamOutput(
+            tokens=np.array([policy.end_tokens]), lengths=np.array([1]), live=np.array([False])
+        )
 
     monkeypatch.setattr(policy, "run", run)
     for n in range(1, 34):
         told(policy.stream(" ".join(["cat"] * n)))
     widths = {12, 16, 24, 32, 48}
-    assert asked == {("begin", (1, width), 16) for width in widths} | {
-        ("proceed", width) for width in widths
+    settings = policy.sampling_settings(1.0, 0.9, None)
+    assert settings.response_length == 16
+    assert asked == {
+        (program, (1, width), settings) for program in ("begin", "proceed") for width in widths
     }
 
 
@@ -135,19 +143,17 @@ def test_what_ppo_sampled_and_its_scores_come_again(chain, reward):
         [row["prompt"] for row in first],
         [prompts.index(row["prompt"]) for row in first],
     )
-    length, how = policy.settings(1.0, 0.9, 14)
-    found = policy.answer(
+    settings = policy.sampling_settings(1.0, 0.9, 14, samples=2)
+    found = policy.generate_tokens(
         policy.encode(asked),
         numbers,
         len(asked),
         key=jax.random.fold_in(jax.random.key(0), 0),
-        samples=2,
-        slots=8,
-        response_length=length,
-        **how,
+        settings=dataclasses.replace(settings, slots=8),
+        stops=policy.end_stops(),
     )
     said, scores = ([x for row in first for x in row[name]] for name in ("responses", "score"))
-    assert [policy.response(ids).text for ids in found] == said and len(said) >= 6
+    assert [policy.make_response(ids).text for ids in found] == said and len(said) >= 6
     twice = [prompt for prompt in asked for _ in "ab"]
     np.testing.assert_allclose(
         reward.score(twice, [ids.tolist() for ids in found]), scores, atol=2e-5
@@ -183,10 +189,10 @@ def test_a_reward_model_in_half_precision_and_of_a_hugging_face_checkpoint(chain
 
 def test_a_model_of_plain_text_goes_on_with_it(chain):
     model = inference.load(chain[0] / "lm-tiny")
-    assert not model.converses and model.encode(["cat box"]) == [
+    assert not model.uses_chat_template and model.encode(["cat box"]) == [
         model.tokenizer("cat box")["input_ids"]
     ]
-    assert model.ends == [model.tokenizer.eos_token_id, model.tokenizer.pad_token_id]
+    assert model.end_tokens == [model.tokenizer.eos_token_id, model.tokenizer.pad_token_id]
     with pytest.raises(UserError, match="messages need a chat template"):
         model.generate(PROMPTS)
 
@@ -196,20 +202,20 @@ def test_a_model_of_plain_text_goes_on_with_it(chain):
     [
         (
             lambda policy, _: policy.score(["a"], ["b"]),
-            "score: a reward model is wanted, .* this is a language model",
+            "score: this needs a reward model, .* but this is a language model",
         ),
         (
             lambda _, reward: reward.generate(["a"]),
-            "generate: a language model is wanted; this is a reward model",
+            "generate: this needs a language model, but this is a reward model",
         ),
-        (lambda _, reward: list(reward.stream("a")), "generate: a language model is wanted"),
+        (lambda _, reward: list(reward.stream("a")), "generate: this needs a language model"),
         (
             lambda policy, _: policy.generate("copy : cat"),
-            "a list of prompts is wanted, not 'copy : cat' alone",
+            "prompts must be a list, not the text 'copy : cat'",
         ),
         (
             lambda policy, _: policy.generate(["a", "cat " * 60]),
-            "prompt 1 has 6. tokens, and up to 16 may follow: .* max_length=64",
+            "prompt 1 has 6. tokens and its response may have 16: .* max_length=64",
         ),
         (lambda policy, _: policy.generate(["a"], top_p=0.0), r"top_p=0.0 in \(0, 1\]"),
         (
@@ -219,7 +225,7 @@ def test_a_model_of_plain_text_goes_on_with_it(chain):
         (lambda _, reward: reward.score(["a"], ["b", "c"]), "score: 1 prompts for 2 responses"),
         (
             lambda _, reward: reward.score(["a"], ["cat " * 60]),
-            "score: 7. tokens of prompt and response, but the model may read 64",
+            "score: prompt and response have 7. tokens, over the model's max_length=64",
         ),
     ],
 )
@@ -237,11 +243,11 @@ def test_what_cannot_be_loaded_is_said(chain, tmp_path):
     (tmp_path / "sft" / "summary.json").unlink()
     with pytest.raises(UserError, match="sft: this run is not complete"):
         inference.load(tmp_path / "sft")
-    assert inference.load(tmp_path / "sft", unfinished=True).ends
+    assert inference.load(tmp_path / "sft", unfinished=True).end_tokens
     convert.export(chain[0] / "sft-tiny", tmp_path / "hf", None, "float32")
     stored = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(
         json.dumps(stored | {"architectures": ["Qwen2ForSequenceClassification"]})
     )
-    with pytest.raises(UserError, match="hf: a sequence classifier without score.weight"):
+    with pytest.raises(UserError, match="hf: this sequence classifier has no score.weight"):
         inference.load(tmp_path / "hf")

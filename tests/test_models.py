@@ -1,8 +1,9 @@
-"""The decoder against torch (golden files and, where torch is installed, live), and the identities it must keep."""
+"""The decoder against torch (golden files, and live where torch is installed) and itself."""
 
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from alignjax.config import Mesh, Model
 from alignjax.machine import sharding
 from alignjax.models import families, transformer
-from alignjax.sampling import rollout
+from alignjax.sampling import cache as caches
 from alignjax.weights import hf
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,26 +26,55 @@ apply = jax.jit(transformer.apply, static_argnums=0)
 TINY = Model(vocab_size=97, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=40)
 
 
+class Golden(NamedTuple):
+    """A checkpoint that transformers wrote, and what torch computes from it."""
+
+    model: Model
+    params: dict
+    data: Any  # {layout}_tokens, {layout}_mask, {layout}_logits
+
+
 def golden(name):
     head = "scalar" if name == "qwen2_score" else "lm"
-    return *hf.load_hf(GOLDEN / name, head), np.load(GOLDEN / name / "golden.npz")
+    model, params = hf.load_hf(GOLDEN / name, head)
+    return Golden(model, params, np.load(GOLDEN / name / "golden.npz"))
+
+
+class Case(NamedTuple):
+    tokens: np.ndarray  # [batch tokens]
+    mask: np.ndarray  # [batch tokens]: 0 on pads
+    logits: np.ndarray
+
+
+def golden_case(data, layout):
+    """Return one layout of a golden file: "plain", or padded on the "left" or the "right"."""
+    return Case(*(data[f"{layout}_{part}"] for part in Case._fields))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, tokens, positions, segments):
-    hidden, _ = transformer.apply(model, params, tokens, positions, segments)
+    hidden = transformer.apply(model, params, tokens, positions, segments).hidden
     return transformer.logits(model, params, hidden)
 
 
 def run(model, params, tokens, segments, positions=None):
-    """logits[b t v] of one pass; positions count the real tokens unless given."""
+    """Return the logits of one pass; positions count the real tokens unless given."""
     if positions is None:
-        positions = np.maximum(np.cumsum(np.asarray(segments) > 0, axis=1) - 1, 0)
+        positions = count_positions(segments)
     return np.asarray(forward(model, params, tokens, positions, segments))
+
+
+def count_positions(mask):
+    return np.maximum(np.cumsum(np.asarray(mask) > 0, axis=1) - 1, 0)
 
 
 def error(ours, theirs):
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def largest_error(ours, theirs):
+    """Return the largest `error` of the arrays of two trees."""
+    return max(jax.tree.leaves(jax.tree.map(error, ours, theirs)))
 
 
 def words(seed, *shape):
@@ -52,11 +82,18 @@ def words(seed, *shape):
 
 
 def tiny(seed=0, head="lm", **changes):
-    """A small model with random parameters, norms and biases too; by numpy, as `init` is slow to compile."""
+    """Return a small model and random parameters, norms and biases included.
+
+    numpy draws them, because `init` is slow to compile.
+    """
     model = dataclasses.replace(TINY, **changes)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-    draw = lambda path, x: rng.normal(path[-1].key == "scale", 0.2, x.shape).astype(np.float32)
+
+    def draw(path, shape):
+        mean = path[-1].key == "scale"
+        return rng.normal(mean, 0.2, shape.shape).astype(np.float32)
+
     return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
@@ -75,82 +112,88 @@ def test_golden_files_are_all_there():
 
 @pytest.mark.parametrize("layout", ["plain", "left", "right"])
 @pytest.mark.parametrize("name", LM)
-def test_logits_are_torchs(name, layout):
+def test_logits_are_those_of_torch(name, layout):
     model, params, data = golden(name)
-    tokens, mask, theirs = (data[f"{layout}_{part}"] for part in ("tokens", "mask", "logits"))
+    tokens, mask, theirs = golden_case(data, layout)
     ours = run(model, params, tokens, mask)
     assert error(ours[mask > 0], theirs[mask > 0]) < 2e-5
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_packed_rows_give_torchs_logits(name):
-    """Both rows of the golden file in one row, one behind the other."""
+def test_packed_rows_give_the_logits_of_torch(name):
+    """Both rows of the golden file are in one row, one behind the other."""
     model, params, data = golden(name)
-    tokens, theirs = data["plain_tokens"], data["plain_logits"]
-    t = tokens.shape[1]
-    segments = np.repeat([[1, 2]], t, axis=1)
-    positions = np.tile(np.arange(t), (1, 2))
+    tokens, _, theirs = golden_case(data, "plain")
+    length = tokens.shape[1]
+    segments = np.repeat([[1, 2]], length, axis=1)
+    positions = np.tile(np.arange(length), (1, 2))
     ours = run(model, params, tokens.reshape(1, -1), segments, positions)
     assert error(ours.reshape(theirs.shape), theirs) < 2e-5
 
 
 @pytest.mark.parametrize("form", ["unrolled", "scanned"])
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_decoding_gives_torchs_logits(name, form, monkeypatch):
-    """Prefill of the left-padded first six tokens, then one at a time through the sampler's cache, two samples a prompt.
+def test_decoding_gives_the_logits_of_torch(name, form, monkeypatch):
+    """Prefill six left-padded tokens, then decode through the sampler's cache, two samples each.
 
-    The ring has seven places in parts of two; from a clock of 0 it fills, from 5 it wraps, from 12 it is full at once.
+    The ring has seven places in parts of two. From a clock of 0 it fills, from 5 it wraps, and
+    from 12 it is full at once.
     """
     if form == "scanned":
         monkeypatch.setattr(transformer, "UNROLLED", 0)
     model, params, data = golden(name)
-    tokens, mask, theirs = (data[f"left_{part}"] for part in ("tokens", "mask", "logits"))
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    p, r, prompt = 6, tokens.shape[1] - 6, np.repeat(mask[:, :6] > 0, 2, axis=0)
+    tokens, mask, theirs = golden_case(data, "left")
+    positions = count_positions(mask)
+    width = 6  # of the prompt
+    ring = tokens.shape[1] - width
+    prompt_mask = mask[:, :width]
+    prompt = np.repeat(prompt_mask > 0, 2, axis=0)
 
     @jax.jit
     def prefill():
         hidden, kept = transformer.apply(
-            model, params, tokens[:, :p], positions[:, :p], mask[:, :p], keep=True
+            model, params, tokens[:, :width], positions[:, :width], prompt_mask, keep=True
         )
-        cache = rollout.empty_cache(model, 4, p, r, "")
-        return transformer.logits(model, params, hidden), rollout.fill_cache(cache, None, kept, 2)
+        cache = caches.empty_cache(model, 4, width, ring)
+        return transformer.logits(model, params, hidden), caches.fill_cache(cache, None, kept, 2)
 
     @jax.jit
     def step(tokens, places, cache, clock, count):
-        layers, attend = (
-            transformer.for_decoding(model, params),
-            rollout.reader(prompt, clock, count, r),
-        )
+        layers = transformer.for_decoding(model, params)
+        attend = caches.make_reader(prompt, clock, count, ring).attend
         hidden, kept = transformer.decode(model, params, layers, tokens, places, cache, attend)
-        return transformer.logits(model, params, hidden), rollout.write(cache, clock, kept, r)
+        cache = caches.write_token(cache, clock, kept, ring)
+        return transformer.logits(model, params, hidden), cache
+
+    def column(x, place):
+        """Return one place of each row, twice: for both samples of a prompt."""
+        return np.repeat(np.asarray(x)[:, place], 2, axis=0)
 
     assert transformer.unrolled(model) == (form == "unrolled")
-    assert error(prefill()[0][mask[:, :p] > 0], theirs[:, :p][mask[:, :p] > 0]) < 2e-5
+    logits, _ = prefill()
+    assert error(logits[prompt_mask > 0], theirs[:, :width][prompt_mask > 0]) < 2e-5
     for first in (0, 5, 12):
         _, cache = prefill()
         assert isinstance(cache[0], list) == (form == "unrolled")
-        for i in range(r):
-            fan = lambda x, i=i: np.repeat(np.asarray(x)[:, p + i], 2, axis=0)
-            ours, cache = step(
-                fan(tokens), fan(positions), cache, jnp.int32(first + i), jnp.full(4, i + 1)
-            )
-            assert error(ours, fan(theirs)) < 2e-5
+        for i in range(ring):
+            place = width + i
+            clock = jnp.int32(first + i)
+            count = jnp.full(4, i + 1)
+            ours, cache = step(column(tokens, place), column(positions, place), cache, clock, count)
+            assert error(ours, column(theirs, place)) < 2e-5
 
 
-def test_scores_are_torchs():
+def test_scores_are_those_of_torch():
     """transformers reads a classifier's score at the last token that is not padding."""
     model, params, data = golden("qwen2_score")
     for layout, last in (("plain", [12, 12]), ("left", [12, 12]), ("right", [12, 8])):
-        tokens, mask = data[f"{layout}_tokens"], data[f"{layout}_mask"]
-        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-        hidden, _ = apply(model, params, tokens, positions, mask)
+        tokens, mask, theirs = golden_case(data, layout)
+        hidden = apply(model, params, tokens, count_positions(mask), mask).hidden
         ours = np.asarray(transformer.scalar(params, hidden))[[0, 1], last]
-        assert error(ours, data[f"{layout}_logits"][:, 0]) < 2e-5
+        assert error(ours, theirs[:, 0]) < 2e-5
     params["head"]["bias"] = params["head"]["bias"] + 2.5
-    assert np.allclose(
-        np.asarray(transformer.scalar(params, hidden))[[0, 1], last] - ours, 2.5, atol=1e-5
-    )
+    shifted = np.asarray(transformer.scalar(params, hidden))[[0, 1], last]
+    assert np.allclose(shifted - ours, 2.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pads", [0, 3, 7])
@@ -167,53 +210,57 @@ def test_padding_changes_nothing(pads, side):
 
 
 def test_packed_is_unpacked_in_values_and_gradients():
-    """Two sequences and pads in a row of 15 against the two on their own."""
+    """Two sequences and pads in a row of 15, against each of the two alone."""
     model, params = tiny()
-    tokens, segments = words(3, 1, 15), np.repeat([1, 2, 0], 5)[None]
+    tokens = words(3, 1, 15)
+    segments = np.repeat([1, 2, 0], 5)[None]
     positions = np.tile(np.arange(5), (1, 3))
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
-    def grad(params, tokens, positions, segments):
+    def gradient(params, tokens, positions, segments):
         logits = forward(model, params, tokens, positions, segments)
         return jnp.sum(jnp.sin(logits) * (segments > 0)[..., None]), logits
 
-    packed, logits = grad(params, tokens, positions, segments)
-    one, two = (
-        grad(params, x, positions[:, :5], np.ones((1, 5), int))
-        for x in (tokens[:, :5], tokens[:, 5:10])
-    )
-    assert error(logits[:, :5], one[1]) < 2e-6 and error(logits[:, 5:10], two[1]) < 2e-6
-    unpacked = jax.tree.map(jnp.add, one[0], two[0])
-    assert max(jax.tree.leaves(jax.tree.map(error, packed, unpacked))) < 2e-5
+    packed, logits = gradient(params, tokens, positions, segments)
+    ones = np.ones((1, 5), int)
+    first, first_logits = gradient(params, tokens[:, :5], positions[:, :5], ones)
+    second, second_logits = gradient(params, tokens[:, 5:10], positions[:, :5], ones)
+    assert error(logits[:, :5], first_logits) < 2e-6
+    assert error(logits[:, 5:10], second_logits) < 2e-6
+    assert largest_error(packed, jax.tree.map(jnp.add, first, second)) < 2e-5
 
 
 def test_a_row_of_pads_has_finite_gradients():
     model, params = tiny()
-    tokens, segments = np.zeros((2, 5), int), np.asarray([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+    tokens = np.zeros((2, 5), int)
+    segments = np.asarray([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
 
     def loss(params):
-        hidden, _ = transformer.apply(model, params, tokens, np.zeros_like(tokens), segments)
+        hidden = transformer.apply(model, params, tokens, np.zeros_like(tokens), segments).hidden
         return jnp.sum(hidden**2)
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value) and all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
-def test_remat_policies_give_one_gradient(monkeypatch):
-    """And layers that are scanned that of layers written out one by one."""
-    grads, tokens = {}, words(4, 2, 9)
-    for remat, written_out in (("nothing", 2), ("everything", 2), ("dots", 2), ("nothing", 1)):
-        monkeypatch.setattr(transformer, "UNROLLED", written_out)
+def test_all_remat_policies_give_the_same_gradient(monkeypatch):
+    """So do layers that are scanned and layers that are written out one by one."""
+    gradients = {}
+    tokens = words(4, 2, 9)
+    for remat, unrolled in (("nothing", 2), ("everything", 2), ("dots", 2), ("nothing", 1)):
+        monkeypatch.setattr(transformer, "UNROLLED", unrolled)
         model, params = tiny(remat=remat)
-        grads[remat, written_out] = jax.jit(jax.grad(lambda p: run_sum(model, p, tokens)))(params)  # noqa: B023
-    for found in grads.values():
-        assert max(jax.tree.leaves(jax.tree.map(error, found, grads["nothing", 2]))) < 1e-5
+        gradient = jax.jit(jax.grad(sum_of_sines, 1), static_argnums=0)
+        gradients[remat, unrolled] = gradient(model, params, tokens)
+    for gradient in gradients.values():
+        assert largest_error(gradient, gradients["nothing", 2]) < 1e-5
 
 
-def run_sum(model, params, tokens):
+def sum_of_sines(model, params, tokens):
+    """Return a number that all logits change."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = transformer.apply(model, params, tokens, positions, jnp.ones_like(tokens))
+    hidden = transformer.apply(model, params, tokens, positions, jnp.ones_like(tokens)).hidden
     return jnp.sum(jnp.sin(transformer.logits(model, params, hidden)))
 
 
@@ -221,46 +268,44 @@ INIT = dataclasses.replace(TINY, d_model=64, heads=8, vocab_size=512, d_ff=256)
 
 
 def fresh(key, part="lm"):
-    """All of a language model's parameters, or the scalar head's alone."""
-    return (
-        transformer.init(INIT, key, "lm")
-        if part == "lm"
-        else {"head": transformer.init(INIT, key, part)["head"]}
-    )
+    """Draw all parameters of a language model, or the scalar head alone."""
+    if part == "lm":
+        return transformer.init(INIT, key, "lm")
+    return {"head": transformer.init(INIT, key, part)["head"]}
 
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return {
-        part: jax.jit(fresh, static_argnums=1)(jax.random.key(7), part) for part in ("lm", "scalar")
-    }
+    draw = jax.jit(fresh, static_argnums=1)
+    return {part: draw(jax.random.key(7), part) for part in ("lm", "scalar")}
 
 
 @pytest.mark.parametrize("part", ["lm", "scalar"])
 def test_init_is_the_same_on_one_and_eight_devices(part, on_one_device):
     if jax.device_count() < 8:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    alone, make = on_one_device[part], functools.partial(fresh, part=part)
+    alone = on_one_device[part]
+    draw = functools.partial(fresh, part=part)
     assert len(jax.tree.leaves(alone)[0].sharding.device_set) == 1
-    layout = sharding.param_shardings(
-        jax.eval_shape(make, jax.random.key(7)), sharding.make_mesh(Mesh(2, 2, 2))
-    )
-    spread = jax.jit(make, out_shardings=layout)(jax.random.key(7))
+    shapes = jax.eval_shape(draw, jax.random.key(7))
+    layout = sharding.param_shardings(shapes, sharding.make_mesh(Mesh(2, 2, 2)))
+    spread = jax.jit(draw, out_shardings=layout)(jax.random.key(7))
     assert len(jax.tree.leaves(spread)[0].sharding.device_set) == 8
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, alone, spread)))
 
 
 def test_init_has_fan_in_scale(on_one_device):
-    params, head = on_one_device["lm"], on_one_device["scalar"]["head"]
+    params = on_one_device["lm"]
+    head = on_one_device["scalar"]["head"]
     layers = params["layers"]
-    for x, fan_in in (
+    for kernel, fan_in in (
         (layers["attention"]["q"]["kernel"], 64),
         (layers["attention"]["out"]["kernel"], 64),
         (layers["mlp"]["down"]["kernel"], 256),
         (params["head"]["kernel"], 64),
     ):
-        assert abs(float(x.std()) * fan_in**0.5 - 1) < 0.05
-        assert x.dtype == jnp.float32
+        assert abs(float(kernel.std()) * fan_in**0.5 - 1) < 0.05
+        assert kernel.dtype == jnp.float32
     assert not np.array_equal(layers["mlp"]["up"]["kernel"][0], layers["mlp"]["up"]["kernel"][1])
     assert (layers["norm1"]["scale"] == 1).all() and (layers["attention"]["q"]["bias"] == 0).all()
     assert head["bias"].tolist() == [0.0] and head["kernel"].shape == (64, 1)
@@ -272,26 +317,20 @@ def test_a_mesh_changes_no_logits():
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
     model, params = tiny(vocab_size=96, remat="everything")
     tokens = words(5, 8, 9)
-    grad = jax.jit(jax.value_and_grad(lambda params, tokens: run_sum(model, params, tokens)))
-    value, grads = grad(params, tokens)
+    differentiated = jax.jit(jax.value_and_grad(sum_of_sines, 1), static_argnums=0)
+    value, gradients = differentiated(model, params, tokens)
     mesh = sharding.make_mesh(Mesh(2, 2, 2))
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.param_shardings(params, mesh))
         rows = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"))))
-        mesh_value, mesh_grads = grad(spread, rows)
+        mesh_value, mesh_gradients = differentiated(model, spread, rows)
     assert abs(mesh_value - value) < 1e-4 * abs(value)
-    assert (
-        max(
-            jax.tree.leaves(
-                jax.tree.map(lambda a, b: error(np.asarray(a), np.asarray(b)), mesh_grads, grads)
-            )
-        )
-        < 1e-4
-    )
+    on_host = jax.tree.map(np.asarray, mesh_gradients)
+    assert largest_error(on_host, jax.tree.map(np.asarray, gradients)) < 1e-4
 
 
 def test_logits_are_float32_in_bfloat16():
-    """bfloat16 keeps 8 bits: hidden states differ by about a hundredth, and logits are summed in float32."""
+    """bfloat16 keeps 8 bits: hidden states differ by a hundredth; logits are summed in float32."""
     model, params = tiny()
     half = dataclasses.replace(model, dtype="bfloat16")
     tokens = words(6, 2, 9)
@@ -313,26 +352,24 @@ def test_logits_are_float32_in_bfloat16():
     ],
 )
 def test_presets_have_as_many_parameters_as_the_released_models(name, count):
-    tree = jax.eval_shape(lambda: transformer.init(families.PRESETS[name], jax.random.key(0), "lm"))
-    assert sum(x.size for x in jax.tree.leaves(tree)) == count
+    model = families.PRESETS[name]
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), "lm"))
+    assert sum(shape.size for shape in jax.tree.leaves(shapes)) == count
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("scaling", ["", "linear", "llama3", "yarn"])
 def test_transformers_reads_what_we_write(family, scaling, tmp_path):
-    """Live: our random model, exported, gives the same logits in torch."""
+    """Live: torch computes the same logits from our random model."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    bias, norm = families.SHAPES[family]
-    fast = 32.0 if scaling == "yarn" else 4.0
     model, params = tiny(
         family=family,
-        qkv_bias=bias,
-        qk_norm=norm,
+        **families.FAMILIES[family].flags,
         tied=scaling == "",
         rope_scaling=scaling,
         rope_factor=4.0,
-        rope_high_factor=fast,
+        rope_high_factor=32.0 if scaling == "yarn" else 4.0,
         rope_original_length=16,
     )
     hf.save_hf(model, params, tmp_path)
@@ -352,11 +389,9 @@ def test_transformers_reads_our_reward_model(tmp_path):
     _, params = tiny(head="scalar")
     params["head"]["bias"][:] = 0  # which transformers would not read
     hf.save_hf(TINY, params, tmp_path)
-    theirs = (
-        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).float().eval()
-    )
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     tokens = words(8, 1, 12)
     with torch.no_grad():
-        score = theirs(torch.tensor(tokens)).logits.numpy()
-    hidden, _ = apply(TINY, params, tokens, np.arange(12)[None], np.ones_like(tokens))
+        score = theirs.float().eval()(torch.tensor(tokens)).logits.numpy()
+    hidden = apply(TINY, params, tokens, np.arange(12)[None], np.ones_like(tokens)).hidden
     assert error(np.asarray(transformer.scalar(params, hidden))[:, -1:], score) < 2e-5

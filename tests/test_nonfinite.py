@@ -1,5 +1,6 @@
 """A loss or a gradient that is not finite: the step is not applied, its batch is kept, the run goes on, or stops."""
 
+import dataclasses
 import functools
 import json
 import types
@@ -12,12 +13,13 @@ from runs import command, fails, files_of, with_parents
 
 from alignjax import config as configs
 from alignjax import train
-from alignjax.algorithms import experience, lm, optimisation, ppo
+from alignjax.algorithms import experience, lm, optimisation, ppo_programs
 from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.optimisation import GradientSum
+from alignjax.algorithms.ppo import updates_of_step
 from alignjax.config import Mesh, Optimiser
 from alignjax.data import mixture
 from alignjax.machine import sharding
-from alignjax.sampling.rollout import Rollout
 from alignjax.weights import checkpoint
 
 NAN, INF = float("nan"), float("inf")
@@ -74,7 +76,8 @@ def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(mesh):
         grads = jax.tree.map(lambda x: np.full_like(x, -1e-3), params)
         if at is not None:
             grads["head"][at].flat[-1] = bad
-        return put(grads), {"loss": jnp.float32(loss), "seen": jnp.float32(seen)}
+        metrics = {"loss": jnp.float32(loss), "seen": jnp.float32(seen)}
+        return GradientSum(put(grads), metrics)
 
     bad = [
         total(NAN),
@@ -83,8 +86,13 @@ def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(mesh):
         *(total(1.0, 1.0, at, x) for at in ("kernel", "bias") for x in (NAN, INF, 1e38)),
     ]
     with jax.set_mesh(mesh):
-        step = optimisation.stepper(functools.partial(optimisation.finish, optimiser), shapes)
-        start = lambda: step(optimisation.placed(init, put(params), shapes), total(1.0))[0]
+        update = functools.partial(optimisation.update_state, optimiser)
+        step = optimisation.compile_update(update, shapes)
+
+        def start():
+            state = optimisation.place_state(put(params), optimiser, shapes)
+            return step(state, total(1.0))[0]
+
         undisturbed, found = step(start(), total(2.0))
         assert float(found["skipped"]) == 0 and int(undisturbed.updates) == 2
         state = start()
@@ -100,8 +108,11 @@ def test_text_whose_gradient_is_not_finite_keeps_the_policy_from_moving():
     config = types.SimpleNamespace(ppo=types.SimpleNamespace(pretrain_coef=0.5))
     optimiser = optimisation.make_optimiser(Optimiser(), 9)
     state = optimisation.init_state({"kernel": jnp.ones(3)}, optimiser)
-    step = jax.jit(functools.partial(ppo.policy_step, config, optimiser))
-    total = lambda x: ({"kernel": np.full(3, x, np.float32)}, {"loss": np.float32(1.0)})
+    step = jax.jit(functools.partial(ppo_programs.update_policy, config, optimiser))
+
+    def total(value):
+        return GradientSum({"kernel": np.full(3, value, np.float32)}, {"loss": np.float32(1.0)})
+
     for text, skipped in ((NAN, 1), (INF, 1), (2.0, 0)):
         moved, found = step(state, total(1.0), total(text))
         assert float(found["policy/skipped"]) == skipped and (bits(moved) == bits(state)) == skipped
@@ -119,7 +130,9 @@ def test_scores_that_are_not_finite_leave_the_running_statistics():
 @pytest.fixture
 def marked(monkeypatch):
     """Steps (a set to add to) whose batch bears a mark, for which its loss is NaN."""
-    steps, get, cut = set(), mixture.Batches.get, lm.microbatches
+    steps = set()
+    get = mixture.Batches.get
+    pack = lm.pack_minibatch
 
     def with_mark(self, step):
         rows = get(self, step)
@@ -128,13 +141,13 @@ def marked(monkeypatch):
         return rows
 
     def poisoned(rows, *rest):
-        parts = cut(rows, *rest)
+        parts = pack(rows, *rest)
         if (rows["tokens"] == MARK).any():
-            parts[0]["weights"][0, 0] = np.nan
+            parts[0].weights[0, 0] = np.nan
         return parts
 
     monkeypatch.setattr(mixture.Batches, "get", with_mark)
-    monkeypatch.setattr(lm, "microbatches", poisoned)
+    monkeypatch.setattr(lm, "pack_minibatch", poisoned)
     return steps
 
 
@@ -161,7 +174,7 @@ def test_a_run_goes_on_or_stops_and_resumes_to_the_bit(marked, tmp_path, capsys)
     config, params = configs.load("lm.py:tiny"), saved(run, 1)["model"]
     loss = jax.jit(functools.partial(lm.loss_fn, config.model))
     again = lambda: sum(
-        loss(params, part)[0] for part in lm.microbatches(kept, config.microbatch_tokens, 1)
+        loss(params, part)[0] for part in lm.pack_minibatch(kept, config.microbatch_tokens, 1)
     )
     assert np.isnan(again())
     kept["tokens"][0, 0] = 0  # not a target
@@ -204,15 +217,13 @@ def reward(prompts, responses, **columns):
 
 
 def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
-    make, none = (
-        experience.make_experience,
-        lambda sampled: sampled._replace(truncated=sampled.truncated & False),
-    )
-    monkeypatch.setattr(
-        ppo,
-        "make_experience",
-        lambda config, stats, sampled, said: make(config, stats, none(sampled), said),
-    )
+    make = experience.make_experience
+
+    def without_truncation(config, stats, rollout, reading):
+        rollout = dataclasses.replace(rollout, truncated=rollout.truncated & False)
+        return make(config, stats, rollout, reading)
+
+    monkeypatch.setattr(experience, "make_experience", without_truncation)
     CALLS.clear()
     runs = with_parents("ppo-tiny", chain[0], tmp_path)
     run, asked = (
@@ -242,17 +253,14 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     assert [path.name for path in (run / "skipped").iterdir()] == ["2.npz"]
 
     config, kept = configs.load("ppo.py:tiny"), dict(np.load(run / "skipped" / "2.npz"))
-    number, rows = next(ppo.minibatches(config, 2))
-    assert (
-        np.flatnonzero(np.isnan(kept["score"])).tolist() == [5]
-        and kept[f"text/{number}/tokens"].shape[0] == len(rows) // 4
+    update = next(updates_of_step(config, 2))
+    assert np.flatnonzero(np.isnan(kept["score"])).tolist() == [5]
+    assert kept[f"text/{update.number}/tokens"].shape[0] == len(update.responses) // 4
+    parts = experience.pack_minibatch(
+        config, kept["prompt_lengths"], kept["lengths"], update.responses, 1
     )
-    parts = experience.microbatches(config, kept["prompt_lengths"], kept["lengths"], rows, 1)
-    loss = jax.jit(functools.partial(ppo.value_loss_fn, config))
+    loss = jax.jit(functools.partial(ppo_programs.value_loss_fn, config))
     for arrays, wanted in ((kept, NAN), (kept | {"returns": kept["old_values"]}, 0)):
-        learnt = experience.Experience(
-            Rollout(*map(arrays.get, Rollout._fields)),
-            *map(arrays.get, experience.Experience._fields[1:]),
-        )
-        again = sum(float(loss(before["value"], (learnt, part))[0]) for part in parts)
+        learned = experience.from_host(arrays)
+        again = sum(float(loss(before["value"], (learned, part))[0]) for part in parts)
         assert again == pytest.approx(wanted, abs=1e-4, nan_ok=True)

@@ -1,5 +1,6 @@
 """Packing: every sequence once, whole, in few shapes; and a packed minibatch is the unpacked one, sequence by sequence."""
 
+import dataclasses
 import functools
 
 import jax
@@ -185,7 +186,9 @@ def test_a_layout_by_hand():
 
 
 def test_layouts_of_spots_by_hand():
-    layout = packing.layout([(1, 0, 0), (0, 0, 3), (2, 1, 0)], [2, 3, 1], 2, 6)
+    layout = packing.layout(
+        [packing.Spot(*spot) for spot in ((1, 0, 0), (0, 0, 3), (2, 1, 0))], [2, 3, 1], 2, 6
+    )
     assert layout.sequence.tolist() == [[1, 1, 1, 0, 0, -1], [2, -1, -1, -1, -1, -1]]
     assert layout.place.tolist() == [[0, 1, 2, 0, 1, 0], [0] * 6]
 
@@ -229,15 +232,28 @@ def text():
     return {"tokens": words(1, 7, T), "mask": mask * (segments > 0), "segments": segments}
 
 
-def of_text(batch):
-    """(example, place) [rows k] of a microbatch's targets, and which are real."""
-    take = lambda x: np.take_along_axis(x, batch["at"], axis=1)
-    return take(batch["segments"]) // (T + 1), take(batch["positions"]), batch["weights"] > 0
+def targets_of(batch):
+    """Return (example, place) [2 rows targets] of a microbatch's targets, and which are real."""
+    segments = np.take_along_axis(batch.packed.segments, batch.targets, axis=1)
+    places = np.take_along_axis(batch.packed.positions, batch.targets, axis=1)
+    return np.stack([segments // (T + 1), places]), batch.weights > 0
 
 
 @jax.jit
 def read_text(params, batch):
-    return scoring.token_logprobs(MODEL, params, batch)
+    return scoring.token_logprobs(MODEL, params, batch.packed, batch.targets)
+
+
+def fill_pads(batch, token):
+    """Return a microbatch with another token on its pads."""
+    packed = batch.packed
+    tokens = np.where(packed.segments > 0, packed.tokens, token)
+    return dataclasses.replace(batch, packed=dataclasses.replace(packed, tokens=tokens))
+
+
+def same_arrays(one, other) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -274,23 +290,23 @@ def documents():
 def test_packed_text_is_each_document_alone(budget, shards, documents):
     """Its targets, each once, with one weight; their log-probabilities."""
     rows, seen = text(), []
-    batches = lm.microbatches(rows, budget, shards)
+    batches = lm.pack_minibatch(rows, budget, shards)
     for batch in batches:
-        example, place, real = of_text(batch)
+        (example, place), real = targets_of(batch)
         seen += np.stack([example[real], place[real]], axis=1).tolist()
-        assert set(batch["weights"][real].tolist()) <= {np.float32(1) / (rows["mask"][:, 1:].sum())}
-        assert len(batch["tokens"]) % shards == 0
+        assert set(batch.weights[real].tolist()) <= {np.float32(1) / (rows["mask"][:, 1:].sum())}
+        assert len(batch.packed.tokens) % shards == 0
         if shards == 1:
             found = np.asarray(read_text(PARAMS, batch)[0])
             np.testing.assert_allclose(found[real], documents[0][example, place][real], atol=1e-5)
     rows["mask"][:, 0] = 0
     assert sorted(seen) == np.argwhere(rows["mask"]).tolist()
-    assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
+    assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
     assert len(batches) > 1 or budget == 1000
 
 
 def gradient(loss_fn, params, batches):
-    return optimisation.total(optimisation.adder(loss_fn), params, batches)
+    return optimisation.sum_gradients(optimisation.compile_accumulate(loss_fn), params, batches)
 
 
 def close(ours, theirs):
@@ -303,7 +319,7 @@ def close(ours, theirs):
 def test_packed_text_has_the_gradient_of_each_document_alone(budget, documents):
     rows = text()
     grads, metrics = gradient(
-        functools.partial(lm.loss_fn, MODEL), PARAMS, lm.microbatches(rows, budget, 1)
+        functools.partial(lm.loss_fn, MODEL), PARAMS, lm.pack_minibatch(rows, budget, 1)
     )
     close(grads, documents[1])
     targets = rows["mask"] * (np.arange(T) > 0) > 0
@@ -318,11 +334,11 @@ def test_what_pads_hold_and_a_neighbour_says_changes_no_text():
     other["tokens"][3] = words(9, T)
     moved = 0
     for budget in BUDGETS:
-        parts = [lm.microbatches(x, budget, 1) for x in (rows, garbage, other)]
+        parts = [lm.pack_minibatch(x, budget, 1) for x in (rows, garbage, other)]
         for plain, same, changed in zip(*parts, strict=True):
-            assert all(np.array_equal(plain[name], same[name]) for name in plain)
-            example, _, real = of_text(plain)
-            filled = plain | {"tokens": np.where(plain["segments"] > 0, plain["tokens"], 96)}
+            assert same_arrays(plain, same)
+            (example, _), real = targets_of(plain)
+            filled = fill_pads(plain, 96)
             before, pads, after = (read_text(PARAMS, x) for x in (plain, filled, changed))
             for a, b, c in zip(before, pads, after, strict=True):
                 a, b, c = (np.asarray(x)[real] for x in (a, b, c))
@@ -349,13 +365,13 @@ def comparisons():
 
 @jax.jit
 def read_pairs(params, batch):
-    return jnp.stack(ranking.score_pairs(MODEL, params, batch), axis=1)
+    return ranking.score_pairs(MODEL, params, batch)
 
 
 @pytest.fixture(scope="module")
 def responses():
     """Each response alone in a row: scores [7 2], and loss, gradient of the ranking loss with margins and centring."""
-    tokens, lengths = ranking.interleaved(comparisons())
+    tokens, lengths = ranking.interleave(comparisons())
     assert (
         np.array_equal(tokens[2::2], comparisons()["chosen"][1:])
         and lengths[1] == comparisons()["rejected_length"][0]
@@ -379,24 +395,25 @@ def responses():
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_packed_pairs_are_each_response_alone(budget, responses):
     """Scores, each pair once and whole, and weights that sum to 1."""
-    batches, seen = ranking.microbatches(comparisons(), budget, 1), []
+    batches, seen = ranking.pack_minibatch(comparisons(), budget, 1), []
     for batch in batches:
-        here = batch["pair"] < 7
-        assert batch["ends"].shape == (7, 2) and np.array_equal(batch["weights"] > 0, here)
-        pair = batch["pair"][here]
+        here = batch.pair < 7
+        assert batch.ends.shape == (7, 2)
+        assert np.array_equal(batch.weights > 0, here)
+        pair = batch.pair[here]
         seen += pair.tolist()
-        assert np.array_equal(batch["margin"][here], comparisons()["margin"][pair])
+        assert np.array_equal(batch.margin[here], comparisons()["margin"][pair])
         np.testing.assert_allclose(
             np.asarray(read_pairs(SCALAR, batch))[here], responses[0][pair], atol=1e-5
         )
     assert sorted(seen) == list(range(7)) and (len(batches) > 1 or budget == 1000)
-    assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
+    assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_packed_pairs_have_the_gradient_of_each_response_alone(budget, responses):
     loss_fn = functools.partial(ranking.loss_fn, MODEL, Ranking(margin=True, centring=0.1))
-    grads, metrics = gradient(loss_fn, SCALAR, ranking.microbatches(comparisons(), budget, 1))
+    grads, metrics = gradient(loss_fn, SCALAR, ranking.pack_minibatch(comparisons(), budget, 1))
     scores, total, theirs = responses
     close(grads, theirs)
     centring = 0.1 * (scores.sum(axis=1) ** 2).mean()
@@ -414,17 +431,17 @@ def test_what_pads_hold_and_a_neighbour_says_changes_no_score():
             np.arange(T) < garbage[f"{side}_length"][:, None], garbage[side], 96
         )
     for budget in BUDGETS:
-        parts = [ranking.microbatches(x, budget, 1) for x in (rows, garbage, other)]
+        parts = [ranking.pack_minibatch(x, budget, 1) for x in (rows, garbage, other)]
         for plain, same, changed in zip(*parts, strict=True):
-            assert all(np.array_equal(plain[name], same[name]) for name in plain)
-            filled = plain | {"tokens": np.where(plain["segments"] > 0, plain["tokens"], 96)}
+            assert same_arrays(plain, same)
+            filled = fill_pads(plain, 96)
             before, pads, after = (
                 np.asarray(read_pairs(SCALAR, x)) for x in (plain, filled, changed)
             )
-            here = plain["pair"] < 7
+            here = plain.pair < 7
             assert np.array_equal(before[here], pads[here])
             assert np.argwhere((before != after) & here[:, None]).tolist() == [
-                [i, 1] for i in np.flatnonzero(plain["pair"] == 2)
+                [i, 1] for i in np.flatnonzero(plain.pair == 2)
             ]
 
 
@@ -437,7 +454,7 @@ def test_scores_over_all_devices_are_each_response_alone(mesh, responses):
     """In the order of the pairs, whatever that of the microbatches; and the demonstrations' mean."""
     score_fn = jax.jit(functools.partial(ranking.score_pairs, MODEL))
     with jax.set_mesh(mesh):
-        found = ranking.scored(score_fn, SCALAR, comparisons(), 1, mesh)
+        found = ranking.score_rows(score_fn, SCALAR, comparisons(), 1, mesh)
         np.testing.assert_allclose(found, responses[0], atol=1e-5)
         rows = {
             "tokens": comparisons()["chosen"],
@@ -452,14 +469,13 @@ def test_the_self_check_stops_at_a_score_that_reads_pads_or_neighbours(mesh):
     score_fn = jax.jit(functools.partial(ranking.score_pairs, MODEL))
 
     def leaking(params, batch):
-        chosen, rejected = score_fn(params, batch)
-        return chosen, rejected + 2.0
+        return score_fn(params, batch) + np.float32([0.0, 2.0])
 
     with jax.set_mesh(mesh):
         ranking.check_packing(config, score_fn, SCALAR, comparisons(), mesh)
         with pytest.raises(
             UserError,
-            match="self-check at step 0: the largest change of a score as its row's pads and "
+            match="self-check at step 0: the largest change of a score when its row's pads and "
             "neighbours change is 2, not 0",
         ):
             ranking.check_packing(config, leaking, SCALAR, comparisons(), mesh)

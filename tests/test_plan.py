@@ -12,12 +12,13 @@ from runs import ROOT
 
 from alignjax import config as configs
 from alignjax import plan
-from alignjax.algorithms import shapes
+from alignjax.algorithms import ppo_programs
 from alignjax.machine import sharding
 from alignjax.models import families
 from alignjax.planning import cost, plans, search, topologies
 from alignjax.planning.chips import Chip
 from alignjax.planning.work import device_bytes, work_of
+from alignjax.weights import roles
 
 COMPILER = ROOT / ".venv" / "tpu-compiler"  # where run.sh installs it
 SMALL = [
@@ -103,7 +104,7 @@ def test_the_state_and_the_frozen_roles_are_resident():
     mesh = sharding.make_mesh(configs.Mesh(fsdp=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         resident = work_of(config, mesh).resident
-        frozen = shapes.frozen(resident["policy"].params, "bfloat16", "host")
+        frozen = roles.abstract_frozen(resident["policy"].params, "bfloat16", "host")
     model = config.model
     query_and_output = 2 * model.d_model * model.heads * model.head_size
     key_and_value = 2 * model.d_model * model.kv_heads * model.head_size
@@ -136,7 +137,7 @@ def test_a_rollout_decodes_all_tokens_of_all_slots(
     config.ppo = dataclasses.replace(
         config.ppo, samples_per_prompt=samples, slots=slots, response_length=response_length
     )
-    assert shapes.loops_of(config) == (turns, steps)
+    assert ppo_programs.rollout_loops(config) == (turns, steps)
 
 
 def test_known_models_of_the_hub_are_planned_without_asking_it():

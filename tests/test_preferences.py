@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tqdm import tqdm
 
 from alignjax import config as configs
 from alignjax.config import UserError
-from alignjax.data import mixture, prepare, transcripts
+from alignjax.data import formats, mixture, prepare, sources, transcripts
 from alignjax.data import preferences as prefs
-from alignjax.data.preferences import base, hh, prm800k, shp, summarize
+from alignjax.data.preferences import hh, prm800k, shp, summarize
+from alignjax.data.preferences import rows as published_rows
+from alignjax.machine import console
 
 ROOT = Path(__file__).resolve().parent.parent
 HELLO = "\n\nHuman: Hello\n\nAssistant:"
@@ -50,38 +51,41 @@ def prepared(spec, manual, data):
 
 def test_a_transcript_becomes_messages():
     text = "\n\nHuman: Hi there\n\nsecond line\n\nAssistant: Human: no\n\nHuman: So?\n\nAssistant:"
-    assert transcripts.transcript(text) == [
+    assert transcripts.parse(text) == [
         {"role": "user", "content": "Hi there\n\nsecond line"},
         {"role": "assistant", "content": "Human: no"},
         {"role": "user", "content": "So?"},
         {"role": "assistant", "content": ""},
     ]
-    assert transcripts.transcript("Human: Hi") == user("Hi")
-    assert transcripts.transcript("Hi\n\nHuman: there") is None
-    assert transcripts.transcript("") is None
+    assert transcripts.parse("Human: Hi") == user("Hi")
+    assert transcripts.parse("Hi\n\nHuman: there") is None
+    assert transcripts.parse("") is None
 
 
 def test_two_conversations_become_one_comparison():
     said = lambda *texts: [
         {"role": r, "content": c} for r, c in zip(("user", "assistant") * 3, texts, strict=False)
     ]
-    assert transcripts.split(said("a", "b", "c", "d"), said("a", "b", "c", "e")) == (
-        said("a", "b", "c"),
-        "d",
-        "e",
-    )
+    one, other = said("a", "b", "c", "d"), said("a", "b", "c", "e")
+    assert transcripts.difference_fault(one, other) == ""
+    assert formats.example_of({"chosen": one, "rejected": other}, "comparisons") == {
+        "prompt": said("a", "b", "c"),
+        "chosen": "d",
+        "rejected": "e",
+        "margin": 0.0,
+    }
     for one, other, reason in [
         (said("a", "b"), said("x", "c"), "differ before"),
         (said("a", "b", "c", "d"), said("a", "b"), "differ before"),
-        (said("a", "b", "c"), said("a", "b", "d"), "does not end with the assistant's"),
-        (said("a", "b")[1:], said("a", "c")[1:], "no user's message"),
+        (said("a", "b", "c"), said("a", "b", "d"), "does not end with a message of the assistant"),
+        (said("a", "b")[1:], said("a", "c")[1:], "no message of the user"),
         (
             [*said("a", "b"), said("a", "c")[1]],
             [*said("a", "b"), said("a", "d")[1]],
-            "no user's message",
+            "no message of the user",
         ),
     ]:
-        assert reason in transcripts.split(one, other)
+        assert reason in transcripts.difference_fault(one, other)
 
 
 # ------------------------------------------------------------------------------------------------ HH
@@ -147,7 +151,7 @@ def test_hh_keeps_what_it_is_told_to(hh_files, tmp_path):
     spec = "hh_helpful_base:empty=keep,same_role=keep"
     splits, rows = prepared(spec, hh_files, tmp_path / "out")
     assert splits["train"]["dropped"] == {
-        "no user's message before the last": 1,
+        "there is no message of the user before the last one": 1,
         "two equal replies": 1,
         "the conversations differ before their last messages": 1,
         "not a transcript of Human and Assistant": 1,
@@ -507,53 +511,57 @@ def broken(name, path, *value):
     "name, bad, message",
     [
         ("hh_helpful_base", '{"chosen": ', "not JSON"),
-        ("hh_helpful_base", '["a", "b"]', "an object wanted, list found"),
+        ("hh_helpful_base", '["a", "b"]', "expected an object, found list"),
         (
             "hh_helpful_base",
             {"chosen": "a", "rejectd": "b"},
-            "a field 'rejected' wanted; did you mean 'rejectd'?",
+            "expected a field 'rejected'; did you mean 'rejectd'?",
         ),
-        ("hh_helpful_base", {"chosen": 5, "rejected": "b"}, "chosen: text wanted, int found: 5"),
-        ("summarize", broken("summarize", "choice", 2), "choice: 0 or 1 wanted, 2 found"),
+        ("hh_helpful_base", {"chosen": 5, "rejected": "b"}, "chosen: expected text, found int: 5"),
+        ("summarize", broken("summarize", "choice", 2), "choice: expected 0 or 1, found 2"),
         (
             "summarize",
             broken("summarize", "choice", True),
-            "choice: a whole number wanted, bool found: true",
+            "choice: expected a whole number, found bool: true",
         ),
         (
             "summarize",
             broken("summarize", "split", "test"),
-            "split: one of train, valid1, valid2 wanted, 'test' found",
+            "split: expected one of train, valid1, valid2, found 'test'",
         ),
-        ("summarize", broken("summarize", "info.post"), "a field 'info.post' wanted"),
+        ("summarize", broken("summarize", "info.post"), "expected a field 'info.post'"),
         (
             "summarize",
             broken("summarize", "summaries", [{"text": "a"}]),
-            "summaries: '1.text' in it wanted, list found",
+            "summaries: expected '1.text' in it, found list",
         ),
-        ("summarize", broken("summarize", "info", "x"), "info: 'article' in it wanted, str found"),
-        ("shp", broken("shp", "labels", 7), "labels: 0 or 1 wanted, 7 found"),
-        ("shp", broken("shp", "score_ratio", "3"), "score_ratio: a number wanted, str found"),
-        ("shp", broken("shp", "history", None), "history: text wanted, NoneType found: null"),
+        (
+            "summarize",
+            broken("summarize", "info", "x"),
+            "info: expected 'article' in it, found str",
+        ),
+        ("shp", broken("shp", "labels", 7), "labels: expected 0 or 1, found 7"),
+        ("shp", broken("shp", "score_ratio", "3"), "score_ratio: expected a number, found str"),
+        ("shp", broken("shp", "history", None), "history: expected text, found NoneType: null"),
         (
             "prm800k",
             broken("prm800k", "label.steps.0.completions", {}),
-            "label.steps.0.completions: a list wanted, dict",
+            "label.steps.0.completions: expected a list, found dict",
         ),
         (
             "prm800k",
             broken("prm800k", "label.steps.0.chosen_completion", 9),
-            "completions: '9.text' in it wanted, list found",
+            "completions: expected '9.text' in it, found list",
         ),
         (
             "prm800k",
             broken("prm800k", "is_quality_control_question", 0),
-            "true or false wanted, int found: 0",
+            "expected true or false, found int: 0",
         ),
         (
             "prm800k",
             broken("prm800k", "label.steps", []) | {"question": {}},
-            "a field 'question.problem' wanted",
+            "expected a field 'question.problem'",
         ),
     ],
 )
@@ -576,7 +584,7 @@ def test_a_cut_file_and_a_pointer_in_place_of_a_file_are_named(hh_files, tmp_pat
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     with pytest.raises(
-        UserError, match=r"train.jsonl.gz:\d+: JSON lines in UTF-8 wanted, Compressed file ended"
+        UserError, match=r"train.jsonl.gz:\d+: expected JSON lines in UTF-8: Compressed file ended"
     ):
         prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
@@ -626,13 +634,17 @@ def test_the_command_reports_and_says_the_same_again_without_work(
 
 def test_the_bar_counts_the_bytes_of_all_files(tmp_path, monkeypatch):
     bars = []
-    monkeypatch.setattr(
-        base, "tqdm", lambda **asked: bars.append(tqdm(**asked, disable=False)) or bars[0]
-    )
+    make_bar = console.progress_bar
+
+    def recorded(*arguments, **options):
+        bars.append(make_bar(*arguments, **options))
+        return bars[0]
+
+    monkeypatch.setattr(console, "progress_bar", recorded)
     for name in ("a.json", "b.json.gz"):
         write(tmp_path / name, [{"x": i} for i in range(1024)])
     paths = {name: tmp_path / name for name in ("a.json", "b.json.gz")}
-    assert [row.id for row in base.read(paths, "")] == [
+    assert [row.id for row in published_rows.read(paths, "")] == [
         f"{name}/{i}" for name in "ab" for i in range(1, 1025)
     ]
     assert bars[0].n == bars[0].total == sum(path.stat().st_size for path in paths.values())
@@ -755,7 +767,7 @@ def test_files_are_fetched_once_and_compared_with_the_published_checksum(
     monkeypatch.setattr(hh, "SHA256", sums | {"helpful-base/test": "0" * 64})
     with pytest.raises(
         UserError,
-        match=f"test.jsonl.gz: sha256 {'0' * 64} wanted, {sums['helpful-base/test']} downloaded",
+        match=f"test.jsonl.gz: expected sha256 {'0' * 64}, downloaded {sums['helpful-base/test']}",
     ):
         prepare.prepare("hh_helpful_base", "", str(tmp_path / "out"))
     monkeypatch.setattr(hh, "SHA256", sums)
@@ -804,7 +816,9 @@ def test_a_public_set_gives_every_kind_of_example(hh_files, tmp_path):
     """Comparisons; distinct prompts; the chosen replies as conversations and as text; the held-out split is its test."""
     spec, out = "hh_helpful_base:empty=keep,same_role=keep", str(tmp_path / "out")
     prepare.prepare(spec, str(hh_files), out)
-    load = lambda kind, split="train": mixture.load(f"tfds/{spec}", kind, split, 0, data_dir=out)
+    load = lambda kind, split="train": sources.load(
+        f"tfds/{spec}", kind, split, sources.ReadOptions(data_dir=out)
+    )
     comparisons = load("comparisons")
     assert [row["chosen"] for row in comparisons] == [
         row["chosen"] for row in prefs.read(spec, "train", out)
@@ -820,9 +834,9 @@ def test_a_public_set_gives_every_kind_of_example(hh_files, tmp_path):
         ]
         assert text == {"text": "\n\n".join(m["content"] for m in turns["messages"])}
     assert len(load("comparisons", "heldout")) == 2
-    assert mixture.load(f"tfds/{spec}/test", "prompts", "train", 0, data_dir=out)[0][
-        "prompt"
-    ] == user("Hello")
+    assert sources.load(f"tfds/{spec}/test", "prompts", "train", sources.ReadOptions(data_dir=out))[
+        0
+    ]["prompt"] == user("Hello")
 
 
 def test_what_is_held_out_is_not_trained_on(hh_files, tmp_path):

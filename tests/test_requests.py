@@ -14,7 +14,7 @@ from alignjax.config import Mesh, UserError
 from alignjax.data import chat
 from alignjax.evals import stops
 from alignjax.evals.requests import Family, Requests, alike, families
-from alignjax.inference import Model, calls, size
+from alignjax.inference import LoadedModel, group_by_length, round_up
 from alignjax.machine import sharding
 from alignjax.models import transformer
 
@@ -35,7 +35,7 @@ def model(tokenizer):
 def asked(model, tokenizer, request):
     mesh = sharding.make_mesh(Mesh(), jax.devices()[: request.param])
     params = jax.device_put(model[1], sharding.param_shardings(model[1], mesh))
-    loaded = Model(model[0], params, tokenizer, mesh, [tokenizer.eos_token_id])
+    loaded = LoadedModel(model[0], params, tokenizer, mesh, [tokenizer.eos_token_id])
     return Requests(loaded, tokens=128, slots=4)  # so that families are worth it
 
 
@@ -120,7 +120,7 @@ def alone(model, asked, prompt, strings, length):
         text = asked.model.tokenizer.decode(
             out, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        if out[-1] in asked.model.ends or any(string in text for string in strings):
+        if out[-1] in asked.model.end_tokens or any(string in text for string in strings):
             break
     return stops.cut(text, strings)
 
@@ -173,7 +173,7 @@ def test_without_stop_strings_the_end_tokens_are_left(tokenizer):
 
 
 def test_sizes_are_few():
-    assert [size(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 100, 129)] == [
+    assert [round_up(n) for n in (1, 8, 9, 12, 13, 17, 24, 25, 100, 129)] == [
         8,
         8,
         12,
@@ -189,5 +189,5 @@ def test_sizes_are_few():
 
 def test_a_call_ends_where_lengths_have_halved_and_slots_are_filled():
     lengths = dict(enumerate([9, 8, 4, 4, 4, 4, 2, 2, 1]))
-    assert list(calls(lengths, 5, 3)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    assert list(calls(lengths, 5, 9)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+    assert list(group_by_length(lengths, 5, 3)) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert list(group_by_length(lengths, 5, 9)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]

@@ -1,4 +1,4 @@
-"""Scores of readers of text: a user's function, and a reward model whose tokenizer is not the policy's."""
+"""Text-based rewards: a user's function, and a reward model with a tokenizer of its own."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax import config as configs
-from alignjax.algorithms import rewards
+from alignjax.algorithms import plugins, rewards
 from alignjax.config import Model, UserError
 from alignjax.data import chat, toy
 from alignjax.machine import sharding
@@ -38,13 +38,13 @@ MODEL = Model(
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Two of different texts and sizes, and so of different ids."""
-    make = lambda name, texts, size: chat.train_tokenizer(
-        texts, tmp_path_factory.mktemp(name), size
-    )
-    return make("policy", toy.tokenizer_texts(0), 512), make(
-        "reward", ["two plus two is four , sure ."] * 50, 300
-    )
+    """Return two tokenizers of different texts and sizes, and so of different ids."""
+
+    def make(name, texts, size):
+        return chat.train_tokenizer(texts, tmp_path_factory.mktemp(name), size)
+
+    policy = make("policy", toy.tokenizer_texts(0), 512)
+    return policy, make("reward", ["two plus two is four , sure ."] * 50, 300)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,8 @@ def test_a_function_gets_messages_texts_and_columns():
         seen.append((prompts, responses, columns))
         return [1, 2.5]
 
-    scores = rewards.called("m:f", reward, 2.0, ROWS, ["4", "y"])
+    function = rewards.FunctionReward(spec="m:f", function=reward, weight=2.0)
+    scores = function(ROWS, ["4", "y"])
     assert scores.tolist() == [2.0, 5.0] and scores.dtype == np.float32
     assert seen == [
         (
@@ -88,21 +89,24 @@ def test_a_function_gets_messages_texts_and_columns():
     "given, message",
     [
         ([1.0], "m:f: 1 scores for 2 responses"),
-        (["1", 2], "score '1' for the response '4' to the prompt of sums.jsonl:1: a number wanted"),
+        (["1", 2], "score '1' for the response '4' to the prompt of sums.jsonl:1 is not a number"),
         ([1.0, None], "score None for the response 'y'"),
         ([[1], [2]], r"score \[1\] for the response"),
     ],
 )
 def test_scores_that_are_none_are_named(given, message):
+    function = rewards.FunctionReward(
+        spec="m:f", function=lambda prompts, responses, **columns: given, weight=1.0
+    )
     with pytest.raises(UserError, match=message):
-        rewards.called("m:f", lambda prompts, responses, **columns: given, 1.0, ROWS, ["4", "y"])
+        function(ROWS, ["4", "y"])
 
 
 @pytest.mark.parametrize("spec", ["configs.arithmetics:reward", "configs.arithmetic:rewards"])
 def test_a_function_that_is_not_there_is_named(spec):
     with pytest.raises(UserError, match=f"ppo.reward_fn={spec}: .*arithmetic"):
-        rewards.function(spec)
-    assert rewards.function("configs.arithmetic:reward") is not None
+        plugins.load_function("ppo.reward_fn", spec)
+    assert plugins.load_function("ppo.reward_fn", "configs.arithmetic:reward") is not None
 
 
 def test_config_takes_a_function_as_the_whole_reward():
@@ -118,39 +122,54 @@ def test_config_takes_a_function_as_the_whole_reward():
         configs.check(config)
 
 
+def text_reward(tokenizer, params, mesh, max_tokens, microbatch_tokens):
+    """Return a reward model that reads text."""
+    return rewards.TextRewardModel(
+        score=rewards.bind_scorer(MODEL, params),
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+        microbatch_tokens=microbatch_tokens,
+        mesh=mesh,
+    )
+
+
 @pytest.mark.parametrize("budget", [64, 4096])
 def test_text_is_read_as_the_reward_models_own_training_reads_it(tokenizers, budget):
     """By its own ids and end token, turns and all; each response as if it were alone."""
-    own, mesh = tokenizers[1], sharding.make_mesh(configs.Mesh())
+    own = tokenizers[1]
+    mesh = sharding.make_mesh(configs.Mesh())
     params = transformer.init(MODEL, jax.random.key(0), "scalar")
-    responses, rows = ["4", "sure , four .", ""], [*ROWS, ROWS[0]]
-    score = jax.jit(lambda batch: scoring.scores(MODEL, params, batch))
+    responses = ["4", "sure , four .", ""]
+    rows = [*ROWS, ROWS[0]]
     with jax.set_mesh(mesh):
-        found = rewards.read_text(score, own, 200, budget, mesh, rows, responses)
-    for row, response, mine in zip(rows, responses, found, strict=True):
-        said = [*row["prompt"], {"role": "assistant", "content": response}]
-        tokens = jnp.array(chat.encode_conversations(own, [said])[0][0])
+        scores = text_reward(own, params, mesh, 200, budget)(rows, responses)
+    for row, response, mine in zip(rows, responses, scores, strict=True):
+        conversation = [*row["prompt"], {"role": "assistant", "content": response}]
+        tokens = jnp.array(chat.encode_conversations(own, [conversation])[0][0])
         assert tokens[-1] == chat.end_token(own)
         alone = scoring.score_alone(MODEL, params, tokens[None], jnp.array([len(tokens)]))
         np.testing.assert_allclose(mine, alone[0], atol=2e-5)
 
 
 def test_of_too_long_a_text_the_end_is_read(tokenizers):
-    own, mesh, heard = tokenizers[1], sharding.make_mesh(configs.Mesh()), []
+    own = tokenizers[1]
+    mesh = sharding.make_mesh(configs.Mesh())
+    read = []
 
-    def score(batch):
-        heard.append(np.asarray(batch["tokens"])[np.asarray(batch["segments"]) > 0].tolist())
+    def score(packed, ends):
+        read.append(np.asarray(packed.tokens)[np.asarray(packed.segments) > 0].tolist())
         return jnp.zeros(1)
 
-    rewards.read_text(score, own, 16, 64, mesh, ROWS[1:], ["sure , four ."])
+    model = dataclasses.replace(text_reward(own, {}, mesh, 16, 64), score=score)
+    model(ROWS[1:], ["sure , four ."])
     whole = chat.encode_comparisons(own, [{**ROWS[1], "chosen": "sure , four .", "rejected": ""}])[
         0
     ][0]
-    assert len(whole) > 16 and heard == [whole[-16:]]
+    assert len(whole) > 16 and read == [whole[-16:]]
 
 
 def saved(directory, model, tokenizer, max_length):
-    """What `rewards.build` reads of a finished reward model's run, and its parameters."""
+    """Write what `rewards.build` reads of a reward model's run; return its parameters."""
     tokenizer.save_pretrained(directory / "tokenizer")
     config = configs.Config(
         stage="ranking", model=dataclasses.replace(model, max_length=max_length)
@@ -171,20 +190,22 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
         reward = rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
         assert (
             set(reward.params) == {"reward"}
-            and reward.judges == []
+            and reward.text_rewards == []
             and reward.model.vocab_size == 400
         )
         reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
-        score = jax.jit(lambda batch: scoring.scores(MODEL, made["other"], batch))
-        alone = rewards.read_text(score, other, 72, 4096, mesh, ROWS, ["4", "y"])
-        np.testing.assert_allclose(reward.judged(ROWS, ["4", "y"]), 0.5 * alone, rtol=1e-6)
+        alone = text_reward(other, made["other"], mesh, 72, 4096)(ROWS, ["4", "y"])
+        np.testing.assert_allclose(reward.score_texts(ROWS, ["4", "y"]), 0.5 * alone, rtol=1e-6)
         config.ppo.reward_fn, config.ppo.reward_fn_weight = "configs.arithmetic:reward", 3.0
         reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
         np.testing.assert_allclose(
-            reward.judged(ROWS, ["4", "y"]), 0.5 * alone + [3.0, 0.0], rtol=1e-6
+            reward.score_texts(ROWS, ["4", "y"]), 0.5 * alone + [3.0, 0.0], rtol=1e-6
         )
         reward = rewards.build(config, mesh, {}, policy)
-        assert reward.params == {} and reward.judged(ROWS, ["5", "1000"]).tolist() == [0.0, 3.0]
+        assert reward.params == {} and reward.score_texts(ROWS, ["5", "1000"]).tolist() == [
+            0.0,
+            3.0,
+        ]
     (tmp_path / "same" / "config.json").write_text(
         json.dumps(
             json.loads((tmp_path / "same" / "config.json").read_text()) | {"model.max_length": 20}

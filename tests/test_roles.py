@@ -8,12 +8,13 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from test_models import tiny
 
 from alignjax.config import Mesh, UserError
 from alignjax.machine import sharding
 from alignjax.models import families
-from alignjax.weights import hf, locations, roles, safetensors
+from alignjax.weights import hf, hf_views, locations, roles, safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY = jax.random.key(3)
@@ -49,56 +50,38 @@ def test_a_scalar_role_takes_the_head_that_is_there_or_a_fresh_one():
         assert "head" not in hf.load_hf(GOLDEN / name, "scalar")[1]
 
 
-class CountedArray(np.ndarray):
-    """An array that counts the elements that are taken from it."""
-
-    taken = 0  # of all arrays
-
-    def __getitem__(self, index):
-        part = np.asarray(self)[index]
-        CountedArray.taken += part.size
-        return part
-
-
-def count_reads(view):
-    """Make a view of checkpoint files, or a list of views, count what is read."""
-    if isinstance(view, list):
-        return [part.view(CountedArray) for part in view]
-    return view.view(CountedArray)
-
-
 @pytest.fixture
 def parts_read(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes of the parts that `hf.cut` reads; each read takes only its own elements."""
+    """The shapes of the parts of parameters that are read; each reads only its own elements."""
     shapes = []
-    open_hf = hf.open_hf
-    cut = hf.cut
+    sizes = []
+    read_tensor = safetensors.StoredTensor.read
+    read_view = hf_views.ParameterView.read
 
-    def open_counted(directory, head):
-        model, views = open_hf(directory, head)
-        return model, {path: count_reads(view) for path, view in views.items()}
+    def read_counted_tensor(tensor, index):
+        part = read_tensor(tensor, index)
+        sizes.append(part.size)
+        return part
 
-    def cut_counted(view, index):
-        before = CountedArray.taken
-        part = cut(view, index)
-        assert CountedArray.taken - before == part.size
+    def read_counted_view(view, index):
+        before = sum(sizes)
+        part = read_view(view, index)
+        assert sum(sizes) - before == part.size
         shapes.append(part.shape)
         return part
 
-    monkeypatch.setattr(hf, "open_hf", open_counted)
-    monkeypatch.setattr(hf, "cut", cut_counted)
+    monkeypatch.setattr(safetensors.StoredTensor, "read", read_counted_tensor)
+    monkeypatch.setattr(hf_views.ParameterView, "read", read_counted_view)
     return shapes
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path, parts_read):
-    """Each shard is cut out of as many elements of the file; equal shards are read once."""
-    bias, norm = families.SHAPES[family]
+    """Each shard reads as many elements of the files as it has; equal shards are read once."""
     model, params = tiny(
         family=family,
-        qkv_bias=bias,
-        qk_norm=norm,
+        **families.FAMILIES[family].flags,
         kv_heads=4 if family == "qwen" else 2,
         vocab_size=96,
     )
@@ -176,9 +159,8 @@ def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path):
     config = json.loads((tmp_path / "in/config.json").read_text())
     model, params = hf.load_hf(tmp_path / "in", "scalar")
     assert len(config["id2label"]) == 1
-    tensors = {name: np.array(x) for name, x in safetensors.open_tensors(tmp_path / "in").items()}
+    tensors = load_file(tmp_path / "in/model.safetensors")
     tensors["score.weight"] = np.concatenate([tensors["score.weight"]] * 2)
-    header = {name: ("BF16", x.shape) for name, x in tensors.items()}
-    safetensors.write_tensors(tmp_path / "in/model.safetensors", header, iter(tensors.values()))
+    save_file(tensors, tmp_path / "in/model.safetensors")
     with pytest.raises(UserError, match=r"tensor score.weight is \[2, 32\], \[1, 32\] wanted"):
         roles.load(model, "scalar", sharding.make_mesh(Mesh()), KEY, tmp_path / "in")

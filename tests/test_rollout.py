@@ -14,7 +14,18 @@ from test_models import TINY, tiny
 from alignjax.config import Mesh
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
+from alignjax.models.attention import KeyValues
 from alignjax.sampling import rollout
+from alignjax.sampling.cache import (
+    RING_PARTS,
+    empty_cache,
+    fill_cache,
+    make_reader,
+    write_token,
+)
+from alignjax.sampling.slots import SlotPlan, plan_slots
+from alignjax.sampling.top_p import pick, sample_tokens
+from alignjax.sampling.types import Prompts, SamplingSettings
 
 MODEL, PARAMS = tiny(vocab_size=13)  # few words, so that responses end
 END, R = 10, 6
@@ -27,18 +38,25 @@ fold = jax.vmap(jax.random.fold_in)
 
 
 def prompts(order=ALL, p=5, pad=0):
-    """(tokens, lengths, index) of the prompts in this order, of 1 to 5 tokens, left-padded; one holds the end token."""
+    """The prompts in this order, of 1 to 5 tokens, left-padded; one holds the end token."""
     out = np.full((6, p), pad, np.int32)
     for row, ids, n in zip(out, REAL, LENGTHS, strict=True):
         row[p - n :] = ids[:n]
     order = np.array(order, np.int32)
-    return out[order], LENGTHS[order], order
+    return Prompts(tokens=out[order], lengths=LENGTHS[order], index=order)
+
+
+def settings_of(model=MODEL, **changes):
+    """Settings of the sampler: two samples of each prompt, unless `changes` say otherwise."""
+    values = dict(
+        samples_per_prompt=2, response_length=R, temperature=1.0, top_p=0.9, end_token=END
+    )
+    return SamplingSettings(model=model, **(values | changes))
 
 
 def compiled(**changes):
-    """generate(params, tokens, lengths, index, key) with these settings."""
-    settings = dict(samples=2, response_length=R, temperature=1.0, top_p=0.9, end=END) | changes
-    return jax.jit(functools.partial(rollout.generate, MODEL, **settings))
+    """generate(params, prompts, key) with these settings."""
+    return jax.jit(functools.partial(rollout.generate, settings=settings_of(**changes)))
 
 
 sampler = functools.cache(compiled)
@@ -56,7 +74,7 @@ def next_token(tokens, lengths, keys, place, temperature, top_p):
     hidden, _ = transformer.apply(MODEL, PARAMS, tokens, places, segments)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     keys = fold(keys, jnp.full(len(tokens), place))
-    return rollout.sample(keys, transformer.logits(MODEL, PARAMS, last), temperature, top_p)
+    return sample_tokens(keys, transformer.logits(MODEL, PARAMS, last), temperature, top_p)
 
 
 @functools.cache
@@ -88,7 +106,7 @@ def assert_is_twin(out, order, r=R, samples=2, **settings):
 
 
 def run(order=ALL, p=5, pad=0, params=PARAMS, key=KEY, **settings):
-    return on_host(sampler(**settings)(params, *prompts(order, p, pad), key))
+    return on_host(sampler(**settings)(params, prompts(order, p, pad), key))
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +163,11 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
         return plain(model, params, tokens, *rest, **options)
 
     monkeypatch.setattr(transformer, "apply", counted)
-    jax.eval_shape(compiled(), PARAMS, *prompts(), KEY)
+    jax.eval_shape(compiled(), PARAMS, prompts(), KEY)
     assert shapes == [(6, 5)]
     order = np.arange(19) % 6
-    assert rollout.slots_of(19, 2, 32) == (2, 32)
-    out = on_host(compiled(slots=32)(PARAMS, *prompts(order), KEY))
+    assert plan_slots(19, 2, 32) == SlotPlan(prompts_per_fill=2, slots=32)
+    out = on_host(compiled(slots=32)(PARAMS, prompts(order), KEY))
     jax.effects_barrier()
     assert set(shapes[1:]) == {(2, 5)} and calls == [2] * 10
     monkeypatch.undo()
@@ -172,12 +190,12 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
     ],
 )
 def test_slots_come_in_prompts_an_eighth_of_them_at_a_time(prompts, samples, slots, found):
-    assert rollout.slots_of(prompts, samples, slots) == found
+    assert plan_slots(prompts, samples, slots) == found
 
 
 def test_layers_that_are_scanned_sample_as_those_written_out(monkeypatch):
     monkeypatch.setattr(transformer, "UNROLLED", 0)
-    assert_is_twin(on_host(compiled(slots=6)(PARAMS, *prompts(), KEY)), ALL)
+    assert_is_twin(on_host(compiled(slots=6)(PARAMS, prompts(), KEY)), ALL)
 
 
 @pytest.mark.parametrize("count, samples, slots", [(8, 2, 0), (66, 1, 64)])
@@ -189,7 +207,7 @@ def test_eight_devices_sample_as_one(count, samples, slots):
     with jax.set_mesh(mesh):
         batch = sharding.shard_batch(prompts(order), mesh)
         params = jax.device_put(PARAMS, sharding.replicated(mesh))
-        out = compiled(samples=samples, slots=slots)(params, *batch, KEY)
+        out = compiled(samples_per_prompt=samples, slots=slots)(params, batch, KEY)
     assert len(out.tokens.sharding.device_set) == 8
     assert_is_twin(on_host(out), order, samples=samples)
 
@@ -229,7 +247,7 @@ def test_a_rounded_cache_gives_near_logprobs():
         1e-4 < change.max() < 0.1 and not change[:, 0].max() > 1e-5
     )  # the first token is read off no cache
     for name, dtype in (("", jnp.float32), ("bfloat16", jnp.bfloat16)):
-        assert {x.dtype for x in jax.tree.leaves(rollout.empty_cache(MODEL, 2, 3, 4, name))} == {
+        assert {x.dtype for x in jax.tree.leaves(empty_cache(MODEL, 2, 3, 4, name))} == {
             jnp.dtype(dtype)
         }
 
@@ -261,7 +279,7 @@ def test_samples_of_a_prompt_differ_and_its_tokens_stay(sampled):
     assert (pairs[:, 0] != pairs[:, 1]).any(axis=1).sum() >= 5
     for pad, p in ((0, 5), (END, 5), (0, 8)):
         out = run(pad=pad) if p == 5 else run(p=8, slots=4)
-        assert np.array_equal(out.tokens[:, :p], np.repeat(prompts(p=p, pad=pad)[0], 2, axis=0))
+        assert np.array_equal(out.tokens[:, :p], np.repeat(prompts(p=p, pad=pad).tokens, 2, axis=0))
 
 
 def test_another_key_gives_other_samples(sampled):
@@ -269,8 +287,8 @@ def test_another_key_gives_other_samples(sampled):
 
 
 def test_another_index_gives_other_samples(sampled):
-    tokens, lengths, index = prompts()
-    other = on_host(sampler()(PARAMS, tokens, lengths, index[::-1], KEY))
+    renumbered = dataclasses.replace(prompts(), index=prompts().index[::-1])
+    other = on_host(sampler()(PARAMS, renumbered, KEY))
     assert (other.tokens != sampled.tokens).any(axis=1).sum() >= 10
 
 
@@ -281,12 +299,12 @@ def test_other_values_of_the_same_shapes_compile_nothing():
         (PARAMS, ALL, 0, KEY),
         (again, ALL[::-1], 5, jax.random.key(9)),
     ):
-        generate(params, *prompts(order, pad=pad), key)
+        generate(params, prompts(order, pad=pad), key)
     assert generate._cache_size() == 1
 
 
 def test_temperature_0_takes_the_most_probable_token():
-    out = run(temperature=0.0, samples=1, slots=3)
+    out = run(temperature=0.0, samples_per_prompt=1, slots=3)
     places = np.maximum(np.cumsum(out.segments, axis=1) - 1, 0)
     forward = jax.jit(
         lambda *x: transformer.logits(MODEL, PARAMS, transformer.apply(MODEL, PARAMS, *x)[0])
@@ -317,23 +335,15 @@ def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(
     """
     monkeypatch.setattr(transformer, "UNROLLED", layers * written_out)
     model, p, r = dataclasses.replace(TINY, layers=layers), 8, 512
-    cache = jax.eval_shape(lambda: rollout.empty_cache(model, 64, p, r, ""))
+    cache = jax.eval_shape(lambda: empty_cache(model, 64, p, r))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert size == layers * 2 * 64 * 2 * (p + r) * 8 * 4  # keys and values of 2 heads of 8 float32
     params = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), "lm"))
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    generate = functools.partial(
-        rollout.generate,
-        model,
-        samples=1,
-        response_length=r,
-        temperature=1.0,
-        top_p=0.9,
-        end=END,
-        slots=64,
-    )
-    args = params, integers(256, p), integers(256), integers(256), jax.eval_shape(lambda: KEY)
-    program = jax.jit(generate).lower(*args).compile()
+    settings = settings_of(model, samples_per_prompt=1, response_length=r, slots=64)
+    generate = jax.jit(functools.partial(rollout.generate, settings=settings))
+    shapes = Prompts(tokens=integers(256, p), lengths=integers(256), index=integers(256))
+    program = generate.lower(params, shapes, jax.eval_shape(lambda: KEY)).compile()
     assert size < program.memory_analysis().temp_size_in_bytes < limit * size
     assert all(
         re.fullmatch(r"\(?(\w+\[64\]\S*,? ?)+\)?", shape) for shape in sorts(program.as_text())
@@ -348,13 +358,13 @@ def test_a_cache_is_the_prompts_block_and_a_ring_in_parts(monkeypatch):
     widths = lambda blocks, axis: [
         (keys.shape[axis], values.shape[axis]) for keys, values in blocks
     ]
-    cache = rollout.empty_cache(MODEL, 4, 5, 10, "")
+    cache = empty_cache(MODEL, 4, 5, 10)
     assert len(cache) == 2 and cache[0][0][0].shape == (4, 2, 5, 8)
     assert [widths(blocks, 2) for blocks in cache] == [[(5, 5), *[(3, 3)] * 4]] * 2
     monkeypatch.setattr(transformer, "UNROLLED", 0)
-    cache = rollout.empty_cache(MODEL, 4, 5, 10, "")
+    cache = empty_cache(MODEL, 4, 5, 10)
     assert cache[0][0].shape == (2, 4, 2, 5, 8) and widths(cache, 3) == [(5, 5), *[(3, 3)] * 4]
-    assert [len(rollout.empty_cache(MODEL, 4, 5, r, "")) - 1 for r in (1, 2, 3, 4, 5, 9)] == [
+    assert [len(empty_cache(MODEL, 4, 5, r)) - 1 for r in (1, 2, 3, 4, 5, 9)] == [
         1,
         2,
         3,
@@ -370,10 +380,10 @@ def test_filling_slots_leaves_the_others_alone(written_out, monkeypatch):
     rng = np.random.default_rng(0)
     old = jax.tree.map(
         lambda x: rng.normal(size=x.shape).astype(np.float32),
-        rollout.empty_cache(MODEL, 6, 5, 4, ""),
+        empty_cache(MODEL, 6, 5, 4),
     )
-    kept = tuple(
-        rng.normal(size=(2, 2, 2, 5, 8)).astype(np.float32) for _ in range(2)
+    kept = KeyValues(
+        *(rng.normal(size=(2, 2, 2, 5, 8)).astype(np.float32) for _ in range(2))
     )  # two prompts of two samples
     layers = lambda cache: (
         cache if written_out else [transformer.layer_of(cache, i) for i in range(2)]
@@ -381,7 +391,7 @@ def test_filling_slots_leaves_the_others_alone(written_out, monkeypatch):
     for at in (jnp.array([4, 0, 2, 5]), None):
         slots = np.arange(4) if at is None else np.asarray(at)
         start = jax.tree.map(lambda x: x[..., :4, :, :, :], old) if at is None else old
-        new = rollout.fill_cache(jax.tree.map(jnp.asarray, start), at, kept, 2)
+        new = fill_cache(jax.tree.map(jnp.asarray, start), at, kept, 2)
         for i, (before, after) in enumerate(zip(layers(start), layers(new), strict=True)):
             for j in range(2):  # keys, values
                 wanted = before[0][j].copy()
@@ -403,24 +413,25 @@ def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
 
     Against one query a time over the prompt's tokens and those that the slot was given since it began.
     """
-    rng, s, p, width = np.random.default_rng(0), 3, 5, -(-r // rollout.PARTS)
+    rng, s, p, width = np.random.default_rng(0), 3, 5, -(-r // RING_PARTS)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     prompt = np.arange(p) >= p - np.array([[5], [2], [1]])
     lead = () if layer is None else (2,)
-    part = lambda fill: tuple(jnp.full((*lead, s, 2, width, 8), fill) for _ in range(2))
-    stored = [draw(*lead, s, 2, p, 8) for _ in range(2)]
+    part = lambda fill: KeyValues(*(jnp.full((*lead, s, 2, width, 8), fill) for _ in range(2)))
+    stored = KeyValues(*(draw(*lead, s, 2, p, 8) for _ in range(2)))
     mine = stored if layer is None else [x[layer] for x in stored]
     blocks, seen = (
-        [tuple(stored), *(part(np.nan) for _ in range(0, r, width))],
+        [stored, *(part(np.nan) for _ in range(0, r, width))],
         [[] for _ in range(s)],
     )
 
     @jax.jit
     def step(blocks, clock, count, q, k, v):
-        kept = (k, v) if layer is None else tuple(jnp.stack([jnp.zeros_like(x), x]) for x in (k, v))
-        return rollout.reader(prompt, clock, count, r)(blocks, layer, q, k, v), rollout.write(
-            blocks, clock, kept, r
-        )
+        kept = KeyValues(k, v)
+        if layer is not None:
+            kept = jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x), x]), kept)
+        reader = make_reader(prompt, clock, count, r)
+        return reader.attend(blocks, layer, q, k, v), write_token(blocks, clock, kept, r)
 
     for clock in range(3 * r):
         if clock in range(0, r, width):  # what lies around a place is masked, but it must be finite
@@ -451,9 +462,9 @@ def test_a_step_reads_as_many_parts_of_the_ring_as_are_filled(r, layer):
         )  # a place of keys and values; the other layer's are 0
 
 
-# `sample`, by itself.
+# `sample_tokens`, by itself.
 
-draw = jax.jit(rollout.sample, static_argnums=(2, 3))
+draw = jax.jit(sample_tokens, static_argnums=(2, 3))
 FIVE = np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32)
 
 
@@ -587,7 +598,7 @@ def test_peaked_and_masked_logits_give_words_that_can_be(top_p):
 def test_pick_by_hand():
     """Running sums 0 2 2 5 5 of weights 0 2 0 3 0; a target at the very end, or past it, takes the last that is not 0."""
     weights = jnp.tile(jnp.array([0.0, 2.0, 0.0, 3.0, 0.0]), (6, 1))
-    at, rest = rollout.pick(weights, jnp.array([0.0, 1.5, 2.0, 4.0, 5.0, 5.5]))
+    at, rest = pick(weights, jnp.array([0.0, 1.5, 2.0, 4.0, 5.0, 5.5]))
     assert at.tolist() == [1, 1, 3, 3, 3, 3] and rest.tolist() == [0.0, 1.5, 0.0, 2.0, 3.0, 3.5]
 
 
@@ -597,5 +608,5 @@ def test_pick_takes_no_weight_of_0_wherever_the_target_falls(n):
     rng = np.random.default_rng(0)
     weights = np.where(rng.random(n) < 0.3, 0, rng.exponential(size=n) ** 4).astype(np.float32)
     targets = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=1))(np.tile(weights, (2, 1))))[0]
-    at, _ = jax.jit(rollout.pick)(np.tile(weights, (n, 1)), targets)
+    at, _ = jax.jit(pick)(np.tile(weights, (n, 1)), targets)
     assert (weights[np.asarray(at)] > 0).all()

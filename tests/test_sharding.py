@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from test_models import tiny
 from test_ppo import make
 
 from alignjax import config as configs
-from alignjax.algorithms import lm, optimisation, ppo, ranking
+from alignjax.algorithms import lm, optimisation, ranking
 from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.ppo import PPO
 from alignjax.config import UserError
 from alignjax.machine import sharding
+from alignjax.machine.profile import Phases
 
 STEPS = 3
 RATE = configs.Optimiser(learning_rate=1e-3, eps=1e-6)
@@ -28,12 +31,17 @@ def mesh_of(*sizes):
     return jax.make_mesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def place(init, params, mesh):
-    shapes = sharding.abstract(jax.eval_shape(init, params), mesh)
-    params = jax.tree.map(
-        lambda x, s: jax.device_put(x.copy(), s), params, sharding.param_shardings(params, mesh)
-    )
-    return optimisation.placed(init, params, shapes)
+def place(params, mesh):
+    """Return a copy of parameters laid out on a mesh by the table."""
+    layout = sharding.param_shardings(params, mesh)
+    return jax.tree.map(lambda x, s: jax.device_put(x.copy(), s), params, layout)
+
+
+def place_state(params, optimiser, mesh):
+    """Return the initial state of a role, laid out on a mesh by the table."""
+    init = functools.partial(optimisation.init_state, optimiser=optimiser)
+    abstract = sharding.abstract(jax.eval_shape(init, params), mesh)
+    return optimisation.place_state(place(params, mesh), optimiser, abstract)
 
 
 def model_and(head):
@@ -64,75 +72,76 @@ def comparison_batch(step):
 
 
 def run_supervised(module, loss_fn, head, batch_of, mesh):
+    """Return (parameters, losses) after some steps of a stage with one loss."""
     model, params = model_and(head)
     optimiser = optimisation.make_optimiser(RATE, STEPS)
-    step = optimisation.compiled(functools.partial(loss_fn, model), optimiser)
+    update = optimisation.MinibatchUpdate(functools.partial(loss_fn, model), optimiser)
     with jax.set_mesh(mesh):
-        state = place(functools.partial(optimisation.init_state, optimiser=optimiser), params, mesh)
+        state = place_state(params, optimiser, mesh)
         losses = []
-        for i in range(STEPS):
-            parts = module.microbatches(batch_of(i), 64, sharding.row_shards(mesh))
-            state, metrics = step(state, [sharding.shard_batch(part, mesh) for part in parts])
+        for step in range(STEPS):
+            parts = module.pack_minibatch(batch_of(step), 64, sharding.row_shards(mesh))
+            parts = [sharding.shard_batch(part, mesh) for part in parts]
+            state, metrics = update(state, parts)
             losses.append(float(metrics["loss"]))
         return jax.tree.map(np.asarray, state.params), losses
 
 
-def run_ppo(mesh):
+def ppo_stage(mesh):
+    """Return a stage of PPO over a mesh, with roles of random parameters and its text."""
     config = make(budget=64, epochs=1, pretrain_coef=0.5, pretrain_ratio=1.0)
-    config.model, config.optimiser, config.value_optimiser = model_and("lm")[0], RATE, RATE
-    optimisers = {role: optimisation.make_optimiser(RATE, STEPS) for role in ("policy", "value")}
-    programs = ppo.compiled(config, optimisers, 3)
+    config.model = model_and("lm")[0]
+    config.optimiser = RATE
+    config.value_optimiser = RATE
+    stage = PPO(config, mesh, end_token=3)
+
+    def text(update):
+        parts = lm.pack_minibatch(lm_batch(update), 64, sharding.row_shards(mesh))
+        return [sharding.shard_batch(part, mesh) for part in parts]
+
+    stage.text = SimpleNamespace(microbatches=text)
+    stage.frozen = {
+        role: place(model_and(head)[1], mesh)
+        for role, head in (("reference", "lm"), ("reward", "scalar"))
+    }
+    return stage
+
+
+def run_ppo(mesh):
+    """Return (parameters and statistics, figures of each step) after some steps of PPO."""
+    lengths = np.array([5, 2, 3, 5, 4, 1, 5, 3], np.int32)
+    batch = {
+        "prompts": np.where(np.arange(5) >= 5 - lengths[:, None], 7, 0).astype(np.int32),
+        "lengths": lengths,
+        "index": np.arange(8, dtype=np.int32),
+    }
     with jax.set_mesh(mesh):
-        inits = {
-            role: functools.partial(optimisation.init_state, optimiser=o)
-            for role, o in optimisers.items()
-        }
+        stage = ppo_stage(mesh)
+        trained = stage.trained
         state = {
-            "policy": place(inits["policy"], model_and("lm")[1], mesh),
-            "value": place(inits["value"], model_and("scalar")[1], mesh),
+            "policy": place_state(model_and("lm")[1], trained.policy_optimiser, mesh),
+            "value": place_state(model_and("scalar")[1], trained.value_optimiser, mesh),
             "stats": RunningStats.zero(),
         }
-        frozen = {
-            role: place(lambda x: x, model_and(head)[1], mesh)
-            for role, head in (("reference", "lm"), ("reward", "scalar"))
-        }
-        lengths = np.array([5, 2, 3, 5, 4, 1, 5, 3], np.int32)
-        prompts = {
-            "prompts": np.where(np.arange(5) >= 5 - lengths[:, None], 7, 0).astype(np.int32),
-            "lengths": lengths,
-            "index": np.arange(8, dtype=np.int32),
-        }
-        put = lambda parts: [sharding.shard_batch(part, mesh) for part in parts]
-        text = lambda number: put(lm.microbatches(lm_batch(number), 64, sharding.row_shards(mesh)))
-        found = []
-        for i in range(STEPS):
-            params = {role: state[role].params for role in optimisers} | frozen
-            sampled = programs.sample(
-                params["policy"], sharding.shard_batch(prompts, mesh), jax.random.key(i)
-            )
-            experience, stats, metrics, said, first, cut = ppo.score(
-                config, programs, params, state["stats"], sampled, np.repeat(lengths, 2), mesh
-            )
-            if i == 0:
-                ppo.self_check(config, programs, config.model, params, experience, said, first[0])
-            state = {**state, "stats": stats}
-            state, more = ppo.learn(
-                config, programs, lambda n: 0.0, state, experience, i, first, cut, text
-            )
-            found.append(
-                [
-                    float(metrics["objective/scores"]),
-                    float(more["loss/policy_avg"]),
-                    float(more["loss/value_avg"]),
-                ]
-            )
-        return jax.tree.map(
-            np.asarray, (state["policy"].params, state["value"].params, state["stats"])
-        ), found
+        figures = []
+        for step in range(STEPS):
+            params = stage.role_params(state)
+            rollout = stage.sample(params["policy"], batch, step, Phases())
+            minibatches = stage.pack(batch, rollout)
+            scored = stage.score(params, state["stats"], rollout, minibatches)
+            if step == 0:
+                stage.check(params, scored, minibatches)
+            state = {**state, "stats": scored.stats}
+            state, metrics = stage.learn(state, scored.experience, minibatches, step)
+            metrics = scored.metrics | metrics
+            names = ("objective/scores", "loss/policy_avg", "loss/value_avg")
+            figures.append([float(metrics[name]) for name in names])
+        results = (state["policy"].params, state["value"].params, state["stats"])
+        return jax.tree.map(np.asarray, results), figures
 
 
-def ranking_loss(model, params, batch):
-    return ranking.loss_fn(model, configs.Ranking(), params, batch)
+def ranking_loss(model, params, microbatch):
+    return ranking.loss_fn(model, configs.Ranking(), params, microbatch)
 
 
 RUNS = {

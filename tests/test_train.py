@@ -18,6 +18,7 @@ from alignjax.config import UserError
 from alignjax.data import chat, mixture, packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
+from alignjax.runs.loop import Loop
 from alignjax.weights import checkpoint, locations, roles
 from configs import arithmetic
 
@@ -171,16 +172,18 @@ def test_a_resume_may_evaluate_otherwise_and_an_evaluation_gives_the_figures_of_
     chain, tmp_path, monkeypatch
 ):
     """From step 2 on after every step, all prompts: the rest of the run is the same to the bit. It names its phases."""
-    runs, loop, found = with_parents("ppo-tiny", chain[0], tmp_path), train.train, []
+    runs = with_parents("ppo-tiny", chain[0], tmp_path)
     run = runs / "ppo-tiny"
     cut(chain[0] / "ppo-tiny", run)
+    run_loop = Loop.run
+    evaluations = []
 
-    def watched(config, workdir, stage, *more):
-        state = loop(config, workdir, stage, *more)
-        found.append(stage.watch(state))
+    def run_and_evaluate(loop):
+        state = run_loop(loop)
+        evaluations.append(loop.stage.evaluate_midway(state))
         return state
 
-    monkeypatch.setattr(train, "train", watched)
+    monkeypatch.setattr(Loop, "run", run_and_evaluate)
     monkeypatch.setattr(
         train.Phases, "trace", lambda *_: None
     )  # which takes longer than all the rest
@@ -201,7 +204,9 @@ def test_a_resume_may_evaluate_otherwise_and_an_evaluation_gives_the_figures_of_
     assert (
         mine.pop("responses.jsonl").startswith(theirs.pop("responses.jsonl")) and mine == theirs
     )  # more prompts
-    (figures, entries), summary = found[0], mine["summary"]
+    figures = evaluations[0].figures
+    entries = evaluations[0].rows
+    summary = mine["summary"]
     count = figures.pop("prompts")
     assert [(row["step"], row["prompts"]) for row in rows(run / "evaluations.jsonl")] == [
         (2, count),
@@ -282,7 +287,7 @@ def batches_of(name, runs):
     batches = mixture.batches(
         config, found, data.kind, data.max_length, data.batch, tokenizer, print
     )
-    return config, [ranking.microbatches(batches.get(i), 128, 1) for i in range(24)]
+    return config, [ranking.pack_minibatch(batches.get(i), 128, 1) for i in range(24)]
 
 
 def test_programs_are_compiled_for_new_shapes_alone(chain, tmp_path):
@@ -440,7 +445,7 @@ def test_a_mistake_on_the_command_line_is_one_line(
         (
             "sft-tiny",
             ['{"messages": 3}'],
-            r"data.jsonl:1: messages: a list of messages wanted, int found: 3",
+            r"data.jsonl:1: messages: expected a list of messages, found int: 3",
         ),
         ("sft-tiny", [], "data.jsonl: empty"),
         (
@@ -451,7 +456,7 @@ def test_a_mistake_on_the_command_line_is_one_line(
         (
             "ppo-tiny",
             ['{"prompt": "a"}', '{"prompt": 1}'],
-            "data.jsonl:2: prompt: text or a list of messages wanted",
+            "data.jsonl:2: prompt: expected text or a list of messages",
         ),
         (
             "ppo-tiny",

@@ -1,8 +1,9 @@
-"""Log-probabilities and entropies without all the logits: the dense figures and gradients, on any mesh, in less memory."""
+"""Log-probabilities and entropies in chunks: as dense ones, on any mesh, and in less memory."""
 
 import functools
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,202 +17,206 @@ from alignjax.machine import sharding
 from alignjax.models import vocabulary
 from alignjax.models.vocabulary import token_logprobs
 
-B, T, D = 4, 6, 16
-TOKENS = B * T
+BATCH, TOKENS, WIDTH = 4, 6, 16  # WIDTH is that of the hidden states
+ALL_TOKENS = BATCH * TOKENS
 
 
-def dense(hidden, kernel, targets, temperature=1.0, tied=False):
-    """The plain formulas, with all the logits."""
-    z = hidden.astype(jnp.float32) @ (kernel.T if tied else kernel) / temperature
-    logp = jax.nn.log_softmax(z)
-    return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], -(jnp.exp(logp) * logp).sum(
-        -1
-    )
+def dense_logprobs(hidden, kernel, targets, temperature=1.0, tied=False):
+    """Apply the plain formulas, with all logits at once."""
+    logits = hidden.astype(jnp.float32) @ (kernel.T if tied else kernel) / temperature
+    logprobs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
+    return chosen, -(jnp.exp(logprobs) * logprobs).sum(-1)
 
 
-def arrays(v, scale=1.0, tied=False):
-    """hidden[b t d], kernel[d v] or [v d], targets[b t], and weights[b t] of log-probabilities and entropies."""
+class Inputs(NamedTuple):
+    hidden: np.ndarray  # [batch tokens width]
+    kernel: np.ndarray  # [width vocab], or [vocab width] if it is tied
+    targets: np.ndarray  # [batch tokens]
+
+
+def draw_inputs(vocab, scale=1.0, tied=False):
+    """Return inputs, and weights [2 batch tokens] of the log-probabilities and the entropies."""
     rng = np.random.default_rng(0)
-    hidden, kernel = scale * rng.normal(size=(B, T, D)), rng.normal(size=(D, v)) * D**-0.5
-    weights = rng.normal(size=(2, B, T))
-    kernel = kernel.T if tied else kernel
-    return (
-        *(x.astype(np.float32) for x in (hidden, kernel)),
-        rng.integers(0, v, (B, T)),
-        *weights.astype(np.float32),
-    )
+    hidden = scale * rng.normal(size=(BATCH, TOKENS, WIDTH))
+    kernel = rng.normal(size=(WIDTH, vocab)) * WIDTH**-0.5
+    weights = rng.normal(size=(2, BATCH, TOKENS)).astype(np.float32)
+    targets = rng.integers(0, vocab, (BATCH, TOKENS))
+    if tied:
+        kernel = kernel.T
+    return Inputs(hidden.astype(np.float32), kernel.astype(np.float32), targets), weights
 
 
 def gradients(read, temperature=1.0, tied=False):
-    """jitted (hidden, kernel, targets, weights, weights) -> (d hidden, d kernel), (log-probabilities, entropies)."""
+    """Return a function of inputs and weights: (d hidden, d kernel), (logprobs, entropies)."""
 
-    def total(hidden, kernel, targets, of_logprob, of_entropy):
-        logprob, entropy = read(hidden, kernel, targets, temperature, tied)
-        return jnp.sum(of_logprob * logprob) + jnp.sum(of_entropy * entropy), (logprob, entropy)
+    def weighted_sum(hidden, kernel, targets, weights):
+        logprobs, entropies = read(hidden, kernel, targets, temperature, tied)
+        total = jnp.sum(weights[0] * logprobs) + jnp.sum(weights[1] * entropies)
+        return total, (logprobs, entropies)
 
-    return jax.jit(jax.grad(total, (0, 1), has_aux=True))
+    return jax.jit(jax.grad(weighted_sum, (0, 1), has_aux=True))
 
 
 @functools.cache
 def expected(*settings):
-    return gradients(dense, *settings)
+    return gradients(dense_logprobs, *settings)
 
 
-def cut(monkeypatch, width, tokens=TOKENS):
-    """Chunks of `width` words for so many tokens on a device."""
+def cut_into_chunks(monkeypatch, words, tokens=ALL_TOKENS):
+    """Make chunks of so many words, where a device has so many tokens."""
     monkeypatch.setattr(vocabulary, "WIDTH", 1)
-    monkeypatch.setattr(vocabulary, "ELEMENTS", width * max(tokens, D))
+    monkeypatch.setattr(vocabulary, "ELEMENTS", words * max(tokens, WIDTH))
 
 
-def same(ours, theirs, tolerance=2e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), ours, theirs
-    )
+def assert_same(ours, theirs, tolerance=2e-5):
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+    jax.tree.map(check, ours, theirs)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("v, width", [(64, 16), (67, 1000), (67, 16), (67, 66), (101, 1)])
-def test_any_chunks_are_dense_in_value_and_gradient(v, width, tied, monkeypatch):
-    inputs = arrays(v, tied=tied)
-    cut(monkeypatch, width)
-    same(gradients(token_logprobs, 0.7, tied)(*inputs), expected(0.7, tied)(*inputs))
+@pytest.mark.parametrize("vocab, words", [(64, 16), (67, 1000), (67, 16), (67, 66), (101, 1)])
+def test_any_chunks_give_dense_values_and_gradients(vocab, words, tied, monkeypatch):
+    inputs, weights = draw_inputs(vocab, tied=tied)
+    cut_into_chunks(monkeypatch, words)
+    ours = gradients(token_logprobs, 0.7, tied)(*inputs, weights)
+    assert_same(ours, expected(0.7, tied)(*inputs, weights))
 
 
-@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("output", [0, 1])  # log-probabilities, entropies
 def test_each_output_has_its_own_gradient(output, monkeypatch):
-    inputs = list(arrays(67))
-    inputs[4 - output] = np.zeros((B, T), np.float32)
-    cut(monkeypatch, 20)
-    same(gradients(token_logprobs)(*inputs), expected()(*inputs))
+    inputs, weights = draw_inputs(67)
+    weights[1 - output] = 0
+    cut_into_chunks(monkeypatch, 20)
+    ours = gradients(token_logprobs)(*inputs, weights)
+    assert_same(ours, expected()(*inputs, weights))
 
 
-@pytest.mark.parametrize("width", [1000, 20])
-def test_sure_of_itself(width, monkeypatch):
-    """Log-probabilities from 0 down to -1000: none above 0, no entropy below 0, and the gradients still right."""
-    hidden, kernel, targets, *weights = arrays(67, scale=150.0)
-    z = hidden @ kernel
-    targets[:2] = z[:2].argmax(-1)
-    targets[2, 0] = z[2, 0].argmin()
-    cut(monkeypatch, width)
+@pytest.mark.parametrize("words", [1000, 20])
+def test_extreme_logits_give_no_positive_logprob_and_right_gradients(words, monkeypatch):
+    """Log-probabilities from 0 down to -1000; no entropy is below 0."""
+    inputs, weights = draw_inputs(67, scale=150.0)
+    logits = inputs.hidden @ inputs.kernel
+    inputs.targets[:2] = logits[:2].argmax(-1)
+    inputs.targets[2, 0] = logits[2, 0].argmin()
+    cut_into_chunks(monkeypatch, words)
     for temperature in (1.0, 0.7):
-        ours = gradients(token_logprobs, temperature)(hidden, kernel, targets, *weights)
-        same(ours, expected(temperature)(hidden, kernel, targets, *weights), 2e-3)
-        logprob, entropy = ours[1]
-        assert logprob.max() <= 0 and logprob.max() > -1e-3 and logprob.min() < -700
-        assert entropy.min() > -1e-6
+        ours = gradients(token_logprobs, temperature)(*inputs, weights)
+        assert_same(ours, expected(temperature)(*inputs, weights), 2e-3)
+        logprobs, entropies = ours[1]
+        assert logprobs.max() <= 0 and logprobs.max() > -1e-3 and logprobs.min() < -700
+        assert entropies.min() > -1e-6
 
 
 def test_the_temperature_may_be_traced_and_has_no_gradient():
-    hidden, kernel, targets, *_ = arrays(67)
-    total = lambda temperature: token_logprobs(hidden, kernel, targets, temperature)[0].sum()
+    inputs, _ = draw_inputs(67)
+
+    def total(temperature):
+        return token_logprobs(*inputs, temperature)[0].sum()
+
     value, gradient = jax.jit(jax.value_and_grad(total))(0.7)
-    assert gradient == 0 and value == pytest.approx(
-        float(dense(hidden, kernel, targets, 0.7)[0].sum()), rel=1e-5
-    )
+    dense, _ = dense_logprobs(*inputs, 0.7)
+    assert gradient == 0 and value == pytest.approx(float(dense.sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("width", [1000, 20])
-def test_bfloat16_is_near_float32(width, tied, monkeypatch):
-    hidden, kernel, *rest = arrays(67, tied=tied)
-    cut(monkeypatch, width)
-    hidden = jnp.asarray(hidden, jnp.bfloat16)
-    for kept in (jnp.float32, jnp.bfloat16):
-        (dx, dk), outputs = gradients(token_logprobs, 1.0, tied)(hidden, kernel.astype(kept), *rest)
-        assert [x.dtype for x in (dx, dk, *outputs)] == [
-            jnp.bfloat16,
-            kept,
-            jnp.float32,
-            jnp.float32,
-        ]
-        (exact_dx, exact_dk), exact = expected(1.0, tied)(hidden.astype(jnp.float32), kernel, *rest)
-        same(outputs, exact, 0.02)
-        same((dx.astype(jnp.float32), dk.astype(jnp.float32)), (exact_dx, exact_dk), 0.05)
+@pytest.mark.parametrize("words", [1000, 20])
+def test_bfloat16_is_near_float32(words, tied, monkeypatch):
+    inputs, weights = draw_inputs(67, tied=tied)
+    cut_into_chunks(monkeypatch, words)
+    hidden = jnp.asarray(inputs.hidden, jnp.bfloat16)
+    rounded = inputs._replace(hidden=hidden.astype(jnp.float32))
+    exact_gradients, exact_outputs = expected(1.0, tied)(*rounded, weights)
+    for kernel_type in (jnp.float32, jnp.bfloat16):
+        kernel = inputs.kernel.astype(kernel_type)
+        half = inputs._replace(hidden=hidden, kernel=kernel)
+        read = gradients(token_logprobs, 1.0, tied)
+        (d_hidden, d_kernel), outputs = read(*half, weights)
+        assert [d_hidden.dtype, d_kernel.dtype] == [jnp.bfloat16, kernel_type]
+        assert [x.dtype for x in outputs] == [jnp.float32, jnp.float32]
+        assert_same(outputs, exact_outputs, 0.02)
+        ours = (d_hidden.astype(jnp.float32), d_kernel.astype(jnp.float32))
+        assert_same(ours, exact_gradients, 0.05)
 
 
-def elements(line) -> int:
-    """Of the largest array in the text of a compiled program."""
-    shapes = re.findall(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]*)\]", line)
-    return max((math.prod(int(n) for n in shape.split(",") if n) for shape in shapes), default=0)
-
-
-def largest(compiled) -> int:
-    return elements(compiled.as_text())
+def largest_array(text) -> int:
+    """Return the elements of the largest array in the text of a compiled program."""
+    shapes = re.findall(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]*)\]", text)
+    sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+    return max(sizes, default=0)
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "v, width", [(152, 1000), (152, 20), (101, 20)]
-)  # 101 is over no tensor axis
-def test_any_mesh_gives_one_device_and_gathers_a_chunk_at_most(v, width, tied, monkeypatch):
-    inputs = arrays(v, tied=tied)
-    wanted = expected(0.7, tied)(*inputs)
+# 101 words do not divide over the tensor axis.
+@pytest.mark.parametrize("vocab, words", [(152, 1000), (152, 20), (101, 20)])
+def test_a_mesh_gives_what_one_device_gives_and_gathers_at_most_a_chunk(
+    vocab, words, tied, monkeypatch
+):
+    inputs, weights = draw_inputs(vocab, tied=tied)
+    wanted = expected(0.7, tied)(*inputs, weights)
     mesh = sharding.make_mesh(configs.Mesh(data=2, fsdp=2, tensor=2))
-    tensor = "tensor" if v % 2 == 0 else None
-    rows, kernel = P(("data", "fsdp")), P(tensor, "fsdp") if tied else P("fsdp", tensor)
-    specs = (rows, kernel, rows, rows, rows)
-    cut(monkeypatch, width, TOKENS // 4)
+    tensor = "tensor" if vocab % 2 == 0 else None
+    rows = ("data", "fsdp")
+    kernel_spec = P(tensor, "fsdp") if tied else P("fsdp", tensor)
+    specs = (P(rows), kernel_spec, P(rows), P(None, rows))
+    cut_into_chunks(monkeypatch, words, ALL_TOKENS // 4)
     with jax.set_mesh(mesh):
         placed = [
             jax.device_put(x, NamedSharding(mesh, spec))
-            for x, spec in zip(inputs, specs, strict=True)
+            for x, spec in zip((*inputs, weights), specs, strict=True)
         ]
         compiled = gradients(token_logprobs, 0.7, tied).lower(*placed).compile()
         outputs = compiled(*placed)
-    same(outputs, wanted)
-    (dx, dk), _ = outputs
-    assert dk.sharding.is_equivalent_to(NamedSharding(mesh, kernel), 2) and dx.sharding.spec[0] == (
-        "data",
-        "fsdp",
-    )
-    moves = [
+    assert_same(outputs, wanted)
+    (d_hidden, d_kernel), _ = outputs
+    assert d_kernel.sharding.is_equivalent_to(NamedSharding(mesh, kernel_spec), 2)
+    assert d_hidden.sharding.spec[0] == ("data", "fsdp")
+    gathers = [
         line.split(", metadata")[0]
         for line in compiled.as_text().splitlines()
         if " all-gather" in line
     ]
-    words = v // 2 if tensor else v  # of a device
-    assert moves and max(map(elements, moves)) == D * min(
-        width, words
-    )  # over fsdp alone, where all words are one chunk
+    device_words = vocab // 2 if tensor else vocab
+    # Over fsdp alone, where all words are one chunk.
+    assert gathers
+    assert max(map(largest_array, gathers)) == WIDTH * min(words, device_words)
 
 
-def compiled_for(tokens, d, v, dtype=jnp.float32):
-    shape = jax.ShapeDtypeStruct
-    weights = shape((tokens,), jnp.float32)
-    inputs = (
-        shape((tokens, d), dtype),
-        shape((d, v), jnp.float32),
-        shape((tokens,), jnp.int32),
-        weights,
-        weights,
-    )
-    return gradients(token_logprobs).lower(*inputs).compile()
+def compiled_for(tokens, width, vocab, dtype=jnp.float32):
+    hidden = jax.ShapeDtypeStruct((tokens, width), dtype)
+    kernel = jax.ShapeDtypeStruct((width, vocab), jnp.float32)
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    weights = jax.ShapeDtypeStruct((2, tokens), jnp.float32)
+    return gradients(token_logprobs).lower(hidden, kernel, targets, weights).compile()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_no_array_of_tokens_times_vocabulary(dtype, monkeypatch):
-    tokens, d, v = 512, 64, 151936
+def test_no_array_has_tokens_times_vocabulary(dtype, monkeypatch):
+    tokens, width, vocab = 512, 64, 151936
     monkeypatch.setattr(vocabulary, "ELEMENTS", 2**20)
-    compiled = compiled_for(tokens, d, v, dtype)
-    assert largest(compiled) == d * v  # the kernel and its gradient
-    assert compiled.memory_analysis().temp_size_in_bytes < tokens * v * 4 / 16
-    few = compiled_for(32, d, 256)
-    assert largest(few) == max(d, 32) * 256  # and where the logits are few, they are one chunk
+    compiled = compiled_for(tokens, width, vocab, dtype)
+    assert largest_array(compiled.as_text()) == width * vocab  # the kernel and its gradient
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 16
+    few = compiled_for(32, width, 256)  # whose logits are few, and one chunk
+    assert largest_array(few.as_text()) == max(width, 32) * 256
 
 
 def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
-    """Beyond the kernel and its gradient, which are no temporary arrays."""
+    """Except for the kernel and its gradient, which are no temporary arrays."""
     monkeypatch.setattr(vocabulary, "ELEMENTS", 2**20)
     single, double = (compiled_for(512, 64, v).memory_analysis() for v in (2**16, 2**17))
     assert double.temp_size_in_bytes <= 1.01 * single.temp_size_in_bytes
     assert double.output_size_in_bytes > 1.9 * single.output_size_in_bytes
 
 
-def test_many_tokens_have_narrow_chunks_but_not_too_narrow(monkeypatch):
+def test_many_tokens_have_narrow_chunks_down_to_a_limit(monkeypatch):
     monkeypatch.setattr(vocabulary, "ELEMENTS", 64)
     monkeypatch.setattr(vocabulary, "WIDTH", 8)
-    inputs = arrays(67)
-    same(gradients(token_logprobs)(*inputs), expected()(*inputs))
-    compiled = jax.jit(token_logprobs).lower(*inputs[:3]).compile()
-    assert f"[{TOKENS},8]" in compiled.as_text() and f"[{TOKENS},67]" not in compiled.as_text()
+    inputs, weights = draw_inputs(67)
+    ours = gradients(token_logprobs)(*inputs, weights)
+    assert_same(ours, expected()(*inputs, weights))
+    text = jax.jit(token_logprobs).lower(*inputs).compile().as_text()
+    assert f"[{ALL_TOKENS},8]" in text and f"[{ALL_TOKENS},67]" not in text

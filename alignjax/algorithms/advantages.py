@@ -1,42 +1,50 @@
-"""From scores to advantages: pure functions of float32 arrays. Letters: b sequences, r response tokens."""
+"""From scores to advantages: pure functions of float32 arrays."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Scores = Float[Array, " responses"]
+TokenFloats = Float[Array, "responses tokens"]
+TokenMask = Bool[Array, "responses tokens"]
 
 
 class RunningStats(NamedTuple):
-    """Count, mean and sum of squared deviations of all scores seen, each a float32 scalar."""
+    """Count, mean and sum of squared deviations of all scores so far, each a float32 scalar."""
 
-    count: jax.Array
-    mean: jax.Array
-    m2: jax.Array
+    count: Float[Array, ""]
+    mean: Float[Array, ""]
+    m2: Float[Array, ""]
 
     @staticmethod
-    def zero():
+    def zero() -> "RunningStats":
+        """Return the statistics of no scores."""
         return RunningStats(*jnp.zeros((3,), jnp.float32))
 
-    def update(self, x):
-        """Statistics with the batch x[b] added (Chan et al. 1979); as they were if a score is not finite."""
-        n = x.size
-        delta, total = x.mean() - self.mean, self.count + n
-        m2 = self.m2 + jnp.sum((x - x.mean()) ** 2) + delta**2 * self.count * n / total
-        found = RunningStats(total, self.mean + delta * n / total, m2)
-        return jax.tree.map(
-            lambda new, old: jnp.where(jnp.isfinite(x).all(), new, old), found, self
-        )
+    def update(self, scores: Scores) -> "RunningStats":
+        """Add a batch of scores (Chan et al. 1979); change nothing if one is not finite."""
+        size = scores.size
+        delta = scores.mean() - self.mean
+        total = self.count + size
+        batch_m2 = jnp.sum((scores - scores.mean()) ** 2)
+        m2 = self.m2 + batch_m2 + delta**2 * self.count * size / total
+        updated = RunningStats(total, self.mean + delta * size / total, m2)
+        finite = jnp.isfinite(scores).all()
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, self)
 
     @property
-    def std(self):
-        """Population standard deviation."""
+    def std(self) -> Float[Array, ""]:
+        """Return the population standard deviation."""
         return jnp.sqrt(self.m2 / jnp.maximum(self.count, 1.0))
 
 
-def normalise(scores, stats: RunningStats, how: str):
-    """scores[b] less the running mean ("mean"), also over the running deviation ("mean_std"), or as they are ("none").
+def normalise(scores: Scores, stats: RunningStats, how: str) -> Scores:
+    """Normalise scores by running statistics that already hold this batch.
 
-    The statistics are to hold the present batch already: update, then use.
+    `how` is "none" (unchanged), "mean" (subtract the running mean) or "mean_std" (also divide
+    by the running standard deviation).
     """
     if how == "none":
         return scores
@@ -44,53 +52,67 @@ def normalise(scores, stats: RunningStats, how: str):
     return centred if how == "mean" else centred / (stats.std + 1e-8)
 
 
-def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """rewards[b r] float32: -kl_coef (logprobs - ref_logprobs) at each token, plus scores[b] at the last one.
+def shape_rewards(
+    scores: Scores,
+    logprobs: TokenFloats,
+    ref_logprobs: TokenFloats,
+    mask: TokenMask,
+    kl_coef: float,
+) -> TokenFloats:
+    """Return per-token rewards: a KL penalty on each token, and the score on the last one.
 
-    The penalty is the estimator k1, whose gradient through the return is unbiased (Ziegler et al. 2019, equation 2).
+    The penalty is -kl_coef * (logprobs - ref_logprobs): the estimator k1, whose gradient
+    through the return is unbiased (Ziegler et al. 2019, equation 2).
     """
     last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     penalty = jnp.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
     return penalty + jnp.where(last, scores[:, None], 0.0).astype(jnp.float32)
 
 
-def gae(rewards, values, mask, gamma, lam):
-    """advantages[b r], returns[b r] (Schulman et al. 2016, equation 16); 0 and values' place-holder after the end.
+def gae(
+    rewards: TokenFloats, values: TokenFloats, mask: TokenMask, gamma: float, lam: float
+) -> tuple[TokenFloats, TokenFloats]:
+    """Return advantages and returns (Schulman et al. 2016, equation 16).
 
-    The value after the last token is 0, whatever `values` holds there; returns = advantages + values.
+    The value after the last token is 0, whatever `values` holds there. After the end of a
+    response both results are 0. returns = advantages + values.
     """
     values = jnp.where(mask, values, 0.0)
-    following = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
-    deltas = jnp.where(mask, rewards + gamma * following - values, 0.0)
+    next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    deltas = jnp.where(mask, rewards + gamma * next_values - values, 0.0)
 
-    def back(carry, x):
-        delta, on = x
-        carry = jnp.where(on, delta + gamma * lam * carry, 0.0)
+    def backward_step(carry, token):
+        delta, real = token
+        carry = jnp.where(real, delta + gamma * lam * carry, 0.0)
         return carry, carry
 
-    _, advantages = jax.lax.scan(
-        back, jnp.zeros_like(rewards[:, 0]), (deltas.T, mask.T), reverse=True
-    )
+    start = jnp.zeros_like(rewards[:, 0])
+    _, advantages = jax.lax.scan(backward_step, start, (deltas.T, mask.T), reverse=True)
     return advantages.T, advantages.T + values
 
 
-def whiten(x, mask):
-    """x[b r] to mean 0 and population variance 1 over the mask of the whole batch (epsilon 1e-8), 0 elsewhere."""
+def whiten(x: TokenFloats, mask: TokenMask) -> TokenFloats:
+    """Scale x to mean 0 and population variance 1 over the mask of the whole batch, 0 elsewhere.
+
+    The epsilon under the root is 1e-8.
+    """
     count = mask.sum()
     mean = jnp.where(mask, x, 0.0).sum() / count
     variance = jnp.where(mask, (x - mean) ** 2, 0.0).sum() / count
     return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
 
 
-def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over the mask; 0 where the returns don't vary."""
+def masked_variance(x: TokenFloats, mask: TokenMask) -> Float[Array, ""]:
+    """Return the population variance of x over the mask."""
     count = mask.sum()
+    mean = jnp.where(mask, x, 0.0).sum() / count
+    return jnp.where(mask, (x - mean) ** 2, 0.0).sum() / count
 
-    def variance(x):
-        mean = jnp.where(mask, x, 0.0).sum() / count
-        return jnp.where(mask, (x - mean) ** 2, 0.0).sum() / count
 
-    total = variance(returns)
-    return jnp.where(
-        total > 0, 1 - variance(returns - values) / jnp.where(total > 0, total, 1.0), 0.0
-    )
+def explained_variance(
+    values: TokenFloats, returns: TokenFloats, mask: TokenMask
+) -> Float[Array, ""]:
+    """Return 1 - Var(returns - values) / Var(returns); 0 if the returns do not vary."""
+    total = masked_variance(returns, mask)
+    residual = masked_variance(returns - values, mask)
+    return jnp.where(total > 0, 1 - residual / jnp.where(total > 0, total, 1.0), 0.0)

@@ -1,181 +1,384 @@
-"""What PPO learns from: responses, packed, read by the four roles, and turned into rewards, advantages and returns.
+"""From a rollout to what PPO learns from.
 
-Letters: b prompts, n samples of each, r response tokens, m responses of a minibatch; rows, w, k: see `data.packing`.
+Responses are packed into microbatches, the four roles read them, and their readings become
+rewards, advantages and returns. In shapes, `responses` counts the responses of a rollout,
+`members` those of a minibatch; `rows` and `width` are those of a packed microbatch.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from alignjax.algorithms import advantages, optimisation
 from alignjax.algorithms.advantages import RunningStats
-from alignjax.config import Config
+from alignjax.algorithms.estimators import AdvantageInputs, find_estimator
+from alignjax.config import Config, Model
 from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
-from alignjax.sampling.rollout import Rollout
+from alignjax.models.scoring import PackedTokens
+from alignjax.sampling.types import Rollout
 from alignjax.weights import roles
 
-
-class Reading(NamedTuple):
-    """What the four roles say of each response."""
-
-    logprobs: jax.Array  # [b*n r]
-    entropy: jax.Array  # [b*n r]
-    ref_logprobs: jax.Array  # [b*n r]
-    values: jax.Array  # [b*n r]: before each token
-    scores: jax.Array  # [b*n]: what the readers of text say, see `rewards`, and the reward model
+Metrics = dict[str, jax.Array]
 
 
-class Experience(NamedTuple):
-    """What the updates of one rollout learn from, all of it fixed before the first of them."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ResponseMicrobatch:
+    """How some responses of a rollout, with their prompts, are packed in rows; and the way back.
 
-    sampled: Rollout
-    old_logprobs: jax.Array  # [b*n r] of the policy that sampled, by the scorer
-    old_values: jax.Array  # [b*n r]
-    advantages: jax.Array  # [b*n r], whitened over the whole of it
-    returns: jax.Array  # [b*n r], before whitening
-
-
-def microbatches(config: Config, prompt_lengths, lengths, rows, shards: int) -> list[dict]:
-    """How the responses rows[m] are packed: sequence, place [rows w] of prompt and response, `at` [rows k] of the
-    response's tokens, weights [rows k] that sum to 1 over the minibatch; and the way back: `member` [m] (b*n where
-    there is none), `ends` [m], `source` [m r], places in rows * k. Lengths, [b*n], are the host's.
+    The number of a response in the rollout stands for it. `members` lists the responses in the
+    microbatch, then the count of all responses as padding.
     """
-    r, m, n = config.ppo.response_length, len(rows), len(lengths)
-    longest = config.data.max_length + r
-    out = []
-    for layout in packing.pack(
-        prompt_lengths + lengths, [[i] for i in rows], longest, config.microbatch_tokens, shards
-    ):
-        inside = layout.place - prompt_lengths[layout.sequence]  # the place in the response
-        at, real = packing.targets(layout.real & (inside >= 0))
-        owner, inside = (np.take_along_axis(x, at, axis=1)[real] for x in (layout.sequence, inside))
-        source = np.zeros((len(layout.members), r), np.int32)
-        source[np.searchsorted(layout.members, owner), inside] = np.flatnonzero(real)
-        out.append(
-            {
-                "sequence": layout.sequence,
-                "place": layout.place,
-                "at": at,
-                "weights": real.astype(np.float32) / lengths[rows].sum(),
-                "member": packing.padded(layout.members, m, n),
-                "ends": packing.padded(layout.ends(), m, 0),
-                "source": packing.padded(source, m, 0),
-            }
+
+    sequence: Int[Array, "rows width"]  # response of each token; -1 on pads
+    place: Int[Array, "rows width"]  # of each token in its prompt and response
+    targets: Int[Array, "rows targets"]  # places in the row of the response's tokens
+    # 1 / tokens of the minibatch on targets, 0 on padding: they sum to 1 over the minibatch.
+    weights: Float[Array, "rows targets"]
+    members: Int[Array, " members"]
+    ends: Int[Array, " members"]  # places of last tokens in the flattened rows
+    # Place of each token of a member in the flattened targets.
+    source: Int[Array, "members tokens"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the four roles make of each response: per token, but for the score."""
+
+    logprobs: Float[Array, "responses tokens"]  # of the policy
+    entropy: Float[Array, "responses tokens"]  # of the policy
+    ref_logprobs: Float[Array, "responses tokens"]
+    values: Float[Array, "responses tokens"]  # before each token
+    scores: Float[Array, " responses"]  # of the reward model and of text-based rewards
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What the updates of one rollout learn from: fixed before the first of them."""
+
+    rollout: Rollout
+    old_logprobs: Float[Array, "responses tokens"]  # of the policy that sampled, by the scorer
+    old_values: Float[Array, "responses tokens"]
+    advantages: Float[Array, "responses tokens"]  # whitened over the whole rollout
+    returns: Float[Array, "responses tokens"]  # before whitening
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ScoredRollout:
+    """A rollout's experience and what is logged of it."""
+
+    experience: Experience
+    stats: RunningStats  # with the scores of this rollout
+    metrics: Metrics
+    # score, kl, entropy, length, truncated, each [responses]; log_ratio [responses tokens], the
+    # log-probability of the policy less that of the reference.
+    responses: dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LearningBatch:
+    """The tokens of a microbatch and the fixed parts of its targets, each [rows targets]."""
+
+    packed: PackedTokens
+    targets: Int[Array, "rows targets"]
+    weights: Float[Array, "rows targets"]
+    old_logprobs: Float[Array, "rows targets"]
+    old_values: Float[Array, "rows targets"]
+    advantages: Float[Array, "rows targets"]
+    returns: Float[Array, "rows targets"]
+
+
+def pack_minibatch(
+    config: Config,
+    prompt_lengths: np.ndarray,
+    lengths: np.ndarray,
+    responses: np.ndarray,
+    row_shards: int,
+) -> list[ResponseMicrobatch]:
+    """Pack the responses of a minibatch into microbatches, as host arrays.
+
+    Args:
+      config: its lengths and `microbatch_tokens` decide on the shapes.
+      prompt_lengths: of all responses of the rollout.
+      lengths: of all responses of the rollout.
+      responses: numbers of the minibatch's responses.
+      row_shards: devices that the rows of a microbatch lie over.
+    """
+    response_length = config.ppo.response_length
+    layouts = packing.pack(
+        prompt_lengths + lengths,
+        [[response] for response in responses],
+        config.data.max_length + response_length,
+        config.microbatch_tokens,
+        row_shards,
+    )
+    token_count = lengths[responses].sum()
+    microbatches = []
+    for layout in layouts:
+        response_place = layout.place - prompt_lengths[layout.sequence]
+        targets, real = packing.targets(layout.real & (response_place >= 0))
+        owner = np.take_along_axis(layout.sequence, targets, axis=1)[real]
+        place = np.take_along_axis(response_place, targets, axis=1)[real]
+        source = np.zeros((len(layout.members), response_length), np.int32)
+        source[np.searchsorted(layout.members, owner), place] = np.flatnonzero(real)
+        microbatch = ResponseMicrobatch(
+            sequence=layout.sequence,
+            place=layout.place,
+            targets=targets,
+            weights=real.astype(np.float32) / token_count,
+            members=packing.padded(layout.members, len(responses), len(lengths)),
+            ends=packing.padded(layout.ends(), len(responses), 0),
+            source=packing.padded(source, len(responses), 0),
         )
-    return out
+        microbatches.append(microbatch)
+    return microbatches
 
 
-def packed(sampled: Rollout, part: dict) -> dict:
-    """The tokens of a part of `microbatches`, as `logprobs` reads them."""
-    owner = jnp.maximum(part["sequence"], 0)
-    start = sampled.tokens.shape[1] - sampled.logprobs.shape[1] - sampled.prompt_lengths
-    real = part["sequence"] >= 0
-    tokens = jnp.where(real, sampled.tokens[owner, start[owner] + part["place"]], 0)
-    return sharding.constrain(
-        {
-            "tokens": tokens,
-            "positions": part["place"],
-            "segments": part["sequence"] + 1,
-            "at": part["at"],
-        }
-    ) | {"ends": part["ends"]}
+def pack_tokens(rollout: Rollout, microbatch: ResponseMicrobatch) -> PackedTokens:
+    """Gather the tokens of a microbatch from the rollout."""
+    owner = jnp.maximum(microbatch.sequence, 0)
+    real = microbatch.sequence >= 0
+    prompt_width = rollout.tokens.shape[1] - rollout.logprobs.shape[1]
+    start = prompt_width - rollout.prompt_lengths
+    tokens = rollout.tokens[owner, start[owner] + microbatch.place]
+    packed = PackedTokens(
+        tokens=jnp.where(real, tokens, 0),
+        positions=microbatch.place,
+        segments=microbatch.sequence + 1,
+    )
+    return sharding.constrain(packed)
 
 
-def read(
-    config: Config, reward_model, params: dict, sampled: Rollout, said: Reading, part: dict
+def read_roles(
+    config: Config,
+    reward_model: Model,
+    params: dict[str, dict],
+    rollout: Rollout,
+    reading: Reading,
+    microbatch: ResponseMicrobatch,
 ) -> Reading:
-    """`said` with what the roles (params: role -> parameters) say of a part of `microbatches`.
+    """Return the reading with what the roles make of the responses of a microbatch.
 
-    The reward model may be of another architecture than the rest. If it reads other tokens, it is not among the roles.
+    `params` maps roles to parameters. The reward model may have another architecture than the
+    other roles; one that reads other tokens is not among them, and its score is already in
+    `reading`. Padding members write nowhere.
     """
-    model, temperature, batch = config.model, config.ppo.temperature, packed(sampled, part)
-    logprob, entropy = scoring.token_logprobs(model, params["policy"], batch, temperature)
-    reference, _ = scoring.token_logprobs(
-        model, roles.on_device(params["reference"]), batch, temperature
+    model = config.model
+    temperature = config.ppo.temperature
+    packed = pack_tokens(rollout, microbatch)
+    targets = sharding.constrain(microbatch.targets)
+    reference = roles.on_device(params["reference"])
+    logprobs, entropy = scoring.token_logprobs(
+        model, params["policy"], packed, targets, temperature
     )
-    values = scoring.token_values(model, params["value"], batch)
-    put = lambda old, x: old.at[part["member"]].set(x, mode="drop")
-    tokens = (x.reshape(-1)[part["source"]] for x in (logprob, entropy, reference, values))
-    scores = said.scores
+    ref_logprobs, _ = scoring.token_logprobs(model, reference, packed, targets, temperature)
+    values = scoring.token_values(model, params["value"], packed, targets)
+    scores = reading.scores
     if "reward" in params:
-        found = scoring.scores(reward_model, roles.on_device(params["reward"]), batch)
-        scores = scores.at[part["member"]].add(config.ppo.reward_weight * found, mode="drop")
-    return Reading(*(put(old, x) for old, x in zip(said[:-1], tokens, strict=True)), scores)
+        reward_params = roles.on_device(params["reward"])
+        added = scoring.sequence_scores(reward_model, reward_params, packed, microbatch.ends)
+        scores = scores.at[microbatch.members].add(config.ppo.reward_weight * added, mode="drop")
 
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        by_member = new.reshape(-1)[microbatch.source]
+        return old.at[microbatch.members].set(by_member, mode="drop")
 
-def make_experience(config: Config, stats: RunningStats, sampled: Rollout, said: Reading):
-    """Experience, the running statistics with its scores, metrics, and figures of each response, [b*n], and of each of its
-    tokens, log_ratio [b*n r]: log p of the policy less that of the reference."""
-    p, mask = config.ppo, sampled.mask
-    scores = jnp.where(sampled.truncated, p.truncated_score, said.scores)
-    stats = stats.update(scores)
-    normalised = advantages.normalise(scores, stats, p.normalise_scores)
-    rewards = advantages.shape_rewards(
-        normalised, said.logprobs, said.ref_logprobs, mask, p.kl_coef
+    return Reading(
+        logprobs=put(reading.logprobs, logprobs),
+        entropy=put(reading.entropy, entropy),
+        ref_logprobs=put(reading.ref_logprobs, ref_logprobs),
+        values=put(reading.values, values),
+        scores=scores,
     )
-    gains, returns = advantages.gae(rewards, said.values, mask, p.gamma, p.lam)
-    gains = advantages.whiten(gains, mask) if p.whiten_advantages else gains
-    log_ratio = jnp.where(mask, said.logprobs - said.ref_logprobs, 0.0)
-    tokens, length = mask.sum(), sampled.lengths
-    per_response = {
-        "score": said.scores,
+
+
+def make_experience(
+    config: Config, stats: RunningStats, rollout: Rollout, reading: Reading
+) -> ScoredRollout:
+    """Turn the readings of a rollout into rewards, advantages and returns.
+
+    If a metric is not finite, advantages and returns become NaN, so every loss is NaN and no
+    update is applied: the rollout produces no learning.
+    """
+    ppo = config.ppo
+    mask = rollout.mask
+    scores = jnp.where(rollout.truncated, ppo.truncated_score, reading.scores)
+    stats = stats.update(scores)
+    normalised = advantages.normalise(scores, stats, ppo.normalise_scores)
+    rewards = advantages.shape_rewards(
+        normalised, reading.logprobs, reading.ref_logprobs, mask, ppo.kl_coef
+    )
+    estimate = find_estimator(ppo.advantage_estimator)
+    estimated = estimate(AdvantageInputs(rewards=rewards, values=reading.values, mask=mask), ppo)
+    token_advantages = estimated.advantages
+    if ppo.whiten_advantages:
+        token_advantages = advantages.whiten(token_advantages, mask)
+    log_ratio = jnp.where(mask, reading.logprobs - reading.ref_logprobs, 0.0)
+    responses = {
+        "score": reading.scores,
         "kl": log_ratio.sum(1),
-        "entropy": jnp.where(mask, said.entropy, 0.0).sum(1),
-        "length": length,
-        "truncated": sampled.truncated,
+        "entropy": jnp.where(mask, reading.entropy, 0.0).sum(1),
+        "length": rollout.lengths,
+        "truncated": rollout.truncated,
         "log_ratio": log_ratio,
     }
-    kl, drift = (
-        per_response["kl"].mean(),
-        jnp.where(mask, jnp.abs(sampled.logprobs - said.logprobs), 0.0),
-    )
-    metrics = {
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
-        "objective/kl": kl,
-        "objective/kl_per_token": log_ratio.sum() / tokens,
-        "objective/non_score_reward": -p.kl_coef * kl,
-        "objective/rlhf_reward": normalised.mean() - p.kl_coef * kl,
-        "objective/entropy": -jnp.where(mask, said.logprobs, 0.0).sum(1).mean(),
-        "policy/entropy_avg": per_response["entropy"].sum() / tokens,
-        "value/explained_variance": advantages.explained_variance(said.values, returns, mask),
-        "response/length_mean": length.mean(),
-        "response/length_max": length.max(),
-        "response/truncated": sampled.truncated.mean(),
-        "val/num_eos_tokens": (~sampled.truncated).sum(),
-        "sampler/drift_mean": drift.sum() / tokens,
-        "sampler/drift_max": drift.max(),
+    explained = advantages.explained_variance(reading.values, estimated.returns, mask)
+    metrics = score_metrics(scores, normalised, responses["kl"], ppo.kl_coef)
+    metrics |= token_metrics(rollout, reading, responses)
+    metrics |= {
+        "value/explained_variance": explained,
         "reward/running_mean": stats.mean,
         "reward/running_std": stats.std,
     }
-    sound = optimisation.finite(
-        metrics
-    )  # if not, nothing is learnt from it: every loss is NaN, and no update is applied
-    gains, returns = (jnp.where(sound, x, jnp.nan) for x in (gains, returns))
-    experience = Experience(sampled, said.logprobs, said.values, gains, returns)
-    return experience, stats, metrics, per_response
+    finite = optimisation.all_finite(metrics)
+    experience = Experience(
+        rollout=rollout,
+        old_logprobs=reading.logprobs,
+        old_values=reading.values,
+        advantages=jnp.where(finite, token_advantages, jnp.nan),
+        returns=jnp.where(finite, estimated.returns, jnp.nan),
+    )
+    return ScoredRollout(experience=experience, stats=stats, metrics=metrics, responses=responses)
 
 
-def kept(experience: Experience, said: dict) -> dict:
-    """Name -> array, on the host: figures of each response, and the fields of an Experience and its Rollout."""
+def score_metrics(
+    scores: Float[Array, " responses"],
+    normalised: Float[Array, " responses"],
+    kl: Float[Array, " responses"],
+    kl_coef: float,
+) -> Metrics:
+    """Return the metrics of scores and of the KL to the reference, per response."""
+    mean_kl = kl.mean()
     return {
-        k: sharding.on_host(v)
-        for k, v in (said | experience._asdict() | experience.sampled._asdict()).items()
-        if k != "sampled"
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(),
+        "objective/kl": mean_kl,
+        "objective/non_score_reward": -kl_coef * mean_kl,
+        "objective/rlhf_reward": normalised.mean() - kl_coef * mean_kl,
     }
 
 
-def learnt(experience: Experience, part: dict) -> dict:
-    """The batch of a part: its tokens, and what is fixed of its targets, each [rows k]."""
-    batch = packed(experience.sampled, part)
-    owner, place = (jnp.take_along_axis(part[x], part["at"], axis=1) for x in ("sequence", "place"))
+def token_metrics(rollout: Rollout, reading: Reading, responses: dict[str, jax.Array]) -> Metrics:
+    """Return the metrics of tokens: entropy, lengths, and the sampler's drift.
+
+    The drift is the difference between the log-probabilities of the sampler and of the scorer.
+    """
+    mask = rollout.mask
+    token_count = mask.sum()
+    drift = jnp.where(mask, jnp.abs(rollout.logprobs - reading.logprobs), 0.0)
+    return {
+        "objective/kl_per_token": responses["log_ratio"].sum() / token_count,
+        "objective/entropy": -jnp.where(mask, reading.logprobs, 0.0).sum(1).mean(),
+        "policy/entropy_avg": responses["entropy"].sum() / token_count,
+        "response/length_mean": rollout.lengths.mean(),
+        "response/length_max": rollout.lengths.max(),
+        "response/truncated": rollout.truncated.mean(),
+        "val/num_eos_tokens": (~rollout.truncated).sum(),
+        "sampler/drift_mean": drift.sum() / token_count,
+        "sampler/drift_max": drift.max(),
+    }
+
+
+def select_targets(experience: Experience, microbatch: ResponseMicrobatch) -> LearningBatch:
+    """Gather the tokens of a microbatch and what the losses compare them with."""
+    owner = jnp.take_along_axis(microbatch.sequence, microbatch.targets, axis=1)
+    place = jnp.take_along_axis(microbatch.place, microbatch.targets, axis=1)
     owner = jnp.maximum(owner, 0)
-    inside = jnp.maximum(place - experience.sampled.prompt_lengths[owner], 0)
-    fixed = {
-        name: x[owner, inside] for name, x in experience._asdict().items() if name != "sampled"
-    }
-    return batch | sharding.constrain(fixed | {"weights": part["weights"]})
+    response_place = jnp.maximum(place - experience.rollout.prompt_lengths[owner], 0)
+
+    def gather(array: jax.Array) -> jax.Array:
+        return sharding.constrain(array[owner, response_place])
+
+    return LearningBatch(
+        packed=pack_tokens(experience.rollout, microbatch),
+        targets=sharding.constrain(microbatch.targets),
+        weights=sharding.constrain(microbatch.weights),
+        old_logprobs=gather(experience.old_logprobs),
+        old_values=gather(experience.old_values),
+        advantages=gather(experience.advantages),
+        returns=gather(experience.returns),
+    )
+
+
+def on_host(scored: ScoredRollout) -> dict[str, np.ndarray]:
+    """Return a scored rollout as host arrays by name, to compute its losses again.
+
+    The names are those of the fields of `Rollout` and `Experience`, and the figures of the
+    responses.
+    """
+    experience = scored.experience
+    arrays = dict(scored.responses)
+    for part in (experience, experience.rollout):
+        arrays |= {field.name: getattr(part, field.name) for field in fields(part)}
+    del arrays["rollout"]
+    return {name: sharding.on_host(array) for name, array in arrays.items()}
+
+
+def from_host(arrays: dict[str, np.ndarray]) -> Experience:
+    """Return the experience that `on_host` took apart."""
+    rollout = Rollout(**{field.name: arrays[field.name] for field in fields(Rollout)})
+    names = [field.name for field in fields(Experience) if field.name != "rollout"]
+    return Experience(rollout=rollout, **{name: arrays[name] for name in names})
+
+
+class Minibatches:
+    """The minibatches of a rollout, each as packed microbatches on the mesh.
+
+    The first epoch's are packed once: the scorer reads the very arrays that the first updates
+    read, so the first ratio is 1. (A matrix product rounds a row according to its neighbours.)
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        prompt_lengths: np.ndarray,
+        lengths: np.ndarray,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.prompt_lengths = prompt_lengths
+        self.lengths = lengths
+        count = config.ppo.minibatches
+        all_responses = np.arange(len(lengths))
+        self.first_epoch = [self.pack(all_responses[first::count]) for first in range(count)]
+
+    def pack(self, responses: np.ndarray) -> list[ResponseMicrobatch]:
+        """Pack some responses into microbatches on the mesh."""
+        microbatches = pack_minibatch(
+            self.config,
+            self.prompt_lengths,
+            self.lengths,
+            responses,
+            sharding.row_shards(self.mesh),
+        )
+        return [sharding.shard_batch(microbatch, self.mesh) for microbatch in microbatches]
+
+    def get(self, place: int, responses: np.ndarray) -> list[ResponseMicrobatch]:
+        """Return the minibatch at a place of the step's order, which holds these responses."""
+        if place < len(self.first_epoch):
+            return self.first_epoch[place]
+        return self.pack(responses)
+
+
+def empty_reading(rollout: Rollout, scores: np.ndarray | None, mesh: jax.sharding.Mesh) -> Reading:
+    """Return a reading of zeros, with the scores that text-based rewards have given, if any."""
+    shape = rollout.logprobs.shape
+    zeros = np.zeros(shape, np.float32)
+    reading = Reading(
+        logprobs=zeros,
+        entropy=zeros,
+        ref_logprobs=zeros,
+        values=zeros,
+        scores=zeros[:, 0] if scores is None else scores,
+    )
+    return sharding.shard_batch(reading, mesh)

@@ -1,147 +1,185 @@
-"""How a policy does on what is held out, at the end of a run and while it goes on; and its responses as text.
+"""Evaluation of a policy on held-out prompts and text, during a run and at its end."""
 
-Letters: b prompts, n samples of each.
-"""
+from collections.abc import Callable
 
+import jax
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from alignjax.algorithms.stage import Evaluation
 from alignjax.config import Config
 from alignjax.data import chat, encoding, toy
 from alignjax.machine import sharding
-from alignjax.sampling.rollout import Rollout
+from alignjax.sampling.types import Rollout
 
-NO_FIGURES = "prompt", "responses", "tokens", "log_ratio"  # of an entry of `describe`
+NOT_AVERAGED = ("prompt", "responses", "tokens", "log_ratio")  # parts of an entry
+LABELS = {
+    "true_score": "true score (best 1)",
+    "score": "reward model's score",
+    "kl": "KL to the reference, nats",
+    "length": "response length, tokens",
+    "truncated": "share cut off",
+    "entropy": "entropy, nats a token",
+    "pretrain_loss": "loss on pretraining text, nats",
+}
 
 
-def texts_of(tokenizer, sampled: Rollout) -> list[str]:
-    """The responses [b*n] as text, without their end tokens."""
-    tokens, lengths = sharding.on_host(sampled.tokens), sharding.on_host(sampled.lengths)
-    r = sampled.logprobs.shape[1]
-    return [
-        chat.decode_response(tokenizer, row[-r:][:length])
-        for row, length in zip(tokens, lengths, strict=True)
-    ]
+def response_texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
+    """Return the responses of a rollout as text, without their end tokens."""
+    return [chat.decode_response(tokenizer, tokens) for tokens in response_tokens(rollout)]
+
+
+def response_tokens(rollout: Rollout) -> list[np.ndarray]:
+    """Return the tokens of each response, its end token included, on the host."""
+    response_length = rollout.logprobs.shape[1]
+    rows = sharding.on_host(rollout.tokens)[:, -response_length:]
+    lengths = sharding.on_host(rollout.lengths)
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 def describe(
     config: Config,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     rows: list[dict],
-    index,
-    sampled: Rollout,
-    said: dict,
+    index: np.ndarray,
+    rollout: Rollout,
+    figures: dict[str, jax.Array],
     detailed: int = 0,
 ) -> list[dict]:
-    """Each prompt rows[index[b]] with its responses as text and their figures, which `said` has of [b*n]; the true score
-    where the world has one; of the first `detailed` prompts also each token of a response as text, with its log-ratio."""
-    figures = {k: sharding.on_host(v).tolist() for k, v in said.items() if k not in NO_FIGURES}
-    n, texts, out = config.ppo.samples_per_prompt, texts_of(tokenizer, sampled), []
-    for i, number in enumerate(index):
-        prompt, mine = rows[number]["prompt"][-1]["content"], slice(i * n, (i + 1) * n)
-        out.append(
-            {"prompt": prompt, "responses": texts[mine], **{k: v[mine] for k, v in figures.items()}}
-        )
+    """Return an entry for each prompt: the prompt, its responses as text, their figures.
+
+    Args:
+      config: of the run.
+      tokenizer: of the policy.
+      rows: rows of the prompts' data set.
+      index: number of each prompt's row.
+      rollout: the responses, those of a prompt adjacent.
+      figures: name -> a figure of each response, and `log_ratio` of each token.
+      detailed: the first so many entries also have each token of their responses as text, with
+        its log-ratio to four digits.
+
+    The embedded world also knows the true score of each response.
+    """
+    samples = config.ppo.samples_per_prompt
+    texts = response_texts(tokenizer, rollout)
+    values = {
+        name: sharding.on_host(figure).tolist()
+        for name, figure in figures.items()
+        if name not in NOT_AVERAGED
+    }
+    entries = []
+    for place, number in enumerate(index):
+        prompt = rows[number]["prompt"][-1]["content"]
+        samples_of_prompt = slice(place * samples, (place + 1) * samples)
+        entry = {"prompt": prompt, "responses": texts[samples_of_prompt]}
+        entry |= {name: value[samples_of_prompt] for name, value in values.items()}
         if config.data.train.startswith("toy/"):
-            out[-1]["true_score"] = [toy.true_score(prompt, text) for text in texts[mine]]
+            entry["true_score"] = [toy.true_score(prompt, text) for text in entry["responses"]]
+        entries.append(entry)
     if detailed:
-        by_token(tokenizer, out[:detailed], n, sampled, sharding.on_host(said["log_ratio"]))
-    return out
+        log_ratio = sharding.on_host(figures["log_ratio"])
+        add_tokens(tokenizer, entries[:detailed], samples, rollout, log_ratio)
+    return entries
 
 
-def by_token(tokenizer, entries: list[dict], n: int, sampled: Rollout, log_ratio) -> None:
-    """Give the first entries their responses' tokens as text, and of log_ratio[b*n r] those of each token, to 4 digits."""
-    tokens, lengths = (
-        sharding.on_host(sampled.tokens)[:, -log_ratio.shape[1] :],
-        sharding.on_host(sampled.lengths),
-    )
-    for i, entry in enumerate(entries):
-        mine = range(i * n, (i + 1) * n)
-        entry["tokens"] = [chat.pieces(tokenizer, tokens[k, : lengths[k]]) for k in mine]
+def add_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    entries: list[dict],
+    samples: int,
+    rollout: Rollout,
+    log_ratio: np.ndarray,
+) -> None:
+    """Add to the first entries the tokens of their responses as text, and their log-ratios."""
+    tokens = response_tokens(rollout)
+    for place, entry in enumerate(entries):
+        numbers = range(place * samples, (place + 1) * samples)
+        entry["tokens"] = [chat.pieces(tokenizer, tokens[number]) for number in numbers]
         entry["log_ratio"] = [
-            [round(x, 4) for x in log_ratio[k, : lengths[k]].tolist()] for k in mine
+            [round(x, 4) for x in log_ratio[number, : len(tokens[number])].tolist()]
+            for number in numbers
         ]
 
 
 def means(entries: list[dict]) -> dict[str, float]:
-    """Each figure's mean over all responses of the entries."""
+    """Return the mean of each figure over all responses of the entries."""
     return {
         name: float(np.mean([entry[name] for entry in entries]))
         for name in entries[0]
-        if name not in NO_FIGURES
+        if name not in NOT_AVERAGED
     }
 
 
 def evaluate(
-    answer,
-    loss,
+    answer: Callable[[dict, int], list[dict]],
+    text_loss: Callable[[dict], float] | None,
     prompts: dict,
     text: dict | None,
-    batch: int,
+    batch_size: int,
     limit: int | None = None,
     detailed: int = 0,
-):
-    """Figures, and an entry for each prompt, of the first `limit` prompts (None: all) and as many rows of text, if any.
+) -> Evaluation:
+    """Evaluate on the first `limit` prompts (None: all) and as many rows of text, if any.
 
-    answer(batch of prompts, how many of them in detail) -> entries, as `describe`; loss(text) -> nats a target. Prompts come
-    in whole batches, as they do in training, so that its programs serve: the last one is filled up with the first prompts.
+    Args:
+      answer: (batch of prompts, how many of them in detail) -> entries, as `describe` has them.
+      text_loss: text -> loss in nats a target.
+      prompts: arrays of prompts, as `encoding.encode` makes them.
+      text: arrays of held-out text, or None.
+      batch_size: prompts that are answered at once. Prompts come in whole batches, as in
+        training, so that its compiled programs serve: the first prompts fill up the last batch.
+      limit: how many prompts count.
+      detailed: how many entries get the details of `describe`.
     """
-    entries, n = [], len(prompts["index"][:limit])
-    for first in range(0, n, batch):
-        rows = {name: x[np.arange(first, first + batch) % n] for name, x in prompts.items()}
-        entries += answer(encoding.narrowed(rows), max(min(detailed, n) - first, 0))[: n - first]
+    entries = []
+    count = len(prompts["index"][:limit])
+    for first in range(0, count, batch_size):
+        wrapped = np.arange(first, first + batch_size) % count
+        batch = encoding.narrowed({name: array[wrapped] for name, array in prompts.items()})
+        detailed_here = max(min(detailed, count) - first, 0)
+        entries += answer(batch, detailed_here)[: count - first]
     figures = means(entries)
     figures["entropy"] /= figures["length"]
     if text is not None:
-        figures["pretrain_loss"] = loss({name: x[:limit] for name, x in text.items()})
-    return figures, entries
+        figures["pretrain_loss"] = text_loss({name: array[:limit] for name, array in text.items()})
+    return Evaluation(figures=figures, rows=entries)
 
 
-def beside(before: list[dict], after: list[dict]) -> list[dict]:
-    """Rows of responses.jsonl: each prompt with the entries of the reference and of the policy for it."""
-    return [
-        {"prompt": old["prompt"]}
-        | {
-            side: {k: v for k, v in entry.items() if k != "prompt"}
-            for side, entry in (("before", old), ("after", new))
-        }
-        for old, new in zip(before, after, strict=True)
-    ]
+def side_by_side(before: list[dict], after: list[dict]) -> list[dict]:
+    """Return rows of responses.jsonl: each prompt with the entries of reference and policy."""
+    rows = []
+    for old, new in zip(before, after, strict=True):
+        row = {"prompt": old["prompt"]}
+        for side, entry in (("before", old), ("after", new)):
+            row[side] = {name: value for name, value in entry.items() if name != "prompt"}
+        rows.append(row)
+    return rows
 
 
-def compared(before: dict, after: dict) -> dict:
-    figures = {
-        f"{k}/{side}": v
-        for side, found in (("before", before), ("after", after))
-        for k, v in found.items()
-    }
+def compare(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Return the figures of both sides by name, and the share of the gap that is closed."""
+    figures = {f"{name}/before": value for name, value in before.items()}
+    figures |= {f"{name}/after": value for name, value in after.items()}
     return figures | gap_closed(figures)
 
 
-def gap_closed(figures: dict) -> dict:
-    """The share of the way from the true score before to the best one, where there is a true score."""
+def gap_closed(figures: dict[str, float]) -> dict[str, float]:
+    """Return the share of the way from the true score before to the best one, if there is one."""
     if "true_score/after" not in figures:
         return {}
-    before, after = figures["true_score/before"], figures["true_score/after"]
+    before = figures["true_score/before"]
+    after = figures["true_score/after"]
     return {"gap_closed": (after - before) / (1 - before)}
 
 
-def table(figures: dict) -> list[tuple[str, str]]:
-    words = {
-        "true_score": "true score (best 1)",
-        "score": "reward model's score",
-        "kl": "KL to the reference, nats",
-        "length": "response length, tokens",
-        "truncated": "share cut off",
-        "entropy": "entropy, nats a token",
-        "pretrain_loss": "loss on pretraining text, nats",
-    }
-    lines = [
-        (text, f"{figures[f'{name}/before']:8.3f} -> {figures[f'{name}/after']:.3f}")
-        for name, text in words.items()
-        if f"{name}/before" in figures
-    ]
+def table(figures: dict[str, float]) -> list[tuple[str, str]]:
+    """Return the figures before and after PPO as (label, text) lines."""
+    lines = []
+    for name, label in LABELS.items():
+        if f"{name}/before" in figures:
+            before = figures[f"{name}/before"]
+            after = figures[f"{name}/after"]
+            lines.append((label, f"{before:8.3f} -> {after:.3f}"))
     if "gap_closed" in figures:
-        lines.insert(
-            1, ("gap from SFT to the best, closed", f"{100 * figures['gap_closed']:8.0f} %")
-        )
+        share = f"{100 * figures['gap_closed']:8.0f} %"
+        lines.insert(1, ("gap from SFT to the best, closed", share))
     return lines

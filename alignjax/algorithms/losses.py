@@ -1,69 +1,97 @@
-"""The objectives: pure functions of arrays, float32.
+"""The objectives: pure float32 functions of arrays.
 
-Weights, not masks, come in: `weights = mask / mask.sum()` over the whole optimiser minibatch, so that every loss and
-every metric is `sum(weights * x)`, microbatches and devices simply add, and no function knows how many there are.
-Letters: b sequences, r response tokens, t tokens.
+They take weights, not masks: `weights = mask / mask.sum()` over the whole optimiser minibatch.
+So every loss and every metric is `sum(weights * x)`, microbatches and devices simply add, and
+no function needs to know how many there are.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Loss = Float[Array, ""]
+Metrics = dict[str, Float[Array, ""]]
 
 
-def lm_loss(logprobs, weights):
-    """Next-token loss, in nats: -sum(weights[b t] * logprobs[b t]) -> loss, metrics."""
+def lm_loss(
+    logprobs: Float[Array, "*tokens"], weights: Float[Array, "*tokens"]
+) -> tuple[Loss, Metrics]:
+    """Return the next-token loss in nats, -sum(weights * logprobs), and its metrics."""
     loss = -jnp.sum(weights * logprobs)
     return loss, {"loss": loss}
 
 
-def ranking_loss(chosen, rejected, weights, margins=0.0, centring=0.0):
-    """-log sigmoid(chosen - rejected - margin) (Bradley-Terry) over pairs [b] -> loss, metrics.
+def ranking_loss(
+    chosen: Float[Array, " pairs"],
+    rejected: Float[Array, " pairs"],
+    weights: Float[Array, " pairs"],
+    margins: Float[Array, " pairs"] | float = 0.0,
+    centring: float = 0.0,
+) -> tuple[Loss, Metrics]:
+    """Return -log sigmoid(chosen - rejected - margin) (Bradley-Terry) and its metrics.
 
-    `centring` weighs (chosen + rejected)^2, which pins the scores' free constant. A tie is counted as a tie, never as
-    right: accuracy(swapped) = 1 - accuracy - ties.
+    `centring` weighs (chosen + rejected)^2, which fixes the free constant of the scores. A tie
+    counts as a tie, never as correct: accuracy(swapped) = 1 - accuracy - ties.
     """
     difference = chosen - rejected
     loss = jnp.sum(weights * -jax.nn.log_sigmoid(difference - margins))
     total = loss + centring * jnp.sum(weights * (chosen + rejected) ** 2)
-    mean = lambda x: jnp.sum(weights * x)
-    return total, {
+    metrics = {
         "loss": loss,
-        "accuracy": mean(difference > 0),
-        "ties": mean(difference == 0),
-        "margin": mean(difference),
-        "mean_reward": mean(chosen + rejected) / 2,
+        "accuracy": jnp.sum(weights * (difference > 0)),
+        "ties": jnp.sum(weights * (difference == 0)),
+        "margin": jnp.sum(weights * difference),
+        "mean_reward": jnp.sum(weights * (chosen + rejected)) / 2,
     }
+    return total, metrics
 
 
-def policy_loss(logprobs, old_logprobs, advantages, weights, clip):
-    """Clipped surrogate (Schulman et al. 2017, equation 7) over [b r] -> loss, metrics.
+def policy_loss(
+    logprobs: Float[Array, "*tokens"],
+    old_logprobs: Float[Array, "*tokens"],
+    advantages: Float[Array, "*tokens"],
+    weights: Float[Array, "*tokens"],
+    clip: float,
+) -> tuple[Loss, Metrics]:
+    """Return the clipped surrogate (Schulman et al. 2017, equation 7) and its metrics.
 
-    -sum(w * min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)), ratio = exp(logprobs - old_logprobs).
-    `policy/clipfrac_avg` is the share of tokens on which the clip binds (the clipped term is the smaller one), and
-    `policy/approxkl_avg` the estimate (ratio - 1) - log ratio of KL(old, new).
+    The loss is -sum(w * min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)) with
+    ratio = exp(logprobs - old_logprobs). `policy/clipfrac_avg` is the share of tokens on which
+    the clip binds, that is, where the clipped term is the smaller one. `policy/approxkl_avg` is
+    the estimate (ratio - 1) - log ratio of KL(old, new).
     """
-    difference = jnp.where(weights > 0, logprobs - old_logprobs, 0.0)
-    ratio = jnp.exp(difference)
-    free, clipped = ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
-    loss = -jnp.sum(weights * jnp.minimum(free, clipped))
-    mean = lambda x: jnp.sum(weights * x)
-    return loss, {
+    log_ratio = jnp.where(weights > 0, logprobs - old_logprobs, 0.0)
+    ratio = jnp.exp(log_ratio)
+    unclipped = ratio * advantages
+    clipped = jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
+    loss = -jnp.sum(weights * jnp.minimum(unclipped, clipped))
+    metrics = {
         "loss/policy_avg": loss,
-        "policy/clipfrac_avg": mean(clipped < free),
-        "policy/approxkl_avg": mean(ratio - 1 - difference),
-        "val/ratio": mean(ratio),
-        "val/ratio_var": mean((ratio - 1) ** 2),
+        "policy/clipfrac_avg": jnp.sum(weights * (clipped < unclipped)),
+        "policy/approxkl_avg": jnp.sum(weights * (ratio - 1 - log_ratio)),
+        "val/ratio": jnp.sum(weights * ratio),
+        "val/ratio_var": jnp.sum(weights * (ratio - 1) ** 2),
     }
+    return loss, metrics
 
 
-def value_loss(values, old_values, returns, weights, clip):
-    """Half the squared error, clipped as in the original PPO code, over [b r] -> loss, metrics.
+def value_loss(
+    values: Float[Array, "*tokens"],
+    old_values: Float[Array, "*tokens"],
+    returns: Float[Array, "*tokens"],
+    weights: Float[Array, "*tokens"],
+    clip: float,
+) -> tuple[Loss, Metrics]:
+    """Return half the squared error, clipped as in the original PPO code, and its metrics.
 
-    sum(w * max((v - R)^2, (old + clip(v - old, +-clip) - R)^2)) / 2.
+    The loss is sum(w * max((v - R)^2, (old + clip(v - old, -clip, clip) - R)^2)) / 2.
     """
-    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
-    free_error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
-    loss = 0.5 * jnp.sum(weights * jnp.maximum(free_error, clipped_error))
-    return loss, {
+    clipped_values = old_values + jnp.clip(values - old_values, -clip, clip)
+    error = (values - returns) ** 2
+    clipped_error = (clipped_values - returns) ** 2
+    loss = 0.5 * jnp.sum(weights * jnp.maximum(error, clipped_error))
+    metrics = {
         "loss/value_avg": loss,
-        "val/clipfrac_avg": jnp.sum(weights * (clipped_error > free_error)),
+        "val/clipfrac_avg": jnp.sum(weights * (clipped_error > error)),
     }
+    return loss, metrics

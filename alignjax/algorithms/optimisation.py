@@ -1,182 +1,246 @@
-"""One optimiser step, the same for every stage: gradients summed over microbatches, AdamW, exact counters."""
+"""One optimiser step, the same for every stage.
+
+Gradients are summed over microbatches of any shapes. AdamW follows, unless a figure is not
+finite. The counters are exact.
+"""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from alignjax import config as configs
-from alignjax.config import Model
 from alignjax.machine import sharding
 from alignjax.weights import roles
 
+Metrics = dict[str, jax.Array]
+
 
 class TrainState(NamedTuple):
+    """The parameters of a trained role and the state of its optimiser."""
+
     params: dict
     opt_state: optax.OptState
     updates: jax.Array  # int32: optimiser steps taken
 
 
-def learning_rate(o: configs.Optimiser, steps: int) -> optax.Schedule:
-    """updates taken -> rate: linear warm-up, then constant, or a cosine that ends at `steps` and a tenth of the peak."""
-    if o.schedule == "cosine":
-        first = 0.0 if o.warmup_steps else o.learning_rate
-        end = max(steps, o.warmup_steps + 1)
+class GradientSum(NamedTuple):
+    """A gradient and the metrics of its loss, summed over the microbatches so far."""
+
+    gradient: dict
+    metrics: Metrics
+
+
+# Losses carry weights that sum to 1 over the whole minibatch, so sums are means.
+LossFunction = Callable[[dict, Any], tuple[jax.Array, Metrics]]
+Accumulate = Callable[[GradientSum | None, dict, Any], GradientSum]
+
+
+def learning_rate_schedule(optimiser: configs.Optimiser, steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the updates taken.
+
+    It warms up linearly, then stays constant or follows a cosine that ends after `steps`
+    updates at a tenth of the peak.
+    """
+    peak = optimiser.learning_rate
+    warmup = optimiser.warmup_steps
+    if optimiser.schedule == "cosine":
+        start = 0.0 if warmup else peak
         return optax.warmup_cosine_decay_schedule(
-            first, o.learning_rate, o.warmup_steps, end, 0.1 * o.learning_rate
+            start, peak, warmup, decay_steps=max(steps, warmup + 1), end_value=0.1 * peak
         )
-    if o.warmup_steps:
-        return optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
-    return optax.constant_schedule(o.learning_rate)
+    if warmup:
+        return optax.linear_schedule(0.0, peak, warmup)
+    return optax.constant_schedule(peak)
 
 
-def make_optimiser(o: configs.Optimiser, steps: int) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip, for `steps` updates; decay only on matrices."""
-    matrices = lambda params: jax.tree_util.tree_map_with_path(
+def make_optimiser(optimiser: configs.Optimiser, steps: int) -> optax.GradientTransformation:
+    """Return AdamW after a global-norm clip, for `steps` updates; only matrices decay."""
+    adamw = optax.chain(
+        conditional_adam(optimiser.b1, optimiser.b2, optimiser.eps),
+        optax.add_decayed_weights(optimiser.weight_decay, is_matrix),
+        optax.scale_by_learning_rate(learning_rate_schedule(optimiser, steps)),
+    )
+    return optax.chain(optax.clip_by_global_norm(optimiser.clip_norm), adamw)
+
+
+def is_matrix(params: dict) -> dict:
+    """Return, for each parameter, whether it is a matrix: a kernel or an embedding."""
+    return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
-    adamw = optax.chain(
-        adam(o.b1, o.b2, o.eps),
-        optax.add_decayed_weights(o.weight_decay, matrices),
-        optax.scale_by_learning_rate(learning_rate(o, steps)),
-    )
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
 
 
-def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """optax.scale_by_adam, but that the state stays as it was if `applied`, a bool of the update's, does not hold.
+def conditional_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """Return `optax.scale_by_adam` whose state changes only if `applied`, a bool, holds.
 
-    What is chosen afterwards would have to be kept twice, as it was and as it would be: the parameters move by moments
-    that have been chosen, which XLA writes over the old ones.
+    A choice after the update would need both states in memory, the old and the new one. Here the
+    parameters move by moments that are already chosen, so XLA writes them over the old ones.
     """
 
-    def update(grads, state, params=None, *, applied):
-        choose = functools.partial(jax.tree.map, lambda new, old: jnp.where(applied, new, old))
-        mu = choose(optax.tree.update_moment(grads, state.mu, b1, 1), state.mu)
-        nu = choose(optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2), state.nu)
+    def update(gradient, state, params=None, *, applied):
+        def choose(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
+
+        mu = choose(optax.tree.update_moment(gradient, state.mu, b1, 1), state.mu)
+        nu = choose(optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2), state.nu)
         count = choose(optax.safe_increment(state.count), state.count)
-        mean, square = (
-            optax.tree.bias_correction(mu, b1, count),
-            optax.tree.bias_correction(nu, b2, count),
-        )
-        return jax.tree.map(
-            lambda m, v: m / (jnp.sqrt(v) + eps), mean, square
-        ), optax.ScaleByAdamState(count, mu, nu)
+        mean = optax.tree.bias_correction(mu, b1, count)
+        square = optax.tree.bias_correction(nu, b2, count)
+        direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
-def init_state(params, optimiser) -> TrainState:
+def init_state(params: dict, optimiser: optax.GradientTransformation) -> TrainState:
+    """Return the state of a role before its first update."""
     return TrainState(params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
 
-def placed(init, params, shapes):
-    """init(params), a TrainState, laid out on the mesh as `shapes` say; `params` are used up."""
-    layout = jax.tree.map(lambda x: x.sharding, shapes)
+def abstract_state(
+    model: configs.Model,
+    head: str,
+    optimiser: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """Return the shapes, types and shardings of a trained role's state."""
+    init = functools.partial(init_state, optimiser=optimiser)
+    shapes = jax.eval_shape(init, roles.abstract_params(model, head, mesh))
+    return sharding.abstract(shapes, mesh)
+
+
+def place_state(
+    params: dict, optimiser: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """Return the initial state laid out as `abstract` says; `params` are donated."""
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    init = functools.partial(init_state, optimiser=optimiser)
     return jax.jit(init, out_shardings=layout, donate_argnums=0)(params)
 
 
-def trained(model: Model, head: str, optimiser, mesh):
-    """(init(params) -> TrainState, what it makes: shapes, types and shardings) of a role that is trained."""
-    init = functools.partial(init_state, optimiser=optimiser)
-    return init, sharding.abstract(
-        jax.eval_shape(init, roles.abstract_params(model, head, mesh)), mesh
-    )
+def to_checkpoint(state: dict) -> dict:
+    """Return a stage's state as the items of a checkpoint.
 
-
-def to_items(state: dict) -> dict:
-    """A state as a checkpoint's items: parameters are an item of their own, so that another run can take them alone."""
+    Parameters are an item of their own, so that another run can restore them alone.
+    """
     items = {}
     for name, part in state.items():
         if isinstance(part, TrainState):
-            items |= {
-                name: part.params,
-                f"{name}_optimiser": {"state": part.opt_state, "updates": part.updates},
-            }
+            items[name] = part.params
+            items[f"{name}_optimiser"] = {"state": part.opt_state, "updates": part.updates}
         else:
             items[name] = part
     return items
 
 
-def from_items(items: dict) -> dict:
-    """`to_items` undone."""
+def from_checkpoint(items: dict) -> dict:
+    """Return the state that `to_checkpoint` made these items of."""
     optimisers = {name: f"{name}_optimiser" for name in items if f"{name}_optimiser" in items}
     state = {name: part for name, part in items.items() if name not in optimisers.values()}
     for name, optimiser in optimisers.items():
-        state[name] = TrainState(
-            items[name], items[optimiser]["state"], items[optimiser]["updates"]
-        )
+        saved = items[optimiser]
+        state[name] = TrainState(items[name], saved["state"], saved["updates"])
     return state
 
 
-def accumulate(loss_fn, total, params, batch):
-    """total + (gradient of loss_fn(params, batch) -> (loss, metrics), those metrics); a total of None is nothing yet.
-
-    Losses carry weights that sum to 1 over the whole minibatch, so the total over its microbatches is its gradient.
-    """
-    found = jax.grad(loss_fn, has_aux=True)(params, batch)
-    return found if total is None else jax.tree.map(jnp.add, total, found)
-
-
-def finite(tree):
-    """Whether all numbers of a tree of arrays are finite, a bool scalar."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+def accumulate(
+    loss_fn: LossFunction, total: GradientSum | None, params: dict, microbatch: Any
+) -> GradientSum:
+    """Add the gradient and metrics of a microbatch to a total; None is an empty total."""
+    gradient, metrics = jax.grad(loss_fn, has_aux=True)(params, microbatch)
+    added = GradientSum(gradient, metrics)
+    return added if total is None else jax.tree.map(jnp.add, total, added)
 
 
-def apply_gradients(optimiser, state: TrainState, grads, figures: dict):
-    """state, skipped: one optimiser step, 0; or the state to the bit as it was, 1, if a figure is not finite.
-
-    Figures are scalars, the loss and the gradient's norm among them. The choice is the device's, number by number as the
-    new state is written over the old one: no second state is kept, and the host is not asked.
-    """
-    applied = finite(figures)
-    updates, opt_state = optimiser.update(grads, state.opt_state, state.params, applied=applied)
-    choose = lambda new, old: jnp.where(applied, new, old)
-    params = jax.tree.map(choose, optax.apply_updates(state.params, updates), state.params)
-    # Of the optimiser's state `adam` has chosen the moments; counts are left.
-    opt_state = jax.tree.map(
-        lambda new, old: new if new.ndim else choose(new, old), opt_state, state.opt_state
-    )
-    return TrainState(params, opt_state, choose(state.updates + 1, state.updates)), 1.0 - applied
-
-
-def finish(optimiser, state: TrainState, total):
-    """One optimiser step by a whole minibatch's (gradient, metrics) -> state, metrics.
-
-    They come with grad_norm, before the clip, and skipped, 1 if one of them is not finite and the state is as it was.
-    """
-    grads, metrics = total
-    metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
-    state, skipped = apply_gradients(optimiser, state, grads, metrics)
-    return state, {**metrics, "skipped": skipped}
-
-
-def adder(loss_fn):
-    """`accumulate`, compiled; the total that it is given is used up."""
+def compile_accumulate(loss_fn: LossFunction) -> Accumulate:
+    """Return `accumulate` of a loss, compiled; the total that it is given is donated."""
     return jax.jit(functools.partial(accumulate, loss_fn), donate_argnums=0)
 
 
-def total(add, params, microbatches):
-    """A minibatch's (gradient, metrics) by an `adder`, over microbatches of any shapes; None of none."""
-    found = None
-    for batch in microbatches:
-        found = add(found, params, batch)
-    return found
+def sum_gradients(
+    accumulate_fn: Accumulate, params: dict, microbatches: Iterable[Any]
+) -> GradientSum | None:
+    """Return the total over the microbatches of a minibatch; None if there are none."""
+    total = None
+    for microbatch in microbatches:
+        total = accumulate_fn(total, params, microbatch)
+    return total
 
 
-def stepper(finish_fn, shapes=None):
-    """finish_fn(state, ...) -> (state, metrics), compiled; the state's arrays are used up.
+def all_finite(tree: Any) -> jax.Array:
+    """Return whether all numbers of a tree of arrays are finite, as a bool scalar."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
-    It comes out laid out as `shapes` are, if given: by the table, whatever the compiler would choose, so that the next
-    step finds what this one found and compiles nothing.
+
+def apply_gradients(
+    optimiser: optax.GradientTransformation, state: TrainState, gradient: dict, figures: Metrics
+) -> tuple[TrainState, jax.Array]:
+    """Return the state after one optimiser step, and 0; or the old state to the bit, and 1.
+
+    The step is skipped if a figure is not finite. Figures are scalars, the loss and the norm of
+    the gradient among them. The device chooses number by number as it writes the new state over
+    the old one: it keeps no second state, and does not ask the host.
     """
-    layout = None if shapes is None else (jax.tree.map(lambda x: x.sharding, shapes), None)
-    return jax.jit(finish_fn, donate_argnums=0, out_shardings=layout)
+    applied = all_finite(figures)
+    updates, opt_state = optimiser.update(gradient, state.opt_state, state.params, applied=applied)
+
+    def choose(new, old):
+        return jnp.where(applied, new, old)
+
+    params = jax.tree.map(choose, optax.apply_updates(state.params, updates), state.params)
+    # `conditional_adam` has chosen the moments of the optimiser's state; the counts are left.
+    opt_state = jax.tree.map(
+        lambda new, old: new if new.ndim else choose(new, old), opt_state, state.opt_state
+    )
+    new_state = TrainState(params, opt_state, choose(state.updates + 1, state.updates))
+    return new_state, 1.0 - applied
 
 
-def compiled(loss_fn, optimiser, shapes=None):
-    """step(state, microbatches) -> state, metrics: one optimiser step. The arrays of `state` are used up."""
-    add, apply = adder(loss_fn), stepper(functools.partial(finish, optimiser), shapes)
-    return lambda state, microbatches: apply(state, total(add, state.params, microbatches))
+def update_state(
+    optimiser: optax.GradientTransformation, state: TrainState, total: GradientSum
+) -> tuple[TrainState, Metrics]:
+    """Return the state after one optimiser step by a whole minibatch, and its metrics.
+
+    The metrics gain `grad_norm`, before the clip, and `skipped`, which is 1 if a figure is not
+    finite and the state is unchanged.
+    """
+    metrics = {**total.metrics, "grad_norm": optax.tree.norm(total.gradient)}
+    state, skipped = apply_gradients(optimiser, state, total.gradient, metrics)
+    return state, {**metrics, "skipped": skipped}
+
+
+def compile_update(
+    update: Callable[..., tuple[TrainState, Metrics]], abstract: TrainState | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Return update(state, ...) compiled; the arrays of the state are donated.
+
+    The new state is laid out as `abstract` says, if given, whatever the compiler would choose:
+    so the next step finds what this one found, and compiles nothing.
+    """
+    layout = None
+    if abstract is not None:
+        layout = (jax.tree.map(lambda x: x.sharding, abstract), None)
+    return jax.jit(update, donate_argnums=0, out_shardings=layout)
+
+
+class MinibatchUpdate:
+    """The two compiled functions of an optimiser step by a single loss."""
+
+    def __init__(
+        self,
+        loss_fn: LossFunction,
+        optimiser: optax.GradientTransformation,
+        abstract: TrainState | None = None,
+    ):
+        self.accumulate = compile_accumulate(loss_fn)
+        self.update = compile_update(functools.partial(update_state, optimiser), abstract)
+
+    def __call__(
+        self, state: TrainState, microbatches: Iterable[Any]
+    ) -> tuple[TrainState, Metrics]:
+        """Take one optimiser step; the arrays of the state are donated."""
+        return self.update(state, sum_gradients(self.accumulate, state.params, microbatches))

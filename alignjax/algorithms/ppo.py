@@ -1,474 +1,467 @@
-"""Clipped PPO with four roles, section 3.2.2 of the report: rollout -> score -> experience -> update.
+"""Clipped PPO with four roles, section 3.2.2 of the report: rollout, reading, experience, updates.
 
-Letters: b prompts, n samples of each, r response tokens, m responses of a minibatch.
+`PPO.step` is one iteration from prompts to new parameters, in the order of the report.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from transformers import PreTrainedTokenizerBase
 
-from alignjax.algorithms import heldout, lm, losses, optimisation, rewards
+from alignjax.algorithms import experience, heldout, lm, optimisation, ppo_checks, rewards
 from alignjax.algorithms.advantages import RunningStats
-from alignjax.algorithms.experience import (
-    Experience,
-    Reading,
-    kept,
-    learnt,
-    make_experience,
-    microbatches,
-    read,
+from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollout
+from alignjax.algorithms.ppo_data import (
+    PretrainingText,
+    PromptData,
+    load_pretraining_text,
+    load_prompts,
 )
-from alignjax.algorithms.old_stage import Stage
-from alignjax.config import Config
-from alignjax.data import chat, encoding, mixture
+from alignjax.algorithms.ppo_programs import (
+    HEADS,
+    PlannedPrograms,
+    abstract_reading,
+    abstract_rollout,
+    average_metrics,
+    compile_programs,
+    rollout_mesh,
+    trained_roles,
+)
+from alignjax.algorithms.stage import (
+    Evaluation,
+    Program,
+    RunInputs,
+    State,
+    StepDetails,
+    StepOutput,
+)
+from alignjax.config import Config, Model
+from alignjax.data import chat
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
-from alignjax.models import scoring, transformer
-from alignjax.sampling import rollout
-from alignjax.sampling.rollout import Rollout
+from alignjax.sampling.types import Prompts, Rollout
 from alignjax.weights import roles
 
-UNTIMED = Phases()
-SAMPLES = 4  # prompts in an entry of samples.jsonl, and of evaluations.jsonl
-HEADS = {"policy": "lm", "value": "scalar"}  # of the roles that are trained
-CHECKED = 8  # responses that the check of step 0 scores once more, each alone
+Mesh = jax.sharding.Mesh
+Metrics = dict[str, jax.Array]
+
+SAMPLED_PROMPTS = 4  # prompts in an entry of samples.jsonl, and of evaluations.jsonl
+ANY_TOKEN = 0  # stands for the end token where nothing is sampled
 
 
-def policy_loss_fn(config: Config, params, experience_and_part):
-    batch = learnt(*experience_and_part)
-    now, _ = scoring.token_logprobs(config.model, params, batch, config.ppo.temperature)
-    return losses.policy_loss(
-        now, batch["old_logprobs"], batch["advantages"], batch["weights"], config.ppo.clip
-    )
+class Update(NamedTuple):
+    """One optimiser step of a run."""
+
+    number: int  # in the run
+    responses: np.ndarray  # numbers of the minibatch's responses in the rollout
 
 
-def value_loss_fn(config: Config, params, experience_and_part):
-    batch = learnt(*experience_and_part)
-    values = scoring.token_values(config.model, params, batch)
-    return losses.value_loss(
-        values, batch["old_values"], batch["returns"], batch["weights"], config.ppo.value_clip
-    )
+def updates_of_step(config: Config, step: int) -> Iterator[Update]:
+    """Yield the updates of a step.
 
-
-def policy_step(config: Config, optimiser, state, total, pretrain):
-    """One optimiser step by (gradient, metrics) of the clipped objective, with the pretraining gradient if there is one;
-    none if either is not finite."""
-    grads, metrics = total
-    metrics |= {"policy/grad_norm": optax.tree.norm(grads)}
-    if pretrain is not None:
-        more = jax.tree.map(lambda x: config.ppo.pretrain_coef * x, pretrain[0])
-        metrics |= {
-            "loss/pretrain_avg": pretrain[1]["loss"],
-            "pretrain/grad_norm": optax.tree.norm(more),
-        }
-        grads = jax.tree.map(jnp.add, grads, more)
-    state, skipped = optimisation.apply_gradients(optimiser, state, grads, metrics)
-    if pretrain is not None:
-        metrics |= {
-            "pretrain/grad_norm_ratio": metrics["pretrain/grad_norm"] / metrics["policy/grad_norm"]
-        }
-    return state, metrics | {"policy/skipped": skipped}
-
-
-def minibatches(config: Config, step: int):
-    """(number of the update in the run, rows of its minibatch) of a step.
-
-    The first epoch takes every so-many-th row (the prompts come shuffled), each later one a new order of all rows.
+    The first epoch takes every so-many-th response (the prompts come shuffled); each later one
+    takes all responses in a new order.
     """
-    p = config.ppo
-    order = np.arange(config.data.batch * p.samples_per_prompt, dtype=np.int32)
-    number = step * p.epochs * p.minibatches
-    for epoch in range(p.epochs):
+    ppo = config.ppo
+    order = np.arange(config.data.batch * ppo.samples_per_prompt, dtype=np.int32)
+    number = step * ppo.epochs * ppo.minibatches
+    for epoch in range(ppo.epochs):
         if epoch:
             order = np.random.default_rng([config.seed, step, epoch]).permutation(order)
-        for k in range(p.minibatches):
-            yield number, order[k :: p.minibatches]
+        for first in range(ppo.minibatches):
+            yield Update(number, order[first :: ppo.minibatches])
             number += 1
 
 
-class Programs(NamedTuple):
-    """The compiled functions of a run. Frozen parameters are arguments: closed over, they would become constants."""
+class PPO:
+    """The stage of PPO: its methods are the phases of a step."""
 
-    own: jax.sharding.Mesh | None  # the rollout's, where it has a layout of its own
-    place: Callable  # policy parameters -> as `sample` takes them, in its layout and type
-    sample: Callable  # (policy parameters, batch of prompts, key) -> Rollout
-    back: Callable  # Rollout -> Rollout, laid out as training has it
-    read: Callable  # (role -> parameters, Rollout, Reading, part) -> Reading
-    experience: Callable  # (statistics, Rollout, Reading) -> as make_experience
-    policy_add: Callable  # (total, policy parameters, (Experience, part)) -> total, as optimisation.accumulate
-    text_add: Callable  # (total, policy parameters, microbatch of text) -> total
-    policy: Callable  # (policy state, total, total of text or None) -> policy state, metrics
-    value_add: Callable
-    value: Callable  # (value state, total) -> value state, metrics
-    text_loss: Callable  # (policy parameters, microbatch of text) -> loss, metrics
+    progress_metrics = ("objective/scores", "objective/kl")
 
-
-def trained(config: Config, mesh):
-    """Of the roles that are trained: optimisers, functions parameters -> TrainState, the state's shapes; and how many
-    updates the policy gets."""
-    p, optimisers, inits, shapes = config.ppo, {}, {}, {}
-    updates = config.steps * p.epochs * p.minibatches
-    counts = {"policy": max(updates - p.value_warmup_steps, 1), "value": updates}
-    for role, o in (("policy", config.optimiser), ("value", config.value_optimiser)):
-        optimisers[role] = optimisation.make_optimiser(o, counts[role])
-        inits[role], shapes[role] = optimisation.trained(
-            config.model, HEADS[role], optimisers[role], mesh
-        )
-    shapes["stats"] = sharding.abstract(jax.eval_shape(RunningStats.zero), mesh)
-    return optimisers, inits, shapes, counts["policy"]
-
-
-def compiled(
-    config: Config, optimisers: dict, end: int, reward_model=None, shapes=None, mesh=None
-) -> Programs:
-    """`reward_model`, if it isn't config.model; `shapes`, of the state, says how it comes out of its updates, see
-    optimisation.stepper; `mesh` is wanted for a rollout in a layout of its own."""
-    p, text_loss, shapes = config.ppo, functools.partial(lm.loss_fn, config.model), shapes or {}
-    stats = jax.tree.map(lambda x: x.sharding, shapes["stats"]) if shapes else None
-    own = sharding.with_tensor(mesh, p.rollout_tensor) if p.rollout_tensor else None
-    place = back = lambda x: x
-    if own or config.model.dtype != "float32":
-        layout = sharding.param_shardings(shapes["policy"].params, own) if own else None
-        place = jax.jit(functools.partial(transformer.rounded, config.model), out_shardings=layout)
-    if own:
-        back = jax.jit(
-            back,
-            out_shardings=sharding.row_layout((config.data.batch * p.samples_per_prompt,), mesh),
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        end_token: int = ANY_TOKEN,
+        reward_model: Model | None = None,
+        phases: Phases | None = None,
+    ):
+        """Compile the programs of a run; see `load` for what else a run needs."""
+        self.config = config
+        self.mesh = mesh
+        self.phases = phases or Phases()
+        self.num_steps = config.steps
+        self.reward_model = reward_model or config.model
+        self.trained = trained_roles(config, mesh)
+        self.abstract_state = self.trained.abstract_state
+        self.compiled = compile_programs(
+            config, mesh, self.trained, end_token=end_token, reward_model=reward_model
         )
 
-    def sample(params, batch, key):
-        return rollout.generate(
-            config.model,
-            params,
-            batch["prompts"],
-            batch["lengths"],
-            batch["index"],
-            key,
-            samples=p.samples_per_prompt,
-            response_length=p.response_length,
-            temperature=p.temperature,
-            top_p=p.top_p,
-            end=end,
-            slots=p.slots,
-            cache_dtype=p.cache_dtype,
+    @classmethod
+    def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
+        """Read prompts, text and the frozen roles, and return a stage that can train."""
+        prompts = load_prompts(config, inputs)
+        text = load_pretraining_text(config, mesh, inputs)
+        reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer)
+        stage = cls(
+            config,
+            mesh,
+            end_token=chat.end_token(inputs.tokenizer),
+            reward_model=reward.model,
+            phases=inputs.phases,
         )
+        stage.attach(inputs, prompts=prompts, text=text, reward=reward)
+        return stage
 
-    return Programs(
-        own,
-        place,
-        jax.jit(sample),
-        back,
-        jax.jit(functools.partial(read, config, reward_model or config.model), donate_argnums=2),
-        jax.jit(
-            functools.partial(make_experience, config), out_shardings=(None, stats, None, None)
-        ),
-        optimisation.adder(functools.partial(policy_loss_fn, config)),
-        optimisation.adder(text_loss),
-        optimisation.stepper(
-            functools.partial(policy_step, config, optimisers["policy"]), shapes.get("policy")
-        ),
-        optimisation.adder(functools.partial(value_loss_fn, config)),
-        optimisation.stepper(
-            functools.partial(optimisation.finish, optimisers["value"]), shapes.get("value")
-        ),
-        jax.jit(text_loss),
-    )
+    @classmethod
+    def plan(cls, config: Config, mesh: Mesh) -> Self:
+        """Return a stage that can only be compiled."""
+        return cls(config, mesh)
 
-
-def sample(
-    config: Config, programs: Programs, params, rows: dict, step: int, mesh, phases=UNTIMED
-) -> Rollout:
-    """A step's responses to a batch of prompts on the host, by the policy's parameters; it is laid out on `mesh`."""
-    own = programs.own or mesh
-    with jax.set_mesh(own):
-        key, prompts = (
-            jax.random.fold_in(jax.random.key(config.seed), step),
-            sharding.shard_batch(rows, own),
-        )
-        phases.mark("data", prompts)
-        sampled = programs.sample(programs.place(params), prompts, key)
-    sampled = programs.back(sampled)
-    phases.mark("rollout", sampled)
-    return sampled
-
-
-def score(
-    config: Config,
-    programs: Programs,
-    params: dict,
-    stats,
-    sampled: Rollout,
-    prompt_lengths,
-    mesh,
-    judged=None,
-):
-    """As make_experience, and the parts of the first epoch's minibatches, which the scorer reads.
-
-    `judged` [b*n] is what the readers of text say, see `rewards`; the reward model's score is added, if there is one.
-
-    They are the same arrays, so that the first ratio is 1: a matrix product rounds a row according to its neighbours.
-    This waits for the rollout, whose lengths (prompt_lengths[b*n] are known) decide on shapes.
-    """
-    lengths, p = sharding.on_host(sampled.lengths), config.ppo
-    cut = lambda rows: [
-        sharding.shard_batch(part, mesh)
-        for part in microbatches(config, prompt_lengths, lengths, rows, sharding.row_shards(mesh))
-    ]
-    first = [cut(np.arange(k, len(lengths), p.minibatches)) for k in range(p.minibatches)]
-    tokens = np.zeros((len(lengths), p.response_length), np.float32)
-    judged = tokens[:, 0] if judged is None else judged
-    said = Reading(*sharding.shard_batch((tokens, tokens, tokens, tokens, judged), mesh))
-    for part in (part for parts in first for part in parts):
-        said = programs.read(params, sampled, said, part)
-    return *programs.experience(stats, sampled, said), first, cut
-
-
-def self_check(
-    config: Config,
-    programs: Programs,
-    reward_model,
-    params: dict,
-    experience,
-    said: dict,
-    parts,
-    judged=None,
-) -> None:
-    """Step 0: the ratio is 1, the KL to the reference 0 if the policy starts there, and a row's pads change nothing."""
-    _, metrics = optimisation.total(
-        programs.policy_add, params["policy"], [(experience, part) for part in parts]
-    )
-    dtype = config.model.dtype
-    scoring.check(
-        "|ratio - 1| of the policy", abs(metrics["val/ratio"] - 1) + metrics["val/ratio_var"], dtype
-    )
-    if config.parents["policy"] == config.parents["reference"]:
-        scoring.check(
-            "the largest KL of a response to the reference", jnp.abs(said["kl"]).max(), dtype
-        )
-    if "reward" not in params:
-        return
-    few = jax.tree.map(lambda x: x[:CHECKED], experience.sampled)
-    p = few.tokens.shape[1] - few.logprobs.shape[1]
-    start = (p - few.prompt_lengths)[:, None]
-    tokens = jnp.take_along_axis(
-        few.tokens, (jnp.arange(few.tokens.shape[1]) + start) % few.tokens.shape[1], axis=1
-    )
-    alone = jax.jit(
-        lambda params, *x: scoring.score_alone(reward_model, roles.on_device(params), *x)
-    )
-    found = config.ppo.reward_weight * alone(
-        params["reward"], tokens, few.prompt_lengths + few.lengths
-    )
-    texts = np.zeros(len(found)) if judged is None else judged[:CHECKED]
-    change = jnp.where(
-        jnp.isfinite(texts), jnp.abs(found - said["score"][:CHECKED] + texts), 0.0
-    ).max()
-    scoring.check(
-        "the largest change of a score as its row's pads and neighbours change", change, dtype
-    )
-
-
-def learn(
-    config: Config,
-    programs: Programs,
-    rate,
-    state: dict,
-    experience: Experience,
-    step: int,
-    first,
-    cut,
-    text,
-):
-    """All updates of one experience -> state, metrics averaged over them; text(number) gives an update's microbatches."""
-    policy, value, logs = state["policy"], state["value"], []
-    for k, (number, rows) in enumerate(minibatches(config, step)):
-        parts = [(experience, part) for part in (first[k] if k < len(first) else cut(rows))]
-        value, log = programs.value(
-            value, optimisation.total(programs.value_add, value.params, parts)
-        )
-        log |= {f"value/{name}": log.pop(name) for name in ("grad_norm", "skipped")}
-        if number >= config.ppo.value_warmup_steps:
-            log["lr"] = rate(policy.updates)
-            total = optimisation.total(programs.policy_add, policy.params, parts)
-            pretrain = optimisation.total(programs.text_add, policy.params, text(number))
-            policy, more = programs.policy(policy, total, pretrain)
-            log |= more
-        logs.append(log)
-    return {**state, "policy": policy, "value": value}, averaged(logs)
-
-
-@jax.jit
-def averaged(logs: list[dict]) -> dict:
-    """Each metric's mean over the updates that have it."""
-    names = dict.fromkeys(name for log in logs for name in log)
-    return {
-        k: sum(log[k] for log in logs if k in log) / sum(k in log for log in logs) for k in names
-    }
-
-
-def judged(
-    config: Config, reward: rewards.Reward, tokenizer, rows: list[dict], index, sampled: Rollout
-):
-    """[b*n]: what the readers of text say of the responses to the prompts rows[index[b]]; None if there are none."""
-    if not reward.judges:
-        return None
-    mine = [rows[i] for i in np.repeat(index, config.ppo.samples_per_prompt)]
-    return reward.judged(mine, heldout.texts_of(tokenizer, sampled))
-
-
-def pretraining(config: Config, mesh, tokenizer, say):
-    """(text(number) -> an update's microbatches, none without a pretraining gradient; rows(number) -> the same text as
-    arrays, by name; held-out text as arrays or None)."""
-    data, p = config.data, config.ppo
-    if not p.pretrain_coef and not p.pretrain_heldout:
-        return lambda number: [], lambda number: {}, None
-    found = mixture.sets(
-        config, "text", p.pretrain_data if p.pretrain_coef else "", p.pretrain_heldout, say
-    )
-    length, held_out, text, rows = (
-        data.max_length + p.response_length,
-        None,
-        lambda number: [],
-        lambda number: {},
-    )
-    if p.pretrain_heldout:
-        held_out = encoding.encode(sum(found.heldout.values(), []), "text", length, tokenizer, say)
-    if p.pretrain_coef:
-        volume = int(p.pretrain_ratio * (data.batch * p.samples_per_prompt // p.minibatches))
-        batches = mixture.batches(config, found, "text", length, volume, tokenizer, say)
-        cut = lambda i: lm.microbatches(
-            batches.get(i), config.microbatch_tokens, sharding.row_shards(mesh)
-        )
-        ahead = mixture.Ahead(cut)
-        text, rows = (
-            lambda number: [sharding.shard_batch(x, mesh) for x in ahead.get(number)],
-            batches.get,
-        )
-    return text, rows, held_out
-
-
-def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
-    model, data, p, budget = config.model, config.data, config.ppo, config.microbatch_tokens
-    found = mixture.sets(config, "prompts", data.train, data.heldout, say)
-    rows = {"train": sum(found.train, []), "heldout": sum(found.heldout.values(), [])}
-    held_out = encoding.encode(rows["heldout"], "prompts", data.max_length, tokenizer, say)
-    batches = mixture.batches(config, found, "prompts", data.max_length, data.batch, tokenizer, say)
-    ahead = mixture.Ahead(lambda i: encoding.narrowed(batches.get(i)))
-    text, text_rows, held_out_text = pretraining(config, mesh, tokenizer, say)
-    optimisers, inits, shapes, policy_updates = trained(config, mesh)
-    rate = jax.jit(optimisation.learning_rate(config.optimiser, policy_updates))
-    reward = rewards.build(config, mesh, parents, tokenizer)
-    programs = compiled(config, optimisers, chat.end_token(tokenizer), reward.model, shapes, mesh)
-    key = jax.random.key(config.seed)
-    # Read from disk for themselves, never shared with what is trained: no update and no donation can reach them.
-    reference = roles.load(model, "lm", mesh, key, parents["reference"])
-    frozen = {
-        "reference": roles.freeze(reference, p.frozen_dtype, p.frozen_memory),
-        **reward.params,
-    }
-
-    def start():
-        state = {
-            role: optimisation.placed(
-                inits[role], roles.load(model, head, mesh, key, parents[role]), shapes[role]
-            )
-            for role, head in HEADS.items()
+    def attach(
+        self,
+        inputs: RunInputs,
+        *,
+        prompts: PromptData,
+        text: PretrainingText,
+        reward: rewards.Reward,
+    ) -> None:
+        """Give the stage the data and the frozen roles that it trains with."""
+        self.tokenizer: PreTrainedTokenizerBase = inputs.tokenizer
+        self.parents = inputs.parents
+        self.prompts = prompts
+        self.text = text
+        self.reward = reward
+        # The frozen roles are read from disk by themselves and never share arrays with the
+        # trained roles, so no update and no donation can reach them.
+        reference = self.load_role("lm", "reference")
+        ppo = self.config.ppo
+        self.frozen = {
+            "reference": roles.freeze(reference, ppo.frozen_dtype, ppo.frozen_memory),
+            **reward.params,
         }
-        return state | {"stats": jax.device_put(RunningStats.zero(), sharding.replicated(mesh))}
 
-    def respond(split, policy, stats, batch, i, phases=UNTIMED):
-        """A Rollout, what readers of text say of it, and read(role -> parameters), what all say, as `score`."""
-        sampled = sample(config, programs, policy, batch, i, mesh, phases)
-        texts = judged(config, reward, tokenizer, rows[split], batch["index"], sampled)
-        lengths = np.repeat(batch["lengths"], p.samples_per_prompt)
-        return (
-            sampled,
+    def load_role(self, head: str, role: str) -> dict:
+        """Read a role's parameters from its parent."""
+        key = jax.random.key(self.config.seed)
+        return roles.load(self.config.model, head, self.mesh, key, self.parents[role])
+
+    def init_state(self) -> State:
+        """Return the state before the first step, from the parents of policy and value."""
+        optimisers = {
+            "policy": self.trained.policy_optimiser,
+            "value": self.trained.value_optimiser,
+        }
+        state: State = {}
+        for role, head in HEADS.items():
+            params = self.load_role(head, role)
+            abstract = self.abstract_state[role]
+            state[role] = optimisation.place_state(params, optimisers[role], abstract)
+        replicated = sharding.replicated(self.mesh)
+        return state | {"stats": jax.device_put(RunningStats.zero(), replicated)}
+
+    def step(self, state: State, step: int) -> tuple[State, StepOutput]:
+        """Sample responses, score them, make experience, and update policy and value."""
+        batch = self.prompts.batch(step)
+        params = self.role_params(state)
+        rollout = self.sample(params["policy"], batch, step, self.phases)
+        texts = self.score_texts(self.prompts.train_rows, batch, rollout)
+        minibatches = self.pack(batch, rollout)
+        scored = self.score(params, state["stats"], rollout, minibatches, texts)
+        self.phases.mark("score", scored.experience)
+        if step == 0:
+            self.check(params, scored, minibatches, texts)
+        state = {**state, "stats": scored.stats}
+        state, update_metrics = self.learn(state, scored.experience, minibatches, step)
+        self.phases.mark("update", state)
+        responses = self.config.data.batch * self.config.ppo.samples_per_prompt
+        metrics = scored.metrics | update_metrics | {"episode": (step + 1) * responses}
+        output = StepOutput(
+            metrics=metrics,
+            details=functools.partial(self.details, step, batch["index"], scored),
+            batch=functools.partial(self.learned_from, step, batch["index"], scored),
+        )
+        return state, output
+
+    def check(
+        self,
+        params: dict[str, dict],
+        scored: ScoredRollout,
+        minibatches: Minibatches,
+        texts: np.ndarray | None = None,
+    ) -> None:
+        """Stop the run unless ratio, KL and packing are exact before the first update."""
+        ppo_checks.check_first_rollout(
+            self.config,
+            self.compiled.policy_gradient,
+            self.reward_model,
+            params,
+            scored,
+            minibatches.first_epoch[0],
             texts,
-            lambda params: score(config, programs, params, stats, sampled, lengths, mesh, texts),
         )
 
-    def step(state, i):
-        params = {role: state[role].params for role in HEADS} | frozen
-        batch = ahead.get(i)
-        sampled, texts, read = respond("train", params["policy"], state["stats"], batch, i, phases)
-        experience, stats, metrics, said, first, cut = read(params)
-        phases.mark("score", experience)
-        if i == 0:
-            self_check(config, programs, reward.model, params, experience, said, first[0], texts)
-        state, more = learn(
-            config, programs, rate, {**state, "stats": stats}, experience, i, first, cut, text
-        )
-        phases.mark("update", state)
-        metrics |= more | {"episode": (i + 1) * data.batch * p.samples_per_prompt}
+    def role_params(self, state: State) -> dict[str, dict]:
+        """Return the parameters of all roles that read tokens."""
+        trained = {role: state[role].params for role in HEADS}
+        return trained | self.frozen
 
-        def late():
-            few = SAMPLES if i % config.sample_every == 0 else 0
-            entries = heldout.describe(
-                config, tokenizer, rows["train"], batch["index"], sampled, said, few
+    def sample(
+        self, policy_params: dict, batch: dict[str, np.ndarray], step: int, phases: Phases
+    ) -> Rollout:
+        """Sample the responses of a step to a batch of prompts.
+
+        A response's randomness depends on the seed, the step, the prompt and the number of the
+        sample alone. The rollout runs on its own mesh and comes back on that of training.
+        """
+        mesh = rollout_mesh(self.config, self.mesh)
+        with jax.set_mesh(mesh):
+            key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+            prompts = Prompts(
+                tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"]
             )
-            found = heldout.means(entries)
-            return {f"objective/{k}": x for k, x in found.items() if k == "true_score"}, entries[
-                :few
+            prompts = sharding.shard_batch(prompts, mesh)
+            phases.mark("data", prompts)
+            sampler_params = self.compiled.place_params(policy_params)
+            rollout = self.compiled.sample(sampler_params, prompts, key)
+        rollout = self.compiled.place_rollout(rollout)
+        phases.mark("rollout", rollout)
+        return rollout
+
+    def score_texts(
+        self, rows: list[dict], batch: dict[str, np.ndarray], rollout: Rollout
+    ) -> np.ndarray | None:
+        """Return the text-based rewards of each response; None if there are none."""
+        if not self.reward.text_rewards:
+            return None
+        index = np.repeat(batch["index"], self.config.ppo.samples_per_prompt)
+        prompt_rows = [rows[number] for number in index]
+        return self.reward.score_texts(prompt_rows, heldout.response_texts(self.tokenizer, rollout))
+
+    def pack(self, batch: dict[str, np.ndarray], rollout: Rollout) -> Minibatches:
+        """Pack the responses into minibatches.
+
+        This waits for the rollout: the lengths of its responses decide on the shapes.
+        """
+        prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
+        lengths = sharding.on_host(rollout.lengths)
+        return Minibatches(self.config, self.mesh, prompt_lengths, lengths)
+
+    def score(
+        self,
+        params: dict[str, dict],
+        stats: RunningStats,
+        rollout: Rollout,
+        minibatches: Minibatches,
+        texts: np.ndarray | None = None,
+    ) -> ScoredRollout:
+        """Let the roles read the minibatches of the first epoch, and make experience of it.
+
+        `texts` holds the text-based rewards, to which the reward model's score is added.
+        """
+        reading = experience.empty_reading(rollout, texts, self.mesh)
+        for minibatch in minibatches.first_epoch:
+            for microbatch in minibatch:
+                reading = self.compiled.read(params, rollout, reading, microbatch)
+        return self.compiled.make_experience(stats, rollout, reading)
+
+    def learn(
+        self, state: State, experience: Experience, minibatches: Minibatches, step: int
+    ) -> tuple[State, Metrics]:
+        """Take all updates of an experience; their metrics are averaged.
+
+        Every update moves the value model. The policy moves from update
+        `ppo.value_warmup_steps` of the run on.
+        """
+        policy = state["policy"]
+        value = state["value"]
+        all_metrics = []
+        for place, update in enumerate(updates_of_step(self.config, step)):
+            parts = [
+                (experience, microbatch) for microbatch in minibatches.get(place, update.responses)
             ]
+            value, metrics = self.update_value(value, parts)
+            if update.number >= self.config.ppo.value_warmup_steps:
+                metrics["lr"] = self.compiled.learning_rate(policy.updates)
+                policy, policy_metrics = self.update_policy(policy, parts, update.number)
+                metrics |= policy_metrics
+            all_metrics.append(metrics)
+        return {**state, "policy": policy, "value": value}, average_metrics(all_metrics)
 
-        def examples():
-            texts = {
-                f"text/{number}/{name}": x
-                for number, _ in minibatches(config, i)
-                if number >= p.value_warmup_steps
-                for name, x in text_rows(number).items()
-            }
-            return kept(experience, said) | {"index": batch["index"]} | texts
+    def update_value(
+        self, value: optimisation.TrainState, parts: list
+    ) -> tuple[optimisation.TrainState, Metrics]:
+        """Take one optimiser step of the value model."""
+        total = optimisation.sum_gradients(self.compiled.value_gradient, value.params, parts)
+        value, metrics = self.compiled.update_value(value, total)
+        for name in ("grad_norm", "skipped"):
+            metrics[f"value/{name}"] = metrics.pop(name)
+        return value, metrics
 
-        return state, metrics, late, examples
+    def update_policy(
+        self, policy: optimisation.TrainState, parts: list, update: int
+    ) -> tuple[optimisation.TrainState, Metrics]:
+        """Take one optimiser step of the policy, with the pretraining gradient if there is one."""
+        total = optimisation.sum_gradients(self.compiled.policy_gradient, policy.params, parts)
+        pretraining = optimisation.sum_gradients(
+            self.compiled.text_gradient, policy.params, self.text.microbatches(update)
+        )
+        return self.compiled.update_policy(policy, total, pretraining)
 
-    def evaluate(policy, state, limit, detailed):
-        """Log-ratios of tokens are those of the state's policy to the reference, whichever of them responds."""
-        params = {"policy": policy, "value": state["value"].params, **frozen}
+    def details(self, step: int, index: np.ndarray, scored: ScoredRollout) -> StepDetails:
+        """Return the true score, in the embedded world, and some responses as text."""
+        sampled_prompts = 0
+        if step % self.config.sample_every == 0:
+            sampled_prompts = SAMPLED_PROMPTS
+        entries = heldout.describe(
+            self.config,
+            self.tokenizer,
+            self.prompts.train_rows,
+            index,
+            scored.experience.rollout,
+            scored.responses,
+            sampled_prompts,
+        )
+        means = heldout.means(entries)
+        metrics = {}
+        if "true_score" in means:
+            metrics["objective/true_score"] = means["true_score"]
+        return StepDetails(metrics=metrics, samples=entries[:sampled_prompts])
 
-        def answer(batch, detailed):
-            sampled, _, read = respond("heldout", policy, state["stats"], batch, config.steps)
-            said = read(params)[3]
-            if detailed and policy is not state["policy"].params:
-                said |= {
-                    "log_ratio": read(params | {"policy": state["policy"].params})[3]["log_ratio"]
-                }
-            return heldout.describe(
-                config, tokenizer, rows["heldout"], batch["index"], sampled, said, detailed
+    def learned_from(
+        self, step: int, index: np.ndarray, scored: ScoredRollout
+    ) -> dict[str, np.ndarray]:
+        """Return the arrays from which the losses of a step can be computed again."""
+        arrays = experience.on_host(scored) | {"index": index}
+        for update in updates_of_step(self.config, step):
+            if update.number >= self.config.ppo.value_warmup_steps:
+                rows = self.text.rows(update.number)
+                arrays |= {f"text/{update.number}/{name}": row for name, row in rows.items()}
+        return arrays
+
+    def finalise(self, state: State) -> State:
+        """Return the state as it is."""
+        return state
+
+    def evaluate(self, state: State) -> Evaluation:
+        """Compare the reference and the policy on all that is held out."""
+        detailed = self.config.ppo.eval_prompts
+        reference = roles.copy_to_device(self.frozen["reference"])
+        policy = state["policy"].params
+        before = self.evaluate_policy(reference, state, limit=None, detailed=detailed)
+        after = self.evaluate_policy(policy, state, limit=None, detailed=detailed)
+        figures = {f"{role}_updates": int(state[role].updates) for role in HEADS}
+        figures |= heldout.compare(before.figures, after.figures)
+        rows = heldout.side_by_side(before.rows, after.rows)
+        return Evaluation(figures=figures, rows=rows[:detailed])
+
+    def evaluate_midway(self, state: State) -> Evaluation | None:
+        """Evaluate the policy on the first `ppo.eval_prompts` held-out prompts.
+
+        It changes nothing: no array of the state is donated, and the statistics are dropped.
+        """
+        if not self.config.ppo.eval_every:
+            return None
+        limit = self.config.ppo.eval_prompts
+        policy = state["policy"].params
+        result = self.evaluate_policy(policy, state, limit=limit, detailed=SAMPLED_PROMPTS)
+        figures = {"prompts": len(result.rows), **result.figures}
+        return Evaluation(figures=figures, rows=result.rows[:SAMPLED_PROMPTS])
+
+    def evaluate_policy(
+        self, policy: dict, state: State, *, limit: int | None, detailed: int
+    ) -> Evaluation:
+        """Evaluate the policy or the reference by the programs of training."""
+        return heldout.evaluate(
+            functools.partial(self.answer, policy, state),
+            functools.partial(self.heldout_text_loss, policy),
+            self.prompts.heldout,
+            self.text.heldout,
+            self.config.data.batch,
+            limit,
+            detailed,
+        )
+
+    def answer(
+        self, policy: dict, state: State, batch: dict[str, np.ndarray], detailed: int
+    ) -> list[dict]:
+        """Answer a batch of held-out prompts, and describe the scored responses.
+
+        The key is that of the step after the last: the same each time, so that evaluations
+        differ by the policy and not by the draw. The log-ratios of tokens are those of the
+        state's policy to the reference, whichever of them responds.
+        """
+        rollout = self.sample(policy, batch, self.config.steps, Phases())
+        texts = self.score_texts(self.prompts.heldout_rows, batch, rollout)
+        minibatches = self.pack(batch, rollout)
+        params = {"policy": policy, "value": state["value"].params, **self.frozen}
+        figures = self.score(params, state["stats"], rollout, minibatches, texts).responses
+        trained_policy = state["policy"].params
+        if detailed and policy is not trained_policy:
+            params = params | {"policy": trained_policy}
+            reread = self.score(params, state["stats"], rollout, minibatches, texts)
+            figures = figures | {"log_ratio": reread.responses["log_ratio"]}
+        return heldout.describe(
+            self.config,
+            self.tokenizer,
+            self.prompts.heldout_rows,
+            batch["index"],
+            rollout,
+            figures,
+            detailed,
+        )
+
+    def heldout_text_loss(self, policy: dict, text: dict) -> float:
+        """Return the loss on held-out pretraining text, in nats a target."""
+        return lm.heldout_loss(
+            self.compiled.text_loss,
+            policy,
+            text,
+            self.config.data.batch,
+            self.config.microbatch_tokens,
+            self.mesh,
+        )
+
+    def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
+        """Return the result of a run at a glance."""
+        return heldout.table(figures)
+
+    def programs(self) -> Iterable[Program]:
+        """Yield the programs of a step, every example as long as it may be."""
+        return PlannedPrograms(
+            self.config, self.mesh, self.compiled, self.abstract_state, self.resident()
+        ).programs()
+
+    def resident(self) -> dict[str, Any]:
+        """Return the shapes of the state, the frozen roles and the experience of a step."""
+        return self.resident_shapes
+
+    @functools.cached_property
+    def resident_shapes(self) -> dict[str, Any]:
+        """Hold what `resident` returns: the arguments of the programs are the same objects."""
+        ppo = self.config.ppo
+        policy = self.abstract_state["policy"]
+        value = self.abstract_state["value"]
+        shapes = {
+            "policy": policy,
+            "value": value,
+            "reference": roles.abstract_frozen(policy.params, ppo.frozen_dtype, ppo.frozen_memory),
+        }
+        if "reward" in self.config.parents:  # its architecture is taken to be that of the others
+            shapes["reward"] = roles.abstract_frozen(
+                value.params, ppo.frozen_dtype, ppo.frozen_memory
             )
-
-        loss = lambda text: lm.heldout_loss(
-            programs.text_loss, policy, text, data.batch, budget, mesh
+        reading = abstract_reading(self.config, self.mesh)
+        shapes["experience"] = Experience(
+            rollout=abstract_rollout(self.config, self.mesh),
+            old_logprobs=reading.logprobs,
+            old_values=reading.values,
+            advantages=reading.values,
+            returns=reading.values,
         )
-        return heldout.evaluate(answer, loss, held_out, held_out_text, data.batch, limit, detailed)
-
-    def watch(state):
-        found, entries = evaluate(state["policy"].params, state, p.eval_prompts, SAMPLES)
-        return {"prompts": len(entries), **found}, entries[:SAMPLES]
-
-    def figures(state):
-        updates = {f"{role}_updates": int(state[role].updates) for role in HEADS}
-        before, after = (
-            evaluate(policy, state, None, p.eval_prompts)
-            for policy in (roles.copy_to_device(frozen["reference"]), state["policy"].params)
-        )
-        return updates | heldout.compared(before[0], after[0]), heldout.beside(before[1], after[1])[
-            : p.eval_prompts
-        ]
-
-    return Stage(
-        config.steps,
-        shapes,
-        start,
-        step,
-        lambda state: state,
-        figures,
-        heldout.table,
-        ("objective/scores", "objective/kl"),
-        watch if p.eval_every else None,
-    )
+        return shapes

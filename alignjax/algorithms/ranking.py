@@ -1,89 +1,169 @@
-"""The ranking loss: preference model pretraining (PMP) and the reward model (RM) are two configs of it.
+"""The ranking loss: preference model pretraining (PMP) and the reward model (RM) are two configs.
 
-Letters: n pairs of a batch, t tokens; rows, w of a microbatch: see `data.packing`.
+A comparison is a pair of sequences, chosen and rejected. In shapes, `pairs` counts the pairs of
+a batch.
 """
 
 import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int
+from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms import losses, optimisation
-from alignjax.algorithms.old_stage import Stage, nothing_late
-from alignjax.config import Config
-from alignjax.data import encoding, mixture, packing
+from alignjax.algorithms.lm import supervised_programs
+from alignjax.algorithms.optimisation import MinibatchUpdate
+from alignjax.algorithms.stage import (
+    Evaluation,
+    Program,
+    RunInputs,
+    State,
+    StepDetails,
+    StepOutput,
+)
+from alignjax.config import Config, Model
+from alignjax.config import Ranking as RankingConfig
+from alignjax.data import encoding, mixture, packing, sources
 from alignjax.machine import sharding
+from alignjax.machine.profile import Phases
 from alignjax.models import scoring
+from alignjax.models.scoring import PackedTokens
 from alignjax.weights import roles
 
+Mesh = jax.sharding.Mesh
+Rows = dict[str, Any]  # chosen, rejected, their lengths, margin, as `encoding.encode` makes them
+# (parameters, microbatch) -> scores [pairs 2]
+ScorePairs = Callable[[dict, Any], jax.Array]
+
 SIDES = ("chosen", "rejected")
-CHECKED = 8  # pairs that the check of step 0 scores once more, each response alone
+CHECKED_PAIRS = 8  # pairs whose responses the check of step 0 scores once more, each alone
 
 
-def interleaved(rows: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens[2n t], lengths[2n]) of chosen, rejected, [n t] each, and their lengths: a pair's two are neighbours."""
-    tokens, lengths = (
-        np.stack([rows[side + x] for side in SIDES], axis=1) for x in ("", "_length")
-    )
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PairMicrobatch:
+    """Packed comparisons: chosen and rejected responses alike are sequences among others."""
+
+    packed: PackedTokens
+    ends: Int[Array, "pairs 2"]  # places of the last tokens, chosen first, in flattened rows
+    margin: Float[Array, " pairs"]
+    weights: Float[Array, " pairs"]  # 1 / pairs of the batch; 0 on padding
+    pair: Int[Array, " pairs"]  # number in the batch; the count of pairs on padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingData:
+    """What a ranking model trains on and is evaluated on."""
+
+    batches: mixture.Batches
+    prefetch: mixture.Ahead  # step -> list of microbatches, packed while the device works
+    heldout: dict[str, Rows]  # source -> comparisons
+    demonstrations: dict | None  # conversations whose mean score is shifted to 0
+    tokenizer: PreTrainedTokenizerBase
+
+
+def interleave(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and lengths of all sequences; the two of a pair are neighbours."""
+    tokens = np.stack([rows[side] for side in SIDES], axis=1)
+    lengths = np.stack([rows[f"{side}_length"] for side in SIDES], axis=1)
     return tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
 
 
-def microbatches(rows: dict, budget: int, shards: int) -> list[dict]:
-    """Packed microbatches of pairs, each pair whole: chosen and rejected alike are sequences among others.
+def pack_minibatch(rows: Rows, microbatch_tokens: int, row_shards: int) -> list[PairMicrobatch]:
+    """Pack comparisons into microbatches, as host arrays; a pair stays in one microbatch.
 
-    Where a pair's scores stand is ends[n 2]; weights[n] are 1 / n on the pairs of this microbatch and 0 behind them,
-    `pair` [n] their numbers in the batch (n where there is none).
+    Args:
+      rows: chosen and rejected [pairs tokens], their lengths and margins [pairs].
+      microbatch_tokens: tokens of a microbatch, roughly.
+      row_shards: devices that the rows of a microbatch lie over.
     """
-    (tokens, lengths), n = interleaved(rows), len(rows["margin"])
-    out = []
-    for layout in packing.pack(
-        lengths, [[2 * i, 2 * i + 1] for i in range(n)], tokens.shape[1], budget, shards
-    ):
+    tokens, lengths = interleave(rows)
+    count = len(rows["margin"])
+    pairs = [[2 * number, 2 * number + 1] for number in range(count)]
+    longest = tokens.shape[1]
+    microbatches = []
+    for layout in packing.pack(lengths, pairs, longest, microbatch_tokens, row_shards):
         pair = layout.members[::2] // 2
-        fill = lambda x, value=0, n=n: packing.padded(x, n, value)
-        out.append(
-            {
-                "tokens": layout.take(tokens),
-                "positions": layout.place,
-                "segments": layout.sequence + 1,
-                "ends": fill(layout.ends().reshape(-1, 2)),
-                "margin": fill(rows["margin"][pair]),
-                "weights": fill(np.full(len(pair), 1 / n, np.float32)),
-                "pair": fill(pair, n),
-            }
+        packed = PackedTokens(
+            tokens=layout.take(tokens), positions=layout.place, segments=layout.sequence + 1
         )
-    return out
+        weights = np.full(len(pair), 1 / count, np.float32)
+        microbatch = PairMicrobatch(
+            packed=packed,
+            ends=packing.padded(layout.ends().reshape(-1, 2), count, 0),
+            margin=packing.padded(rows["margin"][pair], count, 0),
+            weights=packing.padded(weights, count, 0),
+            pair=packing.padded(pair, count, count),
+        )
+        microbatches.append(microbatch)
+    return microbatches
 
 
-def score_pairs(model, params, batch):
-    """(chosen, rejected) scores of a microbatch, each [n], read at the end tokens."""
-    found = scoring.scores(model, params, batch)
-    return found[:, 0], found[:, 1]
+def score_pairs(model: Model, params: dict, microbatch: PairMicrobatch) -> Float[Array, "pairs 2"]:
+    """Return the scores of the chosen and rejected responses, read at their end tokens."""
+    return scoring.sequence_scores(model, params, microbatch.packed, microbatch.ends)
 
 
-def loss_fn(model, ranking, params, batch):
-    chosen, rejected = score_pairs(model, params, batch)
-    margins = batch["margin"] if ranking.margin else 0.0
-    return losses.ranking_loss(chosen, rejected, batch["weights"], margins, ranking.centring)
+def loss_fn(
+    model: Model, ranking: RankingConfig, params: dict, microbatch: PairMicrobatch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the ranking loss of a microbatch, and its metrics."""
+    scores = score_pairs(model, params, microbatch)
+    margins = microbatch.margin if ranking.margin else 0.0
+    return losses.ranking_loss(
+        scores[:, 0], scores[:, 1], microbatch.weights, margins, ranking.centring
+    )
 
 
-def scored(score_fn, params, rows, budget: int, mesh) -> np.ndarray:
-    """[n 2]: the scores of rows' pairs; `score_fn` is the compiled `score_pairs` of a model."""
-    out = np.zeros((len(rows["margin"]) + 1, 2), np.float32)
-    for part in microbatches(rows, budget, sharding.row_shards(mesh)):
-        found = score_fn(params, sharding.shard_batch(part, mesh))
-        out[part["pair"]] = np.stack([sharding.on_host(x) for x in found], axis=1)
-    return out[:-1]
+def score_rows(
+    score_fn: ScorePairs, params: dict, rows: Rows, microbatch_tokens: int, mesh: Mesh
+) -> np.ndarray:
+    """Return the scores [pairs 2] of comparisons by a compiled `score_pairs`."""
+    scores = np.zeros((len(rows["margin"]) + 1, 2), np.float32)
+    for microbatch in pack_minibatch(rows, microbatch_tokens, sharding.row_shards(mesh)):
+        batch_scores = score_fn(params, sharding.shard_batch(microbatch, mesh))
+        scores[microbatch.pair] = sharding.on_host(batch_scores)
+    return scores[:-1]  # the last row took the padding
 
 
-def accuracy(score_fn, params, rows, batch: int, budget: int, mesh) -> dict[str, float]:
-    """The figures of all rows."""
-    found = [scored(score_fn, params, part, budget, mesh) for part in mixture.in_order(rows, batch)]
-    return figures(-np.diff(np.concatenate(found).astype(np.float64), axis=1)[:, 0])
+def score_all(
+    score_fn: ScorePairs,
+    params: dict,
+    rows: Rows,
+    batch_size: int,
+    microbatch_tokens: int,
+    mesh: Mesh,
+) -> np.ndarray:
+    """Return the scores [pairs 2] of all rows in float64, `batch_size` pairs at a time."""
+    scores = [
+        score_rows(score_fn, params, part, microbatch_tokens, mesh)
+        for part in mixture.in_order(rows, batch_size)
+    ]
+    return np.concatenate(scores).astype(np.float64)
 
 
-def figures(difference: np.ndarray) -> dict[str, float]:
-    """Of difference[n], chosen less rejected score: share that is right, share of ties (not right), mean loss, and n."""
+def heldout_figures(
+    score_fn: ScorePairs,
+    params: dict,
+    rows: Rows,
+    batch_size: int,
+    microbatch_tokens: int,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Return the figures of `figures_of` for all rows."""
+    scores = score_all(score_fn, params, rows, batch_size, microbatch_tokens, mesh)
+    return figures_of(scores[:, 0] - scores[:, 1])
+
+
+def figures_of(difference: np.ndarray) -> dict[str, float]:
+    """Return accuracy, share of ties (not correct), mean loss and count of comparisons.
+
+    `difference` [pairs] is the score of the chosen response less that of the rejected one.
+    """
     return {
         "accuracy": (difference > 0).mean(),
         "ties": (difference == 0).mean(),
@@ -92,153 +172,246 @@ def figures(difference: np.ndarray) -> dict[str, float]:
     }
 
 
-def mean_score(score_fn, params, rows, batch: int, budget: int, mesh) -> float:
-    """Mean score of conversations, read at their last tokens: each is a pair with itself."""
+def mean_score(
+    score_fn: ScorePairs,
+    params: dict,
+    rows: dict,
+    batch_size: int,
+    microbatch_tokens: int,
+    mesh: Mesh,
+) -> float:
+    """Return the mean score of conversations at their last tokens.
+
+    Each conversation is a pair with itself, so the program of the pairs serves.
+    """
     lengths = (rows["segments"][:] > 0).sum(axis=1)
-    twice = {
-        name: x
-        for side in SIDES
-        for name, x in ((side, rows["tokens"]), (f"{side}_length", lengths))
-    }
-    twice["margin"] = np.zeros(len(lengths), np.float32)
-    found = [
-        scored(score_fn, params, part, budget, mesh)[:, 0]
-        for part in mixture.in_order(twice, batch)
-    ]
-    return float(np.concatenate(found).astype(np.float64).mean())
+    pairs = {"margin": np.zeros(len(lengths), np.float32)}
+    for side in SIDES:
+        pairs[side] = rows["tokens"]
+        pairs[f"{side}_length"] = lengths
+    scores = score_all(score_fn, params, pairs, batch_size, microbatch_tokens, mesh)
+    return float(scores[:, 0].mean())
 
 
-def build(config: Config, mesh, parents, tokenizer, say, phases) -> Stage:
-    model, data, ranking, budget = (
-        config.model,
-        config.data,
-        config.ranking,
-        config.microbatch_tokens,
-    )
-    found = mixture.sets(config, "comparisons", data.train, data.heldout, say)
-    encode = functools.partial(
-        encoding.encode, length=data.max_length, tokenizer=tokenizer, say=say
-    )
-    heldout = {name: encode(rows, "comparisons") for name, rows in found.heldout.items()}
-    batches = mixture.batches(
-        config, found, "comparisons", data.max_length, data.batch, tokenizer, say
-    )
-    demonstrations = None
-    if ranking.demonstrations:
-        rows = mixture.load(
-            ranking.demonstrations,
-            "conversations",
-            "heldout",
-            config.seed,
-            data.examples,
-            data.data_dir,
-            data.on_bad_row == "skip",
-            say,
-        )
-        demonstrations = encode(rows, "conversations")
-    steps = config.steps or batches.epoch
-    ahead = mixture.Ahead(lambda i: microbatches(batches.get(i), budget, sharding.row_shards(mesh)))
-    optimiser = optimisation.make_optimiser(config.optimiser, steps)
-    init, shapes = optimisation.trained(model, "scalar", optimiser, mesh)
-    train_step = optimisation.compiled(
-        functools.partial(loss_fn, model, ranking), optimiser, shapes
-    )
-    score_fn = jax.jit(functools.partial(score_pairs, model))
+def check_packing(
+    config: Config, score_fn: ScorePairs, params: dict, rows: Rows, mesh: Mesh
+) -> None:
+    """Check that some pairs score packed as they score alone, each behind its pads.
 
-    def start():
-        params = roles.load(
-            model, "scalar", mesh, jax.random.key(config.seed), parents.get("model")
-        )
-        return {"model": optimisation.placed(init, params, shapes)}
-
-    def step(state, i):
-        parts = [sharding.shard_batch(x, mesh) for x in ahead.get(i)]
-        phases.mark("data", parts)
-        if i == 0:
-            check_packing(config, score_fn, state["model"].params, batches.get(i), mesh)
-        sampled = i % config.sample_every == 0
-        scores = score_fn(state["model"].params, parts[0]) if sampled else None
-        phases.mark("score", scores)
-        train, metrics = train_step(state["model"], parts)
-        phases.mark("update", train)
-
-        def late():
-            chosen, rejected, pair = map(sharding.on_host, (*scores, parts[0]["pair"]))
-            row = batches.order(i)[pair[0]]
-            return {}, [sample(tokenizer, batches.rows, row, (chosen[0], rejected[0]))]
-
-        return (
-            {"model": train},
-            metrics,
-            late if sampled else nothing_late,
-            functools.partial(batches.get, i),
-        )
-
-    def finish(state):
-        if demonstrations is None:
-            return state
-        mean = mean_score(score_fn, state["model"].params, demonstrations, data.batch, budget, mesh)
-        return {"model": state["model"]._replace(params=shifted(state["model"].params, -mean))}
-
-    def evaluate(state):
-        params, figures = state["model"].params, {}
-        for name, rows in heldout.items():
-            found = accuracy(score_fn, params, rows, data.batch, budget, mesh)
-            figures |= {f"{key}/{name}": value for key, value in found.items()}
-        if demonstrations is not None:
-            figures["demonstrations/score"] = mean_score(
-                score_fn, params, demonstrations, data.batch, budget, mesh
-            )
-            figures["shift"] = float(params["head"]["bias"][0])
-        return figures, []
-
-    def table(figures):
-        lines = [
-            (
-                f"held-out accuracy, {name}",
-                f"{100 * figures[f'accuracy/{name}']:.1f} % "
-                f"({100 * figures[f'ties/{name}']:.1f} % ties) of {figures[f'comparisons/{name}']}",
-            )
-            for name in heldout
-        ]
-        if demonstrations is not None:
-            lines.append(
-                (
-                    "mean score of demonstrations",
-                    f"{figures['demonstrations/score']:.4f}, after the shift",
-                )
-            )
-        return lines
-
-    return Stage(
-        steps, {"model": shapes}, start, step, finish, evaluate, table, ("loss", "accuracy")
-    )
-
-
-def check_packing(config: Config, score_fn, params, rows, mesh) -> None:
-    """Stop a run whose scores of some pairs differ from those of each response alone, behind its pads."""
-    few = {name: x[:CHECKED] for name, x in rows.items()}
-    packed = scored(score_fn, params, few, config.microbatch_tokens, mesh)
-    alone = jax.jit(functools.partial(scoring.score_alone, config.model))
-    found = sharding.on_host(alone(params, *sharding.shard_batch(interleaved(few), mesh)))
-    change = np.abs(found.reshape(-1, 2) - packed).max()
-    scoring.check(
-        "the largest change of a score as its row's pads and neighbours change",
+    Raises:
+      UserError: with the largest difference.
+    """
+    some = {name: array[:CHECKED_PAIRS] for name, array in rows.items()}
+    packed = score_rows(score_fn, params, some, config.microbatch_tokens, mesh)
+    score_alone = jax.jit(functools.partial(scoring.score_alone, config.model))
+    alone = score_alone(params, *sharding.shard_batch(interleave(some), mesh))
+    change = np.abs(sharding.on_host(alone).reshape(-1, 2) - packed).max()
+    scoring.self_check(
+        "the largest change of a score when its row's pads and neighbours change",
         change,
         config.model.dtype,
     )
 
 
-def shifted(params, by: float):
-    """The parameters with `by` added to the head's bias, and so to every score."""
+def shift_scores(params: dict, amount: float) -> dict:
+    """Return the parameters with `amount` added to the head's bias, and so to every score."""
     head = params["head"]
-    return {**params, "head": {**head, "bias": head["bias"] + np.float32(by)}}
+    return {**params, "head": {**head, "bias": head["bias"] + np.float32(amount)}}
 
 
-def sample(tokenizer, rows, at: int, scores) -> dict:
-    """A comparison as text, with its (chosen, rejected) scores."""
-    out = {}
-    for i, side in enumerate(SIDES):
-        tokens = rows[side][at][: rows[f"{side}_length"][at]]
-        out[side], out[f"{side}_score"] = tokenizer.decode(tokens), float(scores[i])
-    return out
+def describe_pair(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, number: int, scores: np.ndarray
+) -> dict[str, Any]:
+    """Return a comparison as text with its two scores."""
+    sample = {}
+    for side, score in zip(SIDES, scores, strict=True):
+        length = rows[f"{side}_length"][number]
+        sample[side] = tokenizer.decode(rows[side][number][:length])
+        sample[f"{side}_score"] = float(score)
+    return sample
+
+
+class Ranking:
+    """PMP and RM: one model with a scalar head, one loss."""
+
+    progress_metrics = ("loss", "accuracy")
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        data: RankingData | None = None,
+        parent: Any = None,
+        phases: Phases | None = None,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.data = data
+        self.parent = parent
+        self.phases = phases or Phases()
+        self.num_steps = config.steps or (data.batches.epoch if data else 1)
+        self.optimiser = optimisation.make_optimiser(config.optimiser, self.num_steps)
+        abstract = optimisation.abstract_state(config.model, "scalar", self.optimiser, mesh)
+        self.abstract_state: State = {"model": abstract}
+        loss = functools.partial(loss_fn, config.model, config.ranking)
+        self.update = MinibatchUpdate(loss, self.optimiser, abstract)
+        self.score_fn = jax.jit(functools.partial(score_pairs, config.model))
+
+    @classmethod
+    def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
+        """Read and tokenise the comparisons, and return a stage that can train."""
+        data = load_comparisons(config, mesh, inputs)
+        parent = inputs.parents.get("model")
+        return cls(config, mesh, data=data, parent=parent, phases=inputs.phases)
+
+    @classmethod
+    def plan(cls, config: Config, mesh: Mesh) -> Self:
+        """Return a stage that can only be compiled."""
+        return cls(config, mesh)
+
+    def init_state(self) -> State:
+        """Return the state of a model with a fresh scalar head, or of the parent's."""
+        key = jax.random.key(self.config.seed)
+        params = roles.load(self.config.model, "scalar", self.mesh, key, self.parent)
+        abstract = self.abstract_state["model"]
+        return {"model": optimisation.place_state(params, self.optimiser, abstract)}
+
+    def step(self, state: State, step: int) -> tuple[State, StepOutput]:
+        """Take one optimiser step."""
+        microbatches = [
+            sharding.shard_batch(microbatch, self.mesh)
+            for microbatch in self.data.prefetch.get(step)
+        ]
+        self.phases.mark("data", microbatches)
+        params = state["model"].params
+        if step == 0:
+            rows = self.data.batches.get(step)
+            check_packing(self.config, self.score_fn, params, rows, self.mesh)
+        scores = None
+        if step % self.config.sample_every == 0:
+            scores = self.score_fn(params, microbatches[0])
+        self.phases.mark("score", scores)
+        model, metrics = self.update(state["model"], microbatches)
+        self.phases.mark("update", model)
+        output = StepOutput(
+            metrics=metrics,
+            details=functools.partial(self.details, step, microbatches[0], scores),
+            batch=functools.partial(self.data.batches.get, step),
+        )
+        return {"model": model}, output
+
+    def details(
+        self, step: int, microbatch: PairMicrobatch, scores: jax.Array | None
+    ) -> StepDetails:
+        """Return the first pair of a microbatch with its scores, if it was scored."""
+        if scores is None:
+            return StepDetails(metrics={}, samples=[])
+        pair = sharding.on_host(microbatch.pair)[0]
+        number = self.data.batches.order(step)[pair]
+        first_scores = sharding.on_host(scores)[0]
+        sample = describe_pair(self.data.tokenizer, self.data.batches.rows, number, first_scores)
+        return StepDetails(metrics={}, samples=[sample])
+
+    def finalise(self, state: State) -> State:
+        """Shift all scores so that demonstrations score 0 on average, if there are any."""
+        if self.data.demonstrations is None:
+            return state
+        params = state["model"].params
+        shifted = shift_scores(params, -self.demonstration_score(params))
+        return {"model": state["model"]._replace(params=shifted)}
+
+    def demonstration_score(self, params: dict) -> float:
+        """Return the mean score of the demonstrations."""
+        return mean_score(
+            self.score_fn,
+            params,
+            self.data.demonstrations,
+            self.config.data.batch,
+            self.config.microbatch_tokens,
+            self.mesh,
+        )
+
+    def evaluate(self, state: State) -> Evaluation:
+        """Return the figures of each held-out source, and of the demonstrations."""
+        params = state["model"].params
+        figures = {}
+        for source, rows in self.data.heldout.items():
+            source_figures = heldout_figures(
+                self.score_fn,
+                params,
+                rows,
+                self.config.data.batch,
+                self.config.microbatch_tokens,
+                self.mesh,
+            )
+            figures |= {f"{name}/{source}": value for name, value in source_figures.items()}
+        if self.data.demonstrations is not None:
+            figures["demonstrations/score"] = self.demonstration_score(params)
+            figures["shift"] = float(params["head"]["bias"][0])
+        return Evaluation(figures=figures, rows=[])
+
+    def evaluate_midway(self, state: State) -> None:
+        """Return nothing: a ranking model is evaluated at the end only."""
+        return None
+
+    def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
+        """Return the result of a run at a glance."""
+        lines = []
+        for source in self.data.heldout:
+            accuracy = f"{100 * figures[f'accuracy/{source}']:.1f} %"
+            ties = f"{100 * figures[f'ties/{source}']:.1f} % ties"
+            count = figures[f"comparisons/{source}"]
+            lines.append((f"held-out accuracy, {source}", f"{accuracy} ({ties}) of {count}"))
+        if self.data.demonstrations is not None:
+            score = f"{figures['demonstrations/score']:.4f}, after the shift"
+            lines.append(("mean score of demonstrations", score))
+        return lines
+
+    def programs(self) -> Iterable[Program]:
+        """Yield the programs of a step on comparisons that are as long as they may be."""
+        count = self.config.data.batch
+        length = self.config.data.max_length
+        rows: Rows = {"margin": np.zeros(count, np.float32)}
+        for side in SIDES:
+            rows[side] = np.ones((count, length), np.int32)
+            rows[f"{side}_length"] = np.full(count, length, np.int32)
+        microbatches = pack_minibatch(
+            rows, self.config.microbatch_tokens, sharding.row_shards(self.mesh)
+        )
+        return supervised_programs(
+            self.update, self.abstract_state["model"], microbatches, self.mesh
+        )
+
+    def resident(self) -> dict[str, Any]:
+        """Return the shapes of the training state."""
+        return {"state": self.abstract_state["model"]}
+
+
+def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingData:
+    """Read and tokenise what the config trains on, holds out, and takes as demonstrations."""
+    data = config.data
+    sets = mixture.sets(config, "comparisons", data.train, data.heldout, inputs.say)
+    encode = functools.partial(
+        encoding.encode, length=data.max_length, tokenizer=inputs.tokenizer, say=inputs.say
+    )
+    heldout = {source: encode(rows, "comparisons") for source, rows in sets.heldout.items()}
+    batches = mixture.batches(
+        config, sets, "comparisons", data.max_length, data.batch, inputs.tokenizer, inputs.say
+    )
+    demonstrations = None
+    if config.ranking.demonstrations:
+        options = sources.read_options(config, inputs.say)
+        rows = sources.load(config.ranking.demonstrations, "conversations", "heldout", options)
+        demonstrations = encode(rows, "conversations")
+    row_shards = sharding.row_shards(mesh)
+    prefetch = mixture.Ahead(
+        lambda step: pack_minibatch(batches.get(step), config.microbatch_tokens, row_shards)
+    )
+    return RankingData(
+        batches=batches,
+        prefetch=prefetch,
+        heldout=heldout,
+        demonstrations=demonstrations,
+        tokenizer=inputs.tokenizer,
+    )

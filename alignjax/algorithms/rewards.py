@@ -1,145 +1,244 @@
-"""Who gives a response its score: a reward model, a function of the user's, or both, each by its weight.
+"""The sources of a response's score: a reward model, a function, or a weighted sum of both.
 
-A reward model with the policy's tokenizer and template reads the policy's own tokens (`experience.read`). One with others
-reads text: the prompt's messages and the decoded response, tokenised as its own training does, with its own end token. A
-function reads text too:
+A reward model with the policy's tokenizer and template reads the policy's own tokens, see
+`experience.read_roles`. One with another tokenizer reads text: the prompt's messages and the
+decoded response, tokenised as in its own training, with its own end token. A function reads
+text too:
 
     def reward(prompts, responses, **columns) -> scores
 
-prompts are lists of messages, responses texts without their end token, columns the other fields of each prompt's row, all
-lists of one length, n. The n scores are numbers; nothing is learnt from a rollout with one that is not finite. It must be
-a pure function (a run that resumes calls it again, and each process of several calls it), and accept columns that it
-doesn't use. A response that has not ended gets `ppo.truncated_score` all the same.
+`prompts` are lists of messages, `responses` texts without their end token, `columns` the other
+fields of each prompt's row; all are lists of one length. The scores are as many numbers; a
+rollout with one that is not finite produces no update. The function must be pure: a run that
+resumes calls it again, and so does each of several processes. It must accept columns that it
+does not use. A response that does not end gets `ppo.truncated_score` whatever its score.
 """
 
 import dataclasses
-import functools
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from alignjax.algorithms.plugins import load_function
 from alignjax.config import Config, Model, UserError
 from alignjax.data import chat, encoding, packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
+from alignjax.models.scoring import PackedTokens
 from alignjax.weights import locations, roles
 
+RUNTIME_FIELDS = ("dtype", "remat", "attention")  # of the reward model, as the policy has them
 
-class Reward(NamedTuple):
-    model: Model  # of the reward model that reads the policy's tokens
-    params: dict  # {"reward": its parameters}, or {} where there is none
-    judges: list[
-        Callable
-    ]  # of those that read text: (rows[n], responses[n]) -> scores [n], by their weights
+# (rows of the prompts, responses) -> weighted scores, one for each response
+TextReward = Callable[[list[dict], list[str]], np.ndarray]
+# (packed tokens, ends) -> scores at the ends
+ScoreFunction = Callable[[PackedTokens, Any], jax.Array]
 
-    def judged(self, rows: list[dict], responses: list[str]) -> np.ndarray:
-        """[n] float32: the sum of what the readers of text say of each prompt's row and response."""
-        return sum(
-            (judge(rows, responses) for judge in self.judges), np.zeros(len(rows), np.float32)
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """All sources of the score of a run."""
+
+    model: Model  # architecture of the reward model that reads the policy's tokens
+    params: dict[str, dict]  # {"reward": its parameters}; {} if there is none
+    text_rewards: Sequence[TextReward]
+
+    def score_texts(self, rows: list[dict], responses: list[str]) -> np.ndarray:
+        """Return the sum of the text-based rewards of each response, as float32."""
+        total = np.zeros(len(rows), np.float32)
+        for text_reward in self.text_rewards:
+            total = total + text_reward(rows, responses)
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionReward:
+    """A user's function as a text-based reward."""
+
+    spec: str  # module:function, to name in errors
+    function: Callable[..., Any]
+    weight: float
+
+    def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
+        """Return the weighted scores of the function.
+
+        Raises:
+          UserError: for scores that are too few or too many, or not numbers.
+        """
+        prompts = [row["prompt"] for row in rows]
+        scores = list(self.function(prompts, responses, **columns_of(rows)))
+        if len(scores) != len(rows):
+            raise UserError(
+                f"ppo.reward_fn={self.spec}: {len(scores)} scores for {len(rows)} responses"
+            )
+        for row, response, score in zip(rows, responses, scores, strict=True):
+            if not np.isscalar(score) or isinstance(score, str):
+                where = row.get("where", "the embedded world")
+                raise UserError(
+                    f"ppo.reward_fn={self.spec}: score {score!r} for the response "
+                    f"{response[:80]!r} to the prompt of {where} is not a number"
+                )
+        return self.weight * np.asarray(scores, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRewardModel:
+    """A reward model with a tokenizer of its own as a text-based reward."""
+
+    score: ScoreFunction
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int  # of a sequence; the beginning of a longer one is not read
+    microbatch_tokens: int
+    mesh: jax.sharding.Mesh
+    weight: float = 1.0
+
+    def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
+        """Return the weighted scores of the responses to the prompts of the rows."""
+        prompts = chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
+        endings = chat.encode_responses(self.tokenizer, responses)
+        sequences = [
+            (prompt + ending)[-self.max_tokens :]
+            for prompt, ending in zip(prompts, endings, strict=True)
+        ]
+        scores = score_sequences(
+            self.score, sequences, self.max_tokens, self.microbatch_tokens, self.mesh
         )
+        return self.weight * scores
 
 
-def build(config: Config, mesh, parents: dict[str, Path], tokenizer) -> Reward:
-    """What the config asks for; UserError for a function that isn't there and a reward model that can't read so much."""
-    p, judges = config.ppo, []
-    if p.reward_fn:
-        judges.append(
-            functools.partial(called, p.reward_fn, function(p.reward_fn), p.reward_fn_weight)
+def columns_of(rows: list[dict]) -> dict[str, list]:
+    """Return each column of the rows as a list, with None where a row lacks it."""
+    names = dict.fromkeys(name for row in rows for name in row.get("columns", {}))
+    return {name: [row.get("columns", {}).get(name) for row in rows] for name in names}
+
+
+def build(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    parents: dict[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Reward:
+    """Build the rewards that the config asks for.
+
+    Raises:
+      UserError: for a function that does not exist, and for a reward model that cannot read
+        sequences as long as a prompt and its response.
+    """
+    ppo = config.ppo
+    text_rewards: list[TextReward] = []
+    if ppo.reward_fn:
+        function = load_function("ppo.reward_fn", ppo.reward_fn)
+        text_rewards.append(
+            FunctionReward(spec=ppo.reward_fn, function=function, weight=ppo.reward_fn_weight)
         )
     if "reward" not in parents:
-        return Reward(config.model, {}, judges)
-    path, longest = parents["reward"], config.data.max_length + p.response_length
-    same = {name: getattr(config.model, name) for name in ("dtype", "remat", "attention")}
-    model = dataclasses.replace(locations.architecture(path), **same)
+        return Reward(model=config.model, params={}, text_rewards=text_rewards)
+    directory = parents["reward"]
+    model = reward_architecture(config, directory)
+    params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
+    params = roles.freeze(params, ppo.frozen_dtype, ppo.frozen_memory)
+    reward_tokenizer = parent_tokenizer(config, directory)
+    if same_tokens(reward_tokenizer, tokenizer):
+        return Reward(model=model, params={"reward": params}, text_rewards=text_rewards)
+    # Another tokenizer may make more tokens of a text: leave room for twice as many.
+    max_tokens = min(model.max_length, 2 * longest_sequence(config))
+    text_model = TextRewardModel(
+        score=bind_scorer(model, params),
+        tokenizer=reward_tokenizer,
+        max_tokens=max_tokens,
+        microbatch_tokens=config.microbatch_tokens,
+        mesh=mesh,
+        weight=ppo.reward_weight,
+    )
+    return Reward(model=model, params={}, text_rewards=[*text_rewards, text_model])
+
+
+def longest_sequence(config: Config) -> int:
+    """Return the most tokens that a prompt and its response can have."""
+    return config.data.max_length + config.ppo.response_length
+
+
+def reward_architecture(config: Config, directory: Path) -> Model:
+    """Return the reward model's architecture, computed as the policy is.
+
+    Raises:
+      UserError: if it cannot read a whole prompt and response.
+    """
+    runtime = {name: getattr(config.model, name) for name in RUNTIME_FIELDS}
+    model = dataclasses.replace(locations.architecture(directory), **runtime)
+    longest = longest_sequence(config)
     if model.max_length < longest:
         raise UserError(
-            f"data.max_length + ppo.response_length={longest} is over max_length={model.max_length} of the "
-            f"reward model {path}"
+            f"data.max_length + ppo.response_length={longest} is over "
+            f"max_length={model.max_length} of the reward model {directory}"
         )
-    params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), path)
-    params = roles.freeze(params, p.frozen_dtype, p.frozen_memory)
-    own = tokenizer_of(config, path)
-    if same_tokens(own, tokenizer):
-        return Reward(model, {"reward": params}, judges)
-    score = jax.jit(lambda params, batch: scoring.scores(model, roles.on_device(params), batch))
-    # Another tokenizer may make more tokens of a text: room for twice as many.
-    longest = min(model.max_length, 2 * longest)
-    score = functools.partial(score, params)
-    read = functools.partial(read_text, score, own, longest, config.microbatch_tokens, mesh)
-    judges.append(lambda rows, responses: p.reward_weight * read(rows, responses))
-    return Reward(model, {}, judges)
+    return model
 
 
-def tokenizer_of(config: Config, path: Path):
-    """A parent's tokenizer: the one that a run has kept; for a Hugging Face directory as the config says."""
-    if locations.is_run(path):
-        return chat.load_tokenizer(path / "tokenizer")
-    named = locations.local_directory(config.tokenizer, weights=False) if config.tokenizer else path
-    return chat.load_tokenizer(named, config.chat_template)
+def bind_scorer(model: Model, params: dict) -> ScoreFunction:
+    """Return a compiled function from packed tokens and ends to scores.
+
+    The parameters are arguments of the compiled function: closed over, they would become
+    constants of the executable.
+    """
+
+    @jax.jit
+    def score(params: dict, packed: PackedTokens, ends: jax.Array) -> jax.Array:
+        return scoring.sequence_scores(model, roles.on_device(params), packed, ends)
+
+    return lambda packed, ends: score(params, packed, ends)
 
 
-def function(spec: str) -> Callable:
-    """What "module:function" names; the working directory is looked in first."""
-    module, _, name = spec.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"ppo.reward_fn={spec}: {error}") from None
+def parent_tokenizer(config: Config, directory: Path) -> PreTrainedTokenizerBase:
+    """Load a parent's tokenizer.
+
+    A run has kept its own. For a Hugging Face checkpoint the config may name another.
+    """
+    if locations.is_run(directory):
+        return chat.load_tokenizer(directory / "tokenizer")
+    source = directory
+    if config.tokenizer:
+        source = locations.local_directory(config.tokenizer, weights=False)
+    return chat.load_tokenizer(source, config.chat_template)
 
 
-def called(
-    spec: str, reward_fn: Callable, weight: float, rows: list[dict], responses: list[str]
+def score_sequences(
+    score: ScoreFunction,
+    sequences: list[list[int]],
+    max_tokens: int,
+    microbatch_tokens: int,
+    mesh: jax.sharding.Mesh,
 ) -> np.ndarray:
-    columns = {
-        name: [row.get("columns", {}).get(name) for row in rows]
-        for name in dict.fromkeys(name for row in rows for name in row.get("columns", {}))
-    }
-    scores = list(reward_fn([row["prompt"] for row in rows], responses, **columns))
-    if len(scores) != len(rows):
-        raise UserError(f"ppo.reward_fn={spec}: {len(scores)} scores for {len(rows)} responses")
-    for row, response, score in zip(rows, responses, scores, strict=True):
-        if not np.isscalar(score) or isinstance(score, str):
-            raise UserError(
-                f"ppo.reward_fn={spec}: score {score!r} for the response {response[:80]!r} to the prompt of "
-                f"{row.get('where', 'the embedded world')}: a number wanted"
-            )
-    return weight * np.asarray(scores, np.float32)
+    """Score sequences of up to `max_tokens` tokens at their ends, packed into microbatches."""
+    count = len(sequences)
+    tokens = encoding.pad(sequences, max_tokens)
+    scores = np.zeros(count, np.float32)
+    layouts = packing.pack(
+        encoding.lengths_of(sequences),
+        [[number] for number in range(count)],
+        max_tokens,
+        microbatch_tokens,
+        sharding.row_shards(mesh),
+    )
+    for layout in layouts:
+        packed = PackedTokens(
+            tokens=layout.take(tokens), positions=layout.place, segments=layout.sequence + 1
+        )
+        ends = packing.padded(layout.ends(), count, 0)
+        packed, ends = sharding.shard_batch((packed, ends), mesh)
+        batch_scores = sharding.on_host(score(packed, ends))
+        scores[layout.members] = batch_scores[: len(layout.members)]
+    return scores
 
 
-def read_text(
-    score, tokenizer, longest: int, budget: int, mesh, rows: list[dict], responses: list[str]
-) -> np.ndarray:
-    """[n]: scores of a reward model by its own tokens. Of what is over `longest` tokens the beginning goes unread."""
-    prompts = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])
-    ends = chat.encode_responses(tokenizer, responses)
-    sequences = [
-        (prompt + response)[-longest:] for prompt, response in zip(prompts, ends, strict=True)
-    ]
-    return read_tokens(score, sequences, longest, budget, mesh)
+def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Return whether two tokenizers make the same tokens of a conversation.
 
-
-def read_tokens(score, sequences: list[list[int]], longest: int, budget: int, mesh) -> np.ndarray:
-    """[n]: score(batch), read at the end of each sequence of up to `longest` tokens; about `budget` are read at once."""
-    tokens, n, shards = encoding.pad(sequences, longest), len(sequences), sharding.row_shards(mesh)
-    out = np.zeros(n, np.float32)
-    for layout in packing.pack(
-        encoding.lengths_of(sequences), [[i] for i in range(n)], longest, budget, shards
-    ):
-        batch = {
-            "tokens": layout.take(tokens),
-            "positions": layout.place,
-            "segments": layout.sequence + 1,
-            "ends": packing.padded(layout.ends(), n, 0),
-        }
-        found = sharding.on_host(score(sharding.shard_batch(batch, mesh)))
-        out[layout.members] = found[: len(layout.members)]
-    return out
-
-
-def same_tokens(one, other) -> bool:
-    """Whether two tokenizers make the same tokens of a conversation: the vocabulary and the chat template are the same."""
+    They do if both the vocabulary and the chat template are the same.
+    """
     return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template

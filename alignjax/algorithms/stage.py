@@ -6,13 +6,28 @@ to compute its losses again.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from alignjax.config import Config
+from alignjax.machine.profile import Phases
 
 # role -> TrainState, and whatever else a resume needs; its leaves are arrays on the mesh.
 State = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What a run gives its stage beside the config and the mesh."""
+
+    parents: dict[str, Path]  # role -> directory of a complete run or of a checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    say: Callable[[str], None]  # prints a line
+    phases: Phases  # where the time of a step goes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +81,25 @@ class Program:
 
 
 class Stage(Protocol):
-    """One kind of training: language modelling, ranking, or PPO. Steps count from 0."""
+    """One kind of training: language modelling, ranking, or PPO. Steps count from 0.
+
+    A stage that was loaded trains. One that was only planned has no data and no parameters: it
+    has its abstract state, its programs and what is resident.
+    """
 
     num_steps: int
     abstract_state: State  # shapes, types and shardings: what a restore needs
     progress_metrics: tuple[str, ...]  # shown on the progress bar
+
+    @classmethod
+    def load(cls, config: Config, mesh: jax.sharding.Mesh, inputs: RunInputs) -> Self:
+        """Read the data and the frozen roles, and return a stage that can train."""
+        ...
+
+    @classmethod
+    def plan(cls, config: Config, mesh: jax.sharding.Mesh) -> Self:
+        """Return a stage that can only be compiled, for any mesh, without reading anything."""
+        ...
 
     def init_state(self) -> State:
         """Return the state before the first step, fresh or from the parents."""
@@ -97,7 +126,10 @@ class Stage(Protocol):
         ...
 
     def programs(self) -> Iterable[Program]:
-        """Yield the compiled functions of a step with the shapes that they are called with."""
+        """Yield the compiled functions of a step with the shapes that they are called with.
+
+        Resident shapes among the arguments are the same objects as in `resident`.
+        """
         ...
 
     def resident(self) -> dict[str, Any]:

@@ -1,166 +1,246 @@
-"""From rows to arrays: examples as tokens within a length limit. A longer one is dropped and counted, never cut.
+"""From examples to arrays of tokens. An example over the length limit is dropped, never cut.
 
-Letters: n examples, t tokens.
+In shapes, n is the number of examples and t the number of tokens.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import UserError
 from alignjax.data import chat, packing, shares
 
-CHUNK = 4096  # rows that are tokenised at a time: lists of ids take many times the memory of arrays
+# Rows that are tokenised at a time: lists of ids take many times the memory of arrays.
+CHUNK = 4096
 
 
 class Ragged:
-    """Sequences of ids, padded to [n t] with 0 only as rows of them are asked for: real text is mostly far below t."""
+    """Sequences of ids of different lengths, which behave as one padded array [n t] int32.
 
-    def __init__(self, sequences, width: int, left: bool = False):
+    Rows are padded with 0 only when they are asked for: most real text is far shorter than t.
+    """
+
+    def __init__(self, sequences: Iterable[Sequence[int]], width: int, left: bool = False):
+        """Take the sequences and t; with `left`, the padding is in front."""
         arrays = [np.asarray(ids, np.int32) for ids in sequences]
         self.ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-        self.ends = np.cumsum(lengths_of(arrays), dtype=np.int64)
-        self.width, self.left = width, left
+        self.ends = np.cumsum(lengths_of(arrays), dtype=np.int64)  # of each sequence, in `ids`
+        self.width = width
+        self.left = left
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, rows) -> np.ndarray:
-        """As of an array: [t] for a number, [m t] for a slice or several."""
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """Index as an array: return [t] for one number, [m t] for a slice or several numbers."""
         numbers = np.arange(len(self))[rows]
-        found = pad(
-            [self.ids[self.ends[i - 1] if i else 0 : self.ends[i]] for i in np.atleast_1d(numbers)],
-            self.width,
-            self.left,
-        )
-        return found if np.ndim(numbers) else found[0]
+        sequences = [self.sequence(number) for number in np.atleast_1d(numbers)]
+        padded = pad(sequences, self.width, self.left)
+        return padded if np.ndim(numbers) else padded[0]
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def sequence(self, number: int) -> np.ndarray:
+        """Return the ids of one sequence, without padding."""
+        start = self.ends[number - 1] if number else 0
+        return self.ids[start : self.ends[number]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or np.int32)
 
 
-def pad(sequences, length: int, left: bool = False) -> np.ndarray:
-    """Ids -> [n length] int32, padded with 0, which nothing reads: lengths and segments say what is real."""
-    out = np.zeros((len(sequences), length), np.int32)
-    for row, ids in zip(out, sequences, strict=True):
-        row[length - len(ids) if left else 0 : None if left else len(ids)] = ids
-    return out
+Arrays = dict[str, np.ndarray | Ragged]
+IdColumns = dict[str, list[list[int]]]  # named columns, each with the ids of every row
 
 
-def join(parts: list[dict]) -> dict:
-    """The arrays of several data sets one behind the other."""
+class Encoded(NamedTuple):
+    """Examples as arrays, and the number of examples that were dropped as too long."""
+
+    arrays: Arrays
+    dropped: int
+
+
+class Fitting(NamedTuple):
+    """The indices of the examples within the limit, and the number of the others."""
+
+    kept: np.ndarray
+    dropped: int
+
+
+def pad(sequences: Sequence[Sequence[int]], length: int, left: bool = False) -> np.ndarray:
+    """Return ids as [n length] int32, padded with 0.
+
+    Nothing reads the padding: lengths and segments say what is real.
+    """
+    padded = np.zeros((len(sequences), length), np.int32)
+    for row, ids in zip(padded, sequences, strict=True):
+        if left:
+            row[length - len(ids) :] = ids
+        else:
+            row[: len(ids)] = ids
+    return padded
+
+
+def join(parts: list[Arrays]) -> Arrays:
+    """Return the arrays of several sources, one behind the other."""
     if len(parts) == 1:
         return parts[0]
-    out = {}
-    for name, first in parts[0].items():
-        each = [part[name] for part in parts]
-        if isinstance(first, Ragged):
-            out[name] = Ragged([], first.width, first.left)
-            out[name].ids = np.concatenate([x.ids for x in each])
-            out[name].ends = np.cumsum(np.concatenate([np.diff(x.ends, prepend=0) for x in each]))
-        else:
-            out[name] = np.concatenate(each)
-    return out
+    return {name: concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def fitting(lengths, limit: int, what: str) -> tuple[np.ndarray, int]:
-    """Indices of the examples within the limit, and how many are not; none left is a UserError."""
+def concatenate(arrays: list[np.ndarray] | list[Ragged]) -> np.ndarray | Ragged:
+    first = arrays[0]
+    if not isinstance(first, Ragged):
+        return np.concatenate(arrays)
+    joined = Ragged([], first.width, first.left)
+    joined.ids = np.concatenate([ragged.ids for ragged in arrays])
+    lengths = [np.diff(ragged.ends, prepend=0) for ragged in arrays]
+    joined.ends = np.cumsum(np.concatenate(lengths))
+    return joined
+
+
+def fitting(lengths: Sequence[int], limit: int, kind: str) -> Fitting:
+    """Find the examples within the limit; UserError if there are none."""
     kept = np.flatnonzero(np.array(lengths) <= limit)
     if not len(kept):
         shortest = min(lengths, default=0)
         raise UserError(
-            f"data.max_length={limit}: all {len(lengths)} {what} are longer, the shortest has {shortest} tokens"
+            f"data.max_length={limit}: all {len(lengths)} {kind} are longer, "
+            f"the shortest has {shortest} tokens"
         )
-    return kept, len(lengths) - len(kept)
+    return Fitting(kept, len(lengths) - len(kept))
 
 
-def lengths_of(sequences) -> np.ndarray:
-    return np.array([len(x) for x in sequences], np.int32)
+def lengths_of(sequences: Iterable[Sequence[int]]) -> np.ndarray:
+    """Return the length of each sequence, [n] int32."""
+    return np.array([len(ids) for ids in sequences], np.int32)
 
 
-def by_chunks(encode, rows: list) -> list:
-    """encode(rows), a list of tuples of ids, CHUNK rows at a time, as arrays; of several processes each has its share."""
-    out, mine = [], shares.mine(rows)
-    for first in range(0, len(mine), CHUNK):
-        out += [
-            tuple(np.asarray(ids, np.int32) for ids in found)
-            for found in encode(mine[first : first + CHUNK])
-        ]
-    return shares.whole(shares.exchange_ids(out))
+def tokenise(
+    to_columns: Callable[[PreTrainedTokenizerBase, list[dict]], IdColumns],
+    names: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+) -> shares.Columns:
+    """Return the columns of these names that a function makes of rows, as arrays.
 
-
-def closing(tokenizer) -> int:
-    """The token that ends a document of plain text."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def encode_text(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """tokens, mask, segments, each [n length]: documents end to end, each closed by the pad token, cut in windows.
-
-    Segments number a window's documents from 1. The mask is 1 where a token is a target: it follows another of its
-    document in the window, for of a document's first token nothing can be known. The few tokens after the last whole
-    window are left; nothing is dropped (0).
+    The function gets CHUNK rows at a time. Of several processes each tokenises its share.
     """
-    close = closing(tokenizer)
-    tokens = lambda some: tokenizer([row["text"] for row in some], add_special_tokens=False)[
-        "input_ids"
-    ]
-    ids = [
-        ids for (ids,) in by_chunks(lambda some: [([*ids, close],) for ids in tokens(some)], rows)
-    ]
-    stream = np.concatenate(ids)
-    document = np.repeat(np.arange(len(ids), dtype=np.int32), lengths_of(ids))
-    n = len(stream) // length
-    if not n:
+    columns = {name: [] for name in names}
+    local_rows = shares.local(rows)
+    for first in range(0, len(local_rows), CHUNK):
+        encoded = to_columns(tokenizer, local_rows[first : first + CHUNK])
+        for name in names:
+            columns[name] += [np.asarray(ids, np.int32) for ids in encoded[name]]
+    return shares.whole_columns(columns)
+
+
+def closing(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that ends a document of plain text."""
+    if tokenizer.pad_token_id is None:
+        return tokenizer.eos_token_id
+    return tokenizer.pad_token_id
+
+
+def document_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
+    ids = tokenizer([row["text"] for row in rows], add_special_tokens=False)["input_ids"]
+    end = closing(tokenizer)
+    return {"document": [[*tokens, end] for tokens in ids]}
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int) -> Encoded:
+    """Return tokens, mask and segments, each [n length]: documents cut into windows.
+
+    The documents are joined end to end, each closed by the pad token. Segments number the documents
+    of a window from 1. The mask is 1 where a token is a target: where it follows another of its
+    document in the window, because the first token has no context. The few tokens after the
+    last whole window are left out; no document is dropped.
+    """
+    documents = tokenise(document_columns, ("document",), tokenizer, rows)["document"]
+    stream = np.concatenate(documents)
+    document_numbers = np.arange(len(documents), dtype=np.int32)
+    document_of_token = np.repeat(document_numbers, lengths_of(documents))
+    windows = len(stream) // length
+    if not windows:
         raise UserError(f"data.max_length={length}: the text has only {len(stream)} tokens in all")
-    tokens, document = (x[: n * length].reshape(n, length) for x in (stream, document))
-    mask = np.pad(document[:, 1:] == document[:, :-1], ((0, 0), (1, 0))).astype(np.int32)
-    return {"tokens": tokens, "mask": mask, "segments": document - document[:, :1] + 1}, 0
+    tokens = stream[: windows * length].reshape(windows, length)
+    document = document_of_token[: windows * length].reshape(windows, length)
+    follows = document[:, 1:] == document[:, :-1]
+    mask = np.pad(follows, ((0, 0), (1, 0))).astype(np.int32)
+    segments = document - document[:, :1] + 1
+    return Encoded({"tokens": tokens, "mask": mask, "segments": segments}, 0)
 
 
-def encode_conversations(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """tokens, mask (1 on the assistant's tokens: the targets), segments, each [n length]; and the number dropped."""
-    encoded = by_chunks(
-        lambda some: chat.encode_conversations(tokenizer, [row["messages"] for row in some]), rows
-    )
-    kept, dropped = fitting([len(tokens) for tokens, _ in encoded], length, "conversations")
-    tokens, trained = zip(*(encoded[i] for i in kept), strict=True)
+def conversation_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
+    encoded = chat.encode_conversations(tokenizer, [row["messages"] for row in rows])
     return {
+        "tokens": [conversation.tokens for conversation in encoded],
+        "mask": [conversation.trained for conversation in encoded],
+    }
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int
+) -> Encoded:
+    """Return tokens, mask (1 on the targets: the assistant's tokens) and segments, [n length]."""
+    columns = tokenise(conversation_columns, ("tokens", "mask"), tokenizer, rows)
+    kept, dropped = fitting(lengths_of(columns["tokens"]), length, "conversations")
+    tokens = [columns["tokens"][i] for i in kept]
+    mask = [columns["mask"][i] for i in kept]
+    arrays = {
         "tokens": Ragged(tokens, length),
-        "mask": Ragged(trained, length),
+        "mask": Ragged(mask, length),
         "segments": Ragged(map(np.ones_like, tokens), length),
-    }, dropped
+    }
+    return Encoded(arrays, dropped)
 
 
-def encode_comparisons(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """chosen, rejected, each [n length], their lengths [n], and margin[n]; and the number dropped as too long."""
-    encoded = by_chunks(lambda some: chat.encode_comparisons(tokenizer, some), rows)
-    kept, dropped = fitting([max(map(len, pair)) for pair in encoded], length, "comparisons")
-    out = {"margin": np.array([rows[i].get("margin", 0.0) for i in kept], np.float32)}
-    for side, ids in zip(
-        ("chosen", "rejected"), zip(*(encoded[i] for i in kept), strict=True), strict=True
-    ):
-        out[side], out[f"{side}_length"] = Ragged(ids, length), lengths_of(ids)
-    return out, dropped
-
-
-def encode_prompts(tokenizer, rows: list[dict], length: int) -> tuple[dict, int]:
-    """prompts[n length], left-padded, lengths[n] and index[n] (the row's number); and the number dropped as too long."""
-    encoded = by_chunks(
-        lambda some: [
-            (ids,) for ids in chat.encode_prompts(tokenizer, [row["prompt"] for row in some])
-        ],
-        rows,
-    )
-    kept, dropped = fitting([len(ids) for (ids,) in encoded], length, "prompts")
-    ids, index = [encoded[i][0] for i in kept], kept.astype(np.int32)
+def comparison_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
+    encoded = chat.encode_comparisons(tokenizer, rows)
     return {
+        "chosen": [pair.chosen for pair in encoded],
+        "rejected": [pair.rejected for pair in encoded],
+    }
+
+
+def encode_comparisons(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int
+) -> Encoded:
+    """Return chosen and rejected [n length], their lengths [n], and margin [n] float32."""
+    sides = tokenise(comparison_columns, ("chosen", "rejected"), tokenizer, rows)
+    longer = np.maximum(lengths_of(sides["chosen"]), lengths_of(sides["rejected"]))
+    kept, dropped = fitting(longer, length, "comparisons")
+    margins = [rows[i].get("margin", 0.0) for i in kept]
+    arrays: Arrays = {"margin": np.array(margins, np.float32)}
+    for side, sequences in sides.items():
+        ids = [sequences[i] for i in kept]
+        arrays[side] = Ragged(ids, length)
+        arrays[f"{side}_length"] = lengths_of(ids)
+    return Encoded(arrays, dropped)
+
+
+def prompt_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
+    return {"prompt": chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])}
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int) -> Encoded:
+    """Return prompts [n length], left-padded, lengths [n], and index [n], the row's number."""
+    prompts = tokenise(prompt_columns, ("prompt",), tokenizer, rows)["prompt"]
+    kept, dropped = fitting(lengths_of(prompts), length, "prompts")
+    ids = [prompts[i] for i in kept]
+    arrays = {
         "prompts": Ragged(ids, length, left=True),
         "lengths": lengths_of(ids),
-        "index": index,
-    }, dropped
+        "index": kept.astype(np.int32),
+    }
+    return Encoded(arrays, dropped)
 
 
-def narrowed(rows: dict) -> dict:
-    """A batch of prompts, prompts[b p] as wide as the longest asks (of the widths of `packing`)."""
+def narrowed(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a batch of prompts without needless padding in front.
+
+    Prompts [b p] become as wide as the longest needs, of the widths of `packing`.
+    """
     width = packing.width_of(rows["lengths"].max(), rows["prompts"].shape[1])
     return rows | {"prompts": rows["prompts"][:, -width:]}
 
@@ -173,9 +253,15 @@ ENCODERS = {
 }
 
 
-def encode(rows: list[dict], kind: str, length: int, tokenizer, say) -> dict:
-    """Rows as arrays of one width; says how many were dropped as longer than that, if any."""
-    arrays, dropped = ENCODERS[kind](tokenizer, rows, length)
-    if dropped:
-        say(f"{dropped} of {len(rows)} {kind} dropped: over {length} tokens")
-    return arrays
+def encode(
+    rows: list[dict],
+    kind: str,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> Arrays:
+    """Return examples as arrays of one width; prints how many were dropped as too long, if any."""
+    encoded = ENCODERS[kind](tokenizer, rows, length)
+    if encoded.dropped:
+        say(f"{encoded.dropped} of {len(rows)} {kind} dropped: over {length} tokens")
+    return encoded.arrays

@@ -1,216 +1,160 @@
-"""A user's own examples: JSON lines, plain or gzipped, or Parquet. A bad row is named by file and line (or row).
+"""A user's own examples: JSON lines, plain or gzipped, or Parquet.
 
-Comparisons come in the forms that TRL takes: an explicit prompt (text or messages) with two replies (text or messages),
-or two whole conversations (messages, or a transcript as text) that share their prompt.
+An error names the file and the line (or the row). Of several processes each parses its share of
+every file, and all of them get all the rows.
 """
 
 import glob
-import json
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import pyarrow
 import pyarrow.parquet
 
-from alignjax.config import UserError, nearest
-from alignjax.data import shares, transcripts
+from alignjax.config import UserError
+from alignjax.data import formats, shares
 from alignjax.machine import jsonl
 
-FIELDS = {
-    "text": ("text",),
-    "conversations": ("messages",),
-    "comparisons": ("chosen", "rejected"),
-    "prompts": ("prompt",),
-}
+
+class RawRow(NamedTuple):
+    """A row as a file holds it: JSON text, or the columns of a Parquet file."""
+
+    number: int  # in the file, from 1
+    where: str  # "FILE:LINE" or "FILE: row NUMBER", with which error messages begin
+    value: str | dict
 
 
-def read(pattern: str, kind: str, skip: bool = False, say=print) -> list[dict]:
-    """The rows of all files that match `pattern`, each with the fields of its kind and `where` it stands.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one process read of a file. Each entry is (number of the row, what it says)."""
 
-    text: text; conversations: messages; comparisons: prompt (messages), chosen, rejected (text), margin (0 unless
-    given); prompts: prompt (messages), and `columns`, whatever else the row has, in JSON's types: a time is text. Raises
-    UserError naming file, line, field, and what was found and wanted; with `skip`, bad rows are left out instead, and
-    their number and the first are said. A file that can't be read, or has no good row, is an error in any case. Of
-    several processes each reads its share, and all come to the same.
+    examples: list[tuple[int, dict]] = field(default_factory=list)
+    bad_rows: list[tuple[int, str]] = field(default_factory=list)
+    fatal: list[tuple[int, str]] = field(default_factory=list)  # the error that stopped the reading
+
+
+def read(
+    pattern: str, kind: str, skip: bool = False, say: Callable[[str], None] = print
+) -> list[dict]:
+    """Return the examples in all files that match a pattern, each with `where` it stands.
+
+    `formats` has the fields of an example of each kind, and how a row becomes one. With `skip`, bad
+    rows are left out, and their number and the first of them are printed.
+
+    Raises:
+      UserError: a row is bad (without `skip`), a file cannot be read or has no good row.
     """
     paths = sorted(glob.glob(str(pattern)))
+    check_paths(pattern, paths)
+    examples = []
+    for path in paths:
+        examples += read_file(path, kind, skip, say)
+    return examples
+
+
+def check_paths(pattern: str, paths: list[str]) -> None:
+    """Raise UserError if no file matches, or not the same files for every process."""
     if not paths:
         raise UserError(f"{pattern}: no such file")
-    for i, theirs in enumerate(shares.exchange(paths)):
-        if theirs != paths:
+    for process, other_paths in enumerate(shares.exchange(paths)):
+        if other_paths != paths:
             raise UserError(
-                f"{pattern}: process {i} finds {theirs}, process {jax.process_index()} {paths}; all processes "
-                "must see the same files"
+                f"{pattern}: process {process} finds {other_paths}, process "
+                f"{jax.process_index()} finds {paths}; all processes must see the same files"
             )
-    out = []
-    for path in paths:
-        found = zip(*shares.exchange(share(path, kind, skip)), strict=True)
-        rows, bad, fatal = ([x for part in parts for x in part] for parts in found)
-        if fatal:
-            raise UserError(min(fatal)[1])
-        if bad:
-            say(
-                f"{path}: {len(bad)} bad rows skipped of {len(bad) + len(rows)}; the first: {min(bad)[1]}"
-            )
-        if not rows:
-            raise UserError(f"{path}: empty, there are no {kind} in it")
-        out += [row for _, row in sorted(rows, key=lambda numbered: numbered[0])]
-    return out
 
 
-def share(path: str, kind: str, skip: bool) -> tuple[list, list, list]:
-    """This process's share of a file: good rows, what is wrong with bad ones, and what it stopped at, all numbered."""
-    rows, bad = [], []
+def read_file(path: str, kind: str, skip: bool, say: Callable[[str], None]) -> list[dict]:
+    """Return the examples of one file, in order, from the shares of all processes."""
+    share = read_share(path, kind, skip)
+    all_shares = shares.exchange([share.examples, share.bad_rows, share.fatal])
+    examples = sorted_by_number(part[0] for part in all_shares)
+    bad_rows = sorted_by_number(part[1] for part in all_shares)
+    fatal = sorted_by_number(part[2] for part in all_shares)
+    if fatal:
+        raise UserError(fatal[0])
+    if bad_rows:
+        total = len(bad_rows) + len(examples)
+        say(f"{path}: {len(bad_rows)} bad rows skipped of {total}; the first: {bad_rows[0]}")
+    if not examples:
+        raise UserError(f"{path}: empty, there are no {kind} in it")
+    return examples
+
+
+def sorted_by_number(parts: Iterator[list[tuple[int, Any]]]) -> list[Any]:
+    """Return the values of numbered entries in the order of their numbers."""
+    entries = [entry for part in parts for entry in part]
+    return [value for _, value in sorted(entries, key=number_of)]
+
+
+def number_of(entry: tuple[int, Any]) -> int:
+    return entry[0]
+
+
+def read_share(path: str, kind: str, skip: bool) -> Share:
+    """Read this process's share of a file; without `skip`, the first bad row ends the reading."""
+    share = Share()
+    raw_rows = parquet_rows(path) if path.endswith(".parquet") else json_rows(path)
     try:
-        for number, where, value in (parquet if path.endswith(".parquet") else lines)(path):
+        for raw in raw_rows:
             try:
-                rows.append((number, row(value, where, kind)))
+                share.examples.append((raw.number, read_row(raw.value, raw.where, kind)))
             except UserError as error:
-                bad.append((number, str(error)))
+                share.bad_rows.append((raw.number, str(error)))
                 if not skip:
-                    return (
-                        rows,
-                        bad,
-                        [(number, f'{error}; data.on_bad_row="skip" leaves such rows out')],
-                    )
-    except Unreadable as error:
-        return rows, bad, [error.args]
-    return rows, bad, []
-
-
-class Unreadable(Exception):
-    """(number of the row, message): from there on a file can't be read."""
-
-
-def lines(path: str) -> Iterator[tuple[int, str, str]]:
-    """(number, where, text) of this process's share of the lines; of those that are not empty."""
-    count, index = jax.process_count(), jax.process_index()
-    try:
-        yield from jsonl.lines(path, process=index, processes=count)
+                    advice = 'data.on_bad_row="skip" leaves such rows out'
+                    share.fatal.append((raw.number, f"{error}; {advice}"))
+                    break
     except jsonl.Unreadable as error:
-        raise Unreadable(error.line, str(error)) from None
+        share.fatal.append((error.line, str(error)))
+    return share
 
 
-def parquet(path: str) -> Iterator[tuple[int, str, dict]]:
-    """(number, where, row) of this process's share of the rows, columns that are null left out."""
-    before, count, index = 0, jax.process_count(), jax.process_index()
+def read_row(value: str | dict, where: str, kind: str) -> dict:
+    """Return the example in a row, given as JSON text or as an object, and where it stands."""
+    row = jsonl.parse(value, where) if isinstance(value, str) else value
+    try:
+        example = formats.example_of(row, kind)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:
+        error.add_note(f"while a row format read {where}")
+        raise
+    return {"where": where} | example
+
+
+def json_rows(path: str) -> Iterator[RawRow]:
+    """Yield this process's share of the lines that are not blank."""
+    lines = jsonl.lines(path, process=jax.process_index(), processes=jax.process_count())
+    for line in lines:
+        yield RawRow(line.number, line.where, line.text)
+
+
+def parquet_rows(path: str) -> Iterator[RawRow]:
+    """Yield this process's share of the rows, without the columns that are null."""
+    process = jax.process_index()
+    processes = jax.process_count()
+    rows_before = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                numbers = range(
-                    before + (index - before - 1) % count + 1, before + len(batch) + 1, count
-                )
-                mine = batch.take(
-                    pyarrow.array([number - before - 1 for number in numbers], pyarrow.int32())
-                )
-                for number, value in zip(
-                    numbers, (mine if count > 1 else batch).to_pylist(), strict=True
-                ):
-                    yield (
-                        number,
-                        f"{path}: row {number}",
-                        {k: v for k, v in value.items() if v is not None},
-                    )
-                before += len(batch)
+                # As for lines: the rows whose number, from 1, is `process` modulo `processes`.
+                first = (process - rows_before - 1) % processes
+                indices = range(first, len(batch), processes)
+                if processes > 1:
+                    batch_share = batch.take(pyarrow.array(indices, pyarrow.int32()))
+                else:
+                    batch_share = batch
+                for index, columns in zip(indices, batch_share.to_pylist(), strict=True):
+                    number = rows_before + index + 1
+                    yield RawRow(number, f"{path}: row {number}", without_nulls(columns))
+                rows_before += len(batch)
     except (OSError, pyarrow.ArrowException) as error:
-        raise Unreadable(before + 1, f"{path}: Parquet wanted, {error}") from None
+        message = f"{path}: expected Parquet: {error}"
+        raise jsonl.Unreadable(message, rows_before + 1) from None
 
 
-def row(value, where: str, kind: str) -> dict:
-    """One checked row, from JSON text or an object: the kind's fields, and where it stands."""
-    if isinstance(value, str):
-        value = jsonl.parse(value, where)
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: an object wanted, {found(value)}")
-    for name in FIELDS[kind]:
-        if name not in value:
-            raise UserError(f"{where}: {kind} need a field {name!r}{nearest(name, sorted(value))}")
-    out = {"where": where}
-    if kind == "text":
-        if not isinstance(value["text"], str):
-            raise UserError(f"{where}: text: text wanted, {found(value['text'])}")
-        return out | {"text": value["text"]}
-    if kind == "prompts":
-        prompt = messages(value["prompt"], f"{where}: prompt", text=True)
-        columns = json.dumps(
-            {k: v for k, v in value.items() if k != "prompt"}, default=str
-        )  # Parquet has more types
-        return out | {"prompt": prompt, "columns": json.loads(columns)}
-    if kind == "conversations":
-        turns = messages(value["messages"], f"{where}: messages", text=False)
-        if not any(m["role"] == "assistant" for m in turns):
-            roles = ", ".join(m["role"] for m in turns)
-            raise UserError(
-                f"{where}: messages: a message of the role assistant wanted, the roles found are {roles}"
-            )
-        return out | {"messages": turns}
-    margin = value.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise UserError(f"{where}: margin: a number wanted, {found(margin)}")
-    return out | comparison(value, where) | {"margin": float(margin)}
-
-
-def comparison(value: dict, where: str) -> dict:
-    """prompt as messages, chosen and rejected as text, from any of the forms."""
-    sides = [value[name] for name in ("chosen", "rejected")]
-    if "prompt" not in value:
-        if all(isinstance(side, str) for side in sides):
-            sides = [transcripts.transcript(side) for side in sides]
-            if None in sides:
-                raise UserError(
-                    f"{where}: comparisons without a prompt need whole conversations as chosen and rejected: "
-                    "messages, or a transcript with '\\n\\nHuman: ' and '\\n\\nAssistant: ' before its turns"
-                )
-        both = [
-            messages(side, f"{where}: {name}", text=False)
-            for side, name in zip(sides, ("chosen", "rejected"), strict=True)
-        ]
-        parts = transcripts.split(*both)
-        if isinstance(parts, str):
-            raise UserError(
-                f"{where}: chosen and rejected must be one conversation but for the assistant's last turn: {parts}"
-            )
-        return dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))
-    prompt = messages(value["prompt"], f"{where}: prompt", text=True)
-    replies = [
-        reply(side, prompt, f"{where}: {name}")
-        for side, name in zip(sides, ("chosen", "rejected"), strict=True)
-    ]
-    return {"prompt": prompt, "chosen": replies[0], "rejected": replies[1]}
-
-
-def reply(value, prompt: list[dict], where: str) -> str:
-    """The text of a reply: text, or the assistant's one message, with the prompt's before it or without."""
-    if isinstance(value, str):
-        return value
-    turns = messages(value, where, text=True)
-    rest = turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns
-    if [m["role"] for m in rest] != ["assistant"]:
-        roles = ", ".join(m["role"] for m in turns)
-        raise UserError(
-            f"{where}: one message of the role assistant wanted after the prompt, the roles are {roles}"
-        )
-    return rest[0]["content"]
-
-
-def messages(value, where: str, text: bool) -> list[dict]:
-    """Checked messages; plain text, where it is allowed, is one user turn."""
-    if text and isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(
-            f"{where}: {'text or ' if text else ''}a list of messages wanted, {found(value)}"
-        )
-    for i, message in enumerate(value):
-        for field in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(field), str):
-                raise UserError(
-                    f"{where}[{i}]: an object with {field} as text wanted, {found(message)}"
-                )
-    return value
-
-
-def found(value) -> str:
-    text = json.dumps(value, default=str)
-    return f"{type(value).__name__} found: {text[:80]}{'...' if len(text) > 80 else ''}"
+def without_nulls(columns: dict) -> dict:
+    return {name: value for name, value in columns.items() if value is not None}

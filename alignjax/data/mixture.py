@@ -1,214 +1,188 @@
-"""Where examples come from, and in which order they go: sources, mixtures, what is held out, batches.
+"""Which examples are trained on, which are held out, and in which order batches take them.
 
-A source is "toy/NAME" (the embedded world), "tfds/NAME" (a public set that `alignjax.data.prepare` has prepared, with its
-options if any: "tfds/shp:min_score_ratio=3", and a split of its own if wanted: "tfds/shp/validation"), or a path of a
-user's files. Several are joined by commas; with weights, "0.7*tfds/shp,0.3*mine.jsonl", each example is drawn from one of
-them with that chance. A batch is a pure function of its step, so an exact resume needs the step alone.
+A batch is a pure function of its step, so an exact resume needs the step alone.
 """
 
-import json
-import re
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import grain.python as grain
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import Config, UserError
-from alignjax.data import encoding, files, preferences, toy
-
-
-def sources(text: str) -> list[tuple[str, float | None]]:
-    """(source, weight or None) of each that is named; all have a weight or none has."""
-    out = []
-    for part in (
-        re.split(r",(?![a-z_]+=)", text) if text else []
-    ):  # a comma before OPTION= is of a set's options
-        weight, source = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\*)?(.*)", part.strip()).groups()
-        if not source or (weight is not None and float(weight) <= 0):
-            raise UserError(
-                f"data {text!r}: sources wanted, with commas between, and WEIGHT* before each or before none"
-            )
-        out.append((source, None if weight is None else float(weight)))
-    if len({weight is None for _, weight in out}) > 1:
-        raise UserError(f"data {text!r}: WEIGHT* is wanted before each source or before none")
-    return out
-
-
-def load(
-    source: str,
-    kind: str,
-    split: str,
-    seed: int,
-    limit: int = 0,
-    data_dir: str = "",
-    skip: bool = False,
-    say=print,
-) -> list[dict]:
-    """All examples (or at most `limit`) of a kind (text, conversations, comparisons, prompts) and a split (train, heldout).
-
-    The world's comparisons are toy/comparisons-noisy and toy/comparisons-clean. A public set gives comparisons; or their
-    prompts; or these with the chosen reply, as conversations or as text. A file has no splits: see `sets`.
-    """
-    if source.startswith("tfds/"):
-        spec, _, own = source.removeprefix("tfds/").partition("/")
-        rows = preferences.read(spec, own or split, data_dir, 0 if kind == "prompts" else limit)
-        if kind == "comparisons":
-            return rows
-        if kind == "prompts":
-            distinct = {
-                prompt_of(row): {"prompt": row["prompt"], "where": row["where"]}
-                for row in reversed(rows)
-            }
-            return list(distinct.values())[::-1][: limit or None]
-        said = [[*row["prompt"], {"role": "assistant", "content": row["chosen"]}] for row in rows]
-        if kind == "conversations":
-            return [
-                {"messages": turns, "where": row["where"]}
-                for turns, row in zip(said, rows, strict=True)
-            ]
-        return [{"text": "\n\n".join(m["content"] for m in turns)} for turns in said]
-    if not source.startswith("toy/"):
-        return files.read(source, kind, skip, say)[: limit or None]
-    rows = toy.examples(source.removeprefix("toy/"), split, seed, limit)
-    if not source.startswith(f"toy/{kind}"):
-        names = " or ".join(f"toy/{name}" for name in toy.SIZES if name.startswith(kind))
-        raise UserError(f"data {source}: this stage takes {kind}, that is {names} or a path")
-    return rows
-
-
-def prompt_of(row: dict) -> str:
-    """What makes two examples one prompt's: the messages before the assistant's last turn, or a document's text."""
-    if "text" in row:
-        return row["text"].strip()
-    messages = row.get("prompt")
-    if messages is None:
-        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-        messages = row["messages"][:last]
-    return json.dumps([[m["role"], m["content"].strip()] for m in messages])
-
-
-def is_held_out(row: dict, share: float) -> bool:
-    """By a hash of the prompt: the same whatever the seed, the order and the other rows."""
-    return zlib.crc32(prompt_of(row).encode()) < share * 2**32
+from alignjax.data import encoding
+from alignjax.data import sources as data_sources
+from alignjax.data.sources import is_held_out, prompt_of
 
 
 class Sets(NamedTuple):
-    """Examples as rows: what is learnt from, source by source, and what is held out. No prompt is on both sides."""
+    """Examples to train on and to hold out; no prompt is on both sides."""
 
-    train: list[list[dict]]
+    train: list[list[dict]]  # of each source
     weights: list[float] | None  # of the sources; None: each example comes once in an epoch
-    heldout: dict[str, list[dict]]
+    heldout: dict[str, list[dict]]  # by the name of the source
 
 
-def sets(config: Config, kind: str, train: str, heldout: str, say) -> Sets:
-    """The rows of sources to train on and to hold out.
+def sets(config: Config, kind: str, train: str, heldout: str, say: Callable[[str], None]) -> Sets:
+    """Read the sources to train on and to hold out.
 
-    A file that is named in both is split: `data.heldout_share` of its prompts are held out. Whatever else of `train` has
-    a prompt that is held out is dropped, and counted.
+    A file that is named in both is split: `data.heldout_share` of its prompts are held out. Any
+    other example of `train` whose prompt is held out is dropped, and counted.
     """
-    d = config.data
-    learn, held = sources(train), [source for source, _ in sources(heldout)]
-    shared = {
-        source for source, _ in learn if source in held and not source.startswith(("toy/", "tfds/"))
+    train_sources = data_sources.parse(train)
+    heldout_names = [source.name for source in data_sources.parse(heldout)]
+    split_files = {
+        source.name
+        for source in train_sources
+        if source.name in heldout_names and data_sources.is_file(source.name)
     }
-    if shared and not d.heldout_share:
+    if split_files and not config.data.heldout_share:
         raise UserError(
-            f"{min(shared)} is to be trained on and held out: name another file, or set data.heldout_share "
-            "(0 now) to the share of its prompts that is held out"
+            f"{min(split_files)} is to be trained on and held out: name another file, or set "
+            "data.heldout_share (0 now) to the share of its prompts that is held out"
         )
+    options = data_sources.read_options(config, say)
+    share = config.data.heldout_share
 
-    def get(source: str, split: str) -> list[dict]:
-        rows = load(
-            source, kind, split, config.seed, d.examples, d.data_dir, d.on_bad_row == "skip", say
-        )
-        if source in shared:
-            rows = [
-                row for row in rows if is_held_out(row, d.heldout_share) == (split == "heldout")
-            ]
-        if not rows:
-            raise UserError(
-                f"{source}: there are no {kind} to {'hold out' if split == 'heldout' else 'train on'}; "
-                f"data.heldout_share={d.heldout_share}"
-            )
-        return rows
+    heldout_examples = {}
+    for name in heldout_names:
+        examples = data_sources.load(name, kind, "heldout", options)
+        if name in split_files:
+            examples = [example for example in examples if is_held_out(example, share)]
+        check_not_empty(examples, f"{kind} to hold out", name, share)
+        heldout_examples[name] = examples
+    heldout_prompts = {
+        prompt_of(example) for examples in heldout_examples.values() for example in examples
+    }
 
-    held_out = {source: get(source, "heldout") for source in held}
-    known, found = {prompt_of(row) for rows in held_out.values() for row in rows}, []
-    for source, _ in learn:
-        rows = get(source, "train")
-        found.append([row for row in rows if prompt_of(row) not in known])
-        if len(found[-1]) < len(rows):
+    train_examples = []
+    for source in train_sources:
+        examples = data_sources.load(source.name, kind, "train", options)
+        if source.name in split_files:
+            examples = [example for example in examples if not is_held_out(example, share)]
+        check_not_empty(examples, f"{kind} to train on", source.name, share)
+        kept = [example for example in examples if prompt_of(example) not in heldout_prompts]
+        if len(kept) < len(examples):
+            dropped = len(examples) - len(kept)
             say(
-                f"{source}: {len(rows) - len(found[-1])} of {len(rows)} {kind} dropped: their prompt is held out"
+                f"{source.name}: {dropped} of {len(examples)} {kind} dropped: "
+                "their prompt is held out"
             )
-        if not found[-1]:
-            raise UserError(f"{source}: every prompt of it is held out, by {heldout}")
-    weights = [weight for _, weight in learn if weight]
-    return Sets(found, weights or None, held_out)
+        if not kept:
+            raise UserError(f"{source.name}: every prompt of it is held out, by {heldout}")
+        train_examples.append(kept)
+    weights = [source.weight for source in train_sources if source.weight]
+    return Sets(train_examples, weights or None, heldout_examples)
+
+
+def check_not_empty(examples: list[dict], purpose: str, source: str, share: float) -> None:
+    if not examples:
+        raise UserError(f"{source}: there are no {purpose}; data.heldout_share={share}")
 
 
 class Batches:
-    """Endless reshuffled epochs over `rows` (a dict of arrays [n ...]); the same in every process.
+    """Endless reshuffled epochs over arrays; the same in every process.
 
-    With weights, rows are those of several data sets of `sizes`, each reshuffled by itself, and drawn from by weight.
+    With weights, the arrays are those of several sources, one behind the other. Each source is
+    reshuffled by itself, and each example is drawn from one of them by weight.
     """
 
-    def __init__(self, rows: dict, batch: int, seed: int, sizes=None, weights=None):
-        self.rows, self.batch = rows, batch
-        n = len(next(iter(rows.values())))
-        self.epoch = -(-n // batch)  # steps in which as many examples go by as there are
-        shuffled = lambda first, n, seed: (
-            grain.MapDataset.source(range(first, first + n)).seed(seed).shuffle().repeat()
-        )
+    rows: dict[str, np.ndarray | encoding.Ragged]  # arrays of [n ...]
+    epoch: int  # steps in which as many examples go by as there are
+
+    def __init__(
+        self,
+        rows: dict[str, np.ndarray | encoding.Ragged],
+        batch: int,
+        seed: int,
+        sizes: list[int] | None = None,
+        weights: list[float] | None = None,
+    ):
+        """Take arrays, the batch's size, and with weights the number of examples of each source."""
+        self.rows = rows
+        self.batch = batch
+        count = count_of(rows)
+        self.epoch = -(-count // batch)
         if weights is None:
-            self.index = shuffled(0, n, seed)
-        else:
-            starts = np.cumsum([0, *sizes[:-1]]).tolist()
-            each = [
-                shuffled(first, size, seed + i)
-                for i, (first, size) in enumerate(zip(starts, sizes, strict=True))
-            ]
-            self.index = grain.MapDataset.mix(each, weights)
+            self.positions = shuffled_epochs(0, count, seed)
+            return
+        starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        epochs = [
+            shuffled_epochs(start, size, seed + number)
+            for number, (start, size) in enumerate(zip(starts, sizes, strict=True))
+        ]
+        self.positions = grain.MapDataset.mix(epochs, weights)
 
     def order(self, step: int) -> np.ndarray:
-        """The numbers of the rows in a step's batch."""
-        return np.array([self.index[i] for i in range(step * self.batch, (step + 1) * self.batch)])
+        """Return the numbers of the rows in a step's batch."""
+        first = step * self.batch
+        return np.array([self.positions[i] for i in range(first, first + self.batch)])
 
-    def get(self, step: int) -> dict:
-        chosen = self.order(step)
-        return {k: v[chosen] for k, v in self.rows.items()}
+    def get(self, step: int) -> dict[str, np.ndarray]:
+        """Return the batch of a step, arrays of [batch ...]."""
+        order = self.order(step)
+        return {name: array[order] for name, array in self.rows.items()}
+
+
+def shuffled_epochs(start: int, size: int, seed: int) -> grain.MapDataset:
+    """Return the numbers from `start`, `size` of them, in one shuffled epoch after another."""
+    return grain.MapDataset.source(range(start, start + size)).seed(seed).shuffle().repeat()
+
+
+def count_of(rows: dict[str, np.ndarray | encoding.Ragged]) -> int:
+    """Return the number of examples in arrays of [n ...]."""
+    return len(next(iter(rows.values())))
 
 
 def batches(
-    config: Config, found: Sets, kind: str, length: int, batch: int, tokenizer, say
+    config: Config,
+    examples: Sets,
+    kind: str,
+    length: int,
+    batch: int,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
 ) -> Batches:
-    """Batches of what is learnt from, as arrays; `index`, of prompts, numbers the rows of all sources as one list."""
-    parts, before = [], 0
-    for rows in found.train:
-        parts.append(encoding.encode(rows, kind, length, tokenizer, say))
-        if "index" in parts[-1]:
-            parts[-1]["index"] += before
-        before += len(rows)
-    sizes = [len(next(iter(part.values()))) for part in parts]
-    return Batches(encoding.join(parts), batch, config.seed, sizes, found.weights)
+    """Encode the examples to train on, at most `length` tokens each, as batches of `batch` rows.
+
+    The `index` of prompts numbers the examples of all sources as one list.
+    """
+    parts = []
+    examples_before = 0
+    for source_examples in examples.train:
+        part = encoding.encode(source_examples, kind, length, tokenizer, say)
+        if "index" in part:
+            part["index"] += examples_before
+        parts.append(part)
+        examples_before += len(source_examples)
+    sizes = [count_of(part) for part in parts]
+    return Batches(encoding.join(parts), batch, config.seed, sizes, examples.weights)
 
 
 class Ahead:
-    """make(step), begun on another thread as soon as the step before has been fetched, while the device works."""
+    """Makes what each step needs on another thread, one step ahead, while the device works.
 
-    def __init__(self, make):
-        self.make, self.thread, self.begun = make, ThreadPoolExecutor(1), {}
+    The next step's begins as soon as a step's is fetched. An error is raised when the step that
+    it belongs to is fetched.
+    """
 
-    def get(self, step: int):
-        found = self.begun.pop(step, None) or self.thread.submit(self.make, step)
+    def __init__(self, make: Callable[[int], Any]):
+        self.make = make
+        self.thread = ThreadPoolExecutor(1)
+        self.begun: dict[int, Future] = {}
+
+    def get(self, step: int) -> Any:
+        """Return make(step), and begin make(step + 1)."""
+        future = self.begun.pop(step, None) or self.thread.submit(self.make, step)
         self.begun = {step + 1: self.thread.submit(self.make, step + 1)}
-        return found.result()
+        return future.result()
 
 
-def in_order(rows: dict, batch: int):
-    """Every row once, in order, `batch` at a time; the last batch may be smaller."""
-    n = len(next(iter(rows.values())))
-    for start in range(0, n, batch):
-        yield {k: v[start : start + batch] for k, v in rows.items()}
+def in_order(
+    rows: dict[str, np.ndarray | encoding.Ragged], batch: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield every row once, in order, `batch` at a time; the last batch may be smaller."""
+    for start in range(0, count_of(rows), batch):
+        yield {name: array[start : start + batch] for name, array in rows.items()}

@@ -1,16 +1,23 @@
-"""Fetch a public set of comparisons and write it for training: python -m alignjax.data.prepare hh_helpful_base"""
+"""Fetch a public set of comparisons and write it for training.
+
+python -m alignjax.data.prepare hh_helpful_base
+"""
 
 import argparse
 import contextlib
 import fcntl
+import functools
 import io
 import logging
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
@@ -18,11 +25,15 @@ from tensorflow_datasets.core.download import downloader
 
 from alignjax.config import UserError
 from alignjax.data import preferences
-from alignjax.data.preferences.base import instructions
+from alignjax.data.preferences.base import Comparisons, instructions
+from alignjax.machine.console import run_command
+
+RETRIES = 3  # of a download; TFDS's 10 take minutes to find that there is no network
+SECOND_TRY = 1.0  # seconds until an interrupt that was lost is raised again
 
 
-def main(argv=None) -> int:
-    """The exit code: 0, 2 after a mistake of the user's, 128 + the signal after one that stopped it."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0, or 2 after a user error."""
     parser = argparse.ArgumentParser(
         prog="python -m alignjax.data.prepare",
         description=__doc__,
@@ -40,70 +51,50 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--data_dir", default="", help="default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
     )
-    arguments = parser.parse_args(argv)
-    try:
-        prepare(arguments.name, arguments.manual_dir, arguments.data_dir)
-        say(table(arguments.name, arguments.data_dir))
-    except UserError as error:
-        print(f"alignjax: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(functools.partial(prepare_and_report, parser.parse_args(argv)))
 
 
 def options() -> str:
-    """Every set with its options and their defaults; alignjax/data/preferences says what they mean."""
+    """Return every set with its options and their defaults."""
     lines = [
         "sets, and their options with the defaults (alignjax/data/preferences says what they mean):"
     ]
     for name, builder in preferences.FAMILIES.items():
-        lines += [
-            f"  {name:30}{','.join(f'{k}={v}'.lower() for k, v in asdict(builder.Options()).items())}"
-        ]
+        defaults = [f"{key}={value}".lower() for key, value in asdict(builder.Options()).items()]
+        lines.append(f"  {name:30}{','.join(defaults)}")
     return "\n".join(lines)
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
+def prepare_and_report(arguments: argparse.Namespace) -> None:
+    """Prepare a set, unless it is prepared, and print its report."""
+    prepare(arguments.name, arguments.manual_dir, arguments.data_dir)
+    print(table(arguments.name, arguments.data_dir), flush=True)
 
 
 def prepare(spec: str, manual_dir: str = "", data_dir: str = "") -> None:
-    """Write a set below `data_dir`, unless it is there: whole or not at all.
+    """Write a set below `data_dir`, unless it is there: all of it or nothing.
 
-    Raises UserError if files are missing or can't be fetched, at a malformed row, or if another process is at it.
+    Raises:
+      UserError: files are missing or cannot be fetched, a row is malformed, or another process is
+        preparing a set of the family.
     """
     builder, config = preferences.find(spec)
     target = preferences.directory(spec, data_dir)
     family = target.parent.parent
     if preferences.report(spec, data_dir) is not None:
         return
-    with alone(family, spec):
-        downloads = family.parent / "downloads" / family.name
-        for path in (
-            *target.parent.glob("incomplete.*"),
-            *downloads.glob("*.tmp.*"),
-        ):  # of a process that was killed
-            shutil.rmtree(path)
-        absl_logging.set_verbosity(
-            absl_logging.ERROR
-        )  # TFDS warns of options that aren't the default
+    with only_process(family, spec):
+        remove_leftovers(target, family)
+        # TFDS warns of options that aren't the default.
+        absl_logging.set_verbosity(absl_logging.ERROR)
         made = builder(config=config, data_dir=family.parent)
         if manual_dir:
-            sources = made.files()
-            absent = {
-                name: x
-                for name, x in sources.items()
-                if not (Path(manual_dir).expanduser() / name).is_file()
-            }
-            if absent:
-                raise UserError(
-                    f"{spec}: {manual_dir} lacks {len(absent)} of {len(sources)} files; {instructions(absent)}"
-                )
+            check_manual_dir(spec, manual_dir, made)
         tfds.enable_progress_bar()
-        downloader.MAX_RETRIES = 3  # TFDS's 10 take minutes to find that there is no network
+        downloader.MAX_RETRIES = RETRIES
         logging.getLogger("urllib3").setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # TFDS would say in bold that the sizes are unknown
+        # TFDS would print in bold that the sizes are unknown.
+        with contextlib.redirect_stdout(io.StringIO()):
             made.download_and_prepare(
                 file_format="array_record",
                 download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None),
@@ -111,8 +102,11 @@ def prepare(spec: str, manual_dir: str = "", data_dir: str = "") -> None:
 
 
 @contextlib.contextmanager
-def alone(directory: Path, spec: str):
-    """Nobody else prepares a set of this family meanwhile, so that what lies about half made is nobody's."""
+def only_process(directory: Path, spec: str) -> Iterator[None]:
+    """Let no other process prepare a set of a family meanwhile; UserError if one does.
+
+    Whatever is half made there then belongs to nobody.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
         try:
@@ -122,40 +116,79 @@ def alone(directory: Path, spec: str):
         yield
 
 
+def remove_leftovers(target: Path, family: Path) -> None:
+    """Remove what a process that was killed left half made."""
+    downloads = family.parent / "downloads" / family.name
+    for path in (*target.parent.glob("incomplete.*"), *downloads.glob("*.tmp.*")):
+        shutil.rmtree(path)
+
+
+def check_manual_dir(spec: str, manual_dir: str, builder: Comparisons) -> None:
+    """Raise UserError if a manual directory lacks files of the set."""
+    directory = Path(manual_dir).expanduser()
+    sources = builder.files()
+    absent = {name: source for name, source in sources.items() if not (directory / name).is_file()}
+    if absent:
+        raise UserError(
+            f"{spec}: {manual_dir} lacks {len(absent)} of {len(sources)} files; "
+            f"{instructions(absent)}"
+        )
+
+
 def table(spec: str, data_dir: str = "") -> str:
-    """The report of a prepared set, as a user reads it."""
+    """Return the report of a prepared set, as a user reads it."""
     counted = preferences.report(spec, data_dir)
     lines = [f"{spec}: prepared in {preferences.directory(spec, data_dir)}"]
-    lines += [f"  {'split':12}{'rows read':>12}{'dropped':>12}{'pairs kept':>12}"]
+    lines.append(f"  {'split':12}{'rows read':>12}{'dropped':>12}{'pairs kept':>12}")
     for split, counts in counted["splits"].items():
-        lines += [
-            f"  {split:12}{counts['rows']:12,}{sum(counts['dropped'].values()):12,}{counts['pairs']:12,}"
-        ]
-        lines += [
-            f"  {'':24}{number:12,}  {reason}" for reason, number in counts["dropped"].items()
-        ]
-    for name, (found, published) in counted["files"].items():
-        verdict = (
-            "as published" if found == published else f"published: {published or 'no checksum'}"
-        )
-        lines += [f"  sha256 {found}  {name} ({verdict})"]
+        dropped = sum(counts["dropped"].values())
+        lines.append(f"  {split:12}{counts['rows']:12,}{dropped:12,}{counts['pairs']:12,}")
+        for reason, number in counts["dropped"].items():
+            lines.append(f"  {'':24}{number:12,}  {reason}")
+    for name, (sha256, published) in counted["files"].items():
+        if sha256 == published:
+            verdict = "as published"
+        else:
+            verdict = f"published: {published or 'no checksum'}"
+        lines.append(f"  sha256 {sha256}  {name} ({verdict})")
     return "\n".join(lines)
 
 
-def stop(number: int, frame) -> None:
+# ------------------------------------------------------------------------------------ interrupts
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise KeyboardInterrupt for a signal, and again if the first one is lost.
+
+    Python drops an exception that is raised within a destructor or a callback of the garbage
+    collector, of which JAX has one; a signal may arrive there.
+    """
+    signal.signal(signal.SIGALRM, functools.partial(interrupt_again, number))
+    signal.setitimer(signal.ITIMER_REAL, SECOND_TRY)
     raise KeyboardInterrupt(number)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+def interrupt_again(number: int, alarm: int, frame: FrameType | None) -> None:
+    """Raise the interrupt again, unless it is being handled: then files are being removed."""
+    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        interrupt(number, frame)
+
+
+def run() -> int:
+    """Run the command until it ends or a signal stops it; after a signal, exit at once."""
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        code = main()
+        return main()
     except KeyboardInterrupt as stopped:
         print(
             "alignjax: stopped, and nothing is half made; the same command starts again",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(128 + stopped.args[0])  # a plain exit would wait for the threads of a download
-    sys.exit(code)
+        # A plain exit would wait for the threads of a download.
+        os._exit(128 + stopped.args[0])
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -57,7 +57,7 @@ class AlignJax(TemplateLM):
         model = inference.load(
             run, dtype=dtype, mesh=mesh, max_length=max_length, chat_template=chat_template
         )
-        if not model.ends:
+        if not model.end_tokens:
             raise UserError(f"{run}: a language model is wanted, this is a reward model")
         slots = 64 if str(batch_size).startswith("auto") else int(batch_size)
         self.run, self.max_length, self.max_gen_toks = str(run), model.max_length, int(max_gen_toks)
@@ -65,7 +65,7 @@ class AlignJax(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.asked.model.ends[0]
+        return self.asked.model.end_tokens[0]
 
     @property
     def prefix_token_id(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 
 from alignjax.config import UserError
-from alignjax.data.files import found
+from alignjax.machine.jsonl import describe
 
 
 def find(folder: str, names: list[str], source: str) -> Path:
@@ -52,10 +52,10 @@ def json_file(path: Path):
 def texts(row, where: str, fields: tuple[str, ...]) -> dict[str, str]:
     """The fields of a row, each of which must be text and not empty."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: an object wanted, {found(row)}")
+        raise UserError(f"{where}: expected an object, found {describe(row)}")
     for field in fields:
         if not isinstance(row.get(field), str) or not row[field].strip():
-            raise UserError(f"{where}: {field}: text wanted, {found(row.get(field))}")
+            raise UserError(f"{where}: {field}: expected text, found {describe(row.get(field))}")
     return {field: row[field] for field in fields}
 
 

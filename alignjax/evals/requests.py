@@ -5,6 +5,7 @@ share the reading of what they have in common; the rest is packed in rows, or de
 Letters: v vocabulary, w prefix, k targets of a row; rows, m: see `data.packing`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,11 +18,12 @@ from alignjax import inference
 from alignjax.config import Model, UserError
 from alignjax.data import encoding, packing
 from alignjax.evals import stops
-from alignjax.inference import CALL, calls, size
+from alignjax.inference import PROMPTS_PER_SLOT, group_by_length, round_up
 from alignjax.machine import sharding
 from alignjax.machine.sharding import constrain
 from alignjax.models import transformer, vocabulary
-from alignjax.sampling import rollout
+from alignjax.sampling.prefill import Prefix, read_prefix
+from alignjax.sampling.types import SamplingSettings
 
 
 class Family(NamedTuple):
@@ -34,13 +36,13 @@ class Family(NamedTuple):
 class Requests:
     """Of a model: `slots` responses are decoded at once, about `tokens` tokens are read."""
 
-    def __init__(self, model: inference.Model, tokens: int = 4096, slots: int = 64):
+    def __init__(self, model: inference.LoadedModel, tokens: int = 4096, slots: int = 64):
         self.model, self.tokens, self.slots, tokenizer, ends = (
             model,
             tokens,
             slots,
             model.tokenizer,
-            model.ends,
+            model.end_tokens,
         )
         self.words = functools.cache(
             lambda: stops.words_of(tokenizer, model.architecture.vocab_size)
@@ -82,7 +84,7 @@ class Requests:
         )
         branched = branches.max() + 1
         for layout in packing.pack(
-            lengths, [[i] for i in range(len(trees))], size(lengths.max()), self.tokens, shards
+            lengths, [[i] for i in range(len(trees))], round_up(lengths.max()), self.tokens, shards
         ):
             layout = fill_up(layout, max(self.tokens // layout.place.shape[1], 1), shards)
             rows, owners = [[] for _ in layout.place], []
@@ -93,7 +95,7 @@ class Requests:
                         (request, row, slice(len(rows[row]), len(rows[row]) + len(spots)))
                     )
                     rows[row] += [(column + at, label) for at, label in spots]
-            spots = np.zeros((2, len(rows), size(max(map(len, rows)))), np.int32)
+            spots = np.zeros((2, len(rows), round_up(max(map(len, rows)))), np.int32)
             for i, row in enumerate(rows):
                 spots[:, i, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
             trunk = np.where(layout.real, layout.sequence * branched + 1, 0)
@@ -105,7 +107,9 @@ class Requests:
                 "at": spots[0],
                 "labels": spots[1],
             }
-            found = self.model.run(READ, sharding.shard_batch(batch, self.model.mesh), prefix)
+            model = self.model
+            batch = sharding.shard_batch(batch, model.mesh)
+            found = model.run(READ, model.architecture, model.params, batch, prefix)
             logprobs, greedy = map(sharding.on_host, found)
             for request, row, places in owners:
                 done(
@@ -125,54 +129,65 @@ class Requests:
                 f"responses of up to {length} tokens wanted, but the model's max_length is {self.model.max_length}"
             )
         prompts = [tuple(prompt[-room:]) for prompt in prompts]
-        settings = dict(
+        settings = SamplingSettings(
+            model=dataclasses.replace(self.model.architecture),
+            samples_per_prompt=1,
             response_length=length,
             temperature=temperature,
             top_p=top_p,
-            end=self.model.ends[0],
-            stops=self.stops(tuple(strings)),
+            end_token=self.model.end_tokens[0],
         )
+        table = self.stops(tuple(strings))
         # Those that are answered by themselves leave slots empty at their end.
         for family in families(prompts, self.slots * length):
             prefix = self.prefix(prompts[family.members[0]][: family.common])
             rest = {i: len(prompts[i]) - family.common for i in family.members}
-            most = min(CALL * self.slots, size(len(rest)))
-            for mine in calls(rest, most, self.slots):
+            most = min(PROMPTS_PER_SLOT * self.slots, round_up(len(rest)))
+            for mine in group_by_length(rest, most, self.slots):
                 for i, text in zip(
                     mine,
-                    self.answer(prompts, family.common, prefix, mine, most, settings),
+                    self.answer(prompts, family.common, prefix, mine, most, settings, table),
                     strict=True,
                 ):
                     done(i, stops.cut(text, strings))
 
     def answer(
-        self, prompts, common: int, prefix, members: list[int], most: int, settings: dict
+        self,
+        prompts,
+        common: int,
+        prefix,
+        members: list[int],
+        most: int,
+        settings: SamplingSettings,
+        table,
     ) -> list[str]:
         """The responses to some prompts of a family, as text, stop strings included."""
         rounds = -(-len(members) // self.slots)  # if all are as long: each with as many
-        ids = self.model.answer(
+        ids = self.model.generate_tokens(
             [prompts[i][common:] for i in members],
             members,
             most,
             prefix=prefix,
             key=jax.random.key(0),
-            slots=size(-(-len(members) // rounds)),
-            **settings,
+            settings=dataclasses.replace(settings, slots=round_up(-(-len(members) // rounds))),
+            stops=table,
         )
         return self.model.tokenizer.batch_decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def prefix(self, tokens) -> rollout.Prefix | None:
+    def prefix(self, tokens) -> Prefix | None:
         if not tokens:
             return None
-        row = encoding.pad([tokens], size(len(tokens)), left=True)[0]
-        return self.model.run(READ_PREFIX, row, len(tokens))
+        row = encoding.pad([tokens], round_up(len(tokens)), left=True)[0]
+        return self.model.run(
+            READ_PREFIX, self.model.params, row, len(tokens), model=self.model.architecture
+        )
 
 
-def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
+def read(model: Model, params, batch: dict, prefix: Prefix | None):
     """(log p, whether it is the most probable) of labels[rows k] behind the tokens at `at`[rows k], in nats."""
-    before = None if prefix is None else transformer.PrefixCache(prefix.kept, prefix.real)
+    before = None if prefix is None else prefix.cache
     hidden, _ = transformer.apply(
         model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before
     )
@@ -191,7 +206,7 @@ def read(model: Model, params, batch: dict, prefix: rollout.Prefix | None):
 
 
 READ = jax.jit(read, static_argnums=0)
-READ_PREFIX = jax.jit(rollout.read_prefix, static_argnums=0)
+READ_PREFIX = jax.jit(read_prefix, static_argnames="model")
 
 
 class Tree(NamedTuple):

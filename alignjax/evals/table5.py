@@ -155,7 +155,9 @@ def templated(wanted: str, directory: Path, tokenizer, spec: str) -> bool:
         if wanted == "chat":
             raise UserError(f"--template chat: the tokenizer of {spec} has no chat template")
         return False
-    return wanted == "chat" or inference.talks(locations.read_config(directory), tokenizer)
+    return wanted == "chat" or inference.uses_chat_template(
+        locations.read_config(directory), tokenizer
+    )
 
 
 def fingerprint(spec: str, model: AlignJax) -> str:

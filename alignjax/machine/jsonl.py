@@ -77,7 +77,7 @@ def decoded(data: bytes, path: str | Path, number: int) -> str:
 
 
 def unreadable(path: str | Path, number: int, error: Exception) -> Unreadable:
-    return Unreadable(f"{path}:{number}: JSON lines in UTF-8 wanted, {error}", number)
+    return Unreadable(f"{path}:{number}: expected JSON lines in UTF-8: {error}", number)
 
 
 def parse(text: str, where: str) -> Any:
@@ -115,3 +115,10 @@ def null(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def describe(value: Any) -> str:
+    """Return the type of a JSON value and its beginning, for error messages: 'int: 3'."""
+    text = json.dumps(value, default=str)
+    beginning = text[:80] + ("..." if len(text) > 80 else "")
+    return f"{type(value).__name__}: {beginning}"

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 from jax._src import distributed
+from jax.experimental import multihost_utils
 
 from alignjax.config import UserError
 
@@ -327,3 +328,9 @@ class Watch:
         deadline = time.monotonic() + GOODBYES
         while len(self.read(LEFT)) < count and time.monotonic() < deadline:
             time.sleep(0.1)
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process has come to the point of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

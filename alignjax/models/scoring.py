@@ -1,66 +1,115 @@
-"""Token log-probabilities, entropies, values and scores, the same for every role and stage.
+"""Token log-probabilities, entropies, values and scores, computed alike for every role and stage.
 
-They are read off a microbatch, a dict of tokens, segments and positions, each [rows w] int32 (segment 0 is padding, a
-row may pack several sequences), and of where to read: `at` [rows k], places of target tokens in their rows, and `ends`
-[m], places of last tokens in rows * w.
+All of them read a packed microbatch: rows of tokens in which several sequences may stand one
+after the other.
 """
 
-import jax.numpy as jnp
+from dataclasses import dataclass
 
-from alignjax.config import UserError
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alignjax.config import Model, UserError
 from alignjax.models import transformer, vocabulary
 
-
-def hidden_of(model, params, batch):
-    """[rows w d]"""
-    return transformer.apply(model, params, batch["tokens"], batch["positions"], batch["segments"])[
-        0
-    ]
+# What rounding may make of a figure that is 0, by the type of the computation.
+SELF_CHECK_LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
 
 
-def before_targets(hidden, at):
-    """hidden[rows w d] at the tokens before the targets, [rows k d]; what stands for a target at place 0 is meaningless."""
-    return jnp.take_along_axis(hidden, jnp.maximum(at - 1, 0)[..., None], axis=1)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PackedTokens:
+    """Sequences in rows. A token sees earlier tokens of its own segment; segment 0 is padding."""
+
+    tokens: Int[Array, "rows width"]
+    positions: Int[Array, "rows width"]  # of a token in its sequence
+    segments: Int[Array, "rows width"]
 
 
-def token_logprobs(model, params, batch, temperature=1.0):
-    """log p of each target given what precedes it, and the distribution's entropy, each [rows k] float32, in nats.
+def hidden_states(
+    model: Model, params: dict, packed: PackedTokens
+) -> Float[Array, "rows width d_model"]:
+    """Run the transformer and return its last hidden states."""
+    return transformer.apply(model, params, packed.tokens, packed.positions, packed.segments)[0]
 
-    The distribution is the full one at `temperature`: top-p shapes only the sampling, see `rollout`.
+
+def before_targets(
+    hidden: Float[Array, "rows width d_model"], targets: Int[Array, "rows targets"]
+) -> Float[Array, "rows targets d_model"]:
+    """Select the hidden state of the token before each target.
+
+    The result for a target at place 0 is meaningless: such entries are padding.
     """
-    hidden = before_targets(hidden_of(model, params, batch), batch["at"])
-    labels = jnp.take_along_axis(batch["tokens"], batch["at"], axis=1)
+    return jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
+
+
+def token_logprobs(
+    model: Model,
+    params: dict,
+    packed: PackedTokens,
+    targets: Int[Array, "rows targets"],
+    temperature: float = 1.0,
+) -> tuple[Float[Array, "rows targets"], Float[Array, "rows targets"]]:
+    """Return log p of each target given what precedes it, and the entropy of p, in nats.
+
+    `targets` are places of tokens in their rows. The distribution is the full one at
+    `temperature`: top-p shapes the sampling only, see `sampling.rollout`.
+    """
+    hidden = before_targets(hidden_states(model, params, packed), targets)
+    labels = jnp.take_along_axis(packed.tokens, targets, axis=1)
     kernel = params["embed"]["embedding"] if model.tied else params["head"]["kernel"]
     return vocabulary.token_logprobs(hidden, kernel, labels, temperature, model.tied)
 
 
-def token_values(model, params, batch):
-    """[rows k] float32: the value head before each target, that is at the token that precedes it."""
-    return transformer.scalar(params, before_targets(hidden_of(model, params, batch), batch["at"]))
+def token_values(
+    model: Model, params: dict, packed: PackedTokens, targets: Int[Array, "rows targets"]
+) -> Float[Array, "rows targets"]:
+    """Return the value before each target: the scalar head at the token that precedes it."""
+    hidden = hidden_states(model, params, packed)
+    return transformer.scalar(params, before_targets(hidden, targets))
 
 
-def scores(model, params, batch):
-    """[m] float32: the scalar head at each sequence's last token, which is the end token of a response that has ended."""
-    return transformer.scalar(params, hidden_of(model, params, batch)).reshape(-1)[batch["ends"]]
+def sequence_scores(
+    model: Model, params: dict, packed: PackedTokens, ends: Int[Array, "*sequences"]
+) -> Float[Array, "*sequences"]:
+    """Return the scalar head at the last token of each sequence.
+
+    `ends` are places of last tokens in the flattened rows. The last token of a response that
+    ended is its end token.
+    """
+    values = transformer.scalar(params, hidden_states(model, params, packed))
+    return values.reshape(-1)[ends]
 
 
-def score_alone(model, params, tokens, lengths):
-    """[b]: the scores of tokens[b t] of lengths[b], each alone in a row, behind its pads: what `scores` must agree with."""
-    t = tokens.shape[1]
-    place = jnp.arange(t) - (t - lengths[:, None])
-    batch = {
-        "tokens": jnp.take_along_axis(tokens, jnp.maximum(place, 0), axis=1),
-        "positions": jnp.maximum(place, 0),
-        "segments": (place >= 0).astype(jnp.int32),
-        "ends": jnp.arange(1, len(tokens) + 1) * t - 1,
-    }
-    return scores(model, params, batch)
+def score_alone(
+    model: Model,
+    params: dict,
+    tokens: Int[Array, "sequences width"],
+    lengths: Int[Array, " sequences"],
+) -> Float[Array, " sequences"]:
+    """Score each sequence alone in a row, behind its pads: what `sequence_scores` must equal."""
+    count, width = tokens.shape
+    place = jnp.arange(width) - (width - lengths[:, None])
+    source = jnp.maximum(place, 0)
+    packed = PackedTokens(
+        tokens=jnp.take_along_axis(tokens, source, axis=1),
+        positions=source,
+        segments=(place >= 0).astype(jnp.int32),
+    )
+    ends = jnp.arange(1, count + 1) * width - 1
+    return sequence_scores(model, params, packed, ends)
 
 
-def check(what: str, figure, dtype: str) -> None:
-    """Stop a run in which a figure that must be 0 is not, to the rounding of `dtype`."""
-    figure, limit = float(figure), {"float32": 1e-4, "bfloat16": 0.1}[dtype]
-    if not figure <= limit:
+def self_check(what: str, figure: float | jax.Array, dtype: str) -> None:
+    """Stop the run if a figure that must be 0 is larger than the rounding of `dtype` explains.
+
+    Raises:
+      UserError: with the figure and the limit.
+    """
+    value = float(figure)
+    limit = SELF_CHECK_LIMITS[dtype]
+    if not value <= limit:  # also if the figure is NaN
         raise UserError(
-            f"self-check at step 0: {what} is {figure:.3g}, not 0 (to {limit:g} in {dtype}); stopped"
+            f"self-check at step 0: {what} is {value:.3g}, not 0 (to {limit:g} in {dtype}); stopped"
         )

@@ -14,7 +14,7 @@ from alignjax.planning.chips import GIB, chip_of
 from alignjax.planning.cost import ProgramCost, program_costs
 from alignjax.planning.topologies import devices_of
 from alignjax.planning.work import device_bytes, total_bytes, work_of
-from alignjax.sampling import rollout
+from alignjax.sampling.slots import plan_slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,11 @@ def rollout_notes(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
         return []
     ppo = config.ppo
     devices = sharding.row_shards(sharding.with_tensor(mesh, ppo.rollout_tensor))
-    at_once, slots = rollout.slots_of(config.data.batch, ppo.samples_per_prompt, ppo.slots)
-    counts = {"prompts that are prefilled at once": at_once, "slots of the rollout": slots}
+    plan = plan_slots(config.data.batch, ppo.samples_per_prompt, ppo.slots)
+    counts = {
+        "prompts that are prefilled at once": plan.prompts_per_fill,
+        "slots of the rollout": plan.slots,
+    }
     return [
         f"{name}: {count} do not divide over {devices} devices, so each of them has all "
         f"(ppo.slots={ppo.slots})"

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from alignjax.algorithms import shapes
+from alignjax.algorithms.registry import STAGES
 from alignjax.algorithms.stage import Program
 from alignjax.config import Config
 
@@ -24,11 +24,9 @@ def work_of(config: Config, mesh: jax.sharding.Mesh) -> Work:
     """Return the work of a run; `mesh` must be the one that is set.
 
     Every example is taken to be as long as it may be; the largest microbatch stands for all.
-    Resident shapes among a program's arguments must be the same objects as in `resident`.
     """
-    work = shapes.WORK[config.stage](config, mesh)
-    programs = [Program(**job._asdict()) for job in work.jobs]
-    return Work(programs, work.resident, work.saved)
+    stage = STAGES[config.stage].plan(config, mesh)
+    return Work(list(stage.programs()), stage.resident(), stage.abstract_state)
 
 
 def device_bytes(tree: Any) -> int:

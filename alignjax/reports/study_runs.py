@@ -18,10 +18,11 @@ from types import FrameType
 from tqdm import tqdm
 
 from alignjax import config as configs
-from alignjax import train
 from alignjax.claims import Study
 from alignjax.config import UserError
 from alignjax.machine import console
+from alignjax.runs.claim import check_workdir
+from alignjax.runs.lineage import adopt_architecture
 
 LONGEST_NAME = 100  # characters of a directory's name
 BAR_REFRESH = 60  # seconds between two lines of the bar where there is no terminal
@@ -67,8 +68,8 @@ def plan_trial(study: Study, arm: str, seed: int, workdir: Path) -> Trial:
     overrides = {name: str(value) for name, value in fields.items()}
     config = configs.load(spec, overrides | {"seed": str(seed)})
     directory = workdir / str(seed) / directory_name(config.name, overrides)
-    train.adopt(config, overrides)
-    train.compare(config, directory)
+    adopt_architecture(config, overrides)
+    check_workdir(config, directory)
     options = [f"--config.{name}={value}" for name, value in {"seed": seed, **overrides}.items()]
     program = ["python", "-m", "alignjax.train", "--config", spec]
     return Trial(

@@ -71,4 +71,14 @@ class Rollout:
         return jnp.concatenate([prompt, self.mask], axis=1).astype(jnp.int32)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StreamOutput:
+    """The responses of a stream so far."""
+
+    tokens: Int[Array, "responses response_tokens"]
+    lengths: Int[Array, " responses"]
+    live: Bool[Array, " responses"]  # the response has not ended
+
+
 Sampler = Callable[[dict, Prompts, jax.Array, SamplingSettings], Rollout]

@@ -1,236 +1,248 @@
-"""Hugging Face checkpoints in and out, as safetensors, never pickle; bit exact both ways in float32 and bfloat16.
+"""Read and write Hugging Face checkpoints: safetensors and config.json, never pickle.
 
-Both ways stream: in memory are the parameters that share a tensor of the file, or a device's part of one parameter.
-Letters: d model, n heads, h head size, l layers, v words.
+Both ways are exact to the bit in float32 and bfloat16, and both stream. Reading holds a device's
+part of one parameter; writing holds the parameters that share a tensor of the file.
 """
 
 import itertools
 import json
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from alignjax.config import Model, UserError
 from alignjax.machine.sharding import path_name
-from alignjax.models import families, transformer
-from alignjax.weights.safetensors import DTYPES, INDEX, open_tensors, write_tensors
+from alignjax.models import families
+from alignjax.weights.hf_layout import FileTensor, Layout, join_parts, layout_of
+from alignjax.weights.hf_views import ParameterView, Readable, Zeros, views_of
+from alignjax.weights.safetensors import (
+    INDEX,
+    SINGLE_FILE,
+    StoredTensor,
+    TensorSpec,
+    open_tensors,
+    write_tensors,
+)
 
-HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # computed, yet stored by old versions
+# Computed, but stored by old versions of transformers.
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # the config's name of a type -> the file's
+SHARD_BYTES = 5 * 10**9  # most bytes of a file, unless one tensor has more
+COMPARED_ROWS = 1024  # rows of two tensors that are compared at a time
+
+ReadParameter = Callable[[str], np.ndarray]  # path -> the whole parameter
+Params = dict[str, Any]  # nested dicts of arrays
 
 
-def open_hf(directory, head: str) -> tuple[Model, dict]:
-    """(Model, views) from config.json and safetensors in `directory`; nothing is read until `cut` cuts a view.
+def open_hf(directory: str | Path, head: str) -> tuple[Model, dict[str, ParameterView]]:
+    """Map a checkpoint; return its model, and views of its parameters by path.
 
-    A view is a parameter as it lies in the mapped file: an array, or of a stacked parameter one array for each layer.
-    head="scalar" takes `score.weight` (and `score.bias`, else 0); a checkpoint without has no views of a head.
-    UserError for what we can't run, and for a missing, extra or misshapen tensor.
+    Nothing is read until a view is read. head="scalar" takes `score.weight` and `score.bias` (0 if
+    it is absent); a checkpoint without `score.weight` has no views of a head. Raises UserError for
+    a model that we can't run, and for a missing, extra or misshapen tensor.
     """
     directory = Path(directory)
+    model = read_model(directory)
+    tensors = open_tensors(directory)
+    layout = layout_of(model, head)
+    stored: dict[FileTensor, Readable] = {}
+    for tensor in layout.tensors:
+        is_score = tensor.name.startswith("score.")
+        if is_score and "score.weight" not in tensors:
+            continue
+        shape = layout.file_shape(tensor)
+        if is_score and tensor.name not in tensors:
+            stored[tensor] = Zeros(shape)
+            continue
+        stored[tensor] = checked_tensor(directory, tensors, tensor.name, shape)
+    known = {tensor.name for tensor in layout.tensors}
+    check_extra(directory, tensors, known, model, head)
+    return model, views_of(layout, stored)
+
+
+def read_model(directory: Path) -> Model:
+    """Return the model that a checkpoint's config.json describes."""
     path = directory / "config.json"
     try:
-        model = families.model_from_hf(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
-    tensors = open_tensors(directory)
-    shapes, weights = layout(model, head)
-    views = {}
-    for name, paths, layer in weights:
-        if name.startswith("score.") and name not in tensors:
+    return families.model_from_hf(config, str(path))
+
+
+def checked_tensor(
+    directory: Path, tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]
+) -> StoredTensor:
+    """Return a tensor of the files; UserError if it is missing or has another shape."""
+    if name not in tensors:
+        raise UserError(f"{directory}: there is no tensor {name} {list(shape)}")
+    tensor = tensors[name]
+    if tensor.shape != shape:
+        raise UserError(f"{directory}: tensor {name} is {list(tensor.shape)}, {list(shape)} wanted")
+    return tensor
+
+
+def check_extra(
+    directory: Path,
+    tensors: Mapping[str, StoredTensor],
+    known: set[str],
+    model: Model,
+    head: str,
+) -> None:
+    """Raise UserError for a tensor that we would leave unread.
+
+    A stored copy of a tied head is allowed, if it is a copy.
+    """
+    embedding = families.weight_names(model, head)["embed/embedding"]
+    for name in tensors:
+        if name in known or HARMLESS.search(name):
             continue
-        want = hf_shape(paths, layer, shapes)
-        if name not in tensors:
-            raise UserError(f"{directory}: there is no tensor {name} {list(want)}")
-        if tensors[name].shape != want:
+        if name == "lm_head.weight" and head == "scalar":
+            continue
+        if name != "lm_head.weight" or not model.tied:
             raise UserError(
-                f"{directory}: tensor {name} is {list(tensors[name].shape)}, {list(want)} wanted"
+                f"{directory}: tensor {name} {list(tensors[name].shape)} has no place in "
+                f"{model.family!r}, head {head!r}"
             )
-        for path, view in split(tensors[name], paths, layer, shapes):
-            if layer is None:
-                views[path] = view
-            else:
-                views.setdefault(path, []).append(view)
-    check_extra(directory, tensors, {name for name, _, _ in weights}, model, head)
-    if "head/kernel" in views and head == "scalar":
-        views.setdefault("head/bias", np.zeros(1, np.float32))
-    return model, views
+        if not equal_tensors(tensors[name], tensors[embedding]):
+            raise UserError(
+                f"{directory}: lm_head.weight differs from {embedding}, "
+                "but tie_word_embeddings=True"
+            )
 
 
-def cut(view, index=(slice(None),)) -> np.ndarray:
-    """params[index] in float32, from a view of `open_hf`: no other part of the file is read."""
-    if isinstance(view, list):
-        return np.stack([layer[index[1:]] for layer in view[index[0]]], dtype=np.float32)
-    return np.array(view[index], np.float32)
+def equal_tensors(first: StoredTensor, second: StoredTensor) -> bool:
+    """Compare two tensors, a part at a time because they may be large."""
+    if first.shape != second.shape:
+        return False
+    count = first.shape[0]
+    for row in range(0, count, COMPARED_ROWS):
+        rows = (slice(row, min(row + COMPARED_ROWS, count)),)
+        if not np.array_equal(first.read(rows), second.read(rows)):
+            return False
+    return True
 
 
-def load_hf(directory, head: str) -> tuple[Model, dict]:
-    """(Model, params as nested dicts of float32 numpy arrays) of a whole checkpoint, as `open_hf` finds it."""
+def load_hf(directory: str | Path, head: str) -> tuple[Model, Params]:
+    """Read a whole checkpoint; return its model and nested dicts of float32 numpy arrays."""
     model, views = open_hf(directory, head)
-    return model, nest({path: cut(view) for path, view in views.items()})
+    return model, nest({path: view.read() for path, view in views.items()})
 
 
 def save_hf(
-    model: Model, params, directory, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9
+    model: Model,
+    params: Params,
+    directory: str | Path,
+    dtype: str = "float32",
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """`write_hf` of nested dicts of arrays that this process can read; their head tells which."""
-    flat = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    """Write nested dicts of arrays that this process can read, with `write_hf`.
+
+    The parameters themselves tell which head they have.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    flat = {path_name(path): leaf for path, leaf in leaves}
     head = "scalar" if "head/bias" in flat else "lm"
-    shapes, _ = layout(model, head)
+    shapes = layout_of(model, head).shapes
     odd = sorted({*shapes} ^ {*flat})
     if odd:
-        raise UserError(
-            f"{directory}: parameter {odd[0]} is {'absent' if odd[0] in shapes else 'one too many'}"
-        )
-    write_hf(model, head, lambda path: np.asarray(flat[path]), directory, dtype, max_shard_bytes)
+        problem = "absent" if odd[0] in shapes else "one too many"
+        raise UserError(f"{directory}: parameter {odd[0]} is {problem}")
+
+    def read(path: str) -> np.ndarray:
+        return np.asarray(flat[path])
+
+    write_hf(model, head, read, directory, dtype, max_shard_bytes)
 
 
 def write_hf(
-    model: Model, head: str, read, directory, dtype="float32", max_shard_bytes=5 * 10**9, tokens=()
+    model: Model,
+    head: str,
+    read: ReadParameter,
+    directory: str | Path,
+    dtype: str = "float32",
+    max_shard_bytes: int = SHARD_BYTES,
+    tokens: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write model.safetensors (several with an index above `max_shard_bytes`), then config.json; the bytes of data.
+    """Write safetensors files, then config.json; return the bytes of all tensors.
 
-    read(path) gives one parameter as an array; it is asked for those that share a tensor, and they are let go before
-    the next are asked for. `dtype` of the file is "float32" or "bfloat16". `tokens` are ids for config.json.
+    There is one file, or several with an index if they would have more than `max_shard_bytes`.
+    `read` is asked for the parameters that share a tensor, and they are let go before the next are
+    asked for. `dtype` is the files' type, "float32" or "bfloat16". `tokens` are ids of special
+    tokens for config.json.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = families.hf_from_model(model, head, dtype) | dict(tokens)
-    shapes, weights = layout(model, head)
-    kind = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    shards = [[]]
-    room = max_shard_bytes
-    for name, paths, layer in weights:
-        shape = hf_shape(paths, layer, shapes)
-        size = int(np.prod(shape)) * DTYPES[kind].itemsize
-        if shards[-1] and size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append((name, (kind, shape)))
-        room -= size
-    tensors = joined(read, weights, shapes, directory)
-    index, total = {}, 0
-    for i, shard in enumerate(shards):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        )
-        total += write_tensors(directory / file, dict(shard), tensors)
-        index |= {name: file for name, _ in shard}
+    config = families.hf_from_model(model, head, dtype) | dict(tokens or {})
+    layout = layout_of(model, head)
+    specs = [
+        TensorSpec(tensor.name, DTYPES[dtype], layout.file_shape(tensor))
+        for tensor in layout.tensors
+    ]
+    shards = split_into_shards(specs, max_shard_bytes)
+    tensors = joined_tensors(read, layout, directory)
+    weight_map = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE_FILE
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        total += write_tensors(directory / file, shard, tensors)
+        weight_map |= {spec.name: file for spec in shard}
     if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-        (directory / INDEX).write_text(text, encoding="utf-8")
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return total
 
 
-def layout(model: Model, head: str):
-    """({path: shape}, [(tensor name, paths, layer or None)]): all parameters, and the tensors that hold them.
+def split_into_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    """Cut the tensors, in order, into files of at most `max_bytes`; a larger tensor has its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    free = max_bytes
+    for spec in specs:
+        if shards[-1] and spec.nbytes > free:
+            shards.append([])
+            free = max_bytes
+        shards[-1].append(spec)
+        free -= spec.nbytes
+    return shards
 
-    Tensors of the same parameters, which are those of all layers, follow each other, from the first layer to the last.
+
+def joined_tensors(read: ReadParameter, layout: Layout, directory: Path) -> Iterator[np.ndarray]:
+    """Yield the tensors of a layout as the files have them, made of what `read` returns.
+
+    Raises UserError for a parameter of another shape than the model's.
     """
-    tree = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-    shapes = {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    names = families.weight_names(model, head)
-    if set(names) != set(shapes):
-        raise UserError(
-            f"model.family={model.family!r} and the config differ on {sorted(set(names) ^ set(shapes))}: "
-            f"model.qkv_bias, model.qk_norm must be {families.SHAPES[model.family]}"
-        )
-    groups = {}
-    for path, name in names.items():
-        groups.setdefault(name, []).append(path)
-    weights = []
-    for name, paths in groups.items():
-        layers = range(model.layers) if "{}" in name else (None,)
-        weights += [(name.format(layer), tuple(paths), layer) for layer in layers]
-    return shapes, weights
-
-
-def hf_shape(paths, layer, shapes) -> tuple:
-    """The shape in the file of the tensor made of `paths`, joined along its first axis."""
-    parts = [
-        matrix_shape(path, shapes[path] if layer is None else shapes[path][1:]) for path in paths
-    ]
-    return (sum(part[0] for part in parts), *parts[0][1:])
-
-
-def matrix_shape(path: str, shape: tuple) -> tuple:
-    """The file's shape, [out in] of a kernel, [n*h] of a bias [n h]. Only `out` kernels contract two axes, [n h d]."""
-    if path.endswith("kernel"):
-        inputs = 2 if "out/" in path else 1
-        return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
-    return (int(np.prod(shape)),) if path.endswith("bias") else shape
-
-
-def split(tensor, paths, layer, shapes):
-    """(path, view) of each parameter, or of its layer, that the file's tensor is made of, in the parameter's shape."""
-    row = 0
-    for path in paths:
-        shape = shapes[path] if layer is None else shapes[path][1:]
-        rows = matrix_shape(path, shape)[0]
-        part = tensor[row : row + rows]
-        yield path, (part.T if path.endswith("kernel") else part).reshape(shape)
-        row += rows
-
-
-def joined(read, weights, shapes, directory):
-    """The tensors of `weights` as the file wants them, put together from their parts: what `split` undoes."""
-    for paths, group in itertools.groupby(weights, lambda weight: weight[1]):
+    for paths, tensors in itertools.groupby(layout.tensors, lambda tensor: tensor.paths):
         params = [read(path) for path in paths]
-        for path, x in zip(paths, params, strict=True):
-            if x.shape != shapes[path]:
+        for path, shape in zip(paths, map(np.shape, params), strict=True):
+            if shape != layout.shapes[path]:
                 raise UserError(
-                    f"{directory}: parameter {path} is {list(x.shape)}, {list(shapes[path])} wanted"
+                    f"{directory}: parameter {path} is {list(shape)}, "
+                    f"{list(layout.shapes[path])} wanted"
                 )
-        for _, _, layer in group:
-            yield join(paths, params if layer is None else [x[layer] for x in params])
-        del params, x  # before the next are read
+        for tensor in tensors:
+            yield join_parts(paths, layer_parts(params, tensor.layer))
+        del params  # let them go before the next are read
 
 
-def join(paths, parts):
-    """One tensor of the file, from its parts along the first axis."""
-    matrices = []
-    for path, x in zip(paths, parts, strict=True):
-        shape = matrix_shape(path, x.shape)
-        matrices.append(x.reshape(shape[::-1]).T if path.endswith("kernel") else x.reshape(shape))
-    return np.concatenate(matrices) if len(matrices) > 1 else matrices[0]
+def layer_parts(params: list[np.ndarray], layer: int | None) -> list[np.ndarray]:
+    """Return the parts of parameters in one layer, or all of them if they are not stacked."""
+    return params if layer is None else [param[layer] for param in params]
 
 
-def check_extra(directory, tensors, known, model: Model, head: str) -> None:
-    """UserError for a tensor that we would leave unread, or a stored copy of a tied head that isn't one."""
-    for name in tensors:
-        if (
-            name in known
-            or HARMLESS.search(name)
-            or (name == "lm_head.weight" and head == "scalar")
-        ):
-            continue
-        embedding = families.NAMES[model.family]["embed/embedding"]
-        if name != "lm_head.weight" or not model.tied:
-            raise UserError(
-                f"{directory}: tensor {name} {list(tensors[name].shape)} has no place in {model.family!r}, "
-                f"head {head!r}"
-            )
-        rows = zip(
-            tensors[name], tensors[embedding], strict=False
-        )  # one by one, for they may be large
-        if tensors[name].shape != tensors[embedding].shape or not all(
-            itertools.starmap(np.array_equal, rows)
-        ):
-            raise UserError(
-                f"{directory}: lm_head.weight differs from {embedding}, but tie_word_embeddings=True"
-            )
-
-
-def nest(flat: dict) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree = {}
-    for path, x in flat.items():
+def nest(flat: Mapping[str, Any]) -> Params:
+    """Return {"a": {"b": x}} for {"a/b": x}."""
+    tree: Params = {}
+    for path, value in flat.items():
         *parents, last = path.split("/")
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
-        node[last] = x
+        node[last] = value
     return tree

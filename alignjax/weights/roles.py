@@ -115,7 +115,7 @@ def place_view(view: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
     def read_part(index: tuple[slice, ...]) -> np.ndarray:
         name = str(index)
         if name not in parts:
-            parts[name] = hf.cut(view, index)
+            parts[name] = view.read(index)
         return parts[name]
 
     array = jax.make_array_from_callback(shape.shape, shape.sharding, read_part)
@@ -135,6 +135,18 @@ def freeze(params: Params, dtype: str, memory: str) -> Params:
         if memory == "host":
             return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
         return x
+
+    return jax.tree.map(freeze_one, params)
+
+
+def abstract_frozen(params: Params, dtype: str, memory: str) -> Params:
+    """Return the shapes that `freeze` makes of shapes with shardings."""
+
+    def freeze_one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        layout = x.sharding
+        if memory == "host":
+            layout = layout.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=layout)
 
     return jax.tree.map(freeze_one, params)
 

@@ -1,4 +1,4 @@
-"""The reward model of Qwen 14B: all as in qwen_1_8b/rm.py, whose docstring says what the report states and what to expect.
+"""The reward model of Qwen 14B: as qwen_1_8b/rm.py, which says what the report states.
 
 python -m alignjax.train --config qwen_14b/rm.py
 """
@@ -7,6 +7,7 @@ from alignjax.config import Config, load
 
 
 def config(variant: str) -> Config:
-    c = load("qwen_1_8b/rm.py")
-    c.name, c.parents = "qwen-14b-rm", {"model": "qwen_14b/pmp.py"}
-    return c
+    base = load("qwen_1_8b/rm.py")
+    base.name = "qwen-14b-rm"
+    base.parents = {"model": "qwen_14b/pmp.py"}
+    return base

@@ -1,8 +1,11 @@
-"""Writes the golden checkpoints and logits of this folder: `python tests/golden/make_golden.py` (torch, transformers).
+"""Write the golden checkpoints and logits of this folder; needs torch and transformers.
 
-Each case is a tiny random checkpoint as transformers saves it, and what torch computes from it in float32 for two rows
-of tokens: plain, padded on the left and padded on the right. Weights have fan-in scale, and norms and biases are
-random, so that each of them matters. Made with torch 2.13.0 and transformers 5.23.0.
+python tests/golden/make_golden.py
+
+Each case is a tiny random checkpoint as transformers saves it, and what torch computes from it in
+float32 for two rows of tokens: plain, padded on the left, and padded on the right. Weights have
+fan-in scale, and norms and biases are random, so that each of them matters. Made with torch 2.13.0
+and transformers 5.23.0.
 """
 
 import json
@@ -85,7 +88,7 @@ LENGTHS = (13, 9)
 
 
 def randomise(named, generator):
-    """Fresh values, representable in bfloat16: the files are half as large and lose nothing."""
+    """Draw values that bfloat16 can represent: the files are half as large and lose nothing."""
     for name, x in named:
         noise = torch.randn(x.shape, generator=generator)
         if x.ndim == 2:
@@ -96,11 +99,13 @@ def randomise(named, generator):
 
 
 def inputs(generator):
-    """{layout: (tokens[b t], mask[b t])}; "plain" has only full rows."""
+    """Return layout -> (tokens, mask), each [batch tokens]; "plain" has only full rows."""
     tokens = torch.randint(1, 64, (2, max(LENGTHS)), generator=generator)
-    right, mask = tokens.clone(), torch.ones_like(tokens)
+    right = tokens.clone()
+    mask = torch.ones_like(tokens)
     for row, length in enumerate(LENGTHS):
-        right[row, length:], mask[row, length:] = 0, 0
+        right[row, length:] = 0
+        mask[row, length:] = 0
     left = torch.stack(
         [torch.roll(x, max(LENGTHS) - n) for x, n in zip(right, LENGTHS, strict=True)]
     )
@@ -134,7 +139,10 @@ def qwen_weights():
 
 
 def qwen_logits(w, tokens, mask, positions):
-    """The report's own Qwen, which transformers has no class for: written from the facts of its architecture."""
+    """Compute the report's own Qwen, which transformers has no class for.
+
+    It is written from the facts of its architecture.
+    """
     heads, size = QWEN["num_attention_heads"], QWEN["kv_channels"]
     angle = positions[..., None].float() * QWEN["rotary_emb_base"] ** (
         -torch.arange(0, size, 2).float() / size
@@ -194,7 +202,8 @@ def main():
             arrays |= {f"{layout}_tokens": tokens.numpy(), f"{layout}_mask": mask.numpy()}
             arrays[f"{layout}_logits"] = logits.float().numpy()
         if name != "qwen":
-            # One case stays in float32, so that both types are read. Casting comes last: it rounds RoPE's frequencies.
+            # One case stays in float32, so that both types are read. Casting comes last, because
+            # it rounds RoPE's frequencies.
             (model if name == "qwen3" else model.to(torch.bfloat16)).save_pretrained(folder)
             (folder / "generation_config.json").unlink(missing_ok=True)
         np.savez_compressed(folder / "golden.npz", **arrays)

@@ -1,12 +1,14 @@
 """Stanford's SHP: two comments on one post of Reddit, ordered by their scores."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alignjax.config import UserError
-from alignjax.data.preferences.base import Comparisons, Source, fault, field
+from alignjax.data.preferences.base import Comparisons, Pair, Source
+from alignjax.data.preferences.rows import Row, fault, field
 
-# The hub states a sha256 for the large files alone, and we have none of them: what is found is recorded.
+# The hub states a sha256 only for large files, and none of these is: that of the download is kept.
 URL = "https://huggingface.co/datasets/stanfordnlp/SHP/resolve/main/"
 SUBREDDITS = (
     "askacademia",
@@ -32,61 +34,75 @@ SUBREDDITS = (
 
 @dataclass(frozen=True)
 class Options:
-    """The first two are the dataset card's advice ("Evaluating"), for training alone: other splits are never filtered."""
+    """Filters of train; other splits are never filtered.
 
-    min_score_ratio: float = (
-        2.0  # the higher comment's score over the lower's, in train; 1 is every row
-    )
-    pairs_per_post: int = (
-        5  # of a post's rows that pass, the first so many in the file's order, in train; 0 is all
-    )
-    history_chars: int = (
-        0  # the post is cut to so many characters, the comments never are; 0 is no cut
-    )
+    The first two are the advice of the dataset's card ("Evaluating"), which is for training only.
+    """
+
+    min_score_ratio: float = 2.0  # the higher comment's score over the lower's; 1 is every row
+    pairs_per_post: int = 5  # the first so many rows of a post that pass, in file order; 0 is all
+    history_chars: int = 0  # cut the post (never the comments) to so many characters; 0 is no cut
 
 
 class SHP(Comparisons):
-    """Which of two comments on a post Reddit's users scored higher (Ethayarajh et al. 2022). Reddit's terms.
+    """Which of two comments on a post Reddit's users scored higher (Ethayarajh et al. 2022).
 
-    The prompt is the post, one user's message; `ratio` is the score ratio, against which accuracy is to be reported.
-    Empty and equal comments are dropped.
+    Reddit's terms apply. The prompt is the post, as one message of the user; `ratio` is the score
+    ratio, against which accuracy should be reported. Empty and equal comments are dropped.
     """
 
     name = "shp"
     Options = Options
     HOMEPAGE = "https://huggingface.co/datasets/stanfordnlp/SHP"
 
-    def sources(self):
-        return {
-            split: {
-                f"{name}/{split}.json": Source(f"{URL}{name}/{split}.json") for name in SUBREDDITS
-            }
-            for split in ("train", "validation", "test")
-        }
+    def sources(self) -> dict[str, dict[str, Source]]:
+        """Return one file for each subreddit and split."""
+        sources = {}
+        for split in ("train", "validation", "test"):
+            names = [f"{subreddit}/{split}.json" for subreddit in SUBREDDITS]
+            sources[split] = {name: Source(URL + name) for name in names}
+        return sources
 
-    def compare(self, rows, split: str, dropped: Counter):
-        options, of_post = self.builder_config.options, Counter()
+    def compare(self, rows: Iterator[Row], split: str, dropped: Counter) -> Iterator[Pair]:
+        """Yield the comments of each row, the one with the higher score as chosen."""
+        history_chars = self.builder_config.options.history_chars
+        kept_of_post = Counter()
         for row in rows:
-            ratio, label, post = (
-                field(row, "score_ratio", float),
-                field(row, "labels", int),
-                field(row, "post_id", str),
-            )
-            if label not in (0, 1):
-                raise UserError(f"{row.where}: labels: 0 or 1 wanted, {label} found")
-            history, a, b = (
-                field(row, name, str) for name in ("history", "human_ref_A", "human_ref_B")
-            )
-            chosen, rejected = (text.strip() for text in ((a, b) if label else (b, a)))
-            reason = fault(chosen, rejected)
+            pair = read_pair(row, history_chars)
+            post = field(row, "post_id", str)
+            reason = fault(pair.chosen, pair.rejected)
             if split == "train" and not reason:
-                if ratio < options.min_score_ratio:
-                    reason = f"score_ratio below {options.min_score_ratio:g}"
-                elif of_post[post] == options.pairs_per_post > 0:
-                    reason = f"more than {options.pairs_per_post} of one post"
+                reason = self.filter_reason(pair.ratio, kept_of_post[post])
             if reason:
                 dropped[reason] += 1
                 continue
-            of_post[post] += 1
-            prompt = history.strip()[: options.history_chars or None]
-            yield row.id, [{"role": "user", "content": prompt}], chosen, rejected, float(ratio)
+            kept_of_post[post] += 1
+            yield pair
+
+    def filter_reason(self, ratio: float, kept_of_post: int) -> str:
+        """Return why the options drop a row of train, or ""."""
+        options = self.builder_config.options
+        if ratio < options.min_score_ratio:
+            return f"score_ratio below {options.min_score_ratio:g}"
+        if 0 < options.pairs_per_post == kept_of_post:
+            return f"more than {options.pairs_per_post} of one post"
+        return ""
+
+
+def read_pair(row: Row, history_chars: int) -> Pair:
+    """Return the comparison in a row."""
+    ratio = field(row, "score_ratio", float)
+    label = field(row, "labels", int)
+    if label not in (0, 1):
+        raise UserError(f"{row.where}: labels: expected 0 or 1, found {label}")
+    history = field(row, "history", str)
+    first = field(row, "human_ref_A", str).strip()
+    second = field(row, "human_ref_B", str).strip()
+    prompt = history.strip()[: history_chars or None]
+    return Pair(
+        id=row.id,
+        prompt=[{"role": "user", "content": prompt}],
+        chosen=first if label else second,
+        rejected=second if label else first,
+        ratio=float(ratio),
+    )

@@ -13,7 +13,6 @@ to end, and takes for the answer the last letter in parentheses anywhere.
 """
 
 from alignjax.config import UserError
-from alignjax.data.files import found
 from alignjax.evals import answers, local
 from alignjax.evals.benchmark import (
     Benchmark,
@@ -24,6 +23,7 @@ from alignjax.evals.benchmark import (
     published,
     subjects_of,
 )
+from alignjax.machine.jsonl import describe
 
 SHOTS = 3
 TOKENS = 512
@@ -47,7 +47,7 @@ def read(folder: str, subject: str, **_):
     value = local.json_file(path)
     examples = value.get("examples") if isinstance(value, dict) else None
     if not isinstance(examples, list):
-        raise UserError(f"{path}: examples: a list wanted, {found(examples)}")
+        raise UserError(f"{path}: examples: expected a list, found {describe(examples)}")
     rows = [
         local.texts(row, f"{path}: examples[{i}]", ("input", "target"))
         for i, row in enumerate(examples)

@@ -1,4 +1,4 @@
-"""The optimiser step: microbatches add, AdamW by hand, schedules, and what a checkpoint keeps."""
+"""The optimiser step: microbatches add up, AdamW by hand, schedules, checkpoint items."""
 
 import functools
 
@@ -25,56 +25,62 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def gradients():
-    """budget -> (the whole minibatch's gradient and metrics, the number of microbatches)."""
-    add = optimisation.adder(functools.partial(lm.loss_fn, MODEL))
+    """Return budget -> (total over the minibatch, number of microbatches)."""
+    accumulate = optimisation.compile_accumulate(functools.partial(lm.loss_fn, MODEL))
 
     @functools.cache
-    def of(budget):
-        parts = lm.microbatches(ROWS, budget, 1)
-        return optimisation.total(add, PARAMS, parts), len(parts)
+    def total_of(budget):
+        microbatches = lm.pack_minibatch(ROWS, budget, 1)
+        return optimisation.sum_gradients(accumulate, PARAMS, microbatches), len(microbatches)
 
-    return of
+    return total_of
+
+
+def assert_close(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("budget, count", [(32, 2), (16, 3)])
 def test_microbatches_of_unequal_lengths_add_up_to_the_minibatch(gradients, budget, count):
-    """The fewest tokens that hold all 44 are three rows of 16."""
-    (one, alone), (many, parts) = gradients(48), gradients(budget)
-    assert alone == 1 and parts == count
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, many)
+    """The smallest microbatch that holds all 44 tokens has three rows of 16."""
+    whole, whole_count = gradients(48)
+    split, split_count = gradients(budget)
+    assert whole_count == 1 and split_count == count
+    assert_close(whole, split)
 
 
 def test_every_target_counts_alike(gradients):
-    """The loss is the mean over all targets, not a mean of the rows' means; the gradient is that of this mean."""
+    """Loss and gradient are those of the mean over all targets, not of a mean of row means."""
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def mean(params):
         places = np.tile(np.arange(9), (8, 1))
         hidden, _ = transformer.apply(MODEL, params, ROWS["tokens"], places, ROWS["segments"])
-        logp = jax.nn.log_softmax(transformer.logits(MODEL, params, hidden[:, :-1]))
-        found = jnp.take_along_axis(logp, ROWS["tokens"][:, 1:, None], axis=-1)[..., 0]
-        entropy = -(jnp.exp(logp) * logp).sum(-1)
+        all_logprobs = jax.nn.log_softmax(transformer.logits(MODEL, params, hidden[:, :-1]))
+        labels = ROWS["tokens"][:, 1:, None]
+        logprobs = jnp.take_along_axis(all_logprobs, labels, axis=-1)[..., 0]
+        entropy = -(jnp.exp(all_logprobs) * all_logprobs).sum(-1)
         mask = ROWS["mask"][:, 1:] > 0
-        return -found.mean(where=mask), (
-            entropy.mean(where=mask),
-            -found.mean(axis=1, where=mask).mean(),
-        )
+        aside = {
+            "entropy": entropy.mean(where=mask),
+            "mean_of_means": -logprobs.mean(axis=1, where=mask).mean(),
+        }
+        return -logprobs.mean(where=mask), aside
 
-    (loss, (entropy, mean_of_means)), grads = jax.device_get(mean(PARAMS))
+    (loss, aside), gradient = jax.device_get(mean(PARAMS))
     assert ROWS["mask"].sum() == 36
     for budget in (48, 16):
-        (found, metrics), _ = gradients(budget)
-        assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-        assert metrics["entropy"] == pytest.approx(entropy, rel=1e-5)
-        assert abs(metrics["loss"] - mean_of_means) > 1e-2
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, grads
-        )
+        total, _ = gradients(budget)
+        assert total.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+        assert total.metrics["entropy"] == pytest.approx(aside["entropy"], rel=1e-5)
+        assert abs(total.metrics["loss"] - aside["mean_of_means"]) > 1e-2
+        assert_close(total.gradient, gradient)
 
 
 def line(params, batch):
-    """A loss whose gradient is plain to see."""
+    """Return a loss whose gradient can be worked out by hand."""
     loss = jnp.sum(batch["weights"] * (params["kernel"] * batch["x"] + params["bias"]))
     return loss, {"loss": loss, "seen": batch["x"].size}
 
@@ -90,18 +96,18 @@ PARTS = [
 
 
 def test_a_total_by_hand():
-    """Microbatches of any shapes: 3/2 + 4/4 + 8/4 = 4.5 and the weights' sum; losses 2 x + 1, by weight."""
-    grads, metrics = optimisation.total(
-        optimisation.adder(line), jax.tree.map(jnp.float32, LINE), PARTS
-    )
-    assert grads == {"kernel": 4.5, "bias": 1.0} and metrics == {"loss": 2 * 4.5 + 1, "seen": 8}
-    assert optimisation.total(None, None, []) is None
+    """Microbatches of any shapes: 3/2 + 4/4 + 8/4 = 4.5, and the sum of the weights."""
+    params = jax.tree.map(jnp.float32, LINE)
+    total = optimisation.sum_gradients(optimisation.compile_accumulate(line), params, PARTS)
+    assert total.gradient == {"kernel": 4.5, "bias": 1.0}
+    assert total.metrics == {"loss": 2 * 4.5 + 1, "seen": 8}
+    assert optimisation.sum_gradients(None, None, []) is None
 
 
-def test_a_compiled_step_is_one_optimiser_step_whose_state_is_used_up():
-    """Adam's first step is the learning rate, whatever the gradient; its norm is that before the clip."""
+def test_a_minibatch_update_is_one_optimiser_step_that_donates_the_state():
+    """Adam's first step is the learning rate for any gradient; the norm is that before the clip."""
     optimiser = optimisation.make_optimiser(Optimiser(learning_rate=0.1, clip_norm=1.0), 10)
-    step = optimisation.compiled(line, optimiser)
+    step = optimisation.MinibatchUpdate(line, optimiser)
     before = optimisation.init_state({name: jnp.float32(x) for name, x in LINE.items()}, optimiser)
     kernel = before.params["kernel"]
     after, metrics = step(before, PARTS)
@@ -117,28 +123,30 @@ def test_a_compiled_step_is_one_optimiser_step_whose_state_is_used_up():
 
 
 def test_a_step_leaves_the_state_laid_out_by_the_table_and_compiles_once():
-    """Gradients come whole on every device; the state that goes in, and comes out, has its rows and columns cut."""
+    """Gradients are whole on every device; the state, before and after, is sharded."""
     if jax.device_count() < 8:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
     mesh = sharding.make_mesh(Mesh(2, 2, 2))
     optimiser = optimisation.make_optimiser(Optimiser(learning_rate=0.1), 10)
     init = functools.partial(optimisation.init_state, optimiser=optimiser)
     params = {"head": {"kernel": np.ones((4, 6), np.float32)}}
-    shapes = sharding.abstract(jax.eval_shape(init, params), mesh)
+    abstract = sharding.abstract(jax.eval_shape(init, params), mesh)
+    update = functools.partial(optimisation.update_state, optimiser)
     with jax.set_mesh(mesh):
-        state = optimisation.placed(
-            init, jax.device_put(params, sharding.param_shardings(params, mesh)), shapes
-        )
-        step = optimisation.stepper(functools.partial(optimisation.finish, optimiser), shapes)
+        placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+        state = optimisation.place_state(placed, optimiser, abstract)
+        step = optimisation.compile_update(update, abstract)
         for _ in range(2):
-            grads = jax.device_put(params, sharding.replicated(mesh))
-            state, _ = step(state, (grads, {}))
+            gradient = jax.device_put(params, sharding.replicated(mesh))
+            state, _ = step(state, optimisation.GradientSum(gradient, {}))
             kernel = state.params["head"]["kernel"]
             assert kernel.sharding.spec == P("fsdp", "tensor") and kernel.addressable_shards[
                 0
             ].data.shape == (2, 3)
             assert all(
-                jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s.sharding, state, shapes))
+                jax.tree.leaves(
+                    jax.tree.map(lambda x, s: x.sharding == s.sharding, state, abstract)
+                )
             )
     assert step._cache_size() == 1 and int(state.updates) == 2
 
@@ -174,7 +182,7 @@ def test_adamw_by_hand():
     ],
 )
 def test_schedules(settings, rates):
-    rate = optimisation.learning_rate(Optimiser(learning_rate=2.0, **settings), 10)
+    rate = optimisation.learning_rate_schedule(Optimiser(learning_rate=2.0, **settings), 10)
     for at, wanted in rates.items():
         assert float(rate(at)) == pytest.approx(wanted, abs=1e-6)
 
@@ -185,10 +193,10 @@ def test_items_are_the_state_taken_apart():
         "policy": optimisation.init_state({"kernel": jnp.ones(2)}, optimiser),
         "stats": (jnp.ones(()),),
     }
-    items = optimisation.to_items(state)
+    items = optimisation.to_checkpoint(state)
     assert (
         set(items) == {"policy", "policy_optimiser", "stats"}
         and items["policy"] is state["policy"].params
     )
-    again = optimisation.from_items(items)
+    again = optimisation.from_checkpoint(items)
     assert jax.tree.structure(again) == jax.tree.structure(state) and set(again) == set(state)

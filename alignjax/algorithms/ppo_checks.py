@@ -1,0 +1,99 @@
+"""What a run checks of its first rollout: it stops with the figure if something does not hold."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from alignjax.algorithms import optimisation
+from alignjax.algorithms.experience import ResponseMicrobatch, ScoredRollout
+from alignjax.algorithms.optimisation import Accumulate
+from alignjax.config import Config, Model
+from alignjax.models import scoring
+from alignjax.sampling.types import Rollout
+from alignjax.weights import roles
+
+CHECKED_RESPONSES = 8  # which are scored once more, each alone
+
+
+def check_first_rollout(
+    config: Config,
+    policy_gradient: Accumulate,
+    reward_model: Model,
+    params: dict[str, dict],
+    scored: ScoredRollout,
+    minibatch: list[ResponseMicrobatch],
+    texts: np.ndarray | None,
+) -> None:
+    """Check ratio, KL and packing before the first update.
+
+    The ratio is 1; the KL to the reference is 0 if the policy starts there; and a response scores
+    alone as it scored among its neighbours.
+
+    Raises:
+      UserError: with the figure that is not as it must be.
+    """
+    check_ratio(config, policy_gradient, params["policy"], scored, minibatch)
+    if config.parents["policy"] == config.parents["reference"]:
+        largest = jnp.abs(scored.responses["kl"]).max()
+        scoring.self_check(
+            "the largest KL of a response to the reference", largest, config.model.dtype
+        )
+    if "reward" in params:
+        check_scores(config, reward_model, params["reward"], scored, texts)
+
+
+def check_ratio(
+    config: Config,
+    policy_gradient: Accumulate,
+    policy: dict,
+    scored: ScoredRollout,
+    minibatch: list[ResponseMicrobatch],
+) -> None:
+    """Check that the ratio of new to old probabilities is 1 on the first minibatch."""
+    parts = [(scored.experience, microbatch) for microbatch in minibatch]
+    metrics = optimisation.sum_gradients(policy_gradient, policy, parts).metrics
+    deviation = abs(metrics["val/ratio"] - 1) + metrics["val/ratio_var"]
+    scoring.self_check("|ratio - 1| of the policy", deviation, config.model.dtype)
+
+
+def check_scores(
+    config: Config,
+    reward_model: Model,
+    reward_params: dict,
+    scored: ScoredRollout,
+    texts: np.ndarray | None,
+) -> None:
+    """Check that some responses score alone as they scored packed with others."""
+    score = jax.jit(functools.partial(score_alone, reward_model))
+    rollout = jax.tree.map(lambda x: x[:CHECKED_RESPONSES], scored.experience.rollout)
+    alone = config.ppo.reward_weight * score(
+        reward_params, left_aligned(rollout), rollout.prompt_lengths + rollout.lengths
+    )
+    text_scores = np.zeros(len(alone)) if texts is None else texts[:CHECKED_RESPONSES]
+    packed = scored.responses["score"][:CHECKED_RESPONSES]
+    difference = jnp.abs(alone - packed + text_scores)
+    # A text-based reward that is not finite is reported elsewhere: the rollout is skipped.
+    change = jnp.where(jnp.isfinite(text_scores), difference, 0.0).max()
+    scoring.self_check(
+        "the largest change of a score when its row's pads and neighbours change",
+        change,
+        config.model.dtype,
+    )
+
+
+def score_alone(
+    model: Model, params: dict, tokens: jax.Array, lengths: jax.Array
+) -> Float[Array, " responses"]:
+    """Score sequences alone by parameters that may be kept in host memory."""
+    return scoring.score_alone(model, roles.on_device(params), tokens, lengths)
+
+
+def left_aligned(rollout: Rollout) -> jax.Array:
+    """Return the rows of a rollout with the pads before the prompt moved to the end."""
+    width = rollout.tokens.shape[1]
+    prompt_width = width - rollout.logprobs.shape[1]
+    start = (prompt_width - rollout.prompt_lengths)[:, None]
+    return jnp.take_along_axis(rollout.tokens, (jnp.arange(width) + start) % width, axis=1)

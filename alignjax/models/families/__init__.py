@@ -1,0 +1,80 @@
+"""The model families: one module each, and the registry that finds them by name.
+
+To add a family, write a module that defines a `Family` and pass it to `register`. In this package
+`BUILT_IN` does that; outside of it, a config file imports the module. `docs/extending.md` has an
+example.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from alignjax import config as configs
+from alignjax.config import Model, UserError
+from alignjax.models.families.family import Family, HFConfig
+from alignjax.models.families.llama import LLAMA
+from alignjax.models.families.qwen import QWEN
+from alignjax.models.families.qwen2 import QWEN2
+from alignjax.models.families.qwen3 import QWEN3
+
+__all__ = [
+    "FAMILIES",
+    "PRESETS",
+    "Family",
+    "HFConfig",
+    "family_of",
+    "hf_from_model",
+    "model_from_hf",
+    "register",
+    "weight_names",
+]
+
+BUILT_IN = (QWEN, QWEN2, QWEN3, LLAMA)
+FAMILIES: dict[str, Family] = {}
+PRESETS: dict[str, Model] = {}  # released models, to copy with `dataclasses.replace`
+
+
+def register(family: Family) -> Family:
+    """Make a family known under its name, to checkpoints and to `model.family` in configs.
+
+    Registering the same name again replaces the family, so a module may be imported twice.
+    """
+    FAMILIES[family.name] = family
+    PRESETS.update({name: family.preset(name) for name in family.presets})
+    known = configs.CHOICES["model.family"]
+    if family.name not in known:
+        configs.CHOICES["model.family"] = (*known, family.name)
+    return family
+
+
+for built_in in BUILT_IN:
+    register(built_in)
+
+
+def family_of(name: str, where: str) -> Family:
+    """Return the family with this name; UserError if there is none, after `where`."""
+    if name not in FAMILIES:
+        known = ", ".join(map(repr, FAMILIES))
+        raise UserError(f"{where}={name!r} must be one of {known}")
+    return FAMILIES[name]
+
+
+def weight_names(model: Model, head: str) -> dict[str, str]:
+    """Return parameter path -> tensor name; see `Family.tensors`. `head` is "lm" or "scalar"."""
+    return family_of(model.family, "model.family").tensor_names(model, head)
+
+
+def model_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Model:
+    """Return the Model that a Hugging Face config describes.
+
+    UserError if we can't run it, naming `where`, the field and its value.
+    """
+    family = family_of(config.get("model_type"), f"{where}: model_type")
+    return family.from_hf(config, where)
+
+
+def hf_from_model(model: Model, head: str, dtype: str = "float32") -> dict[str, Any]:
+    """Return the content of config.json, which transformers 4 and 5 read.
+
+    UserError if the family's format can't express the model.
+    """
+    return family_of(model.family, "model.family").to_hf(model, head, dtype)

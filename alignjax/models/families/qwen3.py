@@ -1,0 +1,33 @@
+"""Qwen3: Llama's format with norms on queries and keys."""
+
+from alignjax.models.families.family import Family
+from alignjax.models.families.llama_like import (
+    QK_NORM_TENSORS,
+    TENSORS,
+    read_config_without_bias,
+    write_config,
+)
+
+PRESETS = {
+    "qwen3-0.6b": {
+        "vocab_size": 151936,
+        "d_model": 1024,
+        "layers": 28,
+        "heads": 16,
+        "kv_heads": 8,
+        "head_size": 128,
+        "d_ff": 3072,
+        "rope_theta": 1000000.0,
+        "max_length": 40960,
+        "tied": True,
+    },
+}
+QWEN3 = Family(
+    name="qwen3",
+    flags={"qkv_bias": False, "qk_norm": True},
+    tensors=TENSORS | QK_NORM_TENSORS,
+    classes={"lm": "Qwen3ForCausalLM", "scalar": "Qwen3ForSequenceClassification"},
+    read_config=read_config_without_bias,
+    write_config=write_config,
+    presets=PRESETS,
+)

@@ -1,0 +1,61 @@
+"""A work directory belongs to one run: check that it is free or holds this run, and claim it."""
+
+import shutil
+from pathlib import Path
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from alignjax import config as configs
+from alignjax.config import Config, UserError
+from alignjax.machine import processes
+from alignjax.machine import workdir as workdirs
+from alignjax.weights import locations
+
+# What a run that was interrupted while it claimed the directory leaves: it may be claimed anew.
+CLAIM_FILES = {"lock", "tokenizer", "tokenizer.partial", "config.partial"}
+# Fields that may change on a resume.
+FREE_FIELDS = ("mesh.", "keep_checkpoints", "max_skipped", "ppo.eval_")
+
+
+def check_workdir(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None:
+    """Check that a work directory is free or holds this run: nothing is overwritten.
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      ignore: beginnings of further fields that may differ.
+
+    Raises:
+      UserError: if the directory holds something else; it names what differs.
+    """
+    if (workdir / "config.json").exists():
+        stored = locations.read_config(workdir)
+        differences = configs.difference(config, stored, (*FREE_FIELDS, *ignore))
+        if differences:
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(differences)}); "
+                "name another --workdir"
+            )
+    elif workdir.exists() and {path.name for path in workdir.iterdir()} - CLAIM_FILES:
+        raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
+
+
+def claim_workdir(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> None:
+    """Write the run's own copy of the tokenizer, then config.json, unless they are there."""
+    if jax.process_index() == 0 and not (workdir / "config.json").exists():
+        if workdirs.is_local(workdir):
+            save_tokenizer(tokenizer, workdir)
+        else:
+            with workdirs.staging(workdir / "tokenizer") as staging:
+                tokenizer.save_pretrained(staging.local)
+        workdirs.write_atomically(workdir / "config.json", configs.to_json(config))
+    processes.wait_for_all("claim")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, workdir: Path) -> None:
+    """Write the tokenizer to a local work directory, all of it or nothing."""
+    for name in ("tokenizer", "tokenizer.partial"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+    tokenizer.save_pretrained(workdir / "tokenizer.partial")
+    (workdir / "tokenizer.partial").rename(workdir / "tokenizer")

@@ -1,0 +1,81 @@
+"""The parents of a run: where they are, and which architecture they hand down.
+
+A parent is a config (NAME.py[:variant]), a run's directory, or a Hugging Face checkpoint, local
+or on the hub.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from alignjax import config as configs
+from alignjax.config import Config, Model, UserError
+from alignjax.weights import locations
+from alignjax.weights.locations import RUNTIME_FIELDS
+
+
+def is_config(spec: str) -> bool:
+    """Return whether a parent is named by a config, rather than by a directory or hub name."""
+    return spec.partition(":")[0].endswith(".py")
+
+
+def parent_of(run: Path, role: str) -> Path | None:
+    """Return the directory of a run's parent of a role, or None if it has none.
+
+    A parent that is a config is beside the run.
+    """
+    spec = locations.read_config(run)["parents"].get(role)
+    if spec is None:
+        return None
+    if not is_config(spec):
+        return locations.local_directory(spec)
+    siblings = run.parent if run.name else run.absolute().parent
+    return siblings / configs.load(spec).name
+
+
+def local_architecture(spec: str) -> Model:
+    """Return the architecture of a run or a checkpoint, which is downloaded if need be."""
+    return locations.architecture(locations.local_directory(spec))
+
+
+def adopt_architecture(
+    config: Config,
+    fixed: Collection[str],
+    architecture: Callable[[str], Model] = local_architecture,
+) -> None:
+    """Give the config the architecture of its ancestors, unless the user asks for another.
+
+    The reward model does not count: its architecture may differ.
+
+    Args:
+      config: to change.
+      fixed: fields that the user has set, such as "model.layers".
+      architecture: directory or hub name -> its model.
+
+    Raises:
+      UserError: if a field that the user has set differs from that of a parent.
+    """
+    for role, spec in config.parents.items():
+        ancestor = root_of(spec)
+        if role == "reward" or ancestor is None:
+            continue
+        for name, value in dataclasses.asdict(architecture(ancestor)).items():
+            if name in RUNTIME_FIELDS:
+                continue
+            own_value = getattr(config.model, name)
+            if f"model.{name}" in fixed and own_value != value:
+                raise UserError(
+                    f"model.{name}={own_value!r}, but the parent {ancestor} has {value!r}"
+                )
+            setattr(config.model, name, value)
+    configs.check(config)
+
+
+def root_of(spec: str) -> str | None:
+    """Return the directory or hub name that a parent begins with, or None for a fresh model.
+
+    The first parent of a config counts as its beginning.
+    """
+    if not is_config(spec):
+        return spec
+    return next(map(root_of, configs.load(spec).parents.values()), None)

@@ -1,0 +1,84 @@
+"""Which tokenizer a run uses: all roles but the reward share it."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from alignjax.algorithms.rewards import parent_tokenizer
+from alignjax.config import Config, UserError
+from alignjax.data import chat, mixture, sources, toy
+from alignjax.weights import locations
+
+
+def choose_tokenizer(
+    config: Config, workdir: Path, parents: dict[str, Path], say: Callable[[str], None]
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the run has kept; else its parents', a named or a new one.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      parents: role -> directory. A reward model may have another tokenizer, see
+        `algorithms.rewards`.
+      say: prints a line.
+
+    Raises:
+      UserError: if the parents' tokenizers differ, or the vocabulary is larger than the model's.
+    """
+    directories = {role: directory for role, directory in parents.items() if role != "reward"}
+    if (workdir / "config.json").exists():
+        tokenizer = chat.load_tokenizer(workdir / "tokenizer")
+    elif directories:
+        tokenizer = shared_tokenizer(config, directories)
+    elif config.tokenizer:
+        directory = locations.local_directory(config.tokenizer, weights=False)
+        tokenizer = chat.load_tokenizer(directory, config.chat_template)
+    else:
+        tokenizer = train_tokenizer(config, say)
+    if len(tokenizer) > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size}, "
+            f"but the tokenizer has {len(tokenizer)} tokens"
+        )
+    return tokenizer
+
+
+def shared_tokenizer(config: Config, directories: dict[str, Path]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the parents, which must all have the same vocabulary."""
+    names_another = config.tokenizer or config.chat_template
+    if names_another and all(locations.is_run(directory) for directory in directories.values()):
+        raise UserError(
+            f"tokenizer={config.tokenizer!r}, chat_template={config.chat_template!r}: "
+            f"the parents {sorted(map(str, set(directories.values())))} are runs, "
+            "which have their own"
+        )
+    first_role = next(iter(directories))
+    tokenizers = {role: parent_tokenizer(config, source) for role, source in directories.items()}
+    tokenizer = tokenizers[first_role]
+    for role, other in tokenizers.items():
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"the tokenizers of {directories[first_role]} ({first_role}) "
+                f"and {directories[role]} ({role}) differ"
+            )
+    return tokenizer
+
+
+def train_tokenizer(config: Config, say: Callable[[str], None]) -> PreTrainedTokenizerBase:
+    """Train a tokenizer on the text that the run trains on.
+
+    For the embedded world its own texts serve, so that all stages share one tokenizer.
+    """
+    if config.data.kind != "text":
+        raise UserError(
+            f"data.kind={config.data.kind!r} and no parent: a new tokenizer is trained on text only"
+        )
+    texts = toy.tokenizer_texts(config.seed)
+    names = [name for name, _ in sources.parse(config.data.train)]
+    if not all(name.startswith("toy/") for name in names):
+        sets = mixture.sets(config, "text", config.data.train, "", say)
+        texts = [row["text"] for rows in sets.train for row in rows]
+    with tempfile.TemporaryDirectory() as directory:
+        return chat.train_tokenizer(texts, Path(directory), config.model.vocab_size)
