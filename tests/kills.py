@@ -28,7 +28,6 @@ import conftest  # noqa: E402, F401
 from runs import command  # noqa: E402
 
 from alignjax import train
-from alignjax.data import packing
 from alignjax.machine import profile
 from alignjax.runs.log import TrainingLog
 
@@ -53,7 +52,9 @@ HITS = 2
 # Seconds, at most, from the beginning of the target to the kill.
 START_DELAY = 1.5
 TRACING_DELAY = 0.5  # at first, a phase takes long, because its programs are traced
-PATIENCE = 300  # seconds without a mark
+SAVE_PATIENCE = 1.0  # seconds that a kill waits for a half-written checkpoint
+POLL = 0.001  # seconds between two looks for it
+PATIENCE = 300  # seconds without a mark, at most
 
 
 def train_marking(runs: Path, workdir: Path, mark: Callable[[str], object]) -> int:
@@ -70,10 +71,7 @@ def train_marking(runs: Path, workdir: Path, mark: Callable[[str], object]) -> i
 
     profile.Phases.mark = mark_phase
     TrainingLog.evaluate = mark_evaluation
-    # Microbatches of one row, of one width: an attempt traces few programs.
-    packing.WIDTHS = (1,)
     overrides = [f"--config.steps={STEPS}", "--config.checkpoint_every=1"]
-    overrides.append("--config.microbatch_tokens=1")
     return train.main(command("ppo-tiny", runs, *overrides, "--workdir", str(workdir)))
 
 
@@ -138,7 +136,8 @@ class Aim:
 def attempt(runs: Path, workdir: Path, output: Path, aim: Aim) -> str | None:
     """Start or resume a run, and kill it at a moment.
 
-    Returns the phase in which it was killed, None if it completed before.
+    Returns the phase in which it was killed, None if it completed before. A kill in a save counts
+    as one if it leaves a half-written checkpoint, so such an aim waits for one.
     """
     read, write = os.pipe()
     before = half_written(workdir)
@@ -157,19 +156,23 @@ def attempt(runs: Path, workdir: Path, output: Path, aim: Aim) -> str | None:
                 skipped += 1
             else:
                 kill_at = time.monotonic() + aim.delay
-        timeout = PATIENCE if kill_at is None else max(kill_at - time.monotonic(), 0)
-        is_readable, _, _ = select.select([read], [], [], timeout)
-        received = os.read(read, 1) if is_readable else b""
-        if not received:
+        late = 0.0 if kill_at is None else time.monotonic() - kill_at
+        waits_for_file = aim.target == "save" and late < SAVE_PATIENCE
+        if late > 0 and not (waits_for_file and not half_written(workdir) - before):
+            os.kill(child, signal.SIGKILL)
             break
-        phase = NEXT_PHASE[MARKS[received[0]]]
-    if not is_readable:
-        os.kill(child, signal.SIGKILL)
+        timeout = PATIENCE if kill_at is None else max(-late, POLL)
+        if select.select([read], [], [], timeout)[0]:
+            received = os.read(read, 1)
+            if not received:  # the child has ended
+                break
+            phase = NEXT_PHASE[MARKS[received[0]]]
+        else:
+            assert kill_at is not None, f"no end of {phase}: {output.read_text()}"
     os.close(read)
     (code,) = exit_codes([child])
-    completed = bool(is_readable) and code == 0
-    assert completed or code == -signal.SIGKILL, f"{code} in {phase}: {output.read_text()}"
-    if completed:
+    assert code in (0, -signal.SIGKILL), f"{code} in {phase}: {output.read_text()}"
+    if code == 0:
         return None
     # The save before an evaluation may still be going on beside it.
     if phase != "evaluation" and half_written(workdir) - before:
