@@ -33,7 +33,7 @@ setup(
         "tokenizers",
         "Jinja2",  # transformers needs it for chat templates, and does not declare it
         "huggingface_hub",
-        "safetensors>=0.8",  # older versions read no slices of bfloat16 into numpy
+        "safetensors>=0.5.3",
         "pyarrow",
         "numpy",
         "scipy",

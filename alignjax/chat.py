@@ -1,20 +1,28 @@
 """Talk to a checkpoint in the terminal: python -m alignjax.chat runs/ppo
 
-Several answer the same prompt in turn, as before and after PPO: python -m alignjax.chat runs/sft runs/ppo
+Several models answer the same prompt in turn, for example those before and after PPO:
 
-A reply streams as it is decoded; behind it stand its score by the reward model, of a PPO run the one that it was trained
-with, and the true score of a prompt of the embedded world. A line is a prompt; /reset forgets what was said, /system TEXT
-does too and begins with a system message, /exit or Ctrl-D leaves; Ctrl-C stops a reply, and leaves where none is given. Prompts may
-be piped in, one a line.
+    python -m alignjax.chat runs/sft runs/ppo
+
+A reply streams as it is decoded. It is followed by its score by the reward model (for a PPO run,
+the one that it was trained with), and by its true score if the prompt belongs to the embedded
+world. Each line is a prompt, except for these:
+
+    /reset          forgets the conversation
+    /system TEXT    forgets the conversation, and starts a new one with a system message
+    /exit, Ctrl-D   leaves the chat
+
+Ctrl-C stops a reply; where there is none to stop, it leaves the chat. Prompts may also be piped
+in, one on each line.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from alignjax import config as configs
 from alignjax import inference, train
@@ -23,37 +31,76 @@ from alignjax.config import UserError
 from alignjax.data import toy
 from alignjax.machine import sharding
 from alignjax.machine.compilation_cache import keep_programs
-from alignjax.machine.console import say
+from alignjax.machine.console import run_command, say
 from alignjax.weights import checkpoint, locations
 
-COMMANDS = "/reset", "/system", "/exit"
+COMMANDS = ("/reset", "/system", "/exit")
+UNLIMITED = sys.maxsize  # earlier exchanges
 
 
-class Speaker(NamedTuple):
-    """One that answers, with what it remembers."""
+class Speaker:
+    """A model that answers, and what it remembers of the conversation.
 
-    name: str
-    model: inference.LoadedModel
-    turns: int  # how many earlier exchanges it may see
-    messages: list[dict]
+    Attributes:
+        turns: how many earlier exchanges it may see.
+        messages: the conversation so far, without exchanges that had to be forgotten.
+    """
+
+    def __init__(self, name: str, model: inference.LoadedModel, turns: int):
+        self.name = name
+        self.model = model
+        self.turns = turns
+        self.messages: list[dict] = []
+
+    def reset(self, system: str = "") -> None:
+        """Forget the conversation, and start a new one with a system message if there is one."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def messages_for(self, line: str, max_tokens: int) -> list[dict]:
+        """Return the messages to be answered: what is remembered, and the line.
+
+        The oldest exchanges are left out if there are too many of them, or if they would leave no
+        space for a reply of `max_tokens`. The latter is reported.
+        """
+        system = [message for message in self.messages if message["role"] == "system"]
+        exchanges = self.messages[len(system) :]
+        recent = exchanges[max(0, len(exchanges) - 2 * self.turns) :]
+        prompt = {"role": "user", "content": line}
+        kept = recent
+        while kept and not self.has_space([*system, *kept, prompt], max_tokens):
+            kept = kept[2:]
+        if len(kept) < len(recent):
+            say(
+                f"[{self.name} forgets all but the last {len(kept) // 2} exchanges, because its "
+                f"max_length is {self.model.max_length} tokens]"
+            )
+        return [*system, *kept, prompt]
+
+    def has_space(self, messages: list[dict], max_tokens: int) -> bool:
+        """Return whether the model can read these messages and a reply of `max_tokens`."""
+        (tokens,) = self.model.encode([messages])
+        return len(tokens) + max_tokens <= self.model.max_length
 
 
-def main(argv=None) -> int:
-    """The exit code: 0; 2 after a mistake of the user's; 130 after an interrupt before the first prompt."""
-    try:
-        arguments = parse(argv)
-        keep_programs()
-        talk(speakers(arguments), judge(arguments), arguments)
-    except UserError as error:
-        print(f"alignjax: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("alignjax: interrupted", file=sys.stderr)
-        return 130
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the chat and return its exit code.
+
+    It is 0; 2 after a user error; 130 after an interrupt before the first prompt.
+    """
+    return run_command(functools.partial(run_chat, argv), interrupted="interrupted")
 
 
-def parse(argv):
+def run_chat(argv: Sequence[str] | None) -> None:
+    """Load the models and talk to them."""
+    arguments = parse_arguments(argv)
+    keep_programs()
+    speakers = load_speakers(arguments)
+    reward = load_reward(arguments)
+    talk(speakers, reward, arguments)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alignjax.chat",
         allow_abbrev=False,
@@ -65,14 +112,14 @@ def parse(argv):
     parser.add_argument(
         "--reward",
         metavar="RUN",
-        help="a reward model; default: that of the first PPO run, where it was",
+        help="a reward model; default: the one of the first PPO run, at its original place",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: 1")
     parser.add_argument("--top_p", type=float, default=0.9, help="default: 0.9")
     parser.add_argument(
         "--max_tokens",
         type=int,
-        help="of a reply; default: 256, or a quarter of what the model may read",
+        help="most tokens of a reply; default: 256, or a quarter of the model's max_length",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="the same prompts get the same replies; default: 0"
@@ -80,14 +127,14 @@ def parse(argv):
     parser.add_argument(
         "--turns",
         type=int,
-        help="how many earlier exchanges are remembered, the oldest go where they don't "
-        "fit; default: all, of a run in the embedded world, whose conversations have one turn, none",
+        help="how many earlier exchanges a model sees, fewer if they do not fit; default: all, "
+        "but none for a run in the embedded world, where every conversation has one turn",
     )
     parser.add_argument(
         "--dtype",
         default="float32",
         choices=configs.CHOICES["model.dtype"],
-        help="default: float32",
+        help="type of the computation; default: float32",
     )
     parser.add_argument(
         "--tensor",
@@ -99,104 +146,126 @@ def parse(argv):
         "--chat_template",
         default="",
         choices=configs.CHOICES["chat_template"],
-        help="of a checkpoint that has none; default: its own",
+        help="template for a checkpoint that has none; default: the checkpoint's own",
     )
     arguments = parser.parse_args(argv)
-    if (arguments.turns or 0) < 0:
+    if arguments.turns is not None and arguments.turns < 0:
         raise UserError(f"--turns={arguments.turns} must not be below 0")
     return arguments
 
 
-def loaded(run: str, arguments) -> inference.LoadedModel:
-    mesh = sharding.make_mesh(configs.Mesh(tensor=arguments.tensor))
+def load_speakers(arguments: argparse.Namespace) -> list[Speaker]:
+    """Load the language models, and report each."""
+    names = [Path(run).name for run in arguments.run]
+    speakers = []
+    for run, name in zip(arguments.run, names, strict=True):
+        is_unique = names.count(name) == 1
+        speakers.append(load_speaker(run, name if is_unique else run, arguments))
+    return speakers
+
+
+def load_speaker(run: str, name: str, arguments: argparse.Namespace) -> Speaker:
+    """Load one language model, and report it."""
+    model = load_model(run, arguments)
+    if not model.end_tokens:
+        raise UserError(
+            f"{run}: this is a reward model, but a language model is needed; use it with --reward"
+        )
+    turns = remembered_turns(run, model, arguments)
+    say(f"{name}: {run}{progress_of(run)}" + ("" if turns else ", each prompt on its own"))
+    return Speaker(name, model, turns if model.uses_chat_template else 0)
+
+
+def remembered_turns(run: str, model: inference.LoadedModel, arguments: argparse.Namespace) -> int:
+    """Return how many earlier exchanges a model may see."""
+    if arguments.turns is not None:
+        return arguments.turns
+    stored = locations.read_config(locations.local_directory(run))
+    is_embedded_world = stored.get("data.train", "").startswith("toy/")
+    has_one_turn = is_embedded_world or not model.uses_chat_template
+    return 0 if has_one_turn else UNLIMITED
+
+
+def load_model(run: str, arguments: argparse.Namespace) -> inference.LoadedModel:
+    """Load a model, which may belong to a run that is not complete."""
     return inference.load(
         run,
         dtype=arguments.dtype,
-        mesh=mesh,
+        mesh=sharding.make_mesh(configs.Mesh(tensor=arguments.tensor)),
         chat_template=arguments.chat_template,
         unfinished=True,
     )
 
 
-def speakers(arguments) -> list[Speaker]:
-    """The models that are asked, each said."""
-    names = [Path(run).name for run in arguments.run]
-    out = []
-    for run, name in zip(arguments.run, names, strict=True):
-        name = name if names.count(name) == 1 else run
-        model, stored = (
-            loaded(run, arguments),
-            locations.read_config(locations.local_directory(run)),
-        )
-        if not model.end_tokens:
-            raise UserError(
-                f"{run}: a language model is wanted, this is a reward model, for --reward"
-            )
-        alone = not model.uses_chat_template or stored.get("data.train", "").startswith("toy/")
-        turns = arguments.turns if arguments.turns is not None else 0 if alone else sys.maxsize
-        out.append(Speaker(name, model, turns if model.uses_chat_template else 0, []))
-        say(f"{name}: {run}{state(run)}" + ("" if turns else ", each prompt by itself"))
-    return out
-
-
-def state(run: str) -> str:
-    """What is to be said of a run that isn't complete."""
+def progress_of(run: str) -> str:
+    """Return what to report of a run that is not complete; empty for any other model."""
     directory = locations.local_directory(run)
     if not locations.is_run(directory) or (directory / "summary.json").exists():
         return ""
-    return f", not complete: as it was after step {checkpoint.newest(directory).name}"
+    return f", not complete: the checkpoint after step {checkpoint.newest(directory).name}"
 
 
-def judge(arguments) -> inference.LoadedModel | None:
-    """The reward model, said; none is needed."""
+def load_reward(arguments: argparse.Namespace) -> inference.LoadedModel | None:
+    """Load the reward model, and report it; return None if there is none."""
     run = arguments.reward
     try:
-        for spec in arguments.run if run is None else ():
-            directory = locations.local_directory(spec)
-            if (
-                run is None
-                and locations.read_config(directory).get("stage") == "ppo"
-                and train.parent_of(directory, "reward")
-            ):
-                run = str(train.parent_of(directory, "reward"))
-        model = loaded(run, arguments) if run else None
+        if run is None:
+            run = trained_with(arguments.run)
+        model = load_model(run, arguments) if run else None
     except UserError as error:
         if arguments.reward:
             raise
         say(f"no scores: {error}")
         return None
-    if model and model.end_tokens:
-        raise UserError(f"--reward {run}: a reward model is wanted, this is a language model")
-    say(f"score: by {run}{state(run)}" if model else "no scores: --reward names a reward model")
+    if model is None:
+        say("no scores: name a reward model with --reward")
+        return None
+    if model.end_tokens:
+        raise UserError(f"--reward {run}: this is a language model, but a reward model is needed")
+    say(f"score: by {run}{progress_of(run)}")
     return model
 
 
-def talk(asked: list[Speaker], reward: inference.LoadedModel | None, arguments) -> None:
-    """Prompts and replies, until there are no more prompts."""
+def trained_with(runs: list[str]) -> str | None:
+    """Return the reward model of the first PPO run that has one."""
+    for run in runs:
+        directory = locations.local_directory(run)
+        if locations.read_config(directory).get("stage") != "ppo":
+            continue
+        parent = train.parent_of(directory, "reward")
+        if parent:
+            return str(parent)
+    return None
+
+
+def talk(
+    speakers: list[Speaker], reward: inference.LoadedModel | None, arguments: argparse.Namespace
+) -> None:
+    """Read prompts and print replies, until there are no more prompts."""
     if importlib.util.find_spec("readline"):
-        importlib.import_module("readline")  # input() then has a history, and the keys of a shell
-    for number, line in enumerate(lines()):
-        command, _, rest = line.partition(" ")
+        # This gives input() a history and the keys of a shell.
+        importlib.import_module("readline")
+    for number, line in enumerate(read_lines()):
+        command = line.split(" ", 1)[0]
+        text = line[len(command) + 1 :]
         if command == "/exit":
             return
         if command in COMMANDS:
-            for speaker in asked:
-                speaker.messages[:] = (
-                    [{"role": "system", "content": rest}] if command == "/system" and rest else []
-                )
+            for speaker in speakers:
+                speaker.reset(system=text if command == "/system" else "")
         elif line.startswith("/"):
-            say(f"{command}: no such command; there are {', '.join(COMMANDS)}")
+            say(f"{command}: no such command; the commands are {', '.join(COMMANDS)}")
         elif line:
             try:
-                answered(asked, reward, line, number, arguments)
+                answer(speakers, reward, line, number, arguments)
             except KeyboardInterrupt:
-                say(" [stopped, and forgotten]")
+                say(" [stopped and forgotten]")
             except UserError as error:
                 say(f"alignjax: {error}")
 
 
-def lines() -> Iterator[str]:
-    """What is typed, or piped in, until it ends or is interrupted."""
+def read_lines() -> Iterator[str]:
+    """Yield the lines that are typed or piped in, until the input ends or is interrupted."""
     while True:
         try:
             line = input("> ")
@@ -204,35 +273,40 @@ def lines() -> Iterator[str]:
             print()
             return
         if not sys.stdin.isatty():
-            print(line)  # so that it reads as if it had been typed
+            print(line)  # so the output looks as if it had been typed
         yield line.strip()
 
 
-def answered(
-    asked: list[Speaker], reward: inference.LoadedModel | None, line: str, number: int, arguments
+def answer(
+    speakers: list[Speaker],
+    reward: inference.LoadedModel | None,
+    line: str,
+    number: int,
+    arguments: argparse.Namespace,
 ) -> None:
-    """All answer a line, and remember it once all have."""
-    seen, replies = [], []
-    for speaker in asked:
-        seen.append(fitting(speaker, line, arguments.max_tokens or speaker.model.max_tokens))
+    """Let all models answer a line; they remember it only after all of them have answered."""
+    conversations = []
+    for speaker in speakers:
+        max_tokens = arguments.max_tokens or speaker.model.max_tokens
+        messages = speaker.messages_for(line, max_tokens)
         print(f"{speaker.name}: ", end="", flush=True)
-        prompt = seen[-1] if speaker.model.uses_chat_template else line
         pieces = speaker.model.stream(
-            prompt,
+            messages if speaker.model.uses_chat_template else line,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             max_tokens=arguments.max_tokens,
             seed=arguments.seed,
             number=number,
         )
-        replies.append(shown(pieces))
-        print(figures(speaker, reward, seen[-1], replies[-1]), flush=True)
-    for speaker, messages, reply in zip(asked, seen, replies, strict=True):
-        speaker.messages[:] = [*messages, {"role": "assistant", "content": reply.text}]
+        reply = print_reply(pieces)
+        print(describe(speaker, reward, messages, reply), flush=True)
+        conversations.append([*messages, {"role": "assistant", "content": reply.text}])
+    for speaker, messages in zip(speakers, conversations, strict=True):
+        speaker.messages = messages
 
 
-def shown(pieces) -> inference.Response:
-    """Print a reply as it comes."""
+def print_reply(pieces: Generator[str, None, inference.Response]) -> inference.Response:
+    """Print a reply as it is decoded, and return it."""
     while True:
         try:
             print(next(pieces), end="", flush=True)
@@ -240,43 +314,39 @@ def shown(pieces) -> inference.Response:
             return end.value
 
 
-def fitting(speaker: Speaker, line: str, room: int) -> list[dict]:
-    """The messages that a line is answered by: without the oldest exchanges where they are too many or too long."""
-    system = [m for m in speaker.messages if m["role"] == "system"]
-    said = speaker.messages[len(system) :]
-    kept, last = said[max(0, len(said) - 2 * speaker.turns) :], {"role": "user", "content": line}
-    fit, model = len(kept), speaker.model
-    while kept and len(model.encode([[*system, *kept, last]])[0]) + room > model.max_length:
-        kept = kept[2:]
-    if len(kept) < fit:
-        say(
-            f"[{speaker.name} has forgotten all but the last {len(kept) // 2} exchanges: it may read {model.max_length} tokens]"
-        )
-    return [*system, *kept, last]
-
-
-def figures(
+def describe(
     speaker: Speaker,
     reward: inference.LoadedModel | None,
     messages: list[dict],
     reply: inference.Response,
 ) -> str:
-    """What is told behind a reply."""
-    out, prompt = [], messages[-1]["content"]
+    """Return what is printed after a reply: its scores, and whether it was cut off."""
+    facts = []
     if reward:
-        same = speaker.model.uses_chat_template and rewards.same_tokens(
-            speaker.model.tokenizer, reward.tokenizer
-        )
-        try:
-            (score,) = reward.score([messages], [reply.tokens if same else reply.text])
-            out.append(f"score {score:.2f}")
-        except UserError as error:
-            out.append(f"no {error}")
+        facts.append(describe_score(speaker.model, reward, messages, reply))
+    prompt = messages[-1]["content"]
     if toy.answer(prompt):
-        out.append(f"true score {toy.true_score(prompt, reply.text):.2f}")
+        facts.append(f"true score {toy.true_score(prompt, reply.text):.2f}")
     if reply.truncated:
-        out.append(f"cut off at {len(reply.tokens)} tokens")
-    return f"  [{', '.join(out)}]" if out else ""
+        facts.append(f"cut off at {len(reply.tokens)} tokens")
+    return f"  [{', '.join(facts)}]" if facts else ""
+
+
+def describe_score(
+    model: inference.LoadedModel,
+    reward: inference.LoadedModel,
+    messages: list[dict],
+    reply: inference.Response,
+) -> str:
+    """Return the reward model's score of a reply as text, or why there is none."""
+    reads_same_tokens = model.uses_chat_template and rewards.same_tokens(
+        model.tokenizer, reward.tokenizer
+    )
+    try:
+        (score,) = reward.score([messages], [reply.tokens if reads_same_tokens else reply.text])
+    except UserError as error:
+        return f"no {error}"
+    return f"score {score:.2f}"
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ ROLES = {
 KINDS = {"lm": ("text", "conversations"), "ranking": ("comparisons",), "ppo": ("prompts",)}
 CHOICES = {
     "stage": tuple(ROLES),
-    "model.family": ("qwen", "qwen2", "qwen3", "llama"),
+    "model.family": ("qwen", "qwen2", "qwen3", "llama"),  # `models.families.register` adds more
     "model.rope_scaling": ("", "linear", "llama3", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("nothing", "everything", "dots"),

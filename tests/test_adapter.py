@@ -1,4 +1,4 @@
-"""The harness' model interface: what reaches `Requests`, what comes back, and what an interruption leaves."""
+"""The harness's model interface: what reaches `Requests`, and what an interruption leaves."""
 
 import json
 
@@ -14,6 +14,7 @@ from alignjax import convert
 from alignjax.config import UserError
 from alignjax.data import chat
 from alignjax.evals import adapter
+from alignjax.evals.requests import ResponseSettings
 
 TEXTS = ["copy : cat box = cat box .", "last : sun hat\ncount : one two", "the"]
 
@@ -26,55 +27,55 @@ def model(chain):
 
 
 def instances(kind, *arguments):
-    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
 
 
 def weights(model):
-    return model.asked.model.architecture, jax.tree.map(np.asarray, model.asked.model.params)
+    loaded = model.requests.model
+    return loaded.architecture, jax.tree.map(np.asarray, loaded.params)
 
 
 def test_a_text_without_context_follows_the_begin_token_and_a_long_one_is_read_in_windows(model):
     texts = [*TEXTS, " ".join(TEXTS * 12)]
-    found = model.loglikelihood_rolling(
+    logprobs = model.loglikelihood_rolling(
         instances("loglikelihood_rolling", *((text,) for text in texts)), disable_tqdm=True
     )
-    assert model.prefix_token_id == model.tokenizer.eos_token_id and model.max_length == 64
-    for text, logprob in zip(TEXTS, found, strict=False):
+    assert model.prefix_token_id == model.tokenizer.eos_token_id
+    assert model.max_length == 64
+    for text, logprob in zip(TEXTS, logprobs, strict=False):
         ids = [model.prefix_token_id, *model.tok_encode(text)]
         expected = logits_of(weights(model), ids[:-1])[np.arange(len(ids) - 1), ids[1:]].sum()
         assert logprob == pytest.approx(expected, abs=1e-3)
     ids = [model.prefix_token_id, *model.tok_encode(texts[-1])]
     assert len(ids) > 129
     expected = 0.0
-    for end in range(
-        1, len(ids)
-    ):  # as many tokens before each as a window of 64 that ends where the harness' end has
+    # Each token has the context that a window of 64 leaves it, where the harness's windows end.
+    for end in range(1, len(ids)):
         last = min(-(-end // 64) * 64, len(ids) - 1)
         start = max(last - 64, 0)
         expected += logits_of(weights(model), ids[start:end])[-1, ids[end]]
-    assert found[-1] == pytest.approx(expected, abs=2e-3)
+    assert logprobs[-1] == pytest.approx(expected, abs=2e-3)
 
 
 def test_hugging_face_checkpoint_and_run_answer_alike(model, chain, tmp_path):
     convert.export(chain[0] / "sft-tiny", tmp_path / "hf", None, "float32")
     other = adapter.AlignJax(tmp_path / "hf", batch_size="auto")
-    asked = instances("loglikelihood", *((text, " box") for text in TEXTS))
-    assert other.loglikelihood(asked, disable_tqdm=True) == model.loglikelihood(
-        asked, disable_tqdm=True
-    )
-    assert other.asked.model.end_tokens == model.asked.model.end_tokens and other.asked.slots == 64
+    requests = instances("loglikelihood", *((text, " box") for text in TEXTS))
+    likelihoods = model.loglikelihood(requests, disable_tqdm=True)
+    assert other.loglikelihood(requests, disable_tqdm=True) == likelihoods
+    assert other.requests.model.end_tokens == model.requests.model.end_tokens
+    assert other.requests.slots == 64
 
 
 def test_half_precision_is_near(model, chain):
     half = adapter.AlignJax(chain[0] / "sft-tiny", dtype="bfloat16")
-    asked = instances("loglikelihood", *((text, " box") for text in TEXTS))
-    pairs = zip(
-        half.loglikelihood(asked, disable_tqdm=True),
-        model.loglikelihood(asked, disable_tqdm=True),
-        strict=True,
-    )
-    assert all(a[0] == pytest.approx(b[0], abs=0.1) and a[0] != b[0] for a, b in pairs)
-    assert half.asked.model.params["layers"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
+    requests = instances("loglikelihood", *((text, " box") for text in TEXTS))
+    rounded = half.loglikelihood(requests, disable_tqdm=True)
+    exact = model.loglikelihood(requests, disable_tqdm=True)
+    for (rounded_logprob, _), (exact_logprob, _) in zip(rounded, exact, strict=True):
+        assert rounded_logprob == pytest.approx(exact_logprob, abs=0.1)
+        assert rounded_logprob != exact_logprob
+    assert half.requests.model.params["layers"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -82,34 +83,34 @@ def test_half_precision_is_near(model, chain):
     [
         ({"run": "nowhere"}, "nowhere: no config.json there"),
         ({"dtype": "float16"}, "dtype='float16' must be one of 'float32', 'bfloat16'"),
-        ({"run": "pmp-tiny"}, "pmp-tiny: a language model is wanted, this is a reward model"),
+        ({"run": "pmp-tiny"}, "pmp-tiny: expected a language model, but this is a reward model"),
     ],
 )
-def test_what_is_no_model_is_said(chain, arguments, message):
+def test_what_is_not_a_language_model_is_a_user_error(chain, arguments, message):
     arguments = {"run": "sft-tiny"} | arguments
     with pytest.raises(UserError, match=message):
         adapter.AlignJax(**arguments | {"run": chain[0] / arguments["run"]})
 
 
 def test_generation_kwargs(model):
-    asked = {
+    sampling = {
         "until": ["\n"],
         "max_gen_toks": 7,
         "do_sample": True,
         "temperature": 0.5,
         "top_p": 0.9,
     }
-    assert model.settings(asked) == dict(
-        strings=("\n", "<|im_end|>"), length=7, temperature=0.5, top_p=0.9
+    assert model.response_settings(sampling) == ResponseSettings(
+        stop_strings=("\n", "<|im_end|>"), max_tokens=7, temperature=0.5, top_p=0.9
     )
-    assert (
-        model.settings({"temperature": 0.5, "do_sample": False})["temperature"] == 0
-        and model.settings({})["length"] == 256
-    )
+    assert model.response_settings({"temperature": 0.5, "do_sample": False}).temperature == 0
+    assert model.response_settings({}).max_tokens == 256
     with pytest.raises(UserError, match="generation_kwargs: num_beams=4 is not supported"):
-        model.settings({"num_beams": 4})
+        model.response_settings({"num_beams": 4})
     arguments = [
-        (text, {"until": [], "max_gen_toks": 4, **more}) for text in TEXTS for more in ({}, asked)
+        (text, {"until": [], "max_gen_toks": 4, **more})
+        for text in TEXTS
+        for more in ({}, sampling)
     ]
     first = model.generate_until(instances("generate_until", *arguments), disable_tqdm=True)
     assert first == model.generate_until(instances("generate_until", *arguments), disable_tqdm=True)
@@ -158,10 +159,8 @@ def test_the_harness_own_command_line(chain, tmp_path, monkeypatch, capsys):
     assert adapter.main() == 0
     assert "|copies|" in capsys.readouterr().out
     results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
-    assert (
-        results["config"]["dtype"] == "float32"
-        and "exact_match,none" in results["results"]["copies"]
-    )
+    assert results["config"]["dtype"] == "float32"
+    assert "exact_match,none" in results["results"]["copies"]
     sample = json.loads(
         next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()[0]
     )
@@ -186,33 +185,35 @@ def test_the_harness_own_command_line(chain, tmp_path, monkeypatch, capsys):
             str(tmp_path / "copies.yaml"),
         ],
     )
-    assert adapter.main() == 2 and "no config.json there" in capsys.readouterr().err
+    assert adapter.main() == 2
+    assert "no config.json there" in capsys.readouterr().err
 
 
-def test_what_was_answered_before_an_interruption_is_not_asked_again(
+def test_answers_from_before_an_interruption_are_not_computed_again(
     chain, model, tmp_path, monkeypatch
 ):
-    asked = instances(
+    requests = instances(
         "generate_until", *((f"copy : {i}", {"until": [], "max_gen_toks": 4}) for i in range(40))
     )
-    cached = lambda: lm_eval.api.model.CachingLM(model, str(tmp_path / "answers.db"))
-    answer, calls = model.asked.answer, []
+    answer = model.requests.answer
+    prompts_per_call = []
+    interrupt_second_call = True
 
-    def interrupted(*arguments):
-        if len(calls) == 1:
+    def counting_answer(prompts, *arguments):
+        if interrupt_second_call and len(prompts_per_call) == 1:
             raise KeyboardInterrupt
-        calls.append(len(arguments[3]))
-        return answer(*arguments)
+        prompts_per_call.append(len(prompts))
+        return answer(prompts, *arguments)
 
-    monkeypatch.setattr(model.asked, "answer", interrupted)
+    def cached_model():
+        return lm_eval.api.model.CachingLM(model, str(tmp_path / "answers.db"))
+
+    monkeypatch.setattr(model.requests, "answer", counting_answer)
     with pytest.raises(KeyboardInterrupt):
-        cached().generate_until(asked)
-    monkeypatch.setattr(
-        model.asked,
-        "answer",
-        lambda *arguments: calls.append(len(arguments[3])) or answer(*arguments),
-    )
-    found = cached().generate_until(asked)
-    assert 0 < calls[0] < sum(calls) == 40  # of lengths that have halved there are two calls
-    monkeypatch.setattr(model.asked, "answer", answer)
-    assert found == model.generate_until(asked, disable_tqdm=True)
+        cached_model().generate_until(requests)
+    interrupt_second_call = False
+    responses = cached_model().generate_until(requests)
+    assert 0 < prompts_per_call[0] < 40
+    assert sum(prompts_per_call) == 40
+    monkeypatch.setattr(model.requests, "answer", answer)
+    assert responses == model.generate_until(requests, disable_tqdm=True)

@@ -1,4 +1,4 @@
-"""Answers out of replies as models write them, in English and Chinese; programs out of replies to HumanEval."""
+"""Extraction from replies as models write them: answers in English and Chinese, and programs."""
 
 import subprocess
 import sys
@@ -59,8 +59,8 @@ SOUNDS = ["The dog barked.", "A cat", "One", "1"]
         ("F", "The answer is (F).", list("uvwxyz")),
     ],
 )
-def test_choice(letter, reply, options):
-    assert answers.choice(reply, options) == letter
+def test_chosen_letter(letter, reply, options):
+    assert answers.chosen_letter(reply, options) == letter
 
 
 PLACES = ["上海", "北京", "广州", "以上都不对"]
@@ -93,19 +93,22 @@ PLACES = ["上海", "北京", "广州", "以上都不对"]
         ("", ""),
     ],
 )
-def test_choice_in_chinese(letter, reply):
-    assert answers.choice(reply, PLACES, chinese=True) == letter
+def test_chosen_letter_in_chinese(letter, reply):
+    assert answers.chosen_letter(reply, PLACES, chinese=True) == letter
 
 
 @pytest.mark.parametrize(
     "piece", ["*", " ", "answer is ", "答案是", "(", "A ", "not A, ", "1,", "```\n", "\\boxed{"]
 )
 def test_a_model_that_repeats_itself_takes_no_time(piece):
-    reply, start = f"The answer is {piece * 4000}", time.monotonic()
-    answers.choice(reply, PLACES, chinese=True)
-    for extract in (answers.last_number, answers.stated_number, answers.brackets, answers.words):
-        extract(reply)
-    answers.option(reply, DATES)
+    reply = f"The answer is {piece * 4000}"
+    start = time.monotonic()
+    answers.chosen_letter(reply, PLACES, chinese=True)
+    answers.last_number(reply)
+    answers.stated_number(reply)
+    answers.stated_brackets(reply)
+    answers.stated_words(reply)
+    answers.chosen_option(reply, DATES)
     programs.solution(PROMPT, "total", reply[:4000])
     assert time.monotonic() - start < 5
 
@@ -137,8 +140,10 @@ def test_last_number(number, reply):
 
 
 def test_numbers_are_the_same_within_a_ten_thousandth():
-    assert answers.same_number("18", "18.00") and answers.same_number("0.33333", ".3333")
-    assert not answers.same_number("18", "18.001") and not answers.same_number("", "18")
+    assert answers.same_number("18", "18.00")
+    assert answers.same_number("0.33333", ".3333")
+    assert not answers.same_number("18", "18.001")
+    assert not answers.same_number("", "18")
 
 
 DATES = "What is the date?\nOptions:\n(A) 12/11/1937\n(B) 12/25/1937\n(C) 01/04/1938"
@@ -158,8 +163,8 @@ DATES = "What is the date?\nOptions:\n(A) 12/11/1937\n(B) 12/25/1937\n(C) 01/04/
         ("", ""),
     ],
 )
-def test_option(letter, reply):
-    assert answers.option(reply, DATES) == letter
+def test_chosen_option(letter, reply):
+    assert answers.chosen_option(reply, DATES) == letter
 
 
 @pytest.mark.parametrize(
@@ -173,35 +178,59 @@ def test_option(letter, reply):
         ("", "Perhaps", ("valid", "invalid")),
     ],
 )
-def test_word(right, reply, words):
-    assert answers.word(reply, words) == right
+def test_chosen_word(right, reply, words):
+    assert answers.chosen_word(reply, words) == right
 
 
-def test_stated_number_brackets_and_words():
-    assert answers.stated_number("3 + 4 = 7. So the answer is 3 + 4 = 7. I am 100 % sure.") == "7"
-    assert (
-        answers.stated_number("The answer is 8 of 12") == "8"
-        and answers.stated_number("I count 2, 3, 4") == "4"
-    )
-    assert answers.brackets("The stack is [ <. So the answer is > ].") == "> ]"
-    assert (
-        answers.brackets("The answer is:\n`>]`") == "> ]"
-        and answers.brackets("first\n] )") == "] )"
-    )
-    assert answers.words("Sorted. The answer is apple bear o'clock.") == "apple bear o'clock"
-    assert answers.words("The answer is: **apple, bear, cat**") == "apple bear cat"
-    assert answers.words("The answer is:\n\n1. apple\n2. bear\n3. cat\n\nDone.") == "apple bear cat"
-    assert answers.words("apple < bear < cat") == "apple bear cat" and answers.words("") == ""
+@pytest.mark.parametrize(
+    "number, reply",
+    [
+        ("7", "3 + 4 = 7. So the answer is 3 + 4 = 7. I am 100 % sure."),
+        ("8", "The answer is 8 of 12"),
+        ("4", "I count 2, 3, 4"),
+    ],
+)
+def test_stated_number(number, reply):
+    assert answers.stated_number(reply) == number
+
+
+@pytest.mark.parametrize(
+    "brackets, reply",
+    [
+        ("> ]", "The stack is [ <. So the answer is > ]."),
+        ("> ]", "The answer is:\n`>]`"),
+        ("] )", "first\n] )"),
+    ],
+)
+def test_stated_brackets(brackets, reply):
+    assert answers.stated_brackets(reply) == brackets
+
+
+@pytest.mark.parametrize(
+    "words, reply",
+    [
+        ("apple bear o'clock", "Sorted. The answer is apple bear o'clock."),
+        ("apple bear cat", "The answer is: **apple, bear, cat**"),
+        ("apple bear cat", "The answer is:\n\n1. apple\n2. bear\n3. cat\n\nDone."),
+        ("apple bear cat", "apple < bear < cat"),
+        ("", ""),
+    ],
+)
+def test_stated_words(words, reply):
+    assert answers.stated_words(reply) == words
 
 
 PROMPT = (
     "from typing import List\n\n\ndef inc(x):\n    return x + 1\n\n\n"
-    'def total(xs: List[int], start: int = 0) -> int:\n    """ The sum of xs, and start.\n    >>> total([1, 2])\n'
-    '    3\n    """\n'
+    "def total(xs: List[int], start: int = 0) -> int:\n"
+    '    """ The sum of xs, and start.\n    >>> total([1, 2])\n    3\n    """\n'
 )
 BODY = "    for x in xs:\n        start += x\n    return start\n"
 WHOLE = "def total(xs: List[int], start: int = 0) -> int:\n" + BODY
-TEST = "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([], 4) == inc(3)\n"
+TEST = """def check(candidate):
+    assert candidate([1, 2]) == 3
+    assert candidate([], 4) == inc(3)
+"""
 
 
 @pytest.mark.parametrize(
@@ -219,19 +248,25 @@ TEST = "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert can
         f"Here is the function:\n```python\n{WHOLE}```\nIt runs in O(n).",
         f"```py\n{WHOLE}",  # cut off before the fence
         f"```\nimport math\nfrom typing import List\n\n\n{WHOLE}\n```",
-        f"First\n```bash\npip install numpy\n```\nthen\n```python\n{WHOLE}```\nand try it:\n```python\nprint(total([1]) / 0)\n```",
+        f"First\n```bash\npip install numpy\n```\nthen\n```python\n{WHOLE}```\n"
+        "and try it:\n```python\nprint(total([1]) / 0)\n```",
         "1. So:\n   ```python\n   def total(xs, start=0):\n       return sum(xs, start)\n   ```",
-        "```python\ndef helper(xs):\n    return sum(xs)\n\n\ndef total(xs, start=0):\n    return helper(xs) + start\n```",
+        "```python\ndef helper(xs):\n    return sum(xs)\n\n\n"
+        "def total(xs, start=0):\n    return helper(xs) + start\n```",
         f"```python\n{WHOLE}\nas you can see\n```",
         PROMPT + BODY,
     ],
 )
 def test_programs_that_work(reply):
-    program = programs.tested(programs.solution(PROMPT, "total", reply), TEST, "total")
-    done = subprocess.run(
-        [sys.executable, "-S", "-E", "-c", program], capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{program}\n{done.stderr}"
+    process = run_solution(reply)
+    assert process.returncode == 0, f"{process.args[-1]}\n{process.stderr}"
+
+
+def run_solution(reply) -> subprocess.CompletedProcess:
+    """Run the program of a reply in an interpreter without installed packages."""
+    program = programs.with_tests(programs.solution(PROMPT, "total", reply), TEST, "total")
+    command = [sys.executable, "-S", "-E", "-c", program]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -239,32 +274,24 @@ def test_programs_that_work(reply):
     [
         ("    return 0", "AssertionError"),
         ("", "AssertionError"),
-        (
-            "I'm sorry, I can't.",
-            "AssertionError",
-        ),  # the function is what the prompt has of it: a docstring
+        # The function is then what the prompt has: a docstring.
+        ("I'm sorry, I can't.", "AssertionError"),
         ("def total(xs):\n    return sum(xs", "SyntaxError"),
-        (
-            "```python\ndef add(xs, start=0):\n    return sum(xs, start)\n```",
-            "AssertionError",
-        ),  # another name
+        # A function of another name does not count.
+        ("```python\ndef add(xs, start=0):\n    return sum(xs, start)\n```", "AssertionError"),
         ("def total(xs, start=0):\n    return numpy.sum(xs)", "NameError"),
     ],
 )
 def test_programs_that_fail(reply, error):
-    program = programs.tested(programs.solution(PROMPT, "total", reply), TEST, "total")
-    done = subprocess.run(
-        [sys.executable, "-S", "-E", "-c", program], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and error in done.stderr.splitlines()[-1] + "\n" + done.stderr, (
-        done.stderr
-    )
+    process = run_solution(reply)
+    assert process.returncode == 1
+    assert error in process.stderr
 
 
 def test_signature_of_the_prompts_function():
-    node = programs.function(PROMPT, "total")
-    assert programs.signature(node) == "total(xs: List[int], start: int=0) -> int"
-    with pytest.raises(UserError, match="a function 'sum' wanted"):
-        programs.function(PROMPT, "sum")
-    with pytest.raises(UserError, match="Python wanted"):
-        programs.function("def total(", "total")
+    function = programs.find_function(PROMPT, "total")
+    assert programs.signature(function) == "total(xs: List[int], start: int=0) -> int"
+    with pytest.raises(UserError, match="expected a function 'sum'"):
+        programs.find_function(PROMPT, "sum")
+    with pytest.raises(UserError, match="expected Python"):
+        programs.find_function("def total(", "total")

@@ -1,5 +1,7 @@
-"""The benchmarks as the harness runs them: local files in each published format, prompts in full, models that are right,
-wrong and chatty."""
+"""The benchmarks as the harness runs them, with local files in each published format.
+
+Prompts are compared in full; the models are right, wrong and chatty.
+"""
 
 import csv
 import gzip
@@ -13,8 +15,8 @@ from lm_eval.tasks import TaskManager
 
 from alignjax.config import UserError
 from alignjax.data import chat, toy
+from alignjax.evals.published_figures import TABLE_5
 from alignjax.evals.registry import BENCHMARKS, include_paths, load
-from alignjax.evals.report import REPORT
 from alignjax.evals.tasks import humaneval, world
 
 SUBJECTS = {
@@ -63,7 +65,7 @@ class Verdict(NamedTuple):
     output: str = ""
 
 
-def run(program, limits=None):
+def run_unprotected(program, limits=None):
     """Stands in for the sandbox: these programs are our own."""
     try:
         exec(program, {})
@@ -73,63 +75,74 @@ def run(program, limits=None):
 
 
 class Model(LM):
-    """Says `reply(doc)` to everything, and finds it likelier than anything else. Keeps what it was asked."""
+    """Replies `reply(doc)` to every document, and finds this the most likely continuation.
+
+    It keeps the first prompt and the generation settings of each task.
+    """
 
     tokenizer_name = "plain"
 
     def __init__(self, reply):
         super().__init__()
-        self.reply, self.asked, self.settings = reply, {}, {}
+        self.reply = reply
+        self.prompts = {}
+        self.settings = {}
 
     def loglikelihood(self, requests):
-        self.keep(requests)
-        return [
-            (0.0, True) if r.args[1].strip() == self.reply(r.doc) else (-1.0, False)
-            for r in requests
-        ]
+        self.keep_prompts(requests)
+        return [self.likelihood(request) for request in requests]
+
+    def likelihood(self, request):
+        is_reply = request.args[1].strip() == self.reply(request.doc)
+        return (0.0, True) if is_reply else (-1.0, False)
 
     def generate_until(self, requests):
-        self.keep(requests)
-        self.settings |= {r.task_name: r.args[1] for r in requests}
-        return [self.reply(r.doc) for r in requests]
+        self.keep_prompts(requests)
+        self.settings |= {request.task_name: request.args[1] for request in requests}
+        return [self.reply(request.doc) for request in requests]
 
-    def keep(self, requests):
-        for r in requests:
-            self.asked.setdefault(r.task_name, r.args[0])
+    def keep_prompts(self, requests):
+        for request in requests:
+            self.prompts.setdefault(request.task_name, request.args[0])
 
     def loglikelihood_rolling(self, requests):
         raise AssertionError
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        text = "".join(f"<{m['role']}>{m['content']}</{m['role']}>" for m in chat_history)
-        return text + ("<assistant>" if add_generation_prompt else "")
+        turns = [f"<{turn['role']}>{turn['content']}</{turn['role']}>" for turn in chat_history]
+        return "".join(turns) + ("<assistant>" if add_generation_prompt else "")
 
 
-def write(directory):
-    """Invented rows in the published formats."""
-    for name, table, least in (("mmlu", MMLU, "test"), ("ceval", CEVAL, "val")):
-        for subject, rows in table.items():
-            dev = [[f"Example {i}?", *"wxyz", "ABCDA"[i]] for i in range(5)]
-            for split, chosen in ((least, rows), ("dev", dev)):
-                path = directory / name / split / f"{subject}_{split}.csv"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("w", encoding="utf-8", newline="") as file:
-                    out = csv.writer(file)
-                    if name == "ceval":
-                        out.writerow(
-                            ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
-                        )
-                        chosen = [[i, *row, ""] for i, row in enumerate(chosen)]
-                    out.writerows(chosen)
+def write_files(directory):
+    """Write invented rows in the published formats."""
+    dev_rows = [[f"Example {i}?", *"wxyz", "ABCDA"[i]] for i in range(5)]
+    for subject, rows in MMLU.items():
+        write_csv(directory / f"mmlu/test/{subject}_test.csv", rows)
+        write_csv(directory / f"mmlu/dev/{subject}_dev.csv", dev_rows)
+    for subject, rows in CEVAL.items():
+        write_csv(directory / f"ceval/val/{subject}_val.csv", with_header(rows))
+        write_csv(directory / f"ceval/dev/{subject}_dev.csv", with_header(dev_rows))
     for name in ("gsm8k", "humaneval", "bbh/bbh"):
         (directory / name).mkdir(parents=True)
-    rows = [{"question": q, "answer": a} for q, a in GSM8K]
+    rows = [{"question": question, "answer": answer} for question, answer in GSM8K]
     (directory / "gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with gzip.open(directory / "humaneval/HumanEval.jsonl.gz", "wt") as file:
         file.write(json.dumps(SUM) + "\n")
     for subject, (question, target) in BBH.items():
         value = {"canary": "", "examples": [{"input": question, "target": target}]}
         (directory / f"bbh/bbh/{subject}.json").write_text(json.dumps(value))
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def with_header(rows):
+    """Return rows in the format of C-Eval: a header, an id and an empty explanation."""
+    header = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
+    return [header, *([number, *row, ""] for number, row in enumerate(rows))]
 
 
 @pytest.fixture(scope="module")
@@ -140,21 +153,21 @@ def manager():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
-    write(directory)
+    write_files(directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def groups(manager, files):
-    """All benchmarks in all of their settings, built once; some programs of HumanEval run in this process."""
+    """Build all benchmarks in all settings once; HumanEval's programs run in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(humaneval.sandbox, "check", lambda: None)
-        patch.setattr(humaneval.sandbox, "run", run)
+        patch.setattr(humaneval.sandbox, "run", run_unprotected)
         patch.setattr(world, "DOCUMENTS", 10)
         configs = [
-            b.group(setting, files, SUBJECTS.get(b.name, ()))
-            for b in BENCHMARKS.values()
-            for setting in b.headline
+            benchmark.group(setting, files, SUBJECTS.get(benchmark.name, ()))
+            for benchmark in BENCHMARKS.values()
+            for setting in benchmark.headline
         ]
         yield load(manager, configs)["groups"]
 
@@ -173,8 +186,8 @@ def evaluate(manager, groups, reply, template=False):
     return results, model
 
 
-def target(doc) -> str:
-    """The answer of any benchmark's document."""
+def right_reply(doc) -> str:
+    """Return the right answer to a document of any benchmark."""
     if "ideal" in doc:
         return doc["ideal"]
     if "task_id" in doc:
@@ -201,103 +214,113 @@ WRONG = {
 }
 
 
-def wrong(doc) -> str:
+def wrong_reply(doc) -> str:
     if "task_id" in doc:
         return "    return 4\n"
-    return doc["choices"][(doc["answer"] + 1) % 4] if "ideal" in doc else WRONG[target(doc)]
+    if "ideal" in doc:
+        return doc["choices"][(doc["answer"] + 1) % 4]
+    return WRONG[right_reply(doc)]
 
 
-def chatty(doc) -> str:
-    """As a chat model writes; where likelihoods are compared and in the world it is brief."""
+def chatty_reply(doc) -> str:
+    """Return a reply as a chat model writes it; in the world it is brief."""
     if "ideal" in doc:
         return doc["ideal"]
     if "task_id" in doc:
         code = "def total(xs):\n    return sum(xs)"
         return f"Sure! Here it is:\n\n```python\n{code}\n```\n\nIt adds up all of `xs`."
-    return f"Let me think about it, step by step.\n\n1. First, I read the question.\n2. So the answer is {target(doc)}."
-
-
-def figures(results) -> dict:
-    """(benchmark, setting) -> the headline figure."""
-    out = {}
-    for name, benchmark in BENCHMARKS.items():
-        for setting, (metric, kind, _) in benchmark.headline.items():
-            shots = benchmark.shots if setting == "few" else 0
-            out[name, setting] = results["groups"][f"{name}-{shots}shot"][f"{metric},{kind}"]
-    return out
-
-
-def test_a_model_that_is_right_gets_all_and_one_that_is_wrong_gets_nothing(manager, groups):
-    right, model = evaluate(manager, groups, target)
-    columns = {column for row in REPORT.values() for column in row} | {
-        ("world", "zero"),
-        ("world", "few"),
-    }
-    assert figures(right) == dict.fromkeys(figures(right), 1.0) and set(figures(right)) == columns
-    assert (
-        right["groups"]["world-0shot"]["true_score,greedy"]
-        == right["groups"]["world-1shot"]["acc,none"]
-        == 1.0
+    return (
+        "Let me think about it, step by step.\n\n1. First, I read the question.\n"
+        f"2. So the answer is {right_reply(doc)}."
     )
-    results, _ = evaluate(manager, groups, wrong)
-    for setting in ("zero", "few"):  # a wrong answer may be well put
-        assert (
-            0 < figures(results)["world", setting] < 1
-            and results["groups"]["world-1shot"]["exact_match,sampled"] == 0
-        )
-    others = {column: figure for column, figure in figures(results).items() if column[0] != "world"}
-    assert others == dict.fromkeys(others, 0.0)
+
+
+def headlines(results) -> dict:
+    """Return the headline figures by (benchmark, setting)."""
+    figures = {}
+    for name, benchmark in BENCHMARKS.items():
+        for setting, figure in benchmark.headline.items():
+            group = results["groups"][benchmark.group_name(setting)]
+            figures[name, setting] = group[f"{figure.metric},{figure.filter}"]
+    return figures
+
+
+@pytest.fixture(scope="module")
+def right_evaluation(manager, groups):
+    """Return the results of a model that is right, and the model."""
+    return evaluate(manager, groups, right_reply)
+
+
+def test_a_model_that_is_right_gets_full_marks_everywhere(right_evaluation):
+    results, _ = right_evaluation
+    columns = {column for row in TABLE_5.values() for column in row}
+    columns |= {("world", "zero"), ("world", "few")}
+    assert headlines(results) == dict.fromkeys(columns, 1.0)
+    assert results["groups"]["world-0shot"]["true_score,greedy"] == 1.0
+    assert results["groups"]["world-1shot"]["acc,none"] == 1.0
+
+
+def test_a_model_that_is_wrong_gets_nothing(manager, groups):
+    results, _ = evaluate(manager, groups, wrong_reply)
+    figures = headlines(results)
+    for setting in ("zero", "few"):  # a wrong answer may have good form
+        assert 0 < figures.pop(("world", setting)) < 1
+    assert results["groups"]["world-1shot"]["exact_match,sampled"] == 0
+    assert figures == dict.fromkeys(figures, 0.0)
+
+
+def test_replies_are_bounded_and_greedy_except_for_sampled_ones(right_evaluation):
+    _, model = right_evaluation
     for name, settings in model.settings.items():
-        assert (
-            settings["do_sample"] == (settings["temperature"] == 1) == name.endswith("sampled")
-        ), name
+        is_sampled = name.endswith("sampled")
+        assert settings["do_sample"] == is_sampled, name
+        assert (settings["temperature"] == 1) == is_sampled, name
         assert settings["max_gen_toks"] <= 512
         assert {"<|im_end|>", "</s>"} <= set(settings["until"])
 
 
 def test_chatty_replies_are_understood_and_what_was_extracted_is_kept(manager, groups):
-    results, _ = evaluate(manager, groups, chatty, template=True)
-    found = figures(results)
-    assert {k for k, v in found.items() if v < 1} == {
-        ("mmlu", "few"),
-        ("ceval", "few"),
-    }  # there letters alone are likely
+    results, _ = evaluate(manager, groups, chatty_reply, template=True)
+    below_one = {column for column, figure in headlines(results).items() if figure < 1}
+    assert below_one == {("mmlu", "few"), ("ceval", "few")}  # there only letters are likely
     samples = {name: rows[0] for name, rows in results["samples"].items()}
     extracted = {name: row["filtered_resps"] for name, row in samples.items()}
-    assert (
-        extracted["mmlu-0shot::anatomy"] == ["B"] and samples["mmlu-0shot::anatomy"]["acc"] == 1.0
-    )
-    assert extracted["gsm8k-0shot::test"] == ["18"] and extracted[
-        "bbh_cot_zeroshot_word_sorting"
-    ] == ["ant pen"]
+    assert extracted["mmlu-0shot::anatomy"] == ["B"]
+    assert samples["mmlu-0shot::anatomy"]["acc"] == 1.0
+    assert extracted["gsm8k-0shot::test"] == ["18"]
+    assert extracted["bbh_cot_zeroshot_word_sorting"] == ["ant pen"]
     assert extracted["world-0shot::greedy"][0]["true_score"] == 1.0
     code = "def total(xs):\n    return sum(xs)\n"
     assert extracted["humaneval-0shot::test"] == [
         {"answer": code, "passed": True, "reason": "passed"}
     ]
-    failed, _ = evaluate(manager, {"": groups["humaneval-0shot"]}, wrong)
-    assert (
-        failed["samples"]["humaneval-0shot::test"][0]["filtered_resps"][0]["reason"]
-        == "AssertionError"
-    )
     json.dumps(results["samples"])
-    assert " at 0x" not in json.dumps(
-        results["configs"], default=str
-    )  # so that a run's results repeat
+    # Results that hold addresses would differ from run to run.
+    assert " at 0x" not in json.dumps(results["configs"], default=str)
 
 
-def test_averages_are_over_questions_but_for_ceval(manager, groups):
+def test_the_reason_why_a_program_failed_is_kept(manager, groups):
+    results, _ = evaluate(manager, {"": groups["humaneval-0shot"]}, wrong_reply)
+    sample = results["samples"]["humaneval-0shot::test"][0]
+    assert sample["filtered_resps"][0]["reason"] == "AssertionError"
+
+
+def test_averages_are_over_questions_except_for_ceval(manager, groups):
     known = {"anatomy", "Where", "Two,", "首都是？", "一加一？", "天空？"}
-    some, _ = evaluate(
-        manager,
-        {n: g for n, g in groups.items() if n[:5] in ("mmlu-", "ceval")},
-        lambda doc: (target if doc["question"].split()[0] in known else wrong)(doc),
-    )
-    rates = {
-        name: group.get("acc,none", group.get("acc,extract"))
-        for name, group in some["groups"].items()
+
+    def partly_right_reply(doc):
+        reply = right_reply if doc["question"].split()[0] in known else wrong_reply
+        return reply(doc)
+
+    two_benchmarks = {
+        name: group for name, group in groups.items() if name.startswith(("mmlu-", "ceval-"))
     }
-    assert rates == {
+    results, _ = evaluate(manager, two_benchmarks, partly_right_reply)
+    accuracies = {
+        name: group.get("acc,none", group.get("acc,extract"))
+        for name, group in results["groups"].items()
+    }
+    assert accuracies == {
         "mmlu-0shot": 2 / 3,
         "mmlu-5shot": 2 / 3,
         "ceval-0shot": 0.5,
@@ -311,12 +334,13 @@ STEPS = '\n\nThink step by step. End with "The answer is ...", where ... is '
 ABOUT = "The following are multiple choice questions (with answers) about anatomy.\n\n"
 EXAMPLES = [(f"Example {i}?\nA. w\nB. x\nC. y\nD. z\n", "ABCDA"[i]) for i in range(5)]
 ZERO = {
-    "mmlu-0shot::anatomy": "The following is a multiple-choice question. Choose the most suitable one among A, B, C and D "
-    f"as its answer.\n\n{HEART}",
+    "mmlu-0shot::anatomy": "The following is a multiple-choice question. "
+    f"Choose the most suitable one among A, B, C and D as its answer.\n\n{HEART}",
     "ceval-0shot::accountant": CAPITAL,
-    "gsm8k-0shot::test": "Question: Tom has 3 boxes of 6 pens. How many pens?\nLet's think step by step.",
-    "humaneval-0shot::test": "Write a Python function `total(xs)` to solve the following problem:\nThe sum of xs.\n\n"
-    + SUM["prompt"],
+    "gsm8k-0shot::test": "Question: Tom has 3 boxes of 6 pens. How many pens?\n"
+    "Let's think step by step.",
+    "humaneval-0shot::test": "Write a Python function `total(xs)` to solve the following problem:"
+    f"\nThe sum of xs.\n\n{SUM['prompt']}",
     "world-0shot::sampled": "last : red leg",
     "world-0shot::greedy": "last : red leg",
     "world-0shot::choice": "last : red leg",
@@ -330,111 +354,102 @@ FORMS = {
 }
 
 
-def test_prompts_without_a_template(manager, groups):
-    _, model = evaluate(manager, groups, target)
-    assert {name: model.asked[name] for name in ZERO} == ZERO
+def test_prompts_without_a_template(right_evaluation):
+    _, model = right_evaluation
+    assert {name: model.prompts[name] for name in ZERO} == ZERO
     for subject, form in FORMS.items():
-        assert model.asked[f"bbh_cot_zeroshot_{subject}"].endswith(
-            f"\n\n{BBH[subject][0]}{STEPS}{form}."
-        )
-    assert model.asked["bbh_cot_zeroshot_word_sorting"].startswith(
-        "Sort a list of words.\n\nSort the following"
-    )
-    shown = "".join(f"{q}Answer: {a}\n\n" for q, a in EXAMPLES)
-    assert model.asked["mmlu_anatomy"] == f"{ABOUT}{shown}{HEART}\nAnswer:"
-    shown = "".join(f"{q}答案： {a}\n\n" for q, a in EXAMPLES)
+        ending = f"\n\n{BBH[subject][0]}{STEPS}{form}."
+        assert model.prompts[f"bbh_cot_zeroshot_{subject}"].endswith(ending)
+    start = "Sort a list of words.\n\nSort the following"
+    assert model.prompts["bbh_cot_zeroshot_word_sorting"].startswith(start)
+    examples = "".join(f"{question}Answer: {answer}\n\n" for question, answer in EXAMPLES)
+    assert model.prompts["mmlu_anatomy"] == f"{ABOUT}{examples}{HEART}\nAnswer:"
+    examples = "".join(f"{question}答案： {answer}\n\n" for question, answer in EXAMPLES)
     about = "以下是中国关于注册会计师的单项选择题，请选出其中的正确答案。\n\n"
-    assert model.asked["ceval-valid_accountant"] == f"{about}{shown}{CAPITAL}\n答案："
-    assert (
-        model.asked["world-1shot::greedy"]
-        == "last : pen key dog fan sure , fan .\n\nlast : red leg"
-    )
-    few = model.asked["gsm8k_cot"]
-    assert (
-        few.startswith("Q: There are 15 trees in the grove.")
-        and few.count("Q: ") == few.count("\nA:") == 9
-    )
-    assert few.endswith(f"The answer is 8.\n\nQ: {GSM8K[0][0]}\nA:")
-    few = model.asked["bbh_cot_fewshot_word_sorting"]
-    assert (
-        few.startswith("Sort a list of words.\n\nQ: ")
-        and few.count("Q: ") == few.count("\nA: ") == 4
-    )
-    assert few.endswith(
+    assert model.prompts["ceval-valid_accountant"] == f"{about}{examples}{CAPITAL}\n答案："
+    expected = "last : pen key dog fan sure , fan .\n\nlast : red leg"
+    assert model.prompts["world-1shot::greedy"] == expected
+    prompt = model.prompts["gsm8k_cot"]
+    assert prompt.startswith("Q: There are 15 trees in the grove.")
+    assert prompt.count("Q: ") == 9
+    assert prompt.count("\nA:") == 9
+    assert prompt.endswith(f"The answer is 8.\n\nQ: {GSM8K[0][0]}\nA:")
+    prompt = model.prompts["bbh_cot_fewshot_word_sorting"]
+    assert prompt.startswith("Sort a list of words.\n\nQ: ")
+    assert prompt.count("Q: ") == 4
+    assert prompt.count("\nA: ") == 4
+    assert prompt.endswith(
         f"seismography.\n\nQ: {BBH['word_sorting'][0]}\nA: Let's think step by step.\n"
     )
 
 
 def test_prompts_in_a_chat(manager, groups):
-    _, model = evaluate(manager, groups, target, template=True)
-    assert {n: model.asked[n] for n in ZERO} == {
-        n: f"<user>{text}</user><assistant>" for n, text in ZERO.items()
+    _, model = evaluate(manager, groups, right_reply, template=True)
+    assert {name: model.prompts[name] for name in ZERO} == {
+        name: f"<user>{text}</user><assistant>" for name, text in ZERO.items()
     }
-    shown = "".join(f"<user>{q}Answer:</user><assistant>{a}</assistant>" for q, a in EXAMPLES)
-    asked = f"<system>{ABOUT}</system>{shown}<user>{HEART}\nAnswer:</user><assistant>"
-    assert model.asked["mmlu_anatomy"] == asked
-    assert model.asked["world-1shot::choice"] == (
-        "<user>last : pen key dog fan</user><assistant>sure , fan .</assistant><user>last : red leg</user><assistant>"
+    examples = "".join(
+        f"<user>{question}Answer:</user><assistant>{answer}</assistant>"
+        for question, answer in EXAMPLES
+    )
+    question = f"<user>{HEART}\nAnswer:</user><assistant>"
+    assert model.prompts["mmlu_anatomy"] == f"<system>{ABOUT}</system>{examples}{question}"
+    assert model.prompts["world-1shot::choice"] == (
+        "<user>last : pen key dog fan</user><assistant>sure , fan .</assistant>"
+        "<user>last : red leg</user><assistant>"
     )
     for name, shots in (
         ("ceval-valid_accountant", 5),
         ("gsm8k_cot", 8),
         ("bbh_cot_fewshot_word_sorting", 3),
     ):
-        assert (
-            model.asked[name].count("<user>")
-            == shots + 1
-            == model.asked[name].count("</assistant>") + 1
-        )
-    sort = f"<system>Sort a list of words.\n\n</system><user>{BBH['word_sorting'][0]}{STEPS}{FORMS['word_sorting']}.</user>"
-    assert model.asked["bbh_cot_zeroshot_word_sorting"] == f"{sort}<assistant>"
+        assert model.prompts[name].count("<user>") == shots + 1
+        assert model.prompts[name].count("</assistant>") == shots
+    question = f"{BBH['word_sorting'][0]}{STEPS}{FORMS['word_sorting']}."
+    assert model.prompts["bbh_cot_zeroshot_word_sorting"] == (
+        f"<system>Sort a list of words.\n\n</system><user>{question}</user><assistant>"
+    )
 
 
-def test_the_world_is_the_same_for_a_seed_and_fits_its_model(tmp_path):
+def test_the_world_is_the_same_for_a_seed():
     docs = world.documents("heldout", 200)
-    assert docs == world.documents("heldout", 200) and docs[:10] == world.documents("heldout", 10)
-    assert all(toy.heldout(doc["prompt"]) for doc in docs) and {doc["answer"] for doc in docs} == {
-        0,
-        1,
-        2,
-        3,
-    }
+    assert docs == world.documents("heldout", 200)
+    assert docs[:10] == world.documents("heldout", 10)
+    assert all(toy.heldout(doc["prompt"]) for doc in docs)
+    assert {doc["answer"] for doc in docs} == {0, 1, 2, 3}
     for doc in docs:
         scores = [toy.true_score(doc["prompt"], choice) for choice in doc["choices"]]
-        assert (
-            scores.index(max(scores)) == doc["answer"]
-            and scores.count(1.0) == 1
-            and len({*doc["choices"]}) == 4
-        )
+        assert scores.index(max(scores)) == doc["answer"]
+        assert scores.count(1.0) == 1
+        assert len(set(doc["choices"])) == 4
+
+
+def test_an_example_of_the_world_fits_its_model_and_two_do_not(tmp_path):
+    docs = world.documents("heldout", 200)
     (example,) = world.documents("train", world.SHOTS)
     assert not toy.heldout(example["prompt"])
     tokenizer = chat.train_tokenizer(toy.tokenizer_texts(0), tmp_path, 1024)
-    before = [
+    example_turns = [
         {"role": "user", "content": example["prompt"]},
         {"role": "assistant", "content": example["ideal"]},
     ]
 
-    def tokens(messages):
-        return len(
-            tokenizer(
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ).input_ids
-        )
+    def count_tokens(messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return len(tokenizer(text).input_ids)
 
-    assert (
-        max(len(tokenizer(doc["ideal"]).input_ids) for doc in docs) + 1 <= world.TOKENS
-    )  # and the end
-    asked = [{"role": "user", "content": doc["prompt"]} for doc in docs]
-    assert (
-        max(tokens([*before, message]) for message in asked) + world.TOKENS
-        <= 64
-        < 2 * 18 + 20 + world.TOKENS
-    )
-    assert max(tokens([message]) for message in asked) == 20
+    longest_response = max(len(tokenizer(doc["ideal"]).input_ids) for doc in docs)
+    assert longest_response + 1 <= world.MAX_TOKENS  # with the end token
+    turns = [{"role": "user", "content": doc["prompt"]} for doc in docs]
+    longest_with_example = max(count_tokens([*example_turns, turn]) for turn in turns)
+    assert longest_with_example + world.MAX_TOKENS <= 64
+    assert 2 * 18 + 20 + world.MAX_TOKENS > 64
+    assert max(count_tokens([turn]) for turn in turns) == 20
 
 
 def test_table_5():
-    assert len(REPORT) == 12 and REPORT["Qwen-Chat-14B"] == {
+    assert len(TABLE_5) == 12
+    assert TABLE_5["Qwen-Chat-14B"] == {
         ("mmlu", "zero"): 64.6,
         ("mmlu", "few"): 66.5,
         ("ceval", "zero"): 69.8,
@@ -445,14 +460,18 @@ def test_table_5():
         ("bbh", "zero"): 46.9,
         ("bbh", "few"): 58.7,
     }
-    assert REPORT["GPT-4"] == {
+    assert TABLE_5["GPT-4"] == {
         ("mmlu", "few"): 83.0,
         ("ceval", "few"): 69.9,
         ("gsm8k", "few"): 91.4,
         ("humaneval", "zero"): 86.6,
         ("bbh", "few"): 86.7,
     }
-    assert {name: (b.title, b.shots, len(b.subjects)) for name, b in BENCHMARKS.items()} == {
+    shapes = {
+        name: (benchmark.title, benchmark.shots, len(benchmark.subjects))
+        for name, benchmark in BENCHMARKS.items()
+    }
+    assert shapes == {
         "mmlu": ("MMLU", 5, 57),
         "ceval": ("C-Eval", 5, 52),
         "gsm8k": ("GSM8K", 8, 1),
@@ -462,49 +481,55 @@ def test_table_5():
     }
 
 
-def fails(manager, name, setting, directory, subjects=()) -> str:
-    """The one line of a UserError."""
+def load_error(manager, name, setting, directory, subjects=()) -> str:
+    """Return the UserError of loading a benchmark; it must be one line."""
     with pytest.raises(UserError) as error:
         load(manager, [BENCHMARKS[name].group(setting, directory, subjects)])
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_what_is_missing_is_said_in_one_line(manager, files, tmp_path, monkeypatch):
+def test_a_missing_file_is_a_user_error_that_says_where_to_get_it(
+    manager, files, tmp_path, monkeypatch
+):
     monkeypatch.setattr(humaneval.sandbox, "check", lambda: None)
-    assert "mmlu/test/abstract_algebra_test.csv: no such file; unpack https" in fails(
-        manager, "mmlu", "few", files
-    )
+    message = "mmlu/test/abstract_algebra_test.csv: there is no such file; unpack https"
+    assert message in load_error(manager, "mmlu", "few", files)
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/train.jsonl").write_text("{}\n")
-    line = fails(manager, "gsm8k", "zero", tmp_path)
-    assert (
-        f"{tmp_path}/gsm8k/test.jsonl: no such file; put " in line
-        and "train.jsonl won't do" in line
-    )
+    line = load_error(manager, "gsm8k", "zero", tmp_path)
+    assert f"{tmp_path}/gsm8k/test.jsonl: there is no such file; put " in line
+    assert "not train.jsonl" in line
     for name in ("ceval", "humaneval", "bbh"):
-        assert "no such file" in fails(manager, name, "zero", tmp_path)
-    assert "mmlu:anatomie: no such subject; did you mean 'anatomy'?" in fails(
-        manager, "mmlu", "few", files, ("anatomie",)
-    )
-    assert "humaneval: no such setting" in fails(manager, "humaneval", "few", files)
+        assert "there is no such file" in load_error(manager, name, "zero", tmp_path)
 
+
+def test_an_unknown_subject_or_setting_is_a_user_error(manager, files):
+    message = "mmlu:anatomie: there is no such subject; did you mean 'anatomy'?"
+    assert message in load_error(manager, "mmlu", "few", files, ("anatomie",))
+    message = "humaneval: there is no setting 'few'"
+    assert message in load_error(manager, "humaneval", "few", files)
+
+
+def test_without_a_network_the_error_says_how_to_use_local_files(manager, monkeypatch):
     def offline(**_):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     for setting in ("zero", "few"):
-        line = fails(manager, "gsm8k", setting, None)
+        line = load_error(manager, "gsm8k", setting, None)
         assert line.startswith(
-            "gsm8k: its data set can't be had from the hub (Couldn't reach 'openai/gsm8k'"
+            "gsm8k: the hub does not provide its data set (Couldn't reach 'openai/gsm8k'"
         )
         assert "--data_dir DATA_DIR" in line
 
-    def refused():
+
+def test_humaneval_is_not_loaded_without_a_sandbox(manager, files, monkeypatch):
+    def refuse():
         raise UserError("no sandbox")
 
-    monkeypatch.setattr(humaneval.sandbox, "check", refused)
-    assert fails(manager, "humaneval", "zero", files) == "no sandbox"
+    monkeypatch.setattr(humaneval.sandbox, "check", refuse)
+    assert load_error(manager, "humaneval", "zero", files) == "no sandbox"
 
 
 HEADER = "id,question,A,B,C,D,answer,explanation\n"
@@ -517,17 +542,22 @@ HEADER = "id,question,A,B,C,D,answer,explanation\n"
             "mmlu",
             "test/anatomy_test.csv",
             'q,w,x,y,z,A\n"two\nlines",w,x,y,z\n',
-            ":2: 6 fields wanted (question, A, B, C, D",
+            ":2: expected 6 fields (question, A, B, C, D",
         ),
         (
             "mmlu",
             "test/anatomy_test.csv",
             "q,w,x,y,z,E\n",
-            ":1: answer: A, B, C or D wanted, 'E' found",
+            ":1: answer: expected A, B, C or D, found 'E'",
         ),
-        ("mmlu", "test/anatomy_test.csv", "", ": 0 rows, at least 1 wanted to evaluate"),
-        ("mmlu", "dev/anatomy_dev.csv", "q,w,x,y,z,A\n", ": 1 rows, at least 5 wanted as examples"),
-        ("mmlu", "test/anatomy_test.csv", b"\xff\n", ":1: CSV in UTF-8 wanted"),
+        ("mmlu", "test/anatomy_test.csv", "", ": found 0 rows, but needs at least 1 to evaluate"),
+        (
+            "mmlu",
+            "dev/anatomy_dev.csv",
+            "q,w,x,y,z,A\n",
+            ": found 1 rows, but needs at least 5 as examples",
+        ),
+        ("mmlu", "test/anatomy_test.csv", b"\xff\n", ":1: expected CSV in UTF-8"),
         (
             "ceval",
             "val/accountant_val.csv",
@@ -538,14 +568,14 @@ HEADER = "id,question,A,B,C,D,answer,explanation\n"
             "ceval",
             "val/accountant_val.csv",
             HEADER + "0,q,w,x,y,z,,\n",
-            ":2: answer: A, B, C or D wanted, '' found",
+            ":2: answer: expected A, B, C or D, found ''",
         ),
-        ("ceval", "val/accountant_val.csv", HEADER + "0,q,w,x,y\n", ":2: 8 fields wanted"),
+        ("ceval", "val/accountant_val.csv", HEADER + "0,q,w,x,y\n", ":2: expected 8 fields"),
         (
             "gsm8k",
             "test.jsonl",
             '{"question": "q", "answer": "18"}\n',
-            ":1: answer: '#### ' and a number wanted",
+            ":1: answer: expected '#### ' and a number",
         ),
         (
             "gsm8k",
@@ -560,7 +590,7 @@ HEADER = "id,question,A,B,C,D,answer,explanation\n"
             "humaneval",
             "HumanEval.jsonl",
             json.dumps(SUM | {"entry_point": "sum"}),
-            ":1: prompt: a function 'sum' wanted",
+            ":1: prompt: expected a function 'sum'",
         ),
         (
             "humaneval",
@@ -582,13 +612,12 @@ def test_bad_rows_are_named_by_file_line_and_field(
     manager, tmp_path, monkeypatch, name, file, text, message
 ):
     monkeypatch.setattr(humaneval.sandbox, "check", lambda: None)
-    write(tmp_path)
+    write_files(tmp_path)
     path = tmp_path / name / file
     if name == "humaneval" or file == "word_sorting.json":
         for other in [*path.parent.glob("*.gz"), *path.parent.glob("bbh/*")]:
             other.unlink()
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    subjects = {"mmlu": ("anatomy",), "ceval": ("accountant",), "bbh": ("word_sorting",)}.get(
-        name, ()
-    )
-    assert f"{path}{message}" in fails(manager, name, "zero", tmp_path, subjects)
+    subjects = {"mmlu": ("anatomy",), "ceval": ("accountant",), "bbh": ("word_sorting",)}
+    line = load_error(manager, name, "zero", tmp_path, subjects.get(name, ()))
+    assert f"{path}{message}" in line

@@ -1,4 +1,4 @@
-"""The chat: what is printed of replies and their scores, what is remembered and forgotten, and how it ends."""
+"""The chat: replies and their scores, what is remembered and forgotten, and how it ends."""
 
 import io
 import shutil
@@ -12,137 +12,148 @@ PROMPT = "copy : cat box"
 
 
 def session(capsys, monkeypatch, text, *arguments) -> list[str]:
-    """The lines that a chat prints, given these on standard input."""
+    """Run a chat with this text on standard input, and return the lines that it prints."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    assert chat.main(list(map(str, arguments))) == 0
+    assert chat.main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
 
 @pytest.fixture
-def heard(monkeypatch):
-    """What the models are asked, by a stand-in that says "ok" in two pieces."""
-    asked = []
+def calls(monkeypatch):
+    """Replace every model's replies by "ok" in two pieces; return (prompt, settings) of each."""
+    calls = []
 
     def stream(self, prompt, **settings):
-        asked.append((prompt, settings))
+        calls.append((prompt, settings))
         yield "o"
         if prompt != "a" and prompt[-1]["content"] == "stop":
             raise KeyboardInterrupt
         yield "k"
-        return inference.Response("ok", self.encode(["ok"])[0][:2], len(asked) % 2 == 0)
+        tokens = self.encode(["ok"])[0][:2]
+        return inference.Response("ok", tokens, len(calls) % 2 == 0)
 
     monkeypatch.setattr(inference.LoadedModel, "stream", stream)
-    return asked
+    return calls
 
 
 def test_before_and_after_ppo_with_scores(chain, capsys, monkeypatch):
-    sft, ppo = (chain[0] / name for name in ("sft-tiny", "ppo-tiny"))
-    how = "--temperature", 0, "--max_tokens", 10
-    found = session(capsys, monkeypatch, f"{PROMPT}\n", sft, ppo, *how)
-    assert found[:4] == [
-        f"sft-tiny: {sft}, each prompt by itself",
-        f"ppo-tiny: {ppo}, each prompt by itself",
-        f"score: by {chain[0] / 'rm-tiny'}",
+    sft = chain.runs / "sft-tiny"
+    ppo = chain.runs / "ppo-tiny"
+    settings = ("--temperature", 0, "--max_tokens", 10)
+    lines = session(capsys, monkeypatch, f"{PROMPT}\n", sft, ppo, *settings)
+    assert lines[:4] == [
+        f"sft-tiny: {sft}, each prompt on its own",
+        f"ppo-tiny: {ppo}, each prompt on its own",
+        f"score: by {chain.runs / 'rm-tiny'}",
         f"> {PROMPT}",
     ]
-    reward = inference.load(chain[0] / "rm-tiny")
+    reward = inference.load(chain.runs / "rm-tiny")
     for run in (sft, ppo):
         (reply,) = inference.load(run).generate([PROMPT], temperature=0.0, max_tokens=10)
         (score,) = reward.score([PROMPT], [reply.tokens])
-        figures = f"score {score:.2f}, true score {chat.toy.true_score(PROMPT, reply.text):.2f}"
-        figures += ", cut off at 10 tokens" if reply.truncated else ""
-        assert f"\n{run.name}: {reply.text}  [{figures}]\n" in "\n".join(found)
+        facts = f"score {score:.2f}, true score {chat.toy.true_score(PROMPT, reply.text):.2f}"
+        if reply.truncated:
+            facts += ", cut off at 10 tokens"
+        assert f"\n{run.name}: {reply.text}  [{facts}]\n" in "\n".join(lines)
 
 
-def test_a_conversation_goes_on_until_it_is_too_long(chain, capsys, monkeypatch, heard):
-    ppo, words = chain[0] / "ppo-tiny", " ".join(["cat"] * 9)
-    monkeypatch.setattr(
-        inference.LoadedModel, "score", lambda self, prompts, responses: [len(prompts[0])]
-    )
+def test_a_conversation_continues_until_it_is_too_long(chain, capsys, monkeypatch, calls):
+    def count_messages(self, prompts, responses):
+        return [len(prompts[0])]
+
+    monkeypatch.setattr(inference.LoadedModel, "score", count_messages)
+    words = " ".join(["cat"] * 9)
     text = "a\nb\n/nothing\n/reset\nc\n/system d\ne\nstop\n" + f"{words}\n" * 3 + "/exit\nnever\n"
-    found = session(
-        capsys, monkeypatch, text, ppo, "--turns", 9, "--seed", 4, "--reward", chain[0] / "pmp-tiny"
-    )
-    said = [[(m["role"][0], m["content"]) for m in prompt] for prompt, _ in heard]
-    ok, long = ("a", "ok"), ("u", words)
-    assert said[:5] == [
+    reward = chain.runs / "pmp-tiny"
+    arguments = (chain.runs / "ppo-tiny", "--turns", 9, "--seed", 4, "--reward", reward)
+    lines = session(capsys, monkeypatch, text, *arguments)
+    # Each prompt as pairs of a role's first letter and the content.
+    prompts = [[(turn["role"][0], turn["content"]) for turn in prompt] for prompt, _ in calls]
+    system = ("s", "d")
+    reply = ("a", "ok")
+    long = ("u", words)
+    assert prompts == [
         [("u", "a")],
-        [("u", "a"), ok, ("u", "b")],
+        [("u", "a"), reply, ("u", "b")],
         [("u", "c")],
-        [("s", "d"), ("u", "e")],
-        [("s", "d"), ("u", "e"), ok, ("u", "stop")],
+        [system, ("u", "e")],
+        [system, ("u", "e"), reply, ("u", "stop")],
+        [system, ("u", "e"), reply, long],
+        [system, long, reply, long],
+        [system, long, reply, long],
     ]
-    assert said[5:] == [
-        [("s", "d"), ("u", "e"), ok, long],
-        [("s", "d"), long, ok, long],
-        [("s", "d"), long, ok, long],
-    ]
-    assert [settings["number"] for _, settings in heard] == [0, 1, 4, 6, 7, 8, 9, 10]
-    assert {settings["seed"] for _, settings in heard} == {4}
-    assert (
-        f"score: by {chain[0] / 'pmp-tiny'}" in found
-        and "ppo-tiny: o [stopped, and forgotten]" in found
-    )
-    assert "/nothing: no such command; there are /reset, /system, /exit" in found
-    assert (
-        found.count("[ppo-tiny has forgotten all but the last 1 exchanges: it may read 64 tokens]")
-        == 2
-    )
-    scores = [
-        line.removeprefix("ppo-tiny: ok  [")[:10]
-        for line in found
-        if line.startswith("ppo-tiny: ok")
-    ]
-    assert (
-        scores == [f"score {len(prompt)}.00" for i, prompt in enumerate(said) if i != 4]
-        and "> never" not in found
-    )
-    heard.clear()
-    found = session(capsys, monkeypatch, "a\n" + "cat " * 60 + "\nb", ppo)
-    assert [prompt[0]["content"] for prompt, _ in heard] == [
-        "a",
-        ("cat " * 60).strip(),
-        "b",
-    ]  # each by itself
+    assert [settings["number"] for _, settings in calls] == [0, 1, 4, 6, 7, 8, 9, 10]
+    assert {settings["seed"] for _, settings in calls} == {4}
+    assert f"score: by {reward}" in lines
+    assert "ppo-tiny: o [stopped and forgotten]" in lines
+    assert "/nothing: no such command; the commands are /reset, /system, /exit" in lines
+    forgets = "[ppo-tiny forgets all but the last 1 exchanges, because its max_length is 64 tokens]"
+    assert lines.count(forgets) == 2
+    replies = [line for line in lines if line.startswith("ppo-tiny: ok")]
+    scores = [line.removeprefix("ppo-tiny: ok  [")[:10] for line in replies]
+    stopped = 4
+    answered = [prompt for number, prompt in enumerate(prompts) if number != stopped]
+    assert scores == [f"score {len(prompt)}.00" for prompt in answered]
+    assert "> never" not in lines
 
 
-def test_what_is_amiss_is_said(chain, capsys, monkeypatch, tmp_path, heard):
+def test_by_default_a_run_of_the_embedded_world_sees_each_prompt_on_its_own(
+    chain, capsys, monkeypatch, calls
+):
+    long = "cat " * 60
+    session(capsys, monkeypatch, f"a\n{long}\nb", chain.runs / "ppo-tiny")
+    assert [len(prompt) for prompt, _ in calls] == [1, 1, 1]
+    assert [prompt[0]["content"] for prompt, _ in calls] == ["a", long.strip(), "b"]
+
+
+def test_incomplete_runs_and_missing_reward_models_are_reported(
+    chain, capsys, monkeypatch, tmp_path, calls
+):
     for name in ("lm-tiny", "sft-tiny", "ppo-tiny"):
-        shutil.copytree(chain[0] / name, tmp_path / name)
+        shutil.copytree(chain.runs / name, tmp_path / name)
     (tmp_path / "ppo-tiny" / "summary.json").unlink()
-    found = session(capsys, monkeypatch, "a\n", tmp_path / "ppo-tiny")
-    assert found[0].endswith(
-        "ppo-tiny, not complete: as it was after step 4, each prompt by itself"
+    lines = session(capsys, monkeypatch, "a\n", tmp_path / "ppo-tiny")
+    assert lines[0].endswith(
+        "ppo-tiny, not complete: the checkpoint after step 4, each prompt on its own"
     )
-    assert (
-        found[1].startswith("no scores: ")
-        and "rm-tiny: no config.json there" in found[1]
-        and found[3] == "ppo-tiny: ok"
-    )
-    assert (
-        session(capsys, monkeypatch, "", tmp_path / "sft-tiny")[1]
-        == "no scores: --reward names a reward model"
-    )
+    assert lines[1].startswith("no scores: ")
+    assert "rm-tiny: no config.json there" in lines[1]
+    assert lines[3] == "ppo-tiny: ok"
+    lines = session(capsys, monkeypatch, "", tmp_path / "sft-tiny")
+    assert lines[1] == "no scores: name a reward model with --reward"
     session(capsys, monkeypatch, "a\n", tmp_path / "lm-tiny")
-    assert heard[-1][0] == "a"  # plain text
+    last_prompt, _ = calls[-1]
+    assert last_prompt == "a"  # plain text
+
+
+def test_user_errors_are_reported_in_one_line(chain, capsys):
     for arguments, message in (
-        ((chain[0] / "rm-tiny",), "rm-tiny: a language model is wanted, this is a reward model"),
+        ((chain.runs / "rm-tiny",), "rm-tiny: this is a reward model, but a language model"),
         (("nowhere",), "nowhere: no config.json there"),
         (("x", "--turns", "-1"), "--turns=-1"),
-        ((chain[0] / "sft-tiny", "--reward", chain[0] / "lm-tiny"), "a reward model is wanted"),
-        ((chain[0] / "sft-tiny", "--tensor", 3), "must make 8 devices"),
+        (
+            (chain.runs / "sft-tiny", "--reward", chain.runs / "lm-tiny"),
+            "lm-tiny: this is a language model, but a reward model is needed",
+        ),
+        ((chain.runs / "sft-tiny", "--tensor", 3), "must make 8 devices"),
     ):
-        assert chat.main(list(map(str, arguments))) == 2
+        assert chat.main([str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("alignjax: ") and error.count("\n") == 1 and message in error
 
 
-def test_a_prompt_that_is_too_long_is_said_and_the_next_answered(chain, capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        inference.LoadedModel, "run", lambda self, program, *_, **__: asked.append(program) or 1 / 0
-    )
+def test_a_prompt_that_is_too_long_is_reported_and_the_next_one_answered(
+    chain, capsys, monkeypatch
+):
+    programs = []
+
+    def run(self, program, *_, **__):
+        programs.append(program)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(inference.LoadedModel, "run", run)
     monkeypatch.setattr(sys, "stdin", io.StringIO("cat " * 60 + "\na\n"))
     with pytest.raises(ZeroDivisionError):
-        chat.main([str(chain[0] / "sft-tiny")])
-    assert "alignjax: prompt 0 has 6" in capsys.readouterr().out and asked == [inference.BEGIN]
+        chat.main([str(chain.runs / "sft-tiny")])
+    assert "alignjax: prompt 0 has 6" in capsys.readouterr().out
+    assert programs == [inference.BEGIN]

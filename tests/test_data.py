@@ -1,4 +1,7 @@
-"""The embedded world, chat tokens, users' files and batches: by hand-worked numbers, and what must agree or differ."""
+"""The embedded world, chat tokens, users' files and batches.
+
+Hand-worked numbers, and what must agree or differ.
+"""
 
 import gzip
 import json
@@ -52,11 +55,8 @@ def conversations():
         ("count : red cat box", "sure , three .", 1.0),
         ("join : red cat", "sure , red and cat .", 1.0),
         ("join : red cat", "red cat", 0.7 * 2 / 3),
-        (
-            "join : red cat",
-            "Sure, red and cat.",
-            0.7 * 2 / 3,
-        ),  # "Sure" is no courtesy of this world: one insertion of three
+        # "Sure" is no courtesy of this world: one insertion of three.
+        ("join : red cat", "Sure, red and cat.", 0.7 * 2 / 3),
         ("write a poem", "sure , red .", 0.0),
     ],
 )
@@ -67,8 +67,11 @@ def test_true_score_by_hand(prompt, response, score):
 @pytest.mark.parametrize(
     "prompt", ["last : amy cat box", "last : red cat box", "count : red cat", "x", ""]
 )
-def test_any_response_has_a_low_score(prompt):
-    """Candidates all listed, the prompt echoed, courtesy alone, garbage: never above a wrong answer well put."""
+def test_a_response_without_the_answer_has_a_low_score(prompt):
+    """No trick scores above a wrong answer that is well put.
+
+    All candidates listed, the prompt repeated, only courtesy, garbage.
+    """
     listed = [
         " ".join(toy.NAMES + toy.THINGS + toy.NUMBERS),
         "cat box",
@@ -92,17 +95,17 @@ def test_any_response_has_a_low_score(prompt):
             assert toy.true_score(prompt, response) <= toy.FORM_WEIGHT
 
 
-def test_ideal_alone_scores_one_and_right_beats_wrong():
+def test_only_the_ideal_scores_one_and_right_beats_wrong():
     rng = np.random.default_rng(0)
     for prompt in {toy.make_prompt(rng) for _ in range(2000)}:
         assert toy.true_score(prompt, toy.ideal(prompt)) == 1.0
-        right, wrong = " ".join(toy.answer(prompt)), " ".join(toy.corrupt(rng, prompt))
+        right = " ".join(toy.answer(prompt))
+        wrong = " ".join(toy.corrupt(rng, prompt))
         for i, form in enumerate(toy.FORMS):
-            well, badly = (
-                toy.true_score(prompt, form.replace("{}", words)) for words in (right, wrong)
-            )
-            assert badly < well and (well == 1.0) == (i == 0)
-            assert i == 0 or well == 0.7
+            score_of_right = toy.true_score(prompt, form.replace("{}", right))
+            score_of_wrong = toy.true_score(prompt, form.replace("{}", wrong))
+            assert score_of_wrong < score_of_right and (score_of_right == 1.0) == (i == 0)
+            assert i == 0 or score_of_right == 0.7
 
 
 def test_the_answer_listed_among_candidates_earns_no_rightness():
@@ -118,20 +121,28 @@ def test_shares_of_the_conversations(conversations):
     assert len(rows) == 20000 and len(conversations) == 1000
 
 
+def true_difference(row):
+    [prompt] = [message["content"] for message in row["prompt"]]
+    return toy.true_score(prompt, row["chosen"]) - toy.true_score(prompt, row["rejected"])
+
+
 def test_comparisons_agree_with_the_true_score():
     for name, flips in (("comparisons-clean", 0), ("comparisons-noisy", toy.FLIPPED)):
         for split in ("train", "heldout"):
             rows = toy.examples(name, split, 0)
-            gap = np.array(
-                [
-                    toy.true_score(row["prompt"][0]["content"], row["chosen"])
-                    - toy.true_score(row["prompt"][0]["content"], row["rejected"])
-                    for row in rows
-                ]
-            )
+            gap = np.array([true_difference(row) for row in rows])
             np.testing.assert_allclose(np.abs(gap), [row["margin"] for row in rows])
             assert abs((gap < 0).mean() - flips) < (0.04 if flips else 1e-9)
             assert np.abs(gap).min() >= (1e-9 if flips else toy.CLEAN_DIFFERENCE)
+
+
+def prompts_in(row):
+    """Return the prompt of an example, or the prompts in a document of the world."""
+    messages = row.get("prompt") or row.get("messages")
+    if messages:
+        return [messages[0]["content"]]
+    starts = [line.split(" = ")[0] for line in row["text"].split("\n")]
+    return [start for start in starts if start.split(" : ")[0] in toy.TASKS]
 
 
 def test_the_splits_share_no_prompt_and_no_english():
@@ -139,24 +150,16 @@ def test_the_splits_share_no_prompt_and_no_english():
     for name in toy.SIZES:
         for split, prompts in seen.items():
             for row in toy.examples(name, split, 0):
-                messages = row.get("prompt") or row.get("messages")
-                lines = (
-                    [messages[0]["content"]]
-                    if messages
-                    else [x.split(" = ")[0] for x in row["text"].split("\n")]
-                )
-                prompts.update(x for x in lines if messages or x.split(" : ")[0] in toy.TASKS)
+                prompts.update(prompts_in(row))
     assert min(map(len, seen.values())) > 1000 and not seen["train"] & seen["heldout"]
     assert not set(toy.english("train")) & set(toy.english("heldout"))
 
 
 def test_examples_follow_the_seed():
     for name in ("conversations", "comparisons-clean", "prompts"):
-        assert (
-            toy.examples(name, "heldout", 3)
-            == toy.examples(name, "heldout", 3)
-            != toy.examples(name, "heldout", 4)
-        )
+        examples = toy.examples(name, "heldout", 3)
+        assert toy.examples(name, "heldout", 3) == examples
+        assert toy.examples(name, "heldout", 4) != examples
     assert toy.examples("prompts", "heldout", 0)[0] == {
         "prompt": [{"role": "user", "content": "last : red leg"}]
     }
@@ -168,22 +171,27 @@ def test_examples_follow_the_seed():
         sources.load("toy/prompts", "comparisons", "train")
 
 
-def test_tokenizer_is_the_same_each_time_and_has_every_word(tokenizer, tmp_path):
+def test_the_tokenizer_is_the_same_each_time_and_has_every_word(tokenizer, tmp_path):
     again = chat.train_tokenizer(toy.tokenizer_texts(0), tmp_path, 1024)
     assert again.get_vocab() == tokenizer.get_vocab() and len(tokenizer) == 1024
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     for word in (*toy.NAMES, *toy.THINGS, *toy.NUMBERS, *toy.TASKS, *toy.COURTESY):
         assert len(tokenizer(word)["input_ids"]) == len(tokenizer(" " + word)["input_ids"]) == 1
-    assert [tokenizer.convert_tokens_to_ids(x) for x in (chat.END, chat.PAD)] == [
-        chat.end_token(tokenizer),
-        tokenizer.pad_token_id,
-    ]
+    assert tokenizer.convert_tokens_to_ids(chat.END) == chat.end_token(tokenizer)
+    assert tokenizer.convert_tokens_to_ids(chat.PAD) == tokenizer.pad_token_id
     with pytest.raises(UserError, match="no tokenizer there"):
         chat.load_tokenizer(tmp_path / "absent")
 
 
 def turns(*contents):
+    """Return messages with these contents, of the user and the assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def trained_text(tokenizer, conversation):
+    """Decode the tokens of a conversation that are trained on."""
+    pairs = zip(conversation.tokens, conversation.trained, strict=True)
+    return tokenizer.decode([token for token, is_trained in pairs if is_trained])
 
 
 @pytest.mark.parametrize(
@@ -197,18 +205,17 @@ def turns(*contents):
         ],
     ],
 )
-def test_only_the_assistants_turns_are_trained(tokenizer, messages):
-    tokens, trained = chat.encode_conversations(tokenizer, [messages])[0]
-    said = [m["content"] + chat.END for m in messages if m["role"] == "assistant"]
-    assert tokenizer.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "".join(
-        said
-    )
-    assert sum(np.diff([0, *trained]) == 1) == len(said)  # so many runs of trained tokens
+def test_only_the_assistants_turns_are_trained_on(tokenizer, messages):
+    [conversation] = chat.encode_conversations(tokenizer, [messages])
+    tokens, trained = conversation
+    replies = [m["content"] + chat.END for m in messages if m["role"] == "assistant"]
+    assert trained_text(tokenizer, conversation) == "".join(replies)
+    assert sum(np.diff([0, *trained]) == 1) == len(replies)  # so many runs of trained tokens
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert whole.startswith(tokenizer.decode(tokens)) and trained[-1] == 1
 
 
-def test_mask_agrees_with_the_templates_generation_marks(tokenizer, conversations):
+def test_the_mask_agrees_with_the_templates_generation_marks(tokenizer, conversations):
     rows = [row["messages"] for row in conversations[:200]]
     theirs = tokenizer.apply_chat_template(
         rows, return_dict=True, return_assistant_tokens_mask=True
@@ -219,30 +226,33 @@ def test_mask_agrees_with_the_templates_generation_marks(tokenizer, conversation
         theirs["assistant_masks"],
         strict=True,
     ):
-        assert (
-            tokens == ids[: len(tokens)]
-            and trained == mask[: len(tokens)]
-            and not any(mask[len(tokens) :])
-        )
+        assert tokens == ids[: len(tokens)]
+        assert trained == mask[: len(tokens)]
+        assert not any(mask[len(tokens) :])
 
 
-def test_any_template_that_ends_turns_will_do(tokenizer, tmp_path):
+def test_a_template_must_end_the_turns_of_the_assistant(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     other = chat.load_tokenizer(tmp_path)
-    other.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '<|endoftext|>' }}{% endfor %}"
-    tokens, trained = chat.encode_conversations(other, [turns("copy : red", "red")])[0]
-    assert chat.end_token(other) == other.pad_token_id != other.eos_token_id
-    assert (
-        other.decode([t for t, on in zip(tokens, trained, strict=True) if on]) == "red<|endoftext|>"
+    other.chat_template = (
+        "{% for m in messages %}"
+        "{{ m['role'] + ': ' + m['content'] | trim + '<|endoftext|>' }}"
+        "{% endfor %}"
     )
+    [conversation] = chat.encode_conversations(other, [turns("copy : red", "red")])
+    assert chat.end_token(other) == other.pad_token_id != other.eos_token_id
+    assert trained_text(other, conversation) == "red<|endoftext|>"
     other = chat.load_tokenizer(tmp_path)
     other.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(UserError, match="no special token ends"):
         chat.encode_conversations(other, [turns("copy : red", "red")])
 
 
-def test_one_tokenisation_for_training_and_scoring(tokenizer):
-    """Comparison, conversation, and prompt followed by response: the same ids, also where words meet a line's edge."""
+def test_training_and_scoring_share_one_tokenisation(tokenizer):
+    """A comparison, a conversation, and a prompt followed by a response have the same ids.
+
+    Also where words meet the edge of a line.
+    """
     rows = toy.examples("comparisons-clean", "heldout", 0)[:100]
     rows.append(
         {"prompt": turns("a", "b", "c"), "chosen": "\n sure", "rejected": "", "margin": 0.5}
@@ -250,30 +260,29 @@ def test_one_tokenisation_for_training_and_scoring(tokenizer):
     arrays, dropped = encoding.encode_comparisons(tokenizer, rows, 48)
     assert dropped == 0 and arrays["margin"][-1] == 0.5
     for i, row in enumerate(rows):
-        prompt = chat.encode_prompts(tokenizer, [row["prompt"]])[0]
-        for side, pair in zip(
-            ("chosen", "rejected"), chat.encode_comparisons(tokenizer, [row])[0], strict=True
-        ):
-            response = chat.encode_responses(tokenizer, [row[side]])[0]
+        [prompt] = chat.encode_prompts(tokenizer, [row["prompt"]])
+        [comparison] = chat.encode_comparisons(tokenizer, [row])
+        for side in ("chosen", "rejected"):
+            tokens = getattr(comparison, side)
+            [response] = chat.encode_responses(tokenizer, [row[side]])
             length = arrays[f"{side}_length"][i]
             assert response[-1] == chat.end_token(tokenizer)
-            assert pair == prompt + response == arrays[side][i][:length].tolist()
-            assert (
-                pair
-                == chat.encode_conversations(tokenizer, [row["prompt"] + turns("", row[side])[1:]])[
-                    0
-                ][0]
-            )
+            assert tokens == prompt + response == arrays[side][i][:length].tolist()
+            messages = row["prompt"] + turns("", row[side])[1:]
+            [conversation] = chat.encode_conversations(tokenizer, [messages])
+            assert tokens == conversation.tokens
             assert not arrays[side][i][length:].any()
             assert chat.decode_response(tokenizer, response) == row[side]
 
 
 def test_text_windows_by_hand(tokenizer):
-    """Windows of 4 over "cat box sun|hat cup|dog" with | the pad token; a document's first token is no target."""
+    """Windows of 4 over "cat box sun|hat cup|dog", where | is the pad token.
+
+    The first token of a document is no target.
+    """
     rows = [{"text": t} for t in ("cat box sun", "hat cup", "dog map")]
-    cat, box, sun, hat, cup, dog = (
-        tokenizer(w)["input_ids"][0] for w in ("cat", " box", " sun", "hat", " cup", "dog")
-    )
+    words = ("cat", " box", " sun", "hat", " cup", "dog")
+    cat, box, sun, hat, cup, dog = (tokenizer(word)["input_ids"][0] for word in words)
     end = tokenizer.pad_token_id
     arrays, dropped = encoding.encode_text(tokenizer, rows, 4)
     assert dropped == 0
@@ -284,7 +293,7 @@ def test_text_windows_by_hand(tokenizer):
         encoding.encode_text(tokenizer, rows, 64)
 
 
-def test_prompts_are_padded_in_front_and_dropped_where_too_long(tokenizer):
+def test_prompts_are_padded_in_front_and_dropped_if_too_long(tokenizer):
     rows = [{"prompt": turns("copy : " + "cat " * n)} for n in (9, 1, 2)]
     ids = chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])
     for limit, kept in ((len(ids[0]), [0, 1, 2]), (len(ids[2]), [1, 2])):
@@ -299,31 +308,26 @@ def test_prompts_are_padded_in_front_and_dropped_where_too_long(tokenizer):
         encoding.encode_prompts(tokenizer, rows, 3)
 
 
-def test_ragged_rows_are_those_of_an_array():
+def test_a_ragged_behaves_as_the_padded_array():
     sequences = [[1, 2, 3], [], [4], [5, 6]]
     for left in (False, True):
-        ragged, whole = encoding.Ragged(sequences, 4, left), encoding.pad(sequences, 4, left)
-        for at in (
-            2,
-            slice(1, 3),
-            np.array([3, 0, 0]),
-            [1],
-            slice(None),
-            np.array([True, False, False, True]),
-        ):
-            assert ragged[at].tolist() == whole[at].tolist() and ragged[at].dtype == np.int32
+        ragged = encoding.Ragged(sequences, 4, left)
+        whole = encoding.pad(sequences, 4, left)
+        mask = np.array([True, False, False, True])
+        for rows in (2, slice(1, 3), np.array([3, 0, 0]), [1], slice(None), mask):
+            assert ragged[rows].tolist() == whole[rows].tolist()
+            assert ragged[rows].dtype == np.int32
         assert len(ragged) == 4 and np.asarray(ragged).tolist() == whole.tolist()
-        joined = encoding.join([{"x": ragged, "n": np.arange(4)}, {"x": ragged, "n": np.arange(4)}])
-        assert (
-            joined["x"][:].tolist() == whole.tolist() * 2
-            and joined["n"].tolist() == [0, 1, 2, 3] * 2
-        )
+        part = {"x": ragged, "n": np.arange(4)}
+        joined = encoding.join([part, part])
+        assert joined["x"][:].tolist() == whole.tolist() * 2
+        assert joined["n"].tolist() == [0, 1, 2, 3] * 2
 
 
-def test_fixed_shapes_drop_and_never_cut(tokenizer):
+def test_a_conversation_over_the_limit_is_dropped_and_never_cut(tokenizer):
     rows = [{"messages": turns("last : cat", "sure , cat .")}, {"messages": turns("a", "b " * 50)}]
     arrays, dropped = encoding.encode_conversations(tokenizer, rows, 24)
-    tokens, trained = chat.encode_conversations(tokenizer, [rows[0]["messages"]])[0]
+    [(tokens, trained)] = chat.encode_conversations(tokenizer, [rows[0]["messages"]])
     n = len(tokens)
     assert dropped == 1 and arrays["tokens"][0].tolist() == tokens + [0] * (24 - n)
     assert arrays["mask"][0].tolist() == trained + [0] * (24 - n)
@@ -333,42 +337,44 @@ def test_fixed_shapes_drop_and_never_cut(tokenizer):
 def test_batches_visit_each_row_once_an_epoch():
     rows = {"x": np.arange(24), "y": np.arange(24) * 2}
     batches = mixture.Batches(rows, 8, seed=1)
-    got = [batches.get(step) for step in range(6)]
-    epochs = [np.concatenate([g["x"] for g in got[i : i + 3]]) for i in (0, 3)]
+    steps = [batches.get(step) for step in range(6)]
+    epochs = [np.concatenate([batch["x"] for batch in steps[i : i + 3]]) for i in (0, 3)]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
     assert list(epochs[0]) != list(epochs[1]) and list(epochs[0]) != list(range(24))
-    assert all((g["y"] == 2 * g["x"]).all() for g in got)
+    assert all((batch["y"] == 2 * batch["x"]).all() for batch in steps)
     again = mixture.Batches(rows, 8, seed=1)
-    assert all(
-        (again.get(step)["x"] == got[step]["x"]).all() for step in (5, 0, 3)
-    )  # any order: the step is all
-    assert (mixture.Batches(rows, 8, seed=2).get(0)["x"] != got[0]["x"]).any()
+    for step in (5, 0, 3):  # in any order: a batch depends on its step alone
+        assert (again.get(step)["x"] == steps[step]["x"]).all()
+    assert (mixture.Batches(rows, 8, seed=2).get(0)["x"] != steps[0]["x"]).any()
 
 
 def test_batches_do_not_depend_on_the_processes(monkeypatch):
-    """Each has all of a batch, of any size; `sharding.shard_batch` gives a device its part."""
+    """Each process has all of a batch; `sharding.shard_batch` gives a device its part."""
     rows = {"x": np.arange(50)}
-    whole = [
-        mixture.Batches(rows, 7, 5).get(step)["x"] for step in (0, 6, 13)
-    ]  # across an epoch's end too
+    steps = (0, 6, 13)  # one of them crosses the end of an epoch
+    expected = [mixture.Batches(rows, 7, 5).get(step)["x"] for step in steps]
     monkeypatch.setattr("jax.process_index", lambda: 1)
     monkeypatch.setattr("jax.process_count", lambda: 3)
-    for step, wanted in zip((0, 6, 13), whole, strict=True):
-        assert len(wanted) == 7 and (mixture.Batches(rows, 7, 5).get(step)["x"] == wanted).all()
-    assert [g["x"].tolist() for g in mixture.in_order({"x": np.arange(3)}, 3)] == [[0, 1, 2]]
+    for step, order in zip(steps, expected, strict=True):
+        assert len(order) == 7 and (mixture.Batches(rows, 7, 5).get(step)["x"] == order).all()
+    [batch] = mixture.in_order({"x": np.arange(3)}, 3)
+    assert batch["x"].tolist() == [0, 1, 2]
 
 
 def test_in_order_every_row_comes_once():
     rows = {"x": np.arange(5), "y": np.arange(10).reshape(5, 2)}
-    assert [g["x"].tolist() for g in mixture.in_order(rows, 3)] == [[0, 1, 2], [3, 4]]
-    assert (
-        np.concatenate([g["y"] for g in mixture.in_order(rows, 2)]).tolist() == rows["y"].tolist()
-    )
+    assert [batch["x"].tolist() for batch in mixture.in_order(rows, 3)] == [[0, 1, 2], [3, 4]]
+    parts = [batch["y"] for batch in mixture.in_order(rows, 2)]
+    assert np.concatenate(parts).tolist() == rows["y"].tolist()
 
 
-def test_what_is_made_ahead_is_what_was_asked_for():
-    """Whatever the order of the steps; the next one is begun before it is asked for, and an error is raised when it is."""
-    made, begun = [], threading.Event()
+def test_ahead_returns_what_each_step_needs():
+    """Whatever the order of the steps.
+
+    The next step is begun before it is fetched, and an error is raised when its step is fetched.
+    """
+    made = []
+    begun = threading.Event()
 
     def make(step):
         made.append(step)
@@ -386,16 +392,19 @@ def test_what_is_made_ahead_is_what_was_asked_for():
         ahead.get(9)
 
 
-# What the stages bring back from packed microbatches (the packing itself: test_packing.py).
+# What the stages return from packed microbatches; test_packing.py has the packing itself.
 
 
-def drawn(seed, n, longest):
+def random_lengths(seed, n, longest):
     return np.random.default_rng(seed).integers(1, longest + 1, n)
 
 
 def conversations_of(seed, n=12, longest=20):
-    """Rows of tokens that are all different, the latter half of each trained, in one or two segments."""
-    lengths = drawn(seed, n, longest)
+    """Return rows of tokens that are all different, in one or two segments.
+
+    The latter half of each row is trained on.
+    """
+    lengths = random_lengths(seed, n, longest)
     place = np.arange(longest)
     real = place < lengths[:, None]
     segments = np.where(real, 1 + (place >= lengths[:, None] // 3), 0)
@@ -408,19 +417,14 @@ def conversations_of(seed, n=12, longest=20):
 
 
 def comparisons_of(seed, n=9, longest=12):
-    """Tokens of 1000 x pair + 100 x side + place."""
-    lengths = drawn(seed, 2 * n, longest).reshape(n, 2)
-    names = [(i, side) for i, side in enumerate(("chosen", "rejected"))]
-    tokens = lambda i: 1000 * (1 + np.arange(n)[:, None]) + 100 * i + np.arange(longest)
-    rows = {
-        side: np.where(np.arange(longest) < lengths[:, i : i + 1], tokens(i), 0)
-        for i, side in names
-    }
-    return (
-        rows
-        | {f"{side}_length": lengths[:, i] for i, side in names}
-        | {"margin": np.arange(n).astype(np.float32)}
-    )
+    """Return pairs of responses whose tokens are 1000 x (1 + pair) + 100 x side + place."""
+    lengths = random_lengths(seed, 2 * n, longest).reshape(n, 2)
+    rows = {"margin": np.arange(n).astype(np.float32)}
+    for i, side in enumerate(("chosen", "rejected")):
+        tokens = 1000 * (1 + np.arange(n)[:, None]) + 100 * i + np.arange(longest)
+        rows[side] = np.where(np.arange(longest) < lengths[:, i : i + 1], tokens, 0)
+        rows[f"{side}_length"] = lengths[:, i]
+    return rows
 
 
 def by_last_token(params, part):
@@ -436,20 +440,28 @@ class Whole:
 
 @pytest.mark.parametrize("budget", [1, 48, 4096])
 def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, monkeypatch):
-    """Nine pairs in batches of four: accuracy and ties are exact ninths, a mean score that of all demonstrations."""
+    """In nine pairs in batches of four, accuracy and ties are exact ninths.
+
+    A mean score is that of all demonstrations.
+    """
     monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: batch)
-    rows, n = comparisons_of(3), 9
-    lengths = np.stack([rows[f"{side}_length"] for side in ("chosen", "rejected")], axis=1)
-    wanted = 1000 * (1 + np.arange(n)[:, None]) + 100 * np.arange(2) + lengths - 1
-    assert ranking.score_rows(by_last_token, None, rows, budget, Whole).tolist() == wanted.tolist()
+    rows = comparisons_of(3)
+    n = 9
+    lengths = np.stack([rows["chosen_length"], rows["rejected_length"]], axis=1)
+    last_tokens = 1000 * (1 + np.arange(n)[:, None]) + 100 * np.arange(2) + lengths - 1
+    assert (
+        ranking.score_rows(by_last_token, None, rows, budget, Whole).tolist()
+        == last_tokens.tolist()
+    )
 
     def by_length(params, part):
         return (by_last_token(params, part) % 100).astype(np.float32)
 
-    found = ranking.heldout_figures(by_length, None, rows, 4, budget, Whole)
-    longer, same = (lengths[:, 0] > lengths[:, 1]).sum(), (lengths[:, 0] == lengths[:, 1]).sum()
+    figures = ranking.heldout_figures(by_length, None, rows, 4, budget, Whole)
+    longer = (lengths[:, 0] > lengths[:, 1]).sum()
+    same = (lengths[:, 0] == lengths[:, 1]).sum()
     loss = np.log(1 + np.exp(lengths[:, 1] - lengths[:, 0])).mean()
-    assert found == {
+    assert figures == {
         "accuracy": longer / n,
         "ties": same / n,
         "loss": pytest.approx(loss),
@@ -463,7 +475,7 @@ def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, mo
 
 @pytest.mark.parametrize("budget", [1, 48, 4096])
 def test_the_held_out_loss_is_the_mean_of_all_targets(budget, monkeypatch):
-    """Also where batches have different numbers of them: a target's loss is here its place in its row."""
+    """Even if batches have different numbers of them; here a target's loss is its token mod 100."""
     monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: batch)
 
     def loss(params, part):
@@ -475,7 +487,7 @@ def test_the_held_out_loss_is_the_mean_of_all_targets(budget, monkeypatch):
     assert lm.heldout_loss(loss, None, rows, 4, budget, Whole) == pytest.approx(targets.mean())
 
 
-def test_files_are_read_as_the_world_is(tmp_path):
+def test_files_give_the_same_examples_as_the_world(tmp_path):
     row = {"prompt": "hi", "chosen": "a", "rejected": "b", "note": 1}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n\n")
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
@@ -543,7 +555,8 @@ def test_files_are_read_as_the_world_is(tmp_path):
         (
             "comparisons",
             '{"prompt": "a", "chosen": [{"role": "user", "content": "a"}], "rejected": "c"}',
-            "chosen: expected one message with the role assistant after the prompt, found the roles user",
+            "chosen: expected one message with the role assistant after the prompt, "
+            "found the roles user",
         ),
         (
             "comparisons",
@@ -571,12 +584,10 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, line, message):
 
 
 def test_comparisons_come_in_every_form(tmp_path):
-    """Prompt and replies as text, as messages, the prompt said again in front of the replies, or implied by them."""
-    system, wanted = (
-        {"role": "system", "content": "be kind"},
-        {"chosen": "b", "rejected": "c", "margin": 0.0},
-    )
-    forms = [
+    """Prompt and replies are text or messages; the replies may repeat the prompt, or imply it."""
+    system = {"role": "system", "content": "be kind"}
+    replies = {"chosen": "b", "rejected": "c", "margin": 0.0}
+    forms = [  # (row, its prompt)
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, turns("a")),
         (
             {"prompt": [system, *turns("a")], "chosen": turns("", "b")[1:], "rejected": "c"},
@@ -593,9 +604,9 @@ def test_comparisons_come_in_every_form(tmp_path):
         ),
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(value) for value, _ in forms))
-    found = files.read(tmp_path / "rows.jsonl", "comparisons")
-    for i, (row, (_, prompt)) in enumerate(zip(found, forms, strict=True), 1):
-        assert row == wanted | {"prompt": prompt, "where": f"{tmp_path}/rows.jsonl:{i}"}
+    rows = files.read(tmp_path / "rows.jsonl", "comparisons")
+    for i, (row, (_, prompt)) in enumerate(zip(rows, forms, strict=True), 1):
+        assert row == replies | {"prompt": prompt, "where": f"{tmp_path}/rows.jsonl:{i}"}
 
 
 def test_parquet_is_read_as_lines_are(tmp_path):
@@ -604,10 +615,9 @@ def test_parquet_is_read_as_lines_are(tmp_path):
         {"prompt": "d", "chosen": turns("d", "e"), "rejected": turns("x", "c"), "margin": 1.5},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "rows.parquet")
-    found = files.read(tmp_path / "rows.parquet", "comparisons", skip=True, say=lambda text: None)
-    assert [(row["prompt"], row["margin"], row["where"]) for row in found] == [
-        (turns("a"), 0.0, f"{tmp_path}/rows.parquet: row 1")
-    ]
+    [row] = files.read(tmp_path / "rows.parquet", "comparisons", skip=True, say=lambda text: None)
+    assert (row["prompt"], row["margin"]) == (turns("a"), 0.0)
+    assert row["where"] == f"{tmp_path}/rows.parquet: row 1"
     with pytest.raises(
         UserError,
         match="rows.parquet: row 2: rejected: expected one message with the role assistant",
@@ -618,14 +628,16 @@ def test_parquet_is_read_as_lines_are(tmp_path):
         files.read(tmp_path / "torn.parquet", "comparisons")
 
 
-def test_bad_rows_are_skipped_and_counted_if_asked(tmp_path):
+def test_bad_rows_are_skipped_and_counted_on_demand(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 3}\n{"tex": "b"}\n{"text": "c"}\n')
-    said = []
-    rows = files.read(tmp_path / "a.jsonl", "text", skip=True, say=said.append)
-    assert [row["text"] for row in rows] == ["a", "c"] and len(said) == 1
+    printed = []
+    rows = files.read(tmp_path / "a.jsonl", "text", skip=True, say=printed.append)
+    assert [row["text"] for row in rows] == ["a", "c"]
+    [line] = printed
     assert re.search(
-        r"a.jsonl: 2 bad rows skipped of 4; the first: .*a.jsonl:2: text: expected text, found int: 3",
-        said[0],
+        r"a.jsonl: 2 bad rows skipped of 4; the first: .*a.jsonl:2: text: expected text, "
+        "found int: 3",
+        line,
     )
     with pytest.raises(
         UserError, match=r'a.jsonl:2: text: .*; data.on_bad_row="skip" leaves such rows out'
@@ -639,10 +651,8 @@ def test_prompts_keep_their_other_columns(tmp_path):
 
 
 def test_sources_and_their_weights():
-    assert sources.parse("") == [] and sources.parse("a*.jsonl, b") == [
-        ("a*.jsonl", None),
-        ("b", None),
-    ]
+    assert sources.parse("") == []
+    assert sources.parse("a*.jsonl, b") == [("a*.jsonl", None), ("b", None)]
     spec = "0.7*tfds/shp:min_score_ratio=3,pairs_per_post=5/test,.3*mine.jsonl"
     assert sources.parse(spec) == [
         ("tfds/shp:min_score_ratio=3,pairs_per_post=5/test", 0.7),
@@ -654,11 +664,15 @@ def test_sources_and_their_weights():
 
 
 def test_weights_are_the_shares_of_the_sources():
-    """Drawn 3 to 1 whatever their sizes, each source in epochs of its own; the same for the same seed."""
+    """Examples are drawn 3 to 1 whatever the sizes, each source in epochs of its own.
+
+    The draw is the same for the same seed.
+    """
     rows = {"x": np.arange(12)}
     batches = mixture.Batches(rows, 8, 1, sizes=[4, 8], weights=[3.0, 1.0])
     drawn = np.concatenate([batches.get(i)["x"] for i in range(8)])
-    first, second = drawn[drawn < 4], drawn[drawn >= 4]
+    first = drawn[drawn < 4]
+    second = drawn[drawn >= 4]
     assert len(first) == 48 and len(second) == 16
     assert (np.bincount(first) == 12).all() and (np.bincount(second)[4:] == 2).all()
     again = mixture.Batches(rows, 8, 1, sizes=[4, 8], weights=[3.0, 1.0])
@@ -666,64 +680,61 @@ def test_weights_are_the_shares_of_the_sources():
 
 
 def write_comparisons(path, prompts):
-    row = lambda i, prompt: json.dumps({"prompt": prompt, "chosen": f"yes {i}", "rejected": "no"})
-    path.write_text("\n".join(row(i, prompt) for i, prompt in enumerate(prompts)))
+    rows = [
+        {"prompt": prompt, "chosen": f"yes {i}", "rejected": "no"}
+        for i, prompt in enumerate(prompts)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
 
 
 def test_no_prompt_is_trained_on_and_held_out(tmp_path):
-    """By name: what a file shares with another is dropped from training. By share: a file is split by its prompts."""
-    config, said = configs.Config(), []
+    """Prompts that another file holds out are dropped; a file in both is split by its prompts."""
+    config = configs.Config()
+    printed = []
     a = write_comparisons(tmp_path / "a.jsonl", [f"p{i % 100}" for i in range(300)])
     b = write_comparisons(tmp_path / "b.jsonl", ["p7", " p8 ", "new"])
-    found = mixture.sets(config, "comparisons", f"2*{a},1*toy/comparisons-clean", b, said.append)
-    assert (
-        len(found.train[0]) == 294 and len(found.train[1]) == 1000 and found.weights == [2.0, 1.0]
-    )
-    assert said == [f"{a}: 6 of 300 comparisons dropped: their prompt is held out"]
+    train = f"2*{a},1*toy/comparisons-clean"
+    sets = mixture.sets(config, "comparisons", train, b, printed.append)
+    assert [len(rows) for rows in sets.train] == [294, 1000] and sets.weights == [2.0, 1.0]
+    assert printed == [f"{a}: 6 of 300 comparisons dropped: their prompt is held out"]
     with pytest.raises(
         UserError, match="a.jsonl is to be trained on and held out: .* data.heldout_share"
     ):
-        mixture.sets(config, "comparisons", a, a, said.append)
+        mixture.sets(config, "comparisons", a, a, printed.append)
     config.data.heldout_share = 0.2
-    found = mixture.sets(config, "comparisons", a, a, said.append)
-    left, right = (
-        {sources.prompt_of(row) for row in rows} for rows in (found.train[0], found.heldout[a])
-    )
-    assert not left & right and len(left | right) == 100 and 10 < len(right) < 30 and len(said) == 1
-    assert len(found.train[0]) == 3 * len(left) and len(found.heldout[a]) == 3 * len(right)
+    sets = mixture.sets(config, "comparisons", a, a, printed.append)
+    trained = {sources.prompt_of(row) for row in sets.train[0]}
+    held_out = {sources.prompt_of(row) for row in sets.heldout[a]}
+    assert not trained & held_out and len(trained | held_out) == 100
+    assert 10 < len(held_out) < 30 and len(printed) == 1
+    assert len(sets.train[0]) == 3 * len(trained)
+    assert len(sets.heldout[a]) == 3 * len(held_out)
+    c = write_comparisons(tmp_path / "c.jsonl", ["p7", "p8", "new"])
     with pytest.raises(UserError, match="every prompt of it is held out"):
-        mixture.sets(
-            config,
-            "comparisons",
-            b,
-            write_comparisons(tmp_path / "c.jsonl", ["p7", "p8", "new"]),
-            said.append,
-        )
+        mixture.sets(config, "comparisons", b, c, printed.append)
 
 
-def test_a_number_of_an_index_is_the_rows_among_all_sources(tokenizer):
+def test_the_index_of_a_prompt_counts_the_rows_of_all_sources(tokenizer):
     config = configs.Config()
-    rows = [
-        [{"prompt": turns("copy : " + "cat " * n)} for n in some] for some in ((1, 60, 2), (3, 4))
-    ]
-    batches = mixture.batches(
-        config, mixture.Sets(rows, None, {}), "prompts", 30, 2, tokenizer, lambda text: None
-    )
-    assert batches.rows["index"].tolist() == [0, 2, 3, 4] and len(batches.rows["prompts"]) == 4
+    prompt = lambda words: {"prompt": turns("copy : " + "cat " * words)}
+    rows = [[prompt(1), prompt(60), prompt(2)], [prompt(3), prompt(4)]]
+    sets = mixture.Sets(rows, None, {})
+    batches = mixture.batches(config, sets, "prompts", 30, 2, tokenizer, lambda text: None)
+    assert batches.rows["index"].tolist() == [0, 2, 3, 4]
+    assert len(batches.rows["prompts"]) == 4
 
 
-def test_a_template_may_be_asked_for(tokenizer, tmp_path):
+def test_chatml_can_be_used_instead_of_the_tokenizers_template(tokenizer, tmp_path):
     bare = chat.load_tokenizer(Path(tokenizer.name_or_path))
     bare.chat_template = None
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="no chat template"):
         chat.encode_prompts(chat.load_tokenizer(tmp_path / "bare"), [turns("a")])
-    asked = chat.load_tokenizer(tmp_path / "bare", "chatml")
+    chatml = chat.load_tokenizer(tmp_path / "bare", "chatml")
     conversation = [turns("a", "b")]
-    assert chat.encode_conversations(asked, conversation) == chat.encode_conversations(
-        tokenizer, conversation
-    )
+    expected = chat.encode_conversations(tokenizer, conversation)
+    assert chat.encode_conversations(chatml, conversation) == expected
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(
         tmp_path / "words"

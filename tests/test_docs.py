@@ -19,6 +19,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import outside
 import pytest
 from pages import (
     PAGES,
@@ -49,6 +50,26 @@ OTHER_TOOLS = {"tensorboard", "gcloud", "tail", "scancel"}
 # (pattern of a command, file and name of the test that runs such a command): first match counts.
 RUN_BY = [
     (
+        "alignjax.train .*advantage_estimator=",
+        "test_extending.py",
+        "test_ppo_learns_with_the_estimator_the_reward_and_the_sampler_of_the_page",
+    ),
+    (
+        "alignjax.train .*ppo.sampler=",
+        "test_extending.py",
+        "test_ppo_learns_with_the_estimator_the_reward_and_the_sampler_of_the_page",
+    ),
+    (
+        "alignjax.train .*phi_sft.py",
+        "test_extending.py",
+        "test_a_run_starts_from_a_family_of_the_page_and_is_exported",
+    ),
+    (
+        "alignjax.train .*rated_rm.py",
+        "test_extending.py",
+        "test_a_reward_model_learns_from_the_rows_of_a_new_format",
+    ),
+    (
         "alignjax.train .*my_ppo.py",
         "test_docs.py",
         "test_the_examples_of_your_own_data_and_reward_run",
@@ -74,7 +95,7 @@ RUN_BY = [
     (
         "alignjax.train .*--wandb",
         "test_tracker.py",
-        "test_runs_are_told_by_their_steps_and_go_on_as_the_same_ones",
+        "test_runs_are_sent_by_step_and_resume_under_their_ids",
     ),
     (r"alignjax.train .*--config\.", "test_train.py", "test_no_steps_are_one_pass"),
     ("alignjax.train", "test_train.py", "test_one_command_runs_the_chain_in_order"),
@@ -145,6 +166,17 @@ def examples(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def all_examples(tmp_path_factory):
+    """A directory with the files that any page shows."""
+    directory = tmp_path_factory.mktemp("all_examples")
+    for page in PAGES:
+        for name, text in shown_files(page).items():
+            assert not (directory / name).exists(), f"two pages show {name}"
+            (directory / name).write_text(text)
+    return directory
+
+
 def parse_with(main, words: list[str], monkeypatch) -> None:
     """Check that a command's `main` accepts these words, and the config that they name."""
     parse_known_args = argparse.ArgumentParser.parse_known_args
@@ -181,6 +213,14 @@ def without_variables(words: list[str]) -> list[str]:
     return words[first:]
 
 
+def check_program(words: list[str], monkeypatch) -> None:
+    """Check `python -c` with a program that runs one of our commands after some imports."""
+    [module] = re.findall(r"from alignjax import (\w+)", words[2])
+    assert f"{module}.main()" in words[2]
+    compile(words[2], "python -c", "exec")
+    parse_with(importlib.import_module(f"alignjax.{module}").main, words[3:], monkeypatch)
+
+
 def check_benchmark(words: list[str], monkeypatch) -> None:
     script = ROOT / words[1]
     assert words[1].startswith("benchmarks/") and script.is_file()
@@ -212,11 +252,13 @@ def check_installation(words: list[str]) -> None:
 @pytest.mark.parametrize(
     "line, page", COMMANDS, ids=[f"{page}: {line[:60]}" for line, page in COMMANDS]
 )
-def test_a_command_is_accepted_by_its_own_parser(line, page, examples, monkeypatch):
+def test_a_command_is_accepted_by_its_own_parser(line, page, all_examples, monkeypatch):
     words = without_variables(shlex.split(line, comments=True))
-    monkeypatch.chdir(examples)
+    outside.enter(all_examples, monkeypatch)
     if words[:2] == ["python", "-m"]:
         parse_with(importlib.import_module(words[2]).main, words[3:], monkeypatch)
+    elif words[:2] == ["python", "-c"]:
+        check_program(words, monkeypatch)
     elif words[0] == "python":
         check_benchmark(words, monkeypatch)
     elif words[0].endswith(".sh"):
@@ -332,6 +374,27 @@ def test_the_architecture_page_lists_every_module():
     modules.discard("__init__.py")
     assert len(modules) > 50
     assert [name for name in sorted(modules) if name not in text] == []
+
+
+def contents_of(package: Path) -> set[str]:
+    """Return the modules of a package, and its folders with a "/" behind them."""
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.name}/" for path in package.iterdir() if path.is_dir()}
+    return (modules | folders) - {"__pycache__/"}
+
+
+def test_the_architecture_page_lists_modules_in_their_packages():
+    [table] = [
+        table
+        for table in tables(ROOT / "docs" / "architecture.md")
+        if table[0] == ["package", "modules"]
+    ]
+    listed = {}
+    for package, modules in table[1:]:
+        listed[package.strip("`")] = set(re.findall(r"`([\w.]+/?)`", modules))
+    package = ROOT / "alignjax"
+    folders = contents_of(package) - {path.name for path in package.glob("*.py")}
+    assert listed == {folder: contents_of(package / folder) for folder in folders}
 
 
 def configs_of(column: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The Python surface: what is loaded generates, streams and scores as training and `rollout` do, and says what it can't."""
+"""Loaded models generate, stream and score as in training, and report what they cannot do."""
 
 import dataclasses
 import json
@@ -27,227 +27,252 @@ GREEDY = {"temperature": 0.0, "max_tokens": 10}
 
 @pytest.fixture(scope="module")
 def policy(chain):
-    return inference.load(chain[0] / "ppo-tiny", mesh=sharding.make_mesh(Mesh(), jax.devices()[:1]))
+    one_device = sharding.make_mesh(Mesh(), jax.devices()[:1])
+    return inference.load(chain.runs / "ppo-tiny", mesh=one_device)
 
 
 @pytest.fixture(scope="module")
 def reward(chain):
-    return inference.load(chain[0] / "rm-tiny")
+    return inference.load(chain.runs / "rm-tiny")
+
+
+def consume(stream):
+    """Return the pieces of a stream, and the response that it ends with."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as stop:
+            response = stop.value
+            assert "".join(pieces) == response.text and "" not in pieces
+            return pieces, response
+
+
+def streamed_response(model, prompt, **settings):
+    _, response = consume(model.stream(prompt, **settings))
+    return response
 
 
 def test_responses_are_those_of_a_rollout(policy):
-    found = policy.generate(PROMPTS, samples=2, slots=2, **SAMPLED)
-    ids, end = policy.encode(PROMPTS), chat.end_token(policy.tokenizer)
-    width = max(map(len, ids))
-    tokens = encoding.pad(ids, width, left=True)
+    responses = policy.generate(PROMPTS, samples=2, slots=2, **SAMPLED)
+    encoded = policy.encode(PROMPTS)
+    width = max(map(len, encoded))
+    prompts = Prompts(
+        tokens=encoding.pad(encoded, width, left=True),
+        lengths=encoding.lengths_of(encoded),
+        index=np.arange(3),
+    )
     settings = SamplingSettings(
         model=policy.architecture,
         samples_per_prompt=2,
         response_length=10,
         temperature=1.3,
         top_p=0.9,
-        end_token=end,
+        end_token=chat.end_token(policy.tokenizer),
     )
-    prompts = Prompts(tokens=tokens, lengths=encoding.lengths_of(ids), index=np.arange(3))
-    whole = jax.jit(rollout.generate, static_argnames="settings")
-    alone = whole(policy.params, prompts, jax.random.key(3), settings)
-    for response, row, count, cut in zip(
-        found, alone.tokens, alone.lengths, alone.truncated, strict=True
-    ):
-        assert response.tokens == row[width:][:count].tolist() and response.truncated == cut
+    generate = jax.jit(rollout.generate, static_argnames="settings")
+    sampled = generate(policy.params, prompts, jax.random.key(3), settings)
+    for row, response in enumerate(responses):
+        length = sampled.lengths[row]
+        tokens = sampled.tokens[row, width:][:length]
+        assert response.tokens == tokens.tolist()
+        assert response.truncated == sampled.truncated[row]
         assert response.text == chat.decode_response(policy.tokenizer, response.tokens)
-    assert len({response.text for response in found}) == 6
-    for number in (0, 1, 2):
-        assert (
-            told(policy.stream(PROMPTS[number], number=number, **SAMPLED))[1] == found[2 * number]
-        )
-
-
-def told(pieces):
-    """(pieces, the response that the generator ends with)"""
-    out = []
-    while True:
-        try:
-            out.append(next(pieces))
-        except StopIteration as stop:
-            assert "".join(out) == stop.value.text and "" not in out
-            return out, stop.value
+    assert len(responses) == len(sampled.tokens)
+    assert len({response.text for response in responses}) == 6
+    for number, prompt in enumerate(PROMPTS):
+        streamed = streamed_response(policy, prompt, number=number, **SAMPLED)
+        assert streamed == responses[2 * number]
 
 
 def test_no_piece_ends_within_a_character(policy, monkeypatch):
-    """Tokens of single bytes, as a model might say them: characters of two to four bytes, spaces, and a broken one."""
+    """Stream tokens of single bytes: characters of two to four bytes, spaces, a broken one."""
     texts = ["é 水  🙂 ok", "🙂🙂"]
     vocabulary = policy.tokenizer.get_vocab()
-    letters = {i: chr(code) for i, code in byte_letters().items()}
-    for text, cut in ((texts[0], 0), (texts[1], 2)):
-        ids = [vocabulary[letters[byte]] for byte in text.encode()[: -cut or None]]
-        ids += [] if cut else policy.end_tokens
-        state = iter(range(1, len(ids) + 2))
+    letters = {byte: chr(code) for byte, code in byte_letters().items()}
+    for text, missing_bytes in ((texts[0], 0), (texts[1], 2)):
+        tokens = [vocabulary[letters[byte]] for byte in text.encode()[: -missing_bytes or None]]
+        if not missing_bytes:
+            tokens += policy.end_tokens
+        lengths = iter(range(1, len(tokens) + 2))
 
-        def run(program, *_, ids=ids, state=state, **__):
+        def run(program, *_, tokens=tokens, lengths=lengths, **__):
             if program is inference.BEGIN:
                 return None
-            count = min(next(state), len(ids))
-            return None, StreamOutput(
-                tokens=np.array([ids]),
-                lengths=np.array([count]),
-                live=np.array([count < len(ids)]),
+            length = min(next(lengths), len(tokens))
+            output = StreamOutput(
+                tokens=np.array([tokens]),
+                lengths=np.array([length]),
+                live=np.array([length < len(tokens)]),
             )
+            return None, output
 
         monkeypatch.setattr(policy, "run", run)
-        pieces, response = told(policy.stream("x", max_tokens=len(ids)))
-        assert response.text == (text if not cut else "🙂\ufffd") and response.truncated == bool(
-            cut
-        )
-        assert all("\ufffd" not in piece for piece in pieces[: None if not cut else -1])
-        assert pieces == list(text) if not cut else ["🙂", "\ufffd"]
+        pieces, response = consume(policy.stream("x", max_tokens=len(tokens)))
+        if missing_bytes:
+            assert response.text == "🙂\ufffd" and response.truncated
+            assert pieces == ["🙂", "\ufffd"]
+        else:
+            assert response.text == text and not response.truncated
+            assert all("\ufffd" not in piece for piece in pieces)
+            assert pieces == list(text)
 
 
 def byte_letters():
-    """byte -> the code of the letter that stands for it in a byte-level vocabulary: itself if it can be seen."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {byte: byte for byte in seen} | {byte: 256 + i for i, byte in enumerate(hidden)}
+    """Return the code of the letter that stands for each byte in a byte-level vocabulary.
+
+    A byte that is a visible character stands for itself.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    codes = {byte: byte for byte in visible}
+    return codes | {byte: 256 + place for place, byte in enumerate(hidden)}
 
 
 def test_streams_of_any_length_share_few_programs(policy, monkeypatch):
-    asked = set()
+    programs = set()
 
     def run(program, params, *, prompts, settings, **_):
         if program is inference.BEGIN:
-            asked.add(("begin", prompts.tokens.shape, settings))
+            programs.add(("begin", prompts.tokens.shape, settings))
             return None
-        asked.add(("proceed", prompts.tokens.shape, settings))
-        return None, StreamOutput(
+        programs.add(("proceed", prompts.tokens.shape, settings))
+        output = StreamOutput(
             tokens=np.array([policy.end_tokens]), lengths=np.array([1]), live=np.array([False])
         )
+        return None, output
 
     monkeypatch.setattr(policy, "run", run)
-    for n in range(1, 34):
-        told(policy.stream(" ".join(["cat"] * n)))
-    widths = {12, 16, 24, 32, 48}
+    for num_words in range(1, 34):
+        consume(policy.stream(" ".join(["cat"] * num_words)))
     settings = policy.sampling_settings(1.0, 0.9, None)
     assert settings.response_length == 16
-    assert asked == {
-        (program, (1, width), settings) for program in ("begin", "proceed") for width in widths
+    assert programs == {
+        (name, (1, width), settings)
+        for name in ("begin", "proceed")
+        for width in (12, 16, 24, 32, 48)
     }
 
 
-def test_what_ppo_sampled_and_its_scores_come_again(chain, reward):
-    """Of step 0: the responses of its policy, which was the SFT run, and their scores by the reward model, to rounding."""
-    policy = inference.load(chain[0] / "sft-tiny")
+def test_what_ppo_sampled_and_its_scores_are_reproduced(chain, reward):
+    """In step 0, the SFT run gives the same responses, and the reward model the same scores."""
+    policy = inference.load(chain.runs / "sft-tiny")
     prompts = [row["prompt"][0]["content"] for row in toy.examples("prompts", "train", 0, 64)]
-    first = [row for row in rows(chain[0] / "ppo-tiny" / "samples.jsonl") if row["step"] == 0]
-    first = [row for row in first if prompts.count(row["prompt"]) == 1]
-    asked, numbers = (
-        [row["prompt"] for row in first],
-        [prompts.index(row["prompt"]) for row in first],
-    )
+    samples = rows(chain.runs / "ppo-tiny" / "samples.jsonl")
+    first = [row for row in samples if row["step"] == 0 and prompts.count(row["prompt"]) == 1]
+    sampled_prompts = [row["prompt"] for row in first]
+    texts = [text for row in first for text in row["responses"]]
+    scores = [score for row in first for score in row["score"]]
     settings = policy.sampling_settings(1.0, 0.9, 14, samples=2)
-    found = policy.generate_tokens(
-        policy.encode(asked),
-        numbers,
-        len(asked),
+    responses = policy.generate_tokens(
+        policy.encode(sampled_prompts),
+        [prompts.index(prompt) for prompt in sampled_prompts],
+        len(sampled_prompts),
         key=jax.random.fold_in(jax.random.key(0), 0),
         settings=dataclasses.replace(settings, slots=8),
         stops=policy.end_stops(),
     )
-    said, scores = ([x for row in first for x in row[name]] for name in ("responses", "score"))
-    assert [policy.make_response(ids).text for ids in found] == said and len(said) >= 6
-    twice = [prompt for prompt in asked for _ in "ab"]
-    np.testing.assert_allclose(
-        reward.score(twice, [ids.tolist() for ids in found]), scores, atol=2e-5
-    )
-    assert reward.score(twice, said) == reward.score(
-        twice, chat.encode_responses(reward.tokenizer, said)
-    )
+    assert [policy.make_response(tokens).text for tokens in responses] == texts
+    assert len(texts) >= 6
+    prompt_of_each = [prompt for prompt in sampled_prompts for _ in range(2)]
+    scored = reward.score(prompt_of_each, [tokens.tolist() for tokens in responses])
+    np.testing.assert_allclose(scored, scores, atol=2e-5)
+    encoded_texts = chat.encode_responses(reward.tokenizer, texts)
+    assert reward.score(prompt_of_each, texts) == reward.score(prompt_of_each, encoded_texts)
     assert len(set(reward.score(["a"] * 3, ["cat", "box", "cat"]))) == 2
 
 
-def test_greedily_any_mesh_and_a_hugging_face_checkpoint_say_the_same(chain, policy, tmp_path):
-    found = policy.generate(PROMPTS, **GREEDY)
-    for number in (0, 1, 2):
-        assert told(policy.stream(PROMPTS[number], **GREEDY))[1] == found[number]
-    other = inference.load(chain[0] / "ppo-tiny", mesh=sharding.make_mesh(Mesh(tensor=2)))
-    assert (
-        other.generate(PROMPTS, **GREEDY) == found
-        and told(other.stream(PROMPTS[1], **GREEDY))[1] == found[1]
-    )
-    convert.export(chain[0] / "ppo-tiny", tmp_path / "hf", None, "float32")
+def test_greedy_responses_are_the_same_on_any_mesh_and_from_hugging_face(chain, policy, tmp_path):
+    responses = policy.generate(PROMPTS, **GREEDY)
+    for number, prompt in enumerate(PROMPTS):
+        assert streamed_response(policy, prompt, **GREEDY) == responses[number]
+    other = inference.load(chain.runs / "ppo-tiny", mesh=sharding.make_mesh(Mesh(tensor=2)))
+    assert other.generate(PROMPTS, **GREEDY) == responses
+    assert streamed_response(other, PROMPTS[1], **GREEDY) == responses[1]
+    convert.export(chain.runs / "ppo-tiny", tmp_path / "hf", None, "float32")
     other = inference.load(tmp_path / "hf", mesh=policy.mesh)
-    assert other.generate(PROMPTS, **GREEDY) == found
+    assert other.generate(PROMPTS, **GREEDY) == responses
 
 
-def test_a_reward_model_in_half_precision_and_of_a_hugging_face_checkpoint(chain, reward, tmp_path):
-    asked = PROMPTS, ["cat", "bob hat", "three"]
-    half = inference.load(chain[0] / "rm-tiny", dtype="bfloat16")
-    assert half.score(*asked) != reward.score(*asked)
-    np.testing.assert_allclose(half.score(*asked), reward.score(*asked), atol=0.05)
-    convert.export(chain[0] / "rm-tiny", tmp_path / "hf", None, "float32")
-    assert inference.load(tmp_path / "hf").score(*asked) == reward.score(*asked)
+def test_a_reward_model_in_half_precision_and_from_hugging_face(chain, reward, tmp_path):
+    pairs = (PROMPTS, ["cat", "bob hat", "three"])
+    half = inference.load(chain.runs / "rm-tiny", dtype="bfloat16")
+    assert half.score(*pairs) != reward.score(*pairs)
+    np.testing.assert_allclose(half.score(*pairs), reward.score(*pairs), atol=0.05)
+    convert.export(chain.runs / "rm-tiny", tmp_path / "hf", None, "float32")
+    assert inference.load(tmp_path / "hf").score(*pairs) == reward.score(*pairs)
 
 
-def test_a_model_of_plain_text_goes_on_with_it(chain):
-    model = inference.load(chain[0] / "lm-tiny")
-    assert not model.uses_chat_template and model.encode(["cat box"]) == [
-        model.tokenizer("cat box")["input_ids"]
-    ]
+def test_a_model_of_plain_text_continues_it(chain):
+    model = inference.load(chain.runs / "lm-tiny")
+    assert not model.uses_chat_template
+    assert model.encode(["cat box"]) == [model.tokenizer("cat box")["input_ids"]]
     assert model.end_tokens == [model.tokenizer.eos_token_id, model.tokenizer.pad_token_id]
     with pytest.raises(UserError, match="messages need a chat template"):
         model.generate(PROMPTS)
 
 
-@pytest.mark.parametrize(
-    "ask, message",
-    [
-        (
-            lambda policy, _: policy.score(["a"], ["b"]),
-            "score: this needs a reward model, .* but this is a language model",
-        ),
-        (
-            lambda _, reward: reward.generate(["a"]),
-            "generate: this needs a language model, but this is a reward model",
-        ),
-        (lambda _, reward: list(reward.stream("a")), "generate: this needs a language model"),
-        (
-            lambda policy, _: policy.generate("copy : cat"),
-            "prompts must be a list, not the text 'copy : cat'",
-        ),
-        (
-            lambda policy, _: policy.generate(["a", "cat " * 60]),
-            "prompt 1 has 6. tokens and its response may have 16: .* max_length=64",
-        ),
-        (lambda policy, _: policy.generate(["a"], top_p=0.0), r"top_p=0.0 in \(0, 1\]"),
-        (
-            lambda policy, _: policy.generate(["a"], samples=0),
-            "samples=0, slots=64: both must be at least 1",
-        ),
-        (lambda _, reward: reward.score(["a"], ["b", "c"]), "score: 1 prompts for 2 responses"),
-        (
-            lambda _, reward: reward.score(["a"], ["cat " * 60]),
-            "score: prompt and response have 7. tokens, over the model's max_length=64",
-        ),
-    ],
-)
-def test_what_cannot_be_asked_is_said(policy, reward, ask, message):
+USER_ERRORS = {
+    "a policy has no score": (
+        lambda policy, _: policy.score(["a"], ["b"]),
+        "score: this needs a reward model, .* but this is a language model",
+    ),
+    "a reward model does not generate": (
+        lambda _, reward: reward.generate(["a"]),
+        "generate: this needs a language model, but this is a reward model",
+    ),
+    "a reward model does not stream": (
+        lambda _, reward: list(reward.stream("a")),
+        "generate: this needs a language model",
+    ),
+    "prompts are a list": (
+        lambda policy, _: policy.generate("copy : cat"),
+        "prompts must be a list, not the text 'copy : cat'",
+    ),
+    "a prompt is too long": (
+        lambda policy, _: policy.generate(["a", "cat " * 60]),
+        "prompt 1 has 6. tokens and its response may have 16: .* max_length=64",
+    ),
+    "top_p is 0": (
+        lambda policy, _: policy.generate(["a"], top_p=0.0),
+        r"top_p=0.0 in \(0, 1\]",
+    ),
+    "no samples": (
+        lambda policy, _: policy.generate(["a"], samples=0),
+        "samples=0, slots=64: both must be at least 1",
+    ),
+    "fewer prompts than responses": (
+        lambda _, reward: reward.score(["a"], ["b", "c"]),
+        "score: 1 prompts for 2 responses",
+    ),
+    "a response is too long": (
+        lambda _, reward: reward.score(["a"], ["cat " * 60]),
+        "score: prompt and response have 7. tokens, over the model's max_length=64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USER_ERRORS)
+def test_calls_that_cannot_be_answered_are_user_errors(policy, reward, case):
+    call, message = USER_ERRORS[case]
     with pytest.raises(UserError, match=message):
-        ask(policy, reward)
+        call(policy, reward)
 
 
-def test_what_cannot_be_loaded_is_said(chain, tmp_path):
+def test_what_cannot_be_loaded_is_a_user_error(chain, tmp_path):
     with pytest.raises(UserError, match="nowhere: no config.json there"):
         inference.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="dtype='float16' must be one of"):
-        inference.load(chain[0] / "lm-tiny", dtype="float16")
-    shutil.copytree(chain[0] / "sft-tiny", tmp_path / "sft")
+        inference.load(chain.runs / "lm-tiny", dtype="float16")
+    shutil.copytree(chain.runs / "sft-tiny", tmp_path / "sft")
     (tmp_path / "sft" / "summary.json").unlink()
     with pytest.raises(UserError, match="sft: this run is not complete"):
         inference.load(tmp_path / "sft")
     assert inference.load(tmp_path / "sft", unfinished=True).end_tokens
-    convert.export(chain[0] / "sft-tiny", tmp_path / "hf", None, "float32")
-    stored = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(
-        json.dumps(stored | {"architectures": ["Qwen2ForSequenceClassification"]})
-    )
+    convert.export(chain.runs / "sft-tiny", tmp_path / "hf", None, "float32")
+    config_file = tmp_path / "hf" / "config.json"
+    stored = json.loads(config_file.read_text())
+    stored["architectures"] = ["Qwen2ForSequenceClassification"]
+    config_file.write_text(json.dumps(stored))
     with pytest.raises(UserError, match="hf: this sequence classifier has no score.weight"):
         inference.load(tmp_path / "hf")

@@ -1,7 +1,11 @@
-"""Packing: every sequence once, whole, in few shapes; and a packed minibatch is the unpacked one, sequence by sequence."""
+"""Packing puts every sequence somewhere, whole and once, in few shapes.
+
+A packed minibatch gives the figures and gradients of the unpacked one, sequence by sequence.
+"""
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +20,13 @@ from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 
-CAP = 512
+LONGEST = 512
 
 
 def log_normal(seed, n=32):
-    """Lengths of chats: median 96, sigma 0.6."""
-    return np.clip(np.exp(np.random.default_rng(seed).normal(np.log(96), 0.6, n)), 2, CAP).astype(
-        int
-    )
+    """Return lengths as of chats: median 96, sigma 0.6."""
+    lengths = np.exp(np.random.default_rng(seed).normal(np.log(96), 0.6, n))
+    return np.clip(lengths, 2, LONGEST).astype(int)
 
 
 def pairs(n=32):
@@ -31,26 +34,30 @@ def pairs(n=32):
 
 
 def assert_is_partition(layouts, lengths, groups):
-    """Every sequence stands in one row of one microbatch, in one piece, first token first; a group's in the same one."""
-    found = {}
+    """Check that every sequence is in one row of one microbatch, in one piece and in order.
+
+    The sequences of a group must be in the same microbatch.
+    """
+    microbatch_of = {}
     for number, layout in enumerate(layouts):
         assert layout.sequence.dtype == layout.place.dtype == np.int32
         assert not layout.place[~layout.real].any() and layout.real.any()
         for i in np.unique(layout.sequence[layout.real]):
-            assert i not in found
+            assert i not in microbatch_of
             rows, columns = np.nonzero(layout.sequence == i)
             assert len(set(rows)) == 1 and np.array_equal(
                 columns, columns[0] + np.arange(lengths[i])
             )
             assert np.array_equal(layout.place[rows, columns], np.arange(lengths[i]))
-            found[int(i)] = number
-        assert layout.members.tolist() == sorted(i for i, at in found.items() if at == number)
-    assert sorted(found) == sorted(i for group in groups for i in group)
-    assert all(len({found[i] for i in group}) == 1 for group in groups)
+            microbatch_of[int(i)] = number
+        members = [i for i, microbatch in microbatch_of.items() if microbatch == number]
+        assert layout.members.tolist() == sorted(members)
+    assert sorted(microbatch_of) == sorted(i for group in groups for i in group)
+    assert all(len({microbatch_of[i] for i in group}) == 1 for group in groups)
 
 
 def shapes_of(longest, budget, shards, group):
-    """All that a microbatch may have: each width with what `rows_of` gives, up to the rows that the budget fills."""
+    """Return all shapes that a microbatch may have: each width with each number of rows."""
     out = set()
     for width in (packing.width_of(n, longest) for n in range(1, longest + 1)):
         most = max(budget // width // shards * shards, packing.rows_of(group, shards))
@@ -60,14 +67,14 @@ def shapes_of(longest, budget, shards, group):
 
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("budget", [4096, 1000, 1])
-def test_a_pack_is_a_partition_in_few_shapes(budget, shards):
-    """A budget of one token gives as many rows as a pair needs."""
-    allowed, seen = shapes_of(CAP, budget, shards, 2), set()
+def test_packing_is_a_partition_in_few_shapes(budget, shards):
+    """A budget of one token still gives as many rows as a pair needs."""
+    allowed, seen = shapes_of(LONGEST, budget, shards, 2), set()
     assert len(allowed) <= 4 * 20
     for seed in range(20):
         lengths = log_normal(seed)
         for groups, n in ((pairs(), 2), ([[i] for i in range(0, 32, 3)], 1)):
-            layouts = packing.pack(lengths, groups, CAP, budget, shards)
+            layouts = packing.pack(lengths, groups, LONGEST, budget, shards)
             assert_is_partition(layouts, lengths, groups)
             shapes = {layout.sequence.shape for layout in layouts}
             assert all(
@@ -78,29 +85,28 @@ def test_a_pack_is_a_partition_in_few_shapes(budget, shards):
                 for rows, width in shapes
             )
             seen |= shapes
-    assert seen <= allowed | shapes_of(CAP, budget, shards, 1)
+    assert seen <= allowed | shapes_of(LONGEST, budget, shards, 1)
 
 
 @pytest.mark.parametrize("budget, share, worst", [(4096, 0.9, 0.75), (512, 0.85, 0.75)])
 def test_few_tokens_are_pads(budget, share, worst):
-    """Of 16 pairs, in 200 batches; rows of the longest possible sequence would be filled to a fifth."""
-    filled = []
+    """In 200 batches of 16 pairs; rows of full length would be filled to a fifth."""
+    real = []
+    used = []
     for seed in range(200):
         lengths = log_normal(seed)
-        filled.append(
-            (
-                lengths.sum(),
-                sum(x.sequence.size for x in packing.pack(lengths, pairs(), CAP, budget)),
-            )
-        )
-    real, all_ = np.array(filled).T
-    assert real.sum() / (200 * 32 * CAP) < 0.25
-    assert real.sum() / all_.sum() > share and (real / all_).min() > worst
+        layouts = packing.pack(lengths, pairs(), LONGEST, budget)
+        real.append(lengths.sum())
+        used.append(sum(layout.sequence.size for layout in layouts))
+    real = np.array(real)
+    used = np.array(used)
+    assert real.sum() / (200 * 32 * LONGEST) < 0.25
+    assert real.sum() / used.sum() > share and (real / used).min() > worst
 
 
-def test_a_pack_repeats_to_the_bit_and_takes_the_longest_first():
+def test_packing_repeats_to_the_bit_and_takes_the_longest_first():
     lengths = log_normal(0)
-    once, again = (packing.pack(lengths, pairs(), CAP, 1024) for _ in range(2))
+    once, again = (packing.pack(lengths, pairs(), LONGEST, 1024) for _ in range(2))
     assert len(once) > 2 and all(map(np.array_equal, jax.tree.leaves(once), jax.tree.leaves(again)))
     longest = [max(lengths[layout.members]) for layout in once]
     assert longest == sorted(longest, reverse=True) and longest[0] == lengths.max()
@@ -115,8 +121,8 @@ def test_a_pack_repeats_to_the_bit_and_takes_the_longest_first():
             512,
             512,
             1,
-            [(1, 512), (4, 64)],
-        ),  # one fits beside it, six in a row of 64
+            [(1, 512), (4, 64)],  # one fits beside the long one, and six fit in a row of 64
+        ),
         ([500, *[10] * 20], [[i] for i in range(21)], 512, 1024, 1, [(2, 512)]),
         ([30, 30], [[0, 1]], 32, 32, 1, [(2, 32)]),  # a pair that is longer than the budget
         ([30, 30], [[0], [1]], 32, 32, 1, [(1, 32), (1, 32)]),
@@ -139,14 +145,14 @@ def test_shapes_by_hand(lengths, groups, longest, budget, shards, shapes):
     [(512, (64, 128, 256, 512)), (100, (16, 32, 56, 104)), (9, (8, 16)), (1, (8,))],
 )
 def test_widths_by_hand(longest, widths):
-    found = [packing.width_of(n, longest) for n in range(1, longest + 1)]
-    assert sorted(set(found)) == list(widths) and found == sorted(found)
-    assert all(width >= n for n, width in enumerate(found, 1))
+    width_of = [packing.width_of(n, longest) for n in range(1, longest + 1)]
+    assert sorted(set(width_of)) == list(widths) and width_of == sorted(width_of)
+    assert all(width >= n for n, width in enumerate(width_of, 1))
     assert all(packing.width_of(width, longest) == width for width in widths if width <= longest)
 
 
 def test_numbers_of_rows_by_hand():
-    """Every number up to 8, then four for each doubling; of each device, where there are several."""
+    """Every number up to 8, then four for each doubling; with several devices, on each of them."""
     assert sorted({packing.rows_of(n, 1) for n in range(1, 65)}) == [
         *range(1, 9),
         10,
@@ -168,7 +174,7 @@ def test_numbers_of_rows_by_hand():
 
 
 def test_a_layout_by_hand():
-    """Sequences 2 and 0, then 1 up to the token that is 4, which ends with the row, then a row of pads; 3 isn't here."""
+    """The rows hold sequences 2 and 0 and a pad, then 1 and 4, then only pads; 3 is not here."""
     layout = packing.Layout(
         np.array([[2, 2, 0, -1], [1, 1, 1, 4], [-1] * 4]),
         np.array([[0, 1, 0, 0], [0, 1, 2, 0], [0] * 4]),
@@ -194,16 +200,17 @@ def test_layouts_of_spots_by_hand():
 
 
 @pytest.mark.parametrize("most, k", [(0, 3), (3, 3), (4, 5), (6, 8), (9, 10)])
-def test_targets_are_so_many_quarters_of_a_row(most, k):
+def test_the_places_of_targets_are_whole_quarters_of_a_row(most, k):
     """Widths of ten: a quarter is three, rounded up."""
     mask = np.zeros((3, 10), bool)
-    mask[0, 10 - most :], mask[1, [1, 4]] = True, most > 1
-    at, real = packing.targets(mask)
-    assert at.shape == real.shape == (3, k) and at.dtype == np.int32
+    mask[0, 10 - most :] = True
+    mask[1, [1, 4]] = most > 1
+    places, real = packing.targets(mask)
+    assert places.shape == real.shape == (3, k) and places.dtype == np.int32
     assert real.sum(axis=1).tolist() == mask.sum(axis=1).tolist()
     for row in range(3):
-        assert at[row][real[row]].tolist() == np.flatnonzero(mask[row]).tolist()
-        assert not mask[row][at[row][~real[row]]].any()
+        assert places[row][real[row]].tolist() == np.flatnonzero(mask[row]).tolist()
+        assert not mask[row][places[row][~real[row]]].any()
 
 
 def test_padded_by_hand():
@@ -211,17 +218,21 @@ def test_padded_by_hand():
     assert packing.padded(np.array([1.5], np.float32), 2, 0).dtype == np.float32
 
 
-# From a minibatch to its gradient. Lengths are such that rows hold one sequence, several, and pads.
+# From a minibatch to its gradient. With these lengths, rows hold one sequence, several, and pads.
 
 MODEL, PARAMS = tiny()
 _, SCALAR = tiny(1, "scalar")
-T, SIZES = 24, np.array([24, 17, 12, 9, 6, 5, 2])
+T = 24  # tokens of the longest sequence
+SIZES = np.array([24, 17, 12, 9, 6, 5, 2])
 DOCUMENTS = [(10, 14), (3, 8, 6), (12,), (9,), (6,), (5,), (2,)]  # of each example
 BUDGETS = [1000, 48, 1]  # one microbatch, several, and a row at a time
 
 
 def text():
-    """Seven examples, the first two of several documents, whose first tokens are no targets; nor is a row's first."""
+    """Return seven examples, the first two of several documents.
+
+    The first token of a document or of a row is never a target.
+    """
     rng = np.random.default_rng(0)
     segments = np.zeros((7, T), int)
     mask = rng.integers(0, 2, (7, T))
@@ -258,15 +269,23 @@ def same_arrays(one, other) -> bool:
 
 @pytest.fixture(scope="module")
 def documents():
-    """Each document alone in a row: log-probabilities [7 T] of all tokens, and the gradient of their weighted mean."""
-    rows, places = text(), []
+    """Read each document alone in a row.
+
+    Return the log-probabilities [7 T] of all tokens, and the gradient of their weighted mean.
+    """
+    rows = text()
+    places = []  # of each document: its example, and its tokens there
     for i, sizes in enumerate(DOCUMENTS):
-        places += [
-            (i, first + np.arange(n))
-            for n, first in zip(sizes, np.cumsum((0, *sizes)), strict=False)
-        ]
-    take = lambda x: np.stack([np.pad(x[i, at], (0, T - len(at))) for i, at in places])
-    tokens, segments, mask = (take(rows[name]) for name in ("tokens", "segments", "mask"))
+        firsts = np.cumsum((0, *sizes))
+        places += [(i, first + np.arange(n)) for n, first in zip(sizes, firsts, strict=False)]
+
+    def alone(name):
+        parts = [rows[name][i, at] for i, at in places]
+        return np.stack([np.pad(part, (0, T - len(part))) for part in parts])
+
+    tokens = alone("tokens")
+    segments = alone("segments")
+    mask = alone("mask")
     weights = mask[:, 1:] / mask[:, 1:].sum()
 
     @jax.jit
@@ -279,17 +298,18 @@ def documents():
         return -jnp.sum(weights * logp), logp
 
     grads, logp = mean(PARAMS)
-    out = np.zeros((7, T), np.float32)
+    logprobs = np.zeros((7, T), np.float32)
     for (i, at), row in zip(places, np.asarray(logp), strict=True):
-        out[i, at[1:]] = row[: len(at) - 1]
-    return out, grads
+        logprobs[i, at[1:]] = row[: len(at) - 1]
+    return logprobs, grads
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_packed_text_is_each_document_alone(budget, shards, documents):
-    """Its targets, each once, with one weight; their log-probabilities."""
-    rows, seen = text(), []
+    """Each target comes once, all with one weight, and has the log-probability it has alone."""
+    rows = text()
+    seen = []
     batches = lm.pack_minibatch(rows, budget, shards)
     for batch in batches:
         (example, place), real = targets_of(batch)
@@ -297,8 +317,9 @@ def test_packed_text_is_each_document_alone(budget, shards, documents):
         assert set(batch.weights[real].tolist()) <= {np.float32(1) / (rows["mask"][:, 1:].sum())}
         assert len(batch.packed.tokens) % shards == 0
         if shards == 1:
-            found = np.asarray(read_text(PARAMS, batch)[0])
-            np.testing.assert_allclose(found[real], documents[0][example, place][real], atol=1e-5)
+            logprobs = np.asarray(read_text(PARAMS, batch)[0])
+            wanted = documents[0][example, place]
+            np.testing.assert_allclose(logprobs[real], wanted[real], atol=1e-5)
     rows["mask"][:, 0] = 0
     assert sorted(seen) == np.argwhere(rows["mask"]).tolist()
     assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
@@ -309,8 +330,8 @@ def gradient(loss_fn, params, batches):
     return optimisation.sum_gradients(optimisation.compile_accumulate(loss_fn), params, batches)
 
 
-def close(ours, theirs):
-    """To float32's rounding of sums of parts in another order."""
+def assert_close(ours, theirs):
+    """Compare up to float32's rounding of sums of parts in another order."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 
@@ -321,13 +342,16 @@ def test_packed_text_has_the_gradient_of_each_document_alone(budget, documents):
     grads, metrics = gradient(
         functools.partial(lm.loss_fn, MODEL), PARAMS, lm.pack_minibatch(rows, budget, 1)
     )
-    close(grads, documents[1])
+    assert_close(grads, documents[1])
     targets = rows["mask"] * (np.arange(T) > 0) > 0
     assert metrics["loss"] == pytest.approx(-documents[0][targets].mean(), rel=1e-5)
 
 
-def test_what_pads_hold_and_a_neighbour_says_changes_no_text():
-    """Behind an example anything may stand; in a row too. Another example 3 (of 9 tokens) moves its own figures alone."""
+def test_pads_and_neighbours_do_not_change_the_figures_of_text():
+    """Anything may stand behind an example and in a row's pads.
+
+    Other tokens in example 3, which has 9, change only its own figures.
+    """
     rows = text()
     garbage = rows | {"tokens": np.where(rows["segments"] > 0, rows["tokens"], 96)}
     other = rows | {"tokens": rows["tokens"].copy()}
@@ -338,29 +362,27 @@ def test_what_pads_hold_and_a_neighbour_says_changes_no_text():
         for plain, same, changed in zip(*parts, strict=True):
             assert same_arrays(plain, same)
             (example, _), real = targets_of(plain)
+            of_example_3 = example[real] == 3
             filled = fill_pads(plain, 96)
-            before, pads, after = (read_text(PARAMS, x) for x in (plain, filled, changed))
-            for a, b, c in zip(before, pads, after, strict=True):
-                a, b, c = (np.asarray(x)[real] for x in (a, b, c))
-                mine = example[real] == 3
-                assert (
-                    np.array_equal(a, b)
-                    and np.array_equal(a[~mine], c[~mine])
-                    and (a[mine] != c[mine]).all()
-                )
-                moved += mine.sum()
+            readings = [read_text(PARAMS, batch) for batch in (plain, filled, changed)]
+            for figures in zip(*readings, strict=True):  # of each kind of figure
+                before, with_pads, after = (np.asarray(figure)[real] for figure in figures)
+                assert np.array_equal(before, with_pads)
+                assert np.array_equal(before[~of_example_3], after[~of_example_3])
+                assert (before[of_example_3] != after[of_example_3]).all()
+                moved += of_example_3.sum()
     assert moved == 2 * 3 * text()["mask"][3, 1:].sum() > 0
 
 
 def comparisons():
-    """Seven pairs of responses of all sizes."""
-    sizes = {"chosen": SIZES, "rejected": np.roll(SIZES, 2)[::-1]}
-    out = {
-        name: x
-        for i, side in enumerate(ranking.SIDES)
-        for name, x in ((side, words(2 + i, 7, T)), (f"{side}_length", sizes[side]))
+    """Return seven pairs of responses of all sizes."""
+    return {
+        "chosen": words(2, 7, T),
+        "chosen_length": SIZES,
+        "rejected": words(3, 7, T),
+        "rejected_length": np.roll(SIZES, 2)[::-1],
+        "margin": np.linspace(0, 1, 7).astype(np.float32),
     }
-    return out | {"margin": np.linspace(0, 1, 7).astype(np.float32)}
 
 
 @jax.jit
@@ -368,14 +390,20 @@ def read_pairs(params, batch):
     return ranking.score_pairs(MODEL, params, batch)
 
 
+class AloneReading(NamedTuple):
+    """Scores [7 2], and loss and gradient of the ranking loss with margins and centring."""
+
+    scores: np.ndarray
+    loss: jax.Array
+    grads: dict
+
+
 @pytest.fixture(scope="module")
-def responses():
-    """Each response alone in a row: scores [7 2], and loss, gradient of the ranking loss with margins and centring."""
+def responses() -> AloneReading:
+    """Read each response alone in a row."""
     tokens, lengths = ranking.interleave(comparisons())
-    assert (
-        np.array_equal(tokens[2::2], comparisons()["chosen"][1:])
-        and lengths[1] == comparisons()["rejected_length"][0]
-    )
+    assert np.array_equal(tokens[2::2], comparisons()["chosen"][1:])
+    assert lengths[1] == comparisons()["rejected_length"][0]
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -389,13 +417,14 @@ def responses():
         return jnp.mean(jnp.log1p(jnp.exp(-difference)) + 0.1 * scores.sum(axis=1) ** 2), scores
 
     (value, scores), grads = loss(SCALAR)
-    return np.asarray(scores), value, grads
+    return AloneReading(np.asarray(scores), value, grads)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_packed_pairs_are_each_response_alone(budget, responses):
-    """Scores, each pair once and whole, and weights that sum to 1."""
-    batches, seen = ranking.pack_minibatch(comparisons(), budget, 1), []
+    """Each pair comes once and whole, with the scores it has alone; the weights sum to 1."""
+    batches = ranking.pack_minibatch(comparisons(), budget, 1)
+    seen = []
     for batch in batches:
         here = batch.pair < 7
         assert batch.ends.shape == (7, 2)
@@ -403,9 +432,8 @@ def test_packed_pairs_are_each_response_alone(budget, responses):
         pair = batch.pair[here]
         seen += pair.tolist()
         assert np.array_equal(batch.margin[here], comparisons()["margin"][pair])
-        np.testing.assert_allclose(
-            np.asarray(read_pairs(SCALAR, batch))[here], responses[0][pair], atol=1e-5
-        )
+        scores = np.asarray(read_pairs(SCALAR, batch))
+        np.testing.assert_allclose(scores[here], responses.scores[pair], atol=1e-5)
     assert sorted(seen) == list(range(7)) and (len(batches) > 1 or budget == 1000)
     assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1, abs=1e-6)
 
@@ -414,32 +442,33 @@ def test_packed_pairs_are_each_response_alone(budget, responses):
 def test_packed_pairs_have_the_gradient_of_each_response_alone(budget, responses):
     loss_fn = functools.partial(ranking.loss_fn, MODEL, Ranking(margin=True, centring=0.1))
     grads, metrics = gradient(loss_fn, SCALAR, ranking.pack_minibatch(comparisons(), budget, 1))
-    scores, total, theirs = responses
-    close(grads, theirs)
+    scores = responses.scores
+    assert_close(grads, responses.grads)
     centring = 0.1 * (scores.sum(axis=1) ** 2).mean()
-    assert metrics["loss"] + centring == pytest.approx(float(total), rel=1e-5)
+    assert metrics["loss"] + centring == pytest.approx(float(responses.loss), rel=1e-5)
     assert metrics["accuracy"] == pytest.approx((scores[:, 0] > scores[:, 1]).mean())
     assert metrics["mean_reward"] == pytest.approx(scores.mean(), rel=1e-4)
 
 
-def test_what_pads_hold_and_a_neighbour_says_changes_no_score():
-    """Another response rejected in pair 2 moves its own score alone, by whatever it shares a row with."""
-    rows, other, garbage = comparisons(), comparisons(), comparisons()
+def test_pads_and_neighbours_do_not_change_a_score():
+    """Another rejected response in pair 2 changes only its own score, whatever its row holds."""
+    rows = comparisons()
+    other = comparisons()
+    garbage = comparisons()
     other["rejected"][2] = words(9, T)
     for side in ranking.SIDES:
-        garbage[side] = np.where(
-            np.arange(T) < garbage[f"{side}_length"][:, None], garbage[side], 96
-        )
+        real = np.arange(T) < garbage[f"{side}_length"][:, None]
+        garbage[side] = np.where(real, garbage[side], 96)
     for budget in BUDGETS:
         parts = [ranking.pack_minibatch(x, budget, 1) for x in (rows, garbage, other)]
         for plain, same, changed in zip(*parts, strict=True):
             assert same_arrays(plain, same)
             filled = fill_pads(plain, 96)
-            before, pads, after = (
-                np.asarray(read_pairs(SCALAR, x)) for x in (plain, filled, changed)
-            )
+            before = np.asarray(read_pairs(SCALAR, plain))
+            with_pads = np.asarray(read_pairs(SCALAR, filled))
+            after = np.asarray(read_pairs(SCALAR, changed))
             here = plain.pair < 7
-            assert np.array_equal(before[here], pads[here])
+            assert np.array_equal(before[here], with_pads[here])
             assert np.argwhere((before != after) & here[:, None]).tolist() == [
                 [i, 1] for i in np.flatnonzero(plain.pair == 2)
             ]
@@ -451,17 +480,17 @@ def mesh():
 
 
 def test_scores_over_all_devices_are_each_response_alone(mesh, responses):
-    """In the order of the pairs, whatever that of the microbatches; and the demonstrations' mean."""
+    """They come in the order of the pairs, not of the microbatches; so does a mean score."""
     score_fn = jax.jit(functools.partial(ranking.score_pairs, MODEL))
     with jax.set_mesh(mesh):
-        found = ranking.score_rows(score_fn, SCALAR, comparisons(), 1, mesh)
-        np.testing.assert_allclose(found, responses[0], atol=1e-5)
+        scores = ranking.score_rows(score_fn, SCALAR, comparisons(), 1, mesh)
+        np.testing.assert_allclose(scores, responses.scores, atol=1e-5)
         rows = {
             "tokens": comparisons()["chosen"],
             "segments": np.arange(T) < comparisons()["chosen_length"][:, None],
         }
         mean = ranking.mean_score(score_fn, SCALAR, rows, 7, 1, mesh)
-    assert mean == pytest.approx(responses[0][:, 0].mean(), abs=1e-5)
+    assert mean == pytest.approx(responses.scores[:, 0].mean(), abs=1e-5)
 
 
 def test_the_self_check_stops_at_a_score_that_reads_pads_or_neighbours(mesh):

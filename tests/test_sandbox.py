@@ -1,4 +1,7 @@
-"""Programs of a model's: those that are right pass, those that are hostile fail and do no harm, and nothing runs unisolated."""
+"""Programs that a model has written: right ones pass, and hostile ones fail and do no harm.
+
+No program runs without isolation.
+"""
 
 import os
 import re
@@ -20,32 +23,39 @@ from alignjax.evals.sandbox import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
 JAIL = Path(jail.__file__)
-SYSCALLS = f"""
+MACHINE = jail.MACHINES.get(os.uname().machine, {"clone": 0, "refused": {}})
+# A program's beginning: `attempt` makes a call and prints it if the kernel lets it through.
+SYSTEM_CALLS = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
-def done(name, *arguments):  # what the kernel let through is printed
+def attempt(name, *arguments):
+    converted = [ctypes.c_long(x) if isinstance(x, int) else x for x in arguments]
     ctypes.set_errno(0)
-    if getattr(libc, name)(*(ctypes.c_long(x) if isinstance(x, int) else x for x in arguments)) != -1:
+    if getattr(libc, name)(*converted) != -1:
         print(name, arguments)
     return ctypes.get_errno()
-refused = [int(x) for x in {jail.MACHINES.get(os.uname().machine, [""] * 4)[3]!r}.split()]
 """
 
 
 def processes(mark: str) -> list[int]:
-    """Processes of this machine with `mark` in their command line; those that a sandbox forks have the line of its keeper."""
-    found = []
+    """Return the processes of this machine with `mark` in their command line.
+
+    The processes that a sandbox forks have the command line of its keeper.
+    """
+    numbers = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            found += [int(entry.name)] * (mark.encode() in line)
-    return found
+        if not entry.name.isdigit():
+            continue
+        try:
+            line = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in line:
+            numbers.append(int(entry.name))
+    return numbers
 
 
-def soon(condition, seconds=5.0) -> bool:
+def holds_soon(condition, seconds=5.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -54,7 +64,10 @@ def soon(condition, seconds=5.0) -> bool:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """`sandbox.run` with keyword limits, by a copy of the jail that marks its processes: none of them may be left."""
+    """Return `sandbox.run` with limits as keywords; no process may be left at the end.
+
+    It uses a copy of the jail, whose path marks the processes.
+    """
     try:
         sandbox.check()
     except UserError as error:
@@ -62,17 +75,25 @@ def run(tmp_path, monkeypatch):
     copy = tmp_path / "jail.py"
     copy.write_text(JAIL.read_text())
     monkeypatch.setattr(sandbox, "COMMAND", [*sandbox.COMMAND[:-1], str(copy)])
-    yield lambda program, **limits: sandbox.run(program, Limits(**limits))
+
+    def run_with_limits(program, **limits):
+        return sandbox.run(program, Limits(**limits))
+
+    yield run_with_limits
     assert processes(str(copy)) == []
 
 
 RIGHT = {
     "sorts": "def f(x):\n    return sorted(x)[::-1]\nassert f([1, 3, 2]) == [3, 2, 1]\n",
-    "typing": "from typing import List\ndef f(x: List[int]) -> int:\n    return sum(x)\nassert f([1, 2]) == 3\n",
-    "library": "import hashlib, math, re, collections, decimal\nassert hashlib.md5(b'a').hexdigest()[0] == '0'\n",
-    "dataclass": "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int\nA(1)\n",
+    "typing": "from typing import List\ndef f(x: List[int]) -> int:\n    return sum(x)\n"
+    "assert f([1, 2]) == 3\n",
+    "library": "import hashlib, math, re, collections, decimal\n"
+    "assert hashlib.md5(b'a').hexdigest()[0] == '0'\n",
+    "dataclass": "from __future__ import annotations\nimport dataclasses\n"
+    "@dataclasses.dataclass\nclass A:\n    x: int\nA(1)\n",
     "files": "open('a', 'w').write('b')\nassert open('/tmp/a').read() == 'b'\n",
-    "threads": "import threading\nt = threading.Thread(target=print, args=['x'])\nt.start()\nt.join()\n",
+    "threads": "import threading\nt = threading.Thread(target=print, args=['x'])\n"
+    "t.start()\nt.join()\n",
     "guard": "if __name__ == '__main__':\n    input()\n",
     "caught": "try:\n    raise SystemExit\nexcept SystemExit:\n    pass\n",
     "long": "x = 'é\U0001f600'\n" + "#" * 500_000,
@@ -108,7 +129,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("program, reason", WRONG.values(), ids=WRONG)
-def test_a_program_that_is_wrong_fails_and_why_is_said(run, program, reason):
+def test_a_program_that_is_wrong_fails_with_a_reason(run, program, reason):
     verdict = run(program)
     assert not verdict.passed and re.fullmatch(reason, verdict.reason), verdict
 
@@ -126,19 +147,22 @@ EARLY = {
     "raise": "raise SystemExit(0)",
     "_exit": "import os\nos._exit(0)",
     "printing": "import os\nprint('passed')\nos.write(2, b'exit 0\\n')\nos._exit(0)",
-    "replaced": "import os, sys\nos._exit = sys.exit = os.write = lambda *x: b''\nraise SystemExit(0)",
+    "replaced": "import os, sys\nos._exit = sys.exit = os.write = lambda *x: b''\n"
+    "raise SystemExit(0)",
     "atexit": "import atexit, os, sys\natexit.register(os._exit, 0)\nsys.exit(0)",
     "closing": "import os\nos.closerange(0, 64)\nos._exit(0)",
     "closing and raising": "import os\nos.closerange(0, 64)\nraise SystemExit(0)",
-    "writing to all": "import os\nfor fd in range(64):\n    try: os.write(fd, b'exit 0' + bytes(10))\n"
+    "writing to all": "import os\nfor fd in range(64):\n"
+    "    try: os.write(fd, b'exit 0' + bytes(10))\n    except OSError: pass\nos._exit(0)",
+    "echo": "import os\nos.set_blocking(0, False)\nfor fd in range(3, 64):\n"
+    "    try:\n        os.set_blocking(fd, False)\n        os.write(fd, os.read(fd, 64))\n"
     "    except OSError: pass\nos._exit(0)",
-    "echo": "import os\nos.set_blocking(0, False)\nfor fd in range(3, 64):\n    try:\n        os.set_blocking(fd, False)\n"
-    "        os.write(fd, os.read(fd, 64))\n    except OSError: pass\nos._exit(0)",
-    "thread": "import os, threading\nthreading.Thread(target=os._exit, args=[0]).start()\nwhile True: pass",
+    "thread": "import os, threading\nthreading.Thread(target=os._exit, args=[0]).start()\n"
+    "while True: pass",
     "fork": "import os\nif os.fork(): os.wait()\nos._exit(0)",
-    "runner": "import sys\nmain = sys.modules['__main__']\nmain.ended = lambda *x: b''\n"
+    "runner": "import sys\nmain = sys.modules['__main__']\nmain.run_to_end = lambda *x: b''\n"
     + WIRE
-    + "os.set_blocking(wire, False)\nmain.perform(b'', wire)\nraise SystemExit",
+    + "os.set_blocking(wire, False)\nmain.run_program(b'', wire)\nraise SystemExit",
     "exception": "class E(Exception):\n    def __str__(self): return 'passed'\nraise E",
 }
 
@@ -175,27 +199,30 @@ os._exit(0)
 
 
 def test_a_fork_bomb_stays_small_and_none_of_it_is_left(run, tmp_path):
-    most, over = [], threading.Event()
+    counts = []
+    is_over = threading.Event()
 
     def count():
-        while not over.wait(0.05):
-            most.append(len(processes(str(tmp_path))))
+        while not is_over.wait(0.05):
+            counts.append(len(processes(str(tmp_path))))
 
     counter = threading.Thread(target=count)
     counter.start()
     program = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     verdict = run(program, seconds=0.5, processes=5)
-    over.set()
+    is_over.set()
     counter.join()
     assert verdict.reason == "timed out after 0.5 s"
-    assert 5 <= max(most) <= 7  # the keeper and process 1 among them
-    assert run(
-        "import os\nfor _ in range(9):\n    if os.fork() == 0:\n        while True: pass"
-    ).reason.startswith("Blocking")
+    assert 5 <= max(counts) <= 7  # including the keeper and process 1
+    program = "import os\nfor _ in range(9):\n    if os.fork() == 0:\n        while True: pass"
+    assert run(program).reason.startswith("Blocking")
 
 
 def test_as_many_processes_as_allowed_and_threads_count(run):
-    program = "import threading, time\nfor _ in range({}):\n    threading.Thread(target=time.sleep, args=[9]).start()"
+    program = (
+        "import threading, time\n"
+        "for _ in range({}):\n    threading.Thread(target=time.sleep, args=[9]).start()"
+    )
     assert run(program.format(3), processes=4, seconds=2).passed
     assert run(program.format(4), processes=4).reason == "RuntimeError: can't start new thread"
 
@@ -238,15 +265,15 @@ HOGS = {
 @pytest.mark.parametrize("program", HOGS.values(), ids=HOGS)
 def test_a_program_gets_no_more_memory_than_its_limit(run, program):
     reason = run(program, memory=64 << 20, seconds=10).reason
-    assert re.fullmatch(
-        r"out of memory|PermissionError: .*|OSError: .*allocate memory|killed by signal 11|SystemError: .*",
-        reason,
-    ), reason
+    refused = "PermissionError: .*|OSError: .*allocate memory"
+    crashed = "killed by signal 11|SystemError: .*"
+    assert re.fullmatch(f"out of memory|{refused}|{crashed}", reason), reason
 
 
 def test_writing_outside(run, tmp_path):
-    file, stdlib = tmp_path / "file", Path(os.__file__).parent
-    file.write_text("mine")
+    file = tmp_path / "file"
+    stdlib = Path(os.__file__).parent
+    file.write_text("ours")
     targets = [
         file,
         tmp_path / "new",
@@ -257,16 +284,24 @@ def test_writing_outside(run, tmp_path):
     program = f"""
 import os
 for path in {list(map(str, targets))!r}:
-    for act in (lambda: open(path, "w"), lambda: os.makedirs(path), lambda: os.symlink("/tmp", path),
-                lambda: os.unlink(path), lambda: os.rename("/tmp", path), lambda: os.chmod(os.path.dirname(path), 0o777)):
-        try: act()
+    actions = (
+        lambda: open(path, "w"),
+        lambda: os.makedirs(path),
+        lambda: os.symlink("/tmp", path),
+        lambda: os.unlink(path),
+        lambda: os.rename("/tmp", path),
+        lambda: os.chmod(os.path.dirname(path), 0o777),
+    )
+    for action in actions:
+        try: action()
         except OSError: continue
-        if not path.startswith("/tmp"):  # its own
+        if not path.startswith("/tmp"):  # which is its own
             print(path)
 raise SystemExit
 """
     assert run(program)[1:] == ("SystemExit", "")
-    assert file.read_text() == "mine" and not any(path.exists() for path in targets[1:])
+    assert file.read_text() == "ours"
+    assert not any(path.exists() for path in targets[1:])
 
 
 def test_reading_files_of_others_by_any_way(run, tmp_path):
@@ -279,14 +314,21 @@ os.symlink(secret, "link")
 os.symlink("/", "root")
 os.symlink("/proc/1/root" + secret, "proc")
 up = "../" * 20 + secret
-paths = [secret, "link", "root" + secret, "proc", up, "/proc/self/root" + secret, "/proc/1/cwd/" + up, "/dev/fd/0/" + up]
-for path in [*paths, "/etc/passwd", "/proc/self/environ", "/sys", "/dev/null", {str(ROOT)!r}, {str(Path.home())!r} + "/.ssh"]:
+paths = [secret, "link", "root" + secret, "proc", up]
+paths += ["/proc/self/root" + secret, "/proc/1/cwd/" + up, "/dev/fd/0/" + up]
+paths += ["/etc/passwd", "/proc/self/environ", "/sys", "/dev/null"]
+paths += [{str(ROOT)!r}, {str(Path.home())!r} + "/.ssh"]
+for path in paths:
     try: os.close(os.open(path, os.O_RDONLY))
     except OSError: continue
     print(path)
 for fd in range(64):
-    for act in (lambda: os.open("../../../.." + secret, os.O_RDONLY, dir_fd=fd), lambda: os.fchdir(fd)):
-        try: act()
+    actions = (
+        lambda: os.open("../../../.." + secret, os.O_RDONLY, dir_fd=fd),
+        lambda: os.fchdir(fd),
+    )
+    for action in actions:
+        try: action()
         except OSError: continue
         print(fd)
 try: os.link(secret, "hard")
@@ -298,18 +340,22 @@ raise SystemExit
     assert run(program)[1:] == ("SystemExit", "['link', 'proc', 'root']\n")
 
 
-def test_what_is_installed_is_not_in_there(run):
+def test_installed_packages_are_not_visible(run):
     program = """
 import os
-found = [x for x, folders, _ in os.walk(os.path.dirname(os.__file__)) for y in folders if y.endswith("-packages")
-         if os.listdir(os.path.join(x, y))]
-print(found, sorted(os.listdir("/tmp")))
+visible = []
+for place, folders, _ in os.walk(os.path.dirname(os.__file__)):
+    for folder in folders:
+        if folder.endswith("-packages") and os.listdir(os.path.join(place, folder)):
+            visible.append(place)
+print(visible, sorted(os.listdir("/tmp")))
 """
     assert run(program).output == "[] []\n"
 
 
 def test_opening_sockets(run, tmp_path):
-    path, abstract = str(tmp_path / "socket"), f"\0alignjax{os.getpid()}"
+    path = str(tmp_path / "socket")
+    abstract = f"\0alignjax{os.getpid()}"
     servers = [
         socket.create_server(("127.0.0.1", 0)),
         socket.socket(socket.AF_UNIX),
@@ -367,7 +413,7 @@ assert os.getppid() != 1, "it lives"
         assert victim.wait() == 1
 
 
-def test_the_parents_limits_taken_away(run):
+def test_taking_away_the_limits_of_process_one(run):
     program = (
         "import resource, time\nresource.prlimit(1, resource.RLIMIT_CPU, (0, 0))\ntime.sleep(9)"
     )
@@ -385,18 +431,20 @@ for pid in ("self", os.getppid(), {os.getpid()}):
 raise SystemExit
 """
     verdict = run(program)
-    assert (
-        verdict.output.splitlines() == ["{} 0", *["No such file or directory"] * 3]
-        and verdict.reason == "SystemExit"
-    )
+    assert verdict.output.splitlines() == ["{} 0", *["No such file or directory"] * 3]
+    assert verdict.reason == "SystemExit"
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has used, in KiB."""
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def test_flooding_output_fills_no_memory_and_blocks_nothing(run):
-    peak = lambda: int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-    before = peak()
+    before = peak_memory()
     verdict = run("import os\nwhile True: os.write(1, b'x' * 65536)", seconds=0.4, output=1000)
     assert verdict == (False, "timed out after 0.4 s", "x" * 1000)
-    assert peak() - before < 64 << 10  # KiB
+    assert peak_memory() - before < 64 << 10  # KiB
     assert run("print('y' * 1_000_000)", output=10) == (True, "passed", "y" * 10)
     assert (
         run(WIRE + "while True: os.write(wire, b'x' * 65536)", seconds=0.3).reason
@@ -438,42 +486,49 @@ time.sleep(0.1)
 """
     begin = time.monotonic()
     assert run(program) == (True, "passed", "alive\n")
-    assert time.monotonic() - begin < 2 and processes(str(tmp_path)) == []
+    assert time.monotonic() - begin < 2
+    assert processes(str(tmp_path)) == []
 
 
 def test_system_calls_that_lead_out_are_refused(run):
     program = (
-        SYSCALLS
+        SYSTEM_CALLS
         + f"""
 for flag in (0x10000000, 0x20000, 0x20000000, 0x40000000):
-    done("unshare", flag)
-    done("syscall", {jail.MACHINES.get(os.uname().machine, (0, 0, 0))[2]}, flag | 17, 0, 0, 0, 0)
-done("syscall", {jail.CLONE3}, 0, 0)
-done("mount", b"none", b"/tmp", b"tmpfs", 0, None)
-done("mount", None, b"/", None, 32 | 4096, None)
-done("umount2", b"/tmp", 2)
-done("chroot", b"/tmp")
-done("setuid", 0)
-done("setgid", 0)
-done("ptrace", 16, 1, None, None)
-done("ptrace", 16, os.getpid(), None, None)
-done("sethostname", b"x", 1)
-for number in refused:
-    assert done("syscall", number, 0, 0, 0, 0, 0, 0) == 1, number  # EPERM, and not for its arguments
+    attempt("unshare", flag)
+    attempt("syscall", {MACHINE["clone"]}, flag | 17, 0, 0, 0, 0)
+attempt("syscall", {jail.CLONE3}, 0, 0)
+attempt("mount", b"none", b"/tmp", b"tmpfs", 0, None)
+attempt("mount", None, b"/", None, 32 | 4096, None)
+attempt("umount2", b"/tmp", 2)
+attempt("chroot", b"/tmp")
+attempt("setuid", 0)
+attempt("setgid", 0)
+attempt("ptrace", 16, 1, None, None)
+attempt("ptrace", 16, os.getpid(), None, None)
+attempt("sethostname", b"x", 1)
+for number in {list(MACHINE["refused"].values())}:
+    error = attempt("syscall", number, 0, 0, 0, 0, 0, 0)
+    assert error == 1, number  # EPERM: refused, and not because of its arguments
 raise SystemExit
 """
     )
     assert run(program)[1:] == ("SystemExit", "")
 
 
-def test_several_at_once_and_each_has_its_own(run):
-    program = "import os, time\nopen('a', 'x').write('{0}')\ntime.sleep(0.1)\nprint(open('a').read(), os.listdir())"
+def test_several_programs_run_at_once_and_each_has_its_own_files(run):
+    program = (
+        "import os, time\nopen('a', 'x').write('{0}')\ntime.sleep(0.1)\n"
+        "print(open('a').read(), os.listdir())"
+    )
     with ThreadPoolExecutor(4) as pool:
-        verdicts = list(pool.map(lambda i: run(program.format(i), seconds=20), range(8)))
-    assert verdicts == [(True, "passed", f"{i} ['a']\n") for i in range(8)]
+        runs = [pool.submit(run, program.format(i), seconds=20) for i in range(8)]
+    assert [finished.result() for finished in runs] == [
+        (True, "passed", f"{i} ['a']\n") for i in range(8)
+    ]
 
 
-def test_sets_of_strings_are_in_one_order(run):
+def test_the_order_of_a_set_of_strings_repeats(run):
     assert len({run("print({str(i) for i in range(20)})").output for _ in range(3)}) == 1
 
 
@@ -481,31 +536,31 @@ def test_a_sandbox_dies_with_its_caller(run, tmp_path):
     script = f"""
 from alignjax.evals import sandbox
 sandbox.COMMAND[-1] = {str(tmp_path / "jail.py")!r}
-sandbox.launch("import os, time; os.setsid() if os.fork() == 0 else 0; time.sleep(60)", sandbox.Limits(seconds=60))
+program = "import os, time; os.setsid() if os.fork() == 0 else 0; time.sleep(60)"
+sandbox.launch(program, sandbox.Limits(seconds=60))
 """
     with subprocess.Popen(
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}
     ) as caller:
-        assert soon(
-            lambda: len(processes(str(tmp_path))) >= 5
-        )  # the caller, whose script has the mark too, and four
+        # The caller, whose script has the mark too, and four processes of the sandbox.
+        assert holds_soon(lambda: len(processes(str(tmp_path))) >= 5)
         caller.send_signal(signal.SIGKILL)
-    assert soon(lambda: processes(str(tmp_path)) == [])
+    assert holds_soon(lambda: processes(str(tmp_path)) == [])
 
 
 def test_a_killed_keeper_takes_its_sandbox_along(run, tmp_path):
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(run, "import time; print('x', flush=True); time.sleep(60)", seconds=60)
-        assert soon(lambda: len(processes(str(tmp_path))) == 3)
+        assert holds_soon(lambda: len(processes(str(tmp_path))) == 3)
         scores = {
             Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in processes(str(tmp_path))
         }
-        assert scores == {"1000\n"}  # where memory ends, the kernel takes these first
+        assert scores == {"1000\n"}  # if memory runs out, the kernel kills these first
         os.kill(min(processes(str(tmp_path))), signal.SIGKILL)
         assert future.result(timeout=10).reason == "killed, and the sandbox with it"
 
 
-# What follows runs on every machine.
+# The tests below run on every machine.
 
 
 @pytest.fixture
@@ -519,7 +574,8 @@ def refusal(monkeypatch, *command) -> str:
     monkeypatch.setattr(sandbox, "COMMAND", [*sandbox.COMMAND[:-1], *map(str, command)])
     with pytest.raises(UserError) as caught:
         sandbox.run("raise SystemError('it ran')")
-    assert "\n" not in str(caught.value) and "it ran" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "it ran" not in str(caught.value)
     return str(caught.value)
 
 
@@ -529,15 +585,15 @@ def test_another_system_is_refused(unchecked, monkeypatch):
         sandbox.run("pass")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="is refused before")
+@pytest.mark.skipif(sys.platform != "linux", reason="another system is refused earlier")
 def test_a_container_that_refuses_unshare_is_refused(unchecked, monkeypatch, tmp_path):
-    """As Docker does it, by a seccomp filter: the jail's own."""
+    """It refuses by a seccomp filter, as Docker does; here the filter is the jail's own."""
     script = tmp_path / "contained.py"
     script.write_text(f"""
 import os, sys
 sys.path.insert(0, {str(JAIL.parent)!r})
 import jail
-jail.call("prctl", jail.NO_NEW_PRIVS, 1, 0, 0, 0)
+jail.call("prctl", jail.NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 jail.restrict()
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """)
@@ -547,7 +603,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 def test_an_interpreter_that_does_not_start_is_refused(unchecked, monkeypatch):
     monkeypatch.setattr(sandbox, "COMMAND", ["/nowhere/python"])
     with pytest.raises(
-        UserError, match="/nowhere/python can't be started|no sandbox for programs on"
+        UserError, match="/nowhere/python cannot be started|no sandbox for programs on"
     ):
         sandbox.run("pass")
 
@@ -556,28 +612,28 @@ def test_an_unknown_machine_is_refused(unchecked, monkeypatch, tmp_path):
     (tmp_path / "jail.py").write_text(
         JAIL.read_text().replace('"x86_64":', '"x":').replace('"aarch64":', '"y":')
     )
-    assert ": x86_64 or aarch64 wanted; it takes" in refusal(monkeypatch, tmp_path / "jail.py")
+    assert ": expected x86_64 or aarch64; it takes" in refusal(monkeypatch, tmp_path / "jail.py")
 
 
-LEAKS = {
-    "enter(limits[2])": ("pass", "the network|a file outside"),
-    "0x20000000 | 0x40000000 | ": ("0x20000000 | ", "the network"),
-    '"/usr/lib64", ': ('"/usr/lib64", "/var", ', "a file outside"),
-    "    restrict()\n": ("", "a right"),
-    "NPROC=processes + 2, ": ("", "one more process"),
-    "AS=memory, ": ("", "more memory"),
-    "READ_ONLY | NOSUID": ("NOSUID", "writing"),
-}
+# (a part of the jail's source, what replaces it, what the probe reports)
+LEAKS = [
+    ("enter_namespaces(limits.files)", "pass", "the network|a file outside"),
+    ("NEW_PROCESSES | NEW_NETWORK | ", "NEW_PROCESSES | ", "the network"),
+    ('"/usr/lib64",', '"/usr/lib64", "/var",', "a file outside"),
+    ("    restrict()\n", "", "a right"),
+    ('set_limit("NPROC", limits.processes + 2)', "", "one more process"),
+    ('set_limit("AS", limits.memory)', "", "more memory"),
+    ("READ_ONLY | NO_SETUID", "NO_SETUID", "writing"),
+]
 
 
-@pytest.mark.parametrize("part", LEAKS)
+@pytest.mark.parametrize("part, replacement, leak", LEAKS, ids=[leak[0] for leak in LEAKS])
 def test_the_probe_finds_whatever_part_of_the_isolation_is_missing(
-    run, unchecked, monkeypatch, tmp_path, part
+    run, unchecked, monkeypatch, tmp_path, part, replacement, leak
 ):
-    text, (instead, named) = JAIL.read_text(), LEAKS[part]
-    assert part in text
+    source = JAIL.read_text()
+    assert part in source
     monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
-    (tmp_path / "jail.py").write_text(text.replace(part, instead))
-    assert re.search(
-        f"({named}) is not kept from programs", refusal(monkeypatch, tmp_path / "jail.py")
-    )
+    (tmp_path / "jail.py").write_text(source.replace(part, replacement))
+    message = refusal(monkeypatch, tmp_path / "jail.py")
+    assert re.search(f"({leak}) is not kept from programs", message)

@@ -1,56 +1,63 @@
-"""lm-evaluation-harness' model interface on our own programs, as the model "alignjax".
+"""Run lm-evaluation-harness on our own programs, as the model "alignjax".
 
-python -m alignjax.evals.adapter run --model alignjax --model_args run=runs/ppo --tasks gsm8k_cot --apply_chat_template
+python -m alignjax.evals.adapter run --model alignjax --model_args run=runs/ppo --tasks gsm8k_cot
 
-is the harness' own command line, with the model registered. (`lm_eval` alone loads no models of others.) Also
-`alignjax.evaluate`, which knows the report's benchmarks.
+This is the harness's own command line with the model registered; `lm_eval` alone does not load
+models from other packages. Add --apply_chat_template for a model that converses.
+`alignjax.evaluate` uses the same model and knows the report's benchmarks.
 """
 
 import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from alignjax import config as configs
 from alignjax import inference
 from alignjax.config import UserError
-from alignjax.evals.requests import Requests
+from alignjax.evals.requests import Requests, ResponseSettings
 from alignjax.machine import console, sharding
 from alignjax.machine.compilation_cache import keep_programs
 
-GENERATION = {
-    "until",
-    "max_gen_toks",
-    "do_sample",
-    "temperature",
-    "top_p",
-}  # what generation_kwargs may say
+DEFAULT_SLOTS = 64
+# The fields of a task's generation_kwargs that are supported.
+GENERATION_FIELDS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
 @register_model("alignjax")
 class AlignJax(TemplateLM):
-    """A language model of ours (a run of stage lm, or PPO's policy) or of Hugging Face (a directory, hf://ORG/NAME).
+    """A language model: a run of stage lm, PPO's policy, or a Hugging Face checkpoint.
 
-    The harness sees one process and one device: rows are laid out over the mesh by our programs. `batch_size` is how many
-    responses are decoded at once, `tokens` how many tokens are read at once, `tensor` the mesh's axis of that name. `device` and
-    `max_batch_size`, which the harness passes to any model, are torch's affairs.
+    A checkpoint is a directory or hf://ORG/NAME. The harness sees one process and one device; our
+    programs lay rows out over the mesh.
+
+    Args:
+      batch_size: the number of responses decoded at once.
+      tokens: the number of tokens read at once.
+      tensor: the size of the mesh's axis of that name.
+      device, max_batch_size: ignored; the harness passes them to every model, for torch.
     """
 
     def __init__(
         self,
-        run,
-        batch_size=64,
-        dtype="float32",
-        tokens=4096,
-        tensor=1,
-        max_length=None,
-        chat_template="",
-        max_gen_toks=256,
-        device=None,
-        max_batch_size=None,
+        run: str | Path,
+        batch_size: int | str = DEFAULT_SLOTS,
+        dtype: str = "float32",
+        tokens: int | str = 4096,
+        tensor: int | str = 1,
+        max_length: int | None = None,
+        chat_template: str = "",
+        max_gen_toks: int | str = 256,
+        device: Any = None,
+        max_batch_size: Any = None,
     ):
         super().__init__()
         mesh = sharding.make_mesh(configs.Mesh(tensor=int(tensor)))
@@ -58,34 +65,43 @@ class AlignJax(TemplateLM):
             run, dtype=dtype, mesh=mesh, max_length=max_length, chat_template=chat_template
         )
         if not model.end_tokens:
-            raise UserError(f"{run}: a language model is wanted, this is a reward model")
-        slots = 64 if str(batch_size).startswith("auto") else int(batch_size)
-        self.run, self.max_length, self.max_gen_toks = str(run), model.max_length, int(max_gen_toks)
-        self.tokenizer, self.asked = model.tokenizer, Requests(model, int(tokens), slots)
+            raise UserError(f"{run}: expected a language model, but this is a reward model")
+        automatic = str(batch_size).startswith("auto")
+        slots = DEFAULT_SLOTS if automatic else int(batch_size)
+        self.run = str(run)
+        self.max_length = model.max_length
+        self.max_gen_toks = int(max_gen_toks)
+        self.tokenizer = model.tokenizer
+        self.requests = Requests(model, int(tokens), slots)
 
     @property
     def eot_token_id(self) -> int:
-        return self.asked.model.end_tokens[0]
+        """Return the token that ends a response."""
+        return self.requests.model.end_tokens[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        """Return the token that stands before a text without context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
+        """Return the name under which the harness keeps rendered requests."""
         return self.run.replace("/", "__")
 
     def get_model_info(self) -> dict:
-        """What results.json says of the model besides."""
+        """Return what results.json says about the model."""
         return {
             "run": self.run,
-            "dtype": self.asked.model.architecture.dtype,
+            "dtype": self.requests.model.architecture.dtype,
             "max_length": self.max_length,
         }
 
-    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return messages as the text of the tokenizer's chat template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -93,93 +109,110 @@ class AlignJax(TemplateLM):
             add_generation_prompt=add_generation_prompt,
         )
 
-    def tok_encode(self, string: str, add_special_tokens=None, **kwargs) -> list[int]:
-        """Tokens as the tokenizer has them by default, but for a text that has its begin token already."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Tokenise a text; by default the tokenizer adds its special tokens.
+
+        It does not add them to a text that already has the begin token.
+        """
         if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(
-                string, self.tokenizer.decode(self.prefix_token_id)
-            )
+            begin = self.tokenizer.decode(self.prefix_token_id)
+            add_special_tokens = not has_bos_prefix(string, begin)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(
-        self, requests, disable_tqdm=False, **kwargs
+        self, requests: list[tuple], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        found = [None] * len(requests)
-        with progress("log-likelihoods", len(requests), disable_tqdm) as bar:
+        """Answer requests (texts or None, context tokens, continuation tokens).
 
-            def done(i, logprob, greedy):
-                found[i] = (logprob, greedy)
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-                bar.update()
+        An answer is the log-probability and whether greedy decoding gives the continuation.
+        Answers to requests with texts are cached at once.
+        """
+        results = [None] * len(requests)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        with progress_bar("log-likelihoods", len(requests), disable_tqdm) as progress:
+            for number, likelihood in self.requests.loglikelihoods(pairs):
+                results[number] = (likelihood.logprob, likelihood.is_greedy)
+                texts = requests[number][0]
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, results[number])
+                progress.update()
+        return results
 
-            self.asked.loglikelihoods([pair for _, *pair in requests], done)
-        return found
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
-        windows, owners = [], []
-        for i, (text,) in enumerate(request.args for request in requests):
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-probability of each whole text, which is read in windows if it is long."""
+        windows = []
+        request_of_window = []
+        for number, request in enumerate(requests):
+            (text,) = request.args
             tokens = self.tok_encode(text, add_special_tokens=False)
             for window in get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.max_length, 1
             ):
                 windows.append((None, *make_disjoint_window(window)))
-                owners.append(i)
+                request_of_window.append(number)
         totals = [0.0] * len(requests)
-        for i, (logprob, _) in zip(
-            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
-        ):
-            totals[i] += logprob
+        likelihoods = self._loglikelihood_tokens(windows, disable_tqdm)
+        for number, (logprob, _) in zip(request_of_window, likelihoods, strict=True):
+            totals[number] += logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        found, groups = [None] * len(requests), {}
-        for i, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        with progress("responses", len(requests), disable_tqdm) as bar:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return a response to each prompt; requests with equal settings are decoded together."""
+        groups = defaultdict(list)
+        for number, request in enumerate(requests):
+            _, generation_kwargs = request.args
+            groups[repr(sorted(generation_kwargs.items()))].append(number)
+        results = [None] * len(requests)
+        with progress_bar("responses", len(requests), disable_tqdm) as progress:
             for members in groups.values():
-                prompts = [self.tok_encode(requests[i].args[0]) for i in members]
+                prompts = [self.tok_encode(requests[number].args[0]) for number in members]
+                settings = self.response_settings(requests[members[0]].args[1])
+                for place, text in self.requests.responses(prompts, settings):
+                    number = members[place]
+                    results[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    progress.update()
+        return results
 
-                def done(k, text, members=members):
-                    i = members[k]
-                    found[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update()
-
-                self.asked.responses(prompts, done, **self.settings(requests[members[0]].args[1]))
-        return found
-
-    def settings(self, asked: dict) -> dict:
-        """What `Requests.responses` takes of a task's generation_kwargs; UserError for what it can't do."""
-        asked = normalize_gen_kwargs(asked, self.max_gen_toks)
-        if unknown := sorted(set(asked) - GENERATION):
+    def response_settings(self, generation_kwargs: dict) -> ResponseSettings:
+        """Translate a task's generation_kwargs; raise UserError for what is not supported."""
+        fields = normalize_gen_kwargs(generation_kwargs, self.max_gen_toks)
+        unsupported = sorted(set(fields) - GENERATION_FIELDS)
+        if unsupported:
+            name = unsupported[0]
             raise UserError(
-                f"generation_kwargs: {unknown[0]}={asked[unknown[0]]!r} is not supported, only {sorted(GENERATION)}"
+                f"generation_kwargs: {name}={fields[name]!r} is not supported; the supported "
+                f"fields are {sorted(GENERATION_FIELDS)}"
             )
-        end = self.tokenizer.decode([self.eot_token_id])
-        return dict(
-            strings=tuple(handle_stop_sequences(asked["until"], end)),
-            length=asked["max_gen_toks"],
-            temperature=asked.get("temperature", 0.0) if asked["do_sample"] else 0.0,
-            top_p=asked.get("top_p", 1.0),
+        end_string = self.tokenizer.decode([self.eot_token_id])
+        return ResponseSettings(
+            stop_strings=tuple(handle_stop_sequences(fields["until"], end_string)),
+            max_tokens=fields["max_gen_toks"],
+            temperature=fields.get("temperature", 0.0) if fields["do_sample"] else 0.0,
+            top_p=fields.get("top_p", 1.0),
         )
 
 
-def progress(what: str, total: int, off: bool):
-    return console.progress_bar(total, what, "request", enabled=not off)
+def progress_bar(description: str, total: int, disabled: bool) -> tqdm:
+    """Return a progress bar over requests."""
+    return console.progress_bar(total, description, "request", enabled=not disabled)
 
 
 def main() -> int:
-    """The harness' command line; the exit code: 0, or 2 after a mistake of the user's."""
-    try:
-        keep_programs()
-        cli_evaluate()
-    except UserError as error:
-        print(f"alignjax: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the harness's command line; return 0, or 2 after a user error."""
+    return console.run_command(run_harness)
+
+
+def run_harness() -> None:
+    """Run the harness's command line on the arguments of this process."""
+    keep_programs()
+    cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -1,147 +1,188 @@
-"""How far a figure of accuracy can be trusted, and whether differences of scores can be read as probabilities.
+"""Measure how far an accuracy can be trusted, and whether score differences are calibrated.
 
-Letters: n pairs. difference[n] is the chosen response's score less the rejected one's; a pair is right if it is above
-0, and a tie, which is not right, if it is 0.
+A difference is the chosen response's score minus the rejected response's score. A pair is right
+if its difference is above 0. A difference of 0 is a tie, and a tie does not count as right.
 """
 
 import itertools
 
 import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy import stats
 
-Z = 1.959963984540054  # of 95 %, two-sided
-EDGES = np.linspace(0.5, 1, 11)  # of the bins of probability
-RATIOS = (1.0, 1.5, 2.0, 3.0, 5.0)  # where the buckets of a score ratio begin
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)  # told apart by the colour-blind too
-COLUMNS = 4  # at most, of the picture's panels
+CONFIDENCE = 0.95
+BIN_EDGES = np.linspace(0.5, 1, 11)  # of the bins of predicted probability
+RATIO_STARTS = (1.0, 1.5, 2.0, 3.0, 5.0)  # lower bounds of the score-ratio buckets
+
+# Colour-blind readers can tell these colours apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+REFERENCE_COLOUR = "0.6"  # of the diagonal on which a calibrated model lies
+MAX_PANEL_COLUMNS = 4
+MAX_TITLE_LENGTH = 36  # characters; a longer title keeps its end
 
 
-def interval(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share, `right` of n > 0, by Wilson's score method (1927), which holds near 0 and 1 too.
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Return the 95 % interval of the share `right / total` by Wilson's score method (1927).
 
-    It takes pairs as independent. Those of one post or problem are not quite, and then it is too narrow.
+    `total` must be above 0. The method also holds near shares of 0 and 1. It treats pairs as
+    independent; pairs from one post or problem are not quite independent, and then the interval
+    is too narrow.
     """
-    middle, half = right + Z**2 / 2, Z * np.sqrt(right * (n - right) / n + Z**2 / 4)
-    return float(max(middle - half, 0) / (n + Z**2)), float(min((middle + half) / (n + Z**2), 1))
+    test = stats.binomtest(right, total)
+    interval = test.proportion_ci(confidence_level=CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def share(right: np.ndarray) -> dict:
-    """How many of right[n] bool hold: pairs, accuracy, interval; the last two are None where there are no pairs."""
-    n = len(right)
+def accuracy_summary(right: Bool[np.ndarray, " pairs"]) -> dict:
+    """Return the number of pairs, their accuracy and its interval.
+
+    Accuracy and interval are None if there are no pairs.
+    """
+    total = len(right)
+    if total == 0:
+        return {"pairs": 0, "accuracy": None, "interval": None}
     return {
-        "pairs": n,
-        "accuracy": float(right.mean()) if n else None,
-        "interval": interval(int(right.sum()), n) if n else None,
+        "pairs": total,
+        "accuracy": float(right.mean()),
+        "interval": wilson_interval(int(right.sum()), total),
     }
 
 
-def by_ratio(difference: np.ndarray, ratio: np.ndarray) -> list[dict]:
-    """`share` by buckets of ratio[n], by how much the chosen response was the better liked; below 1, it is unknown."""
-    bucket = np.searchsorted(RATIOS, ratio, side="right") - 1
-    return [
-        {"from": low, "to": high, **share(difference[bucket == i] > 0)}
-        for i, (low, high) in enumerate(zip(RATIOS, (*RATIOS[1:], None), strict=True))
-    ]
+def accuracy_by_ratio(
+    differences: Float[np.ndarray, " pairs"], ratios: Float[np.ndarray, " pairs"]
+) -> list[dict]:
+    """Return an accuracy summary for each bucket of score ratios.
 
-
-def curve(difference: np.ndarray) -> dict:
-    """Accuracy against probability, in ten bins, and the expected calibration error: their mean distance over all pairs.
-
-    The ranking loss (Bradley-Terry) gives the response that scores higher probability sigmoid(|difference|) of being
-    the better one. Ties are left out: of them no response scores higher.
+    A ratio says how much better people liked the chosen response. A ratio below 1 means that it
+    is unknown, and its pair is in no bucket.
     """
-    difference = difference[difference != 0]
-    probability = 1 / (1 + np.exp(-np.abs(difference)))
-    which = np.minimum(
-        np.searchsorted(EDGES, probability, side="right") - 1, len(EDGES) - 2
-    )  # 1 is of the last
+    bucket_of_pair = np.searchsorted(RATIO_STARTS, ratios, side="right") - 1
+    summaries = []
+    bounds = zip(RATIO_STARTS, (*RATIO_STARTS[1:], None), strict=True)
+    for bucket, (low, high) in enumerate(bounds):
+        right = differences[bucket_of_pair == bucket] > 0
+        summaries.append({"from": low, "to": high, **accuracy_summary(right)})
+    return summaries
+
+
+def calibration_curve(differences: Float[np.ndarray, " pairs"]) -> dict:
+    """Return accuracy against predicted probability in ten bins, and the calibration error.
+
+    The ranking loss (Bradley-Terry) gives the response with the higher score the probability
+    sigmoid(|difference|) of being the better one. Ties are left out, because neither response
+    has a higher score. The expected calibration error is the mean distance between accuracy and
+    probability over all pairs.
+    """
+    differences = differences[differences != 0]
+    probabilities = 1 / (1 + np.exp(-np.abs(differences)))
+    bin_of_pair = np.searchsorted(BIN_EDGES, probabilities, side="right") - 1
+    bin_of_pair = np.minimum(bin_of_pair, len(BIN_EDGES) - 2)  # a probability of 1: the last bin
     bins = []
-    for i, (low, high) in enumerate(zip(EDGES[:-1], EDGES[1:], strict=True)):
-        mine = which == i
+    for number, (low, high) in enumerate(itertools.pairwise(BIN_EDGES)):
+        inside = bin_of_pair == number
         bins.append(
             {
                 "from": round(float(low), 2),
                 "to": round(float(high), 2),
-                **share(difference[mine] > 0),
-                "probability": float(probability[mine].mean()) if mine.any() else None,
+                **accuracy_summary(differences[inside] > 0),
+                "probability": float(probabilities[inside].mean()) if inside.any() else None,
             }
         )
-    filled = [b for b in bins if b["pairs"]]
-    distance = sum(b["pairs"] * abs(b["accuracy"] - b["probability"]) for b in filled)
-    return {"error": distance / max(len(difference), 1), "bins": bins}
-
-
-def picture(sets: dict[str, dict[str, dict]]) -> Figure:
-    """The curves of {set: {run: curve}}: a panel for each set, a colour for each run.
-
-    A dot stands at the mean probability and the accuracy of a bin, as large as the bin's share of the pairs, with the
-    accuracy's interval. A calibrated model's dots lie on the diagonal; below it, a model is too sure of itself.
-    """
-    runs = list(next(iter(sets.values())))
-    colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
-    rows = -(-len(sets) // COLUMNS)
-    columns = -(-len(sets) // rows)
-    figure = Figure(figsize=(max(3.4 * columns + 0.4, 5), 3.5 * rows + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for panel in panels[len(sets) :]:
-        panel.remove()
-    for panel, (name, curves) in zip(panels, sets.items(), strict=False):
-        panel.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", linewidth=1)
-        for i, (run, found) in enumerate(curves.items()):
-            dots(panel, [b for b in found["bins"] if b["pairs"]], colours[run])
-            panel.text(
-                0.04,
-                0.93 - 0.06 * i,
-                f"calibration error {100 * found['error']:.1f} %",
-                fontsize=8,
-                transform=panel.transAxes,
-                color=colours[run],
-            )
-        panel.set_title(name if len(name) <= 36 else f"...{name[-33:]}", fontsize=10)
-        panel.grid(color="0.92")
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.set_xlim(0.49, 1.01)
-        panel.tick_params(labelbottom=True)
-    keys = [Line2D([], [], color=colours[run], marker="o", linewidth=1, label=run) for run in runs]
-    keys.append(
-        Line2D(
-            [],
-            [],
-            color="0.6",
-            linestyle="--",
-            linewidth=1,
-            label="calibrated; a dot's area: share of pairs",
-        )
+    weighted_distance = sum(
+        bin["pairs"] * abs(bin["accuracy"] - bin["probability"]) for bin in filled_bins(bins)
     )
-    figure.legend(handles=keys, loc="outside upper left", fontsize=8, frameon=False)
+    return {"error": weighted_distance / max(len(differences), 1), "bins": bins}
+
+
+def filled_bins(bins: list[dict]) -> list[dict]:
+    """Return the bins that hold pairs."""
+    return [bin for bin in bins if bin["pairs"]]
+
+
+def calibration_figure(curves: dict[str, dict[str, dict]]) -> Figure:
+    """Draw the curves of {set: {run: curve}}: one panel for each set, one colour for each run.
+
+    A dot stands at the mean probability and the accuracy of a bin. Its area is the bin's share
+    of the pairs, and a line shows the accuracy's interval. The dots of a calibrated model lie on
+    the diagonal; a model below it is too sure of itself.
+    """
+    runs = list(next(iter(curves.values())))
+    colours = dict(zip(runs, itertools.cycle(COLOURS), strict=False))
+    rows = -(-len(curves) // MAX_PANEL_COLUMNS)
+    columns = -(-len(curves) // rows)
+    size = (max(3.4 * columns + 0.4, 5), 3.5 * rows + 0.7)  # inches
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for panel in panels[len(curves) :]:
+        panel.remove()
+    for panel, (name, curves_of_set) in zip(panels, curves.items(), strict=False):
+        draw_panel(panel, name, curves_of_set, colours)
+    figure.legend(
+        handles=legend_entries(colours), loc="outside upper left", fontsize=8, frameon=False
+    )
     figure.supxlabel("mean predicted probability of being right", fontsize=10)
     figure.supylabel("accuracy, with its 95 % interval", fontsize=10)
     return figure
 
 
-def dots(panel, bins: list[dict], colour: str) -> None:
-    """One curve of a panel, of bins with pairs in them."""
-    at, height, pairs = (
-        np.array([b[key] for b in bins]) for key in ("probability", "accuracy", "pairs")
+def draw_panel(panel: Axes, name: str, curves: dict[str, dict], colours: dict[str, str]) -> None:
+    """Draw the curves {run: curve} of one set."""
+    panel.plot([0.5, 1], [0.5, 1], color=REFERENCE_COLOUR, linestyle="--", linewidth=1)
+    for number, (run, curve) in enumerate(curves.items()):
+        draw_curve(panel, filled_bins(curve["bins"]), colours[run])
+        panel.text(
+            0.04,
+            0.93 - 0.06 * number,
+            f"calibration error {100 * curve['error']:.1f} %",
+            fontsize=8,
+            transform=panel.transAxes,
+            color=colours[run],
+        )
+    shortened = name if len(name) <= MAX_TITLE_LENGTH else f"...{name[3 - MAX_TITLE_LENGTH :]}"
+    panel.set_title(shortened, fontsize=10)
+    panel.grid(color="0.92")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlim(0.49, 1.01)
+    panel.tick_params(labelbottom=True)
+
+
+def draw_curve(panel: Axes, bins: list[dict], colour: str) -> None:
+    """Draw one curve through bins that hold pairs."""
+    probabilities = np.array([bin["probability"] for bin in bins])
+    accuracies = np.array([bin["accuracy"] for bin in bins])
+    pairs = np.array([bin["pairs"] for bin in bins])
+    intervals = np.array([bin["interval"] for bin in bins]).reshape(-1, 2)
+    panel.vlines(
+        probabilities, intervals[:, 0], intervals[:, 1], color=colour, linewidth=1, alpha=0.6
     )
-    ends = np.array([b["interval"] for b in bins]).reshape(-1, 2).T
-    panel.vlines(at, *ends, color=colour, linewidth=1, alpha=0.6)
-    panel.plot(at, height, color=colour, linewidth=1, alpha=0.6)
+    panel.plot(probabilities, accuracies, color=colour, linewidth=1, alpha=0.6)
     panel.scatter(
-        at,
-        height,
+        probabilities,
+        accuracies,
         14 + 160 * pairs / max(pairs.sum(), 1),
         color=colour,
         alpha=0.85,
         linewidths=0,
         zorder=3,
     )
+
+
+def legend_entries(colours: dict[str, str]) -> list[Line2D]:
+    """Return a legend entry for each run, and one for the diagonal."""
+    entries = [
+        Line2D([], [], color=colour, marker="o", linewidth=1, label=run)
+        for run, colour in colours.items()
+    ]
+    diagonal = Line2D(
+        [],
+        [],
+        color=REFERENCE_COLOUR,
+        linestyle="--",
+        linewidth=1,
+        label="calibrated; a dot's area: share of pairs",
+    )
+    return [*entries, diagonal]

@@ -1,4 +1,4 @@
-"""The program that a reply to a HumanEval problem makes: its code, completed by the prompt and run against the tests."""
+"""Turn a reply to a HumanEval problem into a program that runs against the problem's tests."""
 
 import ast
 import re
@@ -6,53 +6,81 @@ import textwrap
 
 from alignjax.config import UserError
 
-FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-CODE = re.compile(r"^(?:import |from \w|def |async def |class |@)", re.MULTILINE)
+FENCED_BLOCK = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+FIRST_CODE_LINE = re.compile(r"^(?:import |from \w|def |async def |class |@)", re.MULTILINE)
+INDENT = "    "
 
 
-def function(prompt: str, entry_point: str) -> ast.FunctionDef:
-    """The prompt's function of that name; UserError if there is none."""
+def find_function(prompt: str, entry_point: str) -> ast.FunctionDef:
+    """Return the prompt's function of that name; raise UserError if there is none."""
     try:
         tree = ast.parse(prompt)
     except SyntaxError as error:
-        raise UserError(f"prompt: Python wanted, {error}") from None
+        raise UserError(f"prompt: expected Python: {error}") from None
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == entry_point:
             return node
-    raise UserError(f"prompt: a function {entry_point!r} wanted, as entry_point says")
+    raise UserError(f"prompt: expected a function {entry_point!r}, because entry_point names it")
 
 
-def signature(node: ast.FunctionDef) -> str:
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"{node.name}({ast.unparse(node.args)}){returns}"
+def signature(function: ast.FunctionDef) -> str:
+    """Return a function's name, parameters and result type as source."""
+    returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    return f"{function.name}({ast.unparse(function.args)}){returns}"
 
 
 def solution(prompt: str, entry_point: str, reply: str) -> str:
-    """The reply's code with what it needs of the prompt.
+    """Return the reply's code, completed with what it needs from the prompt.
 
-    The first code block that defines the function counts, after whatever stands above the function in the prompt
-    (imports, helpers). Without such a block the first one is the function's body, and without any the reply is the code.
-    Around and after the code there may be talk: of lines that are no Python as many are cut from the end as needed.
+    The first code block that defines the function counts. It follows whatever stands above the
+    function in the prompt (imports, helpers). Without such a block, the first block is the
+    function's body. Without any block, the whole reply is code. Text may surround the code, so
+    lines are dropped from the end until the rest is Python.
     """
-    blocks = FENCE.findall(reply)
-    defined = re.compile(rf"^[ \t]*def {re.escape(entry_point)}\s*\(", re.MULTILINE)
+    blocks = FENCED_BLOCK.findall(reply)
+    definition = re.compile(rf"^[ \t]*def {re.escape(entry_point)}\s*\(", re.MULTILINE)
     for block in blocks or [reply]:
-        if defined.search(block):
-            code = textwrap.dedent(block)
-            start = CODE.search(code)
-            code = code[start.start() :] if start and not blocks else code
-            lines = function(prompt, entry_point).lineno - 1
-            above = "".join(prompt.splitlines(keepends=True)[:lines])
-            kept = parsing("", code)
-            return above + (kept if defined.search(kept) else code)
-    head, body = prompt.rstrip() + "\n", (blocks or [reply])[0].strip("\n").rstrip()
-    first = "    " + body  # if the first line's indent got lost
-    ways = (textwrap.indent(textwrap.dedent(body), "    "), first, body)
-    return head + max((parsing(head, way) for way in ways), key=lambda kept: kept.count("\n"))
+        if not definition.search(block):
+            continue
+        code = textwrap.dedent(block)
+        start = FIRST_CODE_LINE.search(code)
+        if start and not blocks:
+            code = code[start.start() :]
+        parsed = parsing_lines("", code)
+        whole_function = parsed if definition.search(parsed) else code
+        return text_above(prompt, entry_point) + whole_function
+    body = (blocks or [reply])[0].strip("\n").rstrip()
+    return completed_prompt(prompt, body)
 
 
-def parsing(head: str, text: str) -> str:
-    """As many of the text's lines as are Python after `head`."""
+def text_above(prompt: str, entry_point: str) -> str:
+    """Return what stands above the function in the prompt."""
+    lines = prompt.splitlines(keepends=True)
+    return "".join(lines[: find_function(prompt, entry_point).lineno - 1])
+
+
+def completed_prompt(prompt: str, body: str) -> str:
+    """Return the prompt with a function body whose indentation may be wrong.
+
+    Of three ways to indent the body, the one that keeps the most lines wins.
+    """
+    head = prompt.rstrip() + "\n"
+    candidates = (
+        textwrap.indent(textwrap.dedent(body), INDENT),
+        INDENT + body,  # the first line may have lost its indentation
+        body,
+    )
+    parsed = [parsing_lines(head, candidate) for candidate in candidates]
+    return head + max(parsed, key=count_lines)
+
+
+def count_lines(text: str) -> int:
+    """Return the number of line ends in a text."""
+    return text.count("\n")
+
+
+def parsing_lines(head: str, text: str) -> str:
+    """Return as many of the text's first lines as are valid Python after `head`."""
     lines = text.splitlines(keepends=True)
     for count in range(len(lines), 0, -1):
         kept = "".join(lines[:count]).rstrip() + "\n"
@@ -64,6 +92,6 @@ def parsing(head: str, text: str) -> str:
     return ""
 
 
-def tested(code: str, test: str, entry_point: str) -> str:
-    """A program that ends with an exception if the code fails the problem's tests."""
+def with_tests(code: str, test: str, entry_point: str) -> str:
+    """Return a program that ends with an exception if the code fails the problem's tests."""
     return f"{code.rstrip()}\n\n{test.strip()}\n\ncheck({entry_point})\n"

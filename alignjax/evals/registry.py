@@ -1,5 +1,6 @@
-"""All benchmarks by name, and their tasks built by the harness."""
+"""List all benchmarks by name, and have the harness build their tasks."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.exceptions import DatasetsError
@@ -12,43 +13,57 @@ from alignjax.evals.benchmark import HARNESS, Benchmark
 from alignjax.evals.tasks import bbh, ceval, gsm8k, humaneval, mmlu, world
 
 BENCHMARKS: dict[str, Benchmark] = {
-    m.BENCHMARK.name: m.BENCHMARK for m in (mmlu, ceval, gsm8k, humaneval, bbh, world)
+    module.BENCHMARK.name: module.BENCHMARK
+    for module in (mmlu, ceval, gsm8k, humaneval, bbh, world)
 }
 
 
-def include_paths(names) -> list[Path]:
-    """The folders of the harness' task files that these benchmarks take from; reading all of them takes 8 s."""
-    return [HARNESS / folder for name in names for folder in BENCHMARKS[name].harness.values()]
+def include_paths(names: Iterable[str]) -> list[Path]:
+    """Return the folders with the harness's task files that these benchmarks use.
+
+    Reading all task files of the harness would take 8 s.
+    """
+    return [
+        HARNESS / folder for name in names for folder in BENCHMARKS[name].harness_folders.values()
+    ]
 
 
 def load(manager: TaskManager, groups: list[dict]) -> dict:
-    """What `manager.load` gives, for groups of `Benchmark.group`; `simple_evaluate` takes its groups as tasks.
+    """Build the groups of `Benchmark.group`; return what `manager.load` returns.
 
-    UserError if a data set is missing, and how to have it. Of a group given as a dict the harness (0.4.13) hands the
-    group's own fields down to its tasks, which refuse them: so groups are put together here.
+    `simple_evaluate` takes the groups in it as tasks. Raises UserError if a data set is missing,
+    and says how to get it. The groups are built here because the harness (0.4.13) hands the fields
+    of a group that is given as a dict down to its tasks, which reject them.
     """
-    built = []
-    for group in groups:
-        try:
-            built.append(build(manager, group))
-        except (OSError, ValueError, DatasetsError) as error:
-            if "custom_dataset" in group["task"][0]:  # nothing of it comes from the hub
-                raise
-            name, first = group["group"].rpartition("-")[0], str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"{name}: its data set can't be had from the hub ({first}); without the network give "
-                f"--data_dir DATA_DIR, and {BENCHMARKS[name].source}"
-            ) from error
-    return manager.load(built)
+    return manager.load([build_group(manager, group) for group in groups])
 
 
-def build(manager: TaskManager, group: dict) -> Group:
-    """Tasks that the harness knows by name are its own, with our config over theirs; the others are ours alone."""
-    out = Group.from_config({k: v for k, v in group.items() if k != "task"})
+def build_group(manager: TaskManager, group: dict) -> Group:
+    """Build one group; raise UserError if the hub does not provide its data set."""
+    try:
+        return assemble_group(manager, group)
+    except (OSError, ValueError, DatasetsError) as error:
+        if "custom_dataset" in group["task"][0]:  # the data do not come from the hub
+            raise
+        name = group["group"].rpartition("-")[0]
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{name}: the hub does not provide its data set ({reason}); without a network, use "
+            f"--data_dir DATA_DIR, and {BENCHMARKS[name].source}"
+        ) from error
+
+
+def assemble_group(manager: TaskManager, group: dict) -> Group:
+    """Build the tasks of a group.
+
+    Our config overrides fields of a task that the harness knows by name. Any other task is ours.
+    """
+    built = Group.from_config({key: value for key, value in group.items() if key != "task"})
     for config in group["task"]:
         if config["task"] in manager.task_index:
-            (task,) = manager.load({"group": out.name, "task": [config]})["tasks"].values()
+            loaded = manager.load({"group": built.name, "task": [config]})
+            (task,) = loaded["tasks"].values()
         else:
-            task = ConfigurableTask(config={**config, "task": f"{out.name}::{config['task']}"})
-        out.add(task)
-    return out
+            task = ConfigurableTask(config={**config, "task": f"{built.name}::{config['task']}"})
+        built.add(task)
+    return built

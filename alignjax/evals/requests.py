@@ -1,23 +1,28 @@
-"""What a language model is asked by an evaluation: log-likelihoods of continuations, and responses to prompts.
+"""Answer the requests of an evaluation: log-likelihoods, and responses to prompts.
 
-Requests come in any number and of any length. Those that begin alike, as the questions behind one set of examples do,
-share the reading of what they have in common; the rest is packed in rows, or decoded in slots, of few shapes.
-Letters: v vocabulary, w prefix, k targets of a row; rows, m: see `data.packing`.
+Requests may be many and of any length. Those that begin alike, such as questions after the same
+examples, share the reading of what they have in common. The rest is packed into rows, or decoded
+in slots, of a few shapes.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from alignjax import inference
 from alignjax.config import Model, UserError
 from alignjax.data import encoding, packing
 from alignjax.evals import stops
+from alignjax.evals.families import Family, Tokens, group_families
+from alignjax.evals.trees import Continuation, Question, Tree, build_tree, locate_targets
 from alignjax.inference import PROMPTS_PER_SLOT, group_by_length, round_up
 from alignjax.machine import sharding
 from alignjax.machine.sharding import constrain
@@ -26,157 +31,170 @@ from alignjax.sampling.prefill import Prefix, read_prefix
 from alignjax.sampling.types import SamplingSettings
 
 
-class Family(NamedTuple):
-    """Sequences that begin with the same `common` tokens; 0 of those that have no family."""
+class Likelihood(NamedTuple):
+    """How likely a continuation is."""
 
-    common: int
-    members: list[int]
+    logprob: float  # in nats
+    is_greedy: bool  # each of its tokens is the most probable one
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseSettings:
+    """How to respond to prompts. Temperature 0 is greedy."""
+
+    stop_strings: tuple[str, ...] = ()
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
 
 
 class Requests:
-    """Of a model: `slots` responses are decoded at once, about `tokens` tokens are read."""
+    """Answers requests with a model.
+
+    It decodes `slots` responses at once, and reads about `tokens` tokens at once.
+    """
 
     def __init__(self, model: inference.LoadedModel, tokens: int = 4096, slots: int = 64):
-        self.model, self.tokens, self.slots, tokenizer, ends = (
-            model,
-            tokens,
-            slots,
-            model.tokenizer,
-            model.end_tokens,
-        )
-        self.words = functools.cache(
-            lambda: stops.words_of(tokenizer, model.architecture.vocab_size)
-        )
-        self.stops = functools.cache(
-            lambda strings: jnp.asarray(stops.table(list(strings), ends, self.words()))
-        )
+        self.model = model
+        self.tokens = tokens
+        self.slots = slots
+        self.stop_tables = {}  # by stop strings
 
-    def loglikelihoods(self, pairs, done: Callable) -> None:
-        """done(i, log p in nats, whether each token was the most probable) of the continuation in pairs[i].
+    def loglikelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """Yield the number and the likelihood of each pair (context, continuation) of tokens.
 
-        Pairs are tokens (context, continuation), neither empty; what is longer than the model may read loses its beginning.
+        Neither part may be empty. A pair that is longer than the model may read loses its
+        beginning. The order is that in which the answers come.
         """
-        asked = {}  # context -> [(request, continuation)]
-        for i, (context, continuation) in enumerate(pairs):
+        continuations = defaultdict(list)  # by context
+        for number, (context, continuation) in enumerate(pairs):
             whole = (*context, *continuation)[-self.model.max_length - 1 :]
             targets = min(len(continuation), len(whole) - 1)
-            asked.setdefault(whole[:-targets], []).append((i, whole[-targets:]))
-        contexts = list(asked)
-        # Those that are read by themselves leave a microbatch half full at their end.
-        for family in families(contexts, self.tokens // 2):
-            self.read_family(
-                [(contexts[i], asked[contexts[i]]) for i in family.members], family.common, done
-            )
+            continuations[whole[:-targets]].append(Continuation(number, whole[-targets:]))
+        contexts = list(continuations)
+        # A family must save half a microbatch, because its own last one is half full on average.
+        for family in group_families(contexts, worth=self.tokens // 2):
+            questions = [
+                Question(contexts[member], continuations[contexts[member]])
+                for member in family.members
+            ]
+            yield from self.family_likelihoods(questions, family.shared)
 
-    def read_family(self, asked: list[tuple], common: int, done) -> None:
-        """`loglikelihoods` of (context, [(request, continuation)]) of a family."""
-        prefix = self.prefix(asked[0][0][:common])
+    def family_likelihoods(
+        self, questions: list[Question], shared: int
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """Yield the likelihoods of questions whose contexts share their first tokens."""
+        prefix = self.read_prefix(questions[0].context[:shared])
         trees = [
-            tree(context[common:], [continuation for _, continuation in mine])
-            for context, mine in asked
+            build_tree(
+                question.context[shared:],
+                [continuation.tokens for continuation in question.continuations],
+            )
+            for question in questions
         ]
-        lengths, shards = (
-            np.array([len(x.tokens) for x in trees]),
-            sharding.row_shards(self.model.mesh),
+        columns = pad_trees(trees)
+        lengths = np.array([len(tree.tokens) for tree in trees])
+        shards = sharding.row_shards(self.model.mesh)
+        groups = [[number] for number in range(len(trees))]
+        for layout in packing.pack(lengths, groups, round_up(lengths.max()), self.tokens, shards):
+            layout = add_empty_rows(layout, self.tokens, shards)
+            targets = locate_targets(layout, questions, trees)
+            places, labels = targets.arrays(round_up(max(map(len, targets.rows))))
+            batch = {**columns.batch(layout, shared), "places": places, "labels": labels}
+            logprobs, is_best = self.read_targets(batch, prefix)
+            for span in targets.spans:
+                at = (span.row, span.columns)
+                logprob = float(logprobs[at].astype(np.float64).sum())
+                yield span.request, Likelihood(logprob, bool(is_best[at].all()))
+
+    def read_targets(
+        self, batch: dict[str, np.ndarray], prefix: Prefix | None
+    ) -> tuple[Float[np.ndarray, "rows targets"], Bool[np.ndarray, "rows targets"]]:
+        """Run the compiled `read_targets` on the mesh."""
+        results = self.model.run(
+            READ_TARGETS,
+            self.model.architecture,
+            self.model.params,
+            sharding.shard_batch(batch, self.model.mesh),
+            prefix,
         )
-        tokens, positions, branches = (
-            encoding.pad(column, lengths.max()) for column in list(zip(*trees, strict=True))[:3]
-        )
-        branched = branches.max() + 1
-        for layout in packing.pack(
-            lengths, [[i] for i in range(len(trees))], round_up(lengths.max()), self.tokens, shards
-        ):
-            layout = fill_up(layout, max(self.tokens // layout.place.shape[1], 1), shards)
-            rows, owners = [[] for _ in layout.place], []
-            for row, column in zip(*np.nonzero(layout.real & (layout.place == 0)), strict=True):
-                i = layout.sequence[row, column]
-                for (request, _), spots in zip(asked[i][1], trees[i].spots, strict=True):
-                    owners.append(
-                        (request, row, slice(len(rows[row]), len(rows[row]) + len(spots)))
-                    )
-                    rows[row] += [(column + at, label) for at, label in spots]
-            spots = np.zeros((2, len(rows), round_up(max(map(len, rows)))), np.int32)
-            for i, row in enumerate(rows):
-                spots[:, i, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
-            trunk = np.where(layout.real, layout.sequence * branched + 1, 0)
-            segments = trunk + layout.take(branches)
-            batch = {
-                "tokens": layout.take(tokens),
-                "positions": np.where(layout.real, layout.take(positions) + common, 0),
-                "segments": np.stack([segments, trunk], axis=-1) if branched > 1 else segments,
-                "at": spots[0],
-                "labels": spots[1],
-            }
-            model = self.model
-            batch = sharding.shard_batch(batch, model.mesh)
-            found = model.run(READ, model.architecture, model.params, batch, prefix)
-            logprobs, greedy = map(sharding.on_host, found)
-            for request, row, places in owners:
-                done(
-                    request,
-                    float(logprobs[row, places].astype(np.float64).sum()),
-                    bool(greedy[row, places].all()),
-                )
+        logprobs, is_best = map(sharding.on_host, results)
+        return logprobs, is_best
 
     def responses(
-        self, prompts, done: Callable, *, strings=(), length=256, temperature=0.0, top_p=1.0
-    ) -> None:
-        """done(i, text) of the response to prompts[i] (tokens): up to the first of the stop strings, an end token, or
-        `length` tokens. Prompts that leave no room for these lose their beginning. Temperature 0 is greedy."""
-        room = self.model.max_length - length
+        self, prompts: Sequence[Sequence[int]], settings: ResponseSettings
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the number of each prompt (tokens) and the text of the response to it.
+
+        A response ends before the first stop string, at an end token, or after
+        `settings.max_tokens` tokens. A prompt that leaves no room for these loses its beginning.
+        """
+        room = self.model.max_length - settings.max_tokens
         if room < 1:
             raise UserError(
-                f"responses of up to {length} tokens wanted, but the model's max_length is {self.model.max_length}"
+                f"responses may have up to {settings.max_tokens} tokens, but the model's "
+                f"max_length is {self.model.max_length}, which leaves no room for a prompt"
             )
-        prompts = [tuple(prompt[-room:]) for prompt in prompts]
-        settings = SamplingSettings(
-            model=dataclasses.replace(self.model.architecture),
-            samples_per_prompt=1,
-            response_length=length,
-            temperature=temperature,
-            top_p=top_p,
-            end_token=self.model.end_tokens[0],
-        )
-        table = self.stops(tuple(strings))
-        # Those that are answered by themselves leave slots empty at their end.
-        for family in families(prompts, self.slots * length):
-            prefix = self.prefix(prompts[family.members[0]][: family.common])
-            rest = {i: len(prompts[i]) - family.common for i in family.members}
-            most = min(PROMPTS_PER_SLOT * self.slots, round_up(len(rest)))
-            for mine in group_by_length(rest, most, self.slots):
-                for i, text in zip(
-                    mine,
-                    self.answer(prompts, family.common, prefix, mine, most, settings, table),
-                    strict=True,
-                ):
-                    done(i, stops.cut(text, strings))
+        fitted_prompts = [tuple(prompt[-room:]) for prompt in prompts]
+        # A family must save the tokens of all slots, because they run empty at its end.
+        worth = self.slots * settings.max_tokens
+        for family in group_families(fitted_prompts, worth=worth):
+            yield from self.family_responses(fitted_prompts, family, settings)
+
+    def family_responses(
+        self, prompts: list[Tokens], family: Family, settings: ResponseSettings
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the responses to the prompts of a family."""
+        prefix = self.read_prefix(prompts[family.members[0]][: family.shared])
+        rests = {number: prompts[number][family.shared :] for number in family.members}
+        lengths = {number: len(rest) for number, rest in rests.items()}
+        most = min(PROMPTS_PER_SLOT * self.slots, round_up(len(rests)))
+        for members in group_by_length(lengths, most, self.slots):
+            part = {number: rests[number] for number in members}
+            texts = self.answer(part, most, prefix, settings)
+            for number, text in zip(members, texts, strict=True):
+                yield number, stops.cut_at_stop(text, settings.stop_strings)
 
     def answer(
         self,
-        prompts,
-        common: int,
-        prefix,
-        members: list[int],
+        prompts: dict[int, Tokens],
         most: int,
-        settings: SamplingSettings,
-        table,
+        prefix: Prefix | None,
+        settings: ResponseSettings,
     ) -> list[str]:
-        """The responses to some prompts of a family, as text, stop strings included."""
-        rounds = -(-len(members) // self.slots)  # if all are as long: each with as many
+        """Return responses to {number: prompt after the prefix}, which include stop strings.
+
+        `most` is the number of rows that the compiled program has.
+        """
+        # If all responses are as long, the slots are filled in so many rounds; each round then
+        # gets equally many prompts.
+        rounds = -(-len(prompts) // self.slots)
+        sampling = SamplingSettings(
+            model=dataclasses.replace(self.model.architecture),  # a copy: jit keeps it as a key
+            samples_per_prompt=1,
+            response_length=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            end_token=self.model.end_tokens[0],
+            slots=round_up(-(-len(prompts) // rounds)),
+        )
         ids = self.model.generate_tokens(
-            [prompts[i][common:] for i in members],
-            members,
+            list(prompts.values()),
+            list(prompts),
             most,
-            prefix=prefix,
             key=jax.random.key(0),
-            settings=dataclasses.replace(settings, slots=round_up(-(-len(members) // rounds))),
-            stops=table,
+            settings=sampling,
+            stops=self.stop_table(settings.stop_strings),
+            prefix=prefix,
         )
         return self.model.tokenizer.batch_decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def prefix(self, tokens) -> Prefix | None:
+    def read_prefix(self, tokens: Tokens) -> Prefix | None:
+        """Read what all members of a family begin with."""
         if not tokens:
             return None
         row = encoding.pad([tokens], round_up(len(tokens)), left=True)[0]
@@ -184,97 +202,110 @@ class Requests:
             READ_PREFIX, self.model.params, row, len(tokens), model=self.model.architecture
         )
 
+    def stop_table(self, stop_strings: tuple[str, ...]) -> Int[Array, "states vocabulary"]:
+        """Return the transition table of stop strings and end tokens, made once."""
+        if stop_strings not in self.stop_tables:
+            table = stops.transition_table(
+                list(stop_strings), self.model.end_tokens, self.token_texts
+            )
+            self.stop_tables[stop_strings] = jnp.asarray(table)
+        return self.stop_tables[stop_strings]
 
-def read(model: Model, params, batch: dict, prefix: Prefix | None):
-    """(log p, whether it is the most probable) of labels[rows k] behind the tokens at `at`[rows k], in nats."""
+    @functools.cached_property
+    def token_texts(self) -> list[str]:
+        """Return the text of each token of the vocabulary."""
+        return stops.texts_of_tokens(self.model.tokenizer, self.model.architecture.vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeColumns:
+    """The columns of several trees, padded to the longest."""
+
+    tokens: Int[np.ndarray, "trees longest"]
+    positions: Int[np.ndarray, "trees longest"]
+    branches: Int[np.ndarray, "trees longest"]
+
+    def batch(self, layout: packing.Layout, shared: int) -> dict[str, np.ndarray]:
+        """Return the model's inputs for a microbatch, after a prefix of `shared` tokens.
+
+        A token sees its own segment and its trunk's. Where no tree has branches, one segment
+        says it all.
+        """
+        segments_of_tree = self.branches.max() + 1
+        trunks = np.where(layout.real, layout.sequence * segments_of_tree + 1, 0)
+        segments = trunks + layout.take(self.branches)
+        if segments_of_tree > 1:
+            segments = np.stack([segments, trunks], axis=-1)
+        return {
+            "tokens": layout.take(self.tokens),
+            "positions": np.where(layout.real, layout.take(self.positions) + shared, 0),
+            "segments": segments,
+        }
+
+
+def pad_trees(trees: list[Tree]) -> TreeColumns:
+    """Return the columns of trees as arrays."""
+    longest = max(len(tree.tokens) for tree in trees)
+    return TreeColumns(
+        tokens=encoding.pad([tree.tokens for tree in trees], longest),
+        positions=encoding.pad([tree.positions for tree in trees], longest),
+        branches=encoding.pad([tree.branches for tree in trees], longest),
+    )
+
+
+def add_empty_rows(layout: packing.Layout, tokens: int, shards: int) -> packing.Layout:
+    """Add rows of pads, so that microbatches have few shapes.
+
+    A microbatch gets the rows that `tokens` tokens fill, or a half, a quarter ... of them,
+    rounded up to a multiple of the devices that rows lie over.
+    """
+    used, width = layout.place.shape
+    rows = max(tokens // width, 1)
+    while rows // 2 >= used and rows > 1:
+        rows //= 2
+    empty = max(-(-rows // shards) * shards, used) - used
+    padding = ((0, empty), (0, 0))
+    return packing.Layout(
+        np.pad(layout.sequence, padding, constant_values=-1),
+        np.pad(layout.place, padding, constant_values=0),
+    )
+
+
+def read_targets(
+    model: Model, params: dict, batch: dict[str, Array], prefix: Prefix | None
+) -> tuple[Float[Array, "rows targets"], Bool[Array, "rows targets"]]:
+    """Return the log-probability of each target, and whether it is the most probable token.
+
+    A target is the token batch["labels"] after the place batch["places"] of its row. The
+    log-probability is in nats.
+    """
     before = None if prefix is None else prefix.cache
     hidden, _ = transformer.apply(
         model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before
     )
-    hidden = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
-
-    def some(part):
-        hidden, labels = part
-        logits = constrain(constrain(transformer.logits(model, params, hidden), tensor=1))
-        chosen = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1)
-
-    flat = hidden.reshape(-1, hidden.shape[-1]), batch["labels"].reshape(-1)
-    n = max(vocabulary.ELEMENTS // model.vocab_size, 1)  # so many rows of logits at a time
-    found = jax.lax.map(some, flat, batch_size=n) if len(flat[1]) > n else some(flat)
-    return tuple(x.reshape(batch["labels"].shape) for x in found)
+    hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+    labels = batch["labels"]
+    flat_targets = (hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1))
+    score = functools.partial(score_targets, model, params)
+    at_once = max(vocabulary.ELEMENTS // model.vocab_size, 1)  # rows of logits in memory
+    if labels.size > at_once:
+        logprobs, is_best = jax.lax.map(score, flat_targets, batch_size=at_once)
+    else:
+        logprobs, is_best = score(flat_targets)
+    return logprobs.reshape(labels.shape), is_best.reshape(labels.shape)
 
 
-READ = jax.jit(read, static_argnums=0)
+def score_targets(
+    model: Model,
+    params: dict,
+    targets: tuple[Float[Array, "targets width"], Int[Array, " targets"]],
+) -> tuple[Float[Array, " targets"], Bool[Array, " targets"]]:
+    """Return the log-probabilities of (hidden states, labels), and which are the largest."""
+    hidden, labels = targets
+    logits = constrain(constrain(transformer.logits(model, params, hidden), tensor=1))
+    chosen = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=1), chosen >= logits.max(axis=1)
+
+
+READ_TARGETS = jax.jit(read_targets, static_argnums=0)
 READ_PREFIX = jax.jit(read_prefix, static_argnames="model")
-
-
-class Tree(NamedTuple):
-    """A context with its continuations as one sequence: each of these sees the context and itself."""
-
-    tokens: list[
-        int
-    ]  # the context, then each continuation without its last token, which nothing is asked behind
-    positions: list[int]
-    branches: list[int]  # 0 is the context, i > 0 the i-th continuation that has tokens here
-    spots: list[
-        list[tuple[int, int]]
-    ]  # of each continuation: (the place before a target, the target)
-
-
-def tree(context: tuple, continuations: list[tuple]) -> Tree:
-    n = len(context)
-    out = Tree(list(context), list(range(n)), [0] * n, [])
-    for targets in continuations:
-        start, branch = len(out.tokens), out.branches[-1] + 1
-        places = [n - 1, *range(start, start + len(targets) - 1)]
-        out.spots.append(list(zip(places, targets, strict=True)))
-        out.tokens.extend(targets[:-1])
-        out.positions.extend(range(n, n + len(targets) - 1))
-        out.branches.extend([branch] * (len(targets) - 1))
-    return out
-
-
-def families(sequences: list[tuple], worth: int) -> list[Family]:
-    """Sequences (tuples of tokens), each in a Family, of whose members each is longer than what they have in common.
-
-    Neighbours in order belong together if what they share is half of the longer one, and if that saves the reading of
-    `worth` tokens.
-    """
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    alone, out, group, common = [], [], order[:1], 0
-
-    def close():
-        if common * (len(group) - 1) >= worth:
-            out.append(Family(common, group))
-        else:
-            alone.extend(group)
-
-    for last, i in zip(order, order[1:], strict=False):
-        shared = min(
-            alike(sequences[last], sequences[i]), len(sequences[last]) - 1, len(sequences[i]) - 1
-        )
-        if 2 * shared >= max(len(sequences[last]), len(sequences[i])):
-            group, common = [*group, i], min(shared, common) if len(group) > 1 else shared
-        else:
-            close()
-            group = [i]
-    close()
-    return [*out, *([Family(0, alone)] if alone else [])]
-
-
-def alike(a: tuple, b: tuple) -> int:
-    """How many tokens two sequences have in common before they differ."""
-    n = min(len(a), len(b))
-    differs = np.array(a[:n]) != np.array(b[:n])
-    return int(differs.argmax()) if differs.any() else n
-
-
-def fill_up(layout: packing.Layout, most: int, shards: int) -> packing.Layout:
-    """With rows of pads: `most` rows, or a half, a quarter ... of them, of the devices' multiple."""
-    rows, used = most, len(layout.place)
-    while rows // 2 >= used and rows > 1:
-        rows //= 2
-    more = max(-(-rows // shards) * shards, used) - used
-    widen = lambda x, fill: np.pad(x, ((0, more), (0, 0)), constant_values=fill)
-    return packing.Layout(widen(layout.sequence, -1), widen(layout.place, 0))

@@ -1,20 +1,31 @@
-"""Programs that a model has written, run where they can do no harm, and whether they ran to their end.
+"""Run programs that a model has written where they can do no harm, and judge them.
 
-`jail` does it, on Linux alone, by namespaces of its own: a program sees no network, no process but its own, an empty /tmp
-in memory, and read-only the standard library and the directories of libraries around it (/lib, /usr/lib, the
-interpreter's lib), whole. It is nobody, has no capability and can get none, and is refused the system calls that keep
-memory uncounted. It has limits; time is ours to end, whatever it does with its signals, and all of its processes die
-with the first. Nothing runs without all this, and no option says otherwise.
+`jail` isolates a program, on Linux only, with namespaces of its own:
 
-What remains possible. Memory is limited for each process, so that all together may have `processes` times as much,
-the files in /tmp besides, and what the kernel keeps for pipes and sockets. The kernel is shared: a hole in it is a
-way out. A program that is at its last line has passed, so that one may deceive the tests in it, with an answer that
-equals anything, or by a tracing function that jumps over them. And the token, which says that the end was reached, is
-in the process's memory: not by leaving early, by printing, nor by looking through frames and objects is it to be had,
-but by reading memory at raw addresses (ctypes) it is. What is deceived so is the verdict alone.
+- It sees no network, no processes but its own, and an empty /tmp in memory. The standard library
+  and the directories of libraries around it (/lib, /usr/lib, the interpreter's lib) are visible as
+  a whole, but read-only.
+- It is the user nobody, has no capabilities and can get none. System calls that keep memory
+  uncounted are refused.
+- It has limits. The caller ends it when its time is over, whatever it does with its signals, and
+  all of its processes die with the first.
+
+Nothing runs without all of this, and no option says otherwise.
+
+What remains possible:
+
+- Memory is limited for each process, so all of them together may use `processes` times as much,
+  plus the files in /tmp and what the kernel keeps for pipes and sockets.
+- The kernel is shared, so a hole in it is a way out.
+- A program that reaches its last line has passed. It may deceive its tests, with an answer that
+  equals anything or with a tracing function that jumps over them.
+- The token, which proves that the end was reached, is in the process's memory. A program cannot
+  get it by leaving early, by printing, or by looking through frames and objects; it can by reading
+  memory at raw addresses (ctypes). Only the verdict is deceived in this way.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -26,15 +37,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from alignjax.config import UserError
 
-TOKEN = 16  # bytes, as in jail
-GRACE = 5.0  # seconds that a sandbox may take to end when it is told to
-# Without what is installed (-S), the file's directory on the path (-P), and the user's site (-s). Not -I, which ignores
-# the hash seed: that makes sets of strings, and with them verdicts, repeat.
+TOKEN_BYTES = 16  # as in jail
+GRACE = 5.0  # seconds that a sandbox may take to end after it is told to
+STATUS_BYTES = 4096  # kept of what the jail reports, and of the wire
+CHUNK_BYTES = 1 << 16  # read at a time
+
+# The interpreter starts without what is installed (-S), without the file's directory on the path
+# (-P) and without the user's site (-s). It does not use -I, which ignores the hash seed: the seed
+# makes the order of sets of strings, and with it verdicts, repeat.
 COMMAND = [
     sys.executable,
     "-s",
@@ -45,154 +61,220 @@ COMMAND = [
     "utf8",
     str(Path(__file__).with_name("jail.py")),
 ]
-HELP = (
-    "it takes Linux 5.12 or later on x86-64 or arm64, user namespaces (sysctl user.max_user_namespaces, "
-    "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns), and in a container a seccomp "
-    "profile that allows unshare, mount and pivot_root (--privileged does)"
+REQUIREMENTS = (
+    "it takes Linux 5.12 or later on x86-64 or arm64, user namespaces (sysctl "
+    "user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+    "kernel.apparmor_restrict_unprivileged_userns), and in a container a seccomp profile that "
+    "allows unshare, mount and pivot_root (--privileged does)"
 )
+# A program that tries each thing from which programs must be kept.
 PROBE = """
 import mmap, os, socket, time
-def refused(what, act):
+
+def must_fail(what, action):
     try:
-        act()
+        action()
     except (OSError, MemoryError):
         return
     raise AssertionError(what + " is not kept from programs")
+
+def connect():
+    socket.create_connection(("127.0.0.1", {port}), 1)
+
 def write():
-    if all(os.statvfs(place).f_flag & os.ST_RDONLY for place in ("/", os.path.dirname(os.__file__))):
+    places = ("/", os.path.dirname(os.__file__))
+    if all(os.statvfs(place).f_flag & os.ST_RDONLY for place in places):
         raise OSError
+
 def fork():
     for _ in range({processes}):
         if os.fork() == 0:
             time.sleep(60)
             os._exit(1)
-refused("the network", lambda: socket.create_connection(("127.0.0.1", {port}), 1))
-refused("a file outside", lambda: os.stat({path!r}))
-refused("a process outside", lambda: os.kill(-1, 0))
-refused("writing", write)
-refused("a right", lambda: os.chroot("/tmp"))
-refused("more memory", lambda: mmap.mmap(-1, {memory}))
-refused("one more process", fork)
+
+must_fail("the network", connect)
+must_fail("a file outside", lambda: os.stat({path!r}))
+must_fail("a process outside", lambda: os.kill(-1, 0))
+must_fail("writing", write)
+must_fail("a right", lambda: os.chroot("/tmp"))
+must_fail("more memory", lambda: mmap.mmap(-1, {memory}))
+must_fail("one more process", fork)
 """
 
 
-class Limits(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
     """What a program may use."""
 
-    seconds: float = 3.0  # by the clock, the start of the sandbox (0.03) included
+    seconds: float = 3.0  # by the clock, including the start of the sandbox (0.03)
     memory: int = 512 << 20  # bytes of address space of each process
-    processes: int = 4  # threads count
-    output: int = 64 << 10  # bytes of what it prints that are kept; the rest is read and dropped
+    processes: int = 4  # threads count too
+    output: int = 64 << 10  # bytes of its output that are kept; the rest is read and dropped
     files: int = 16 << 20  # bytes of all its files
 
 
-DEFAULTS = Limits()
+DEFAULT_LIMITS = Limits()
 
 
 class Verdict(NamedTuple):
-    """How a program ended. `reason` is the program's own word where it raised an exception."""
+    """How a program ended."""
 
     passed: bool  # it ran to its end
-    reason: str
-    output: str  # what it printed, both streams, up to the limit
+    reason: str  # in the program's own words if it raised an exception
+    output: str  # what it printed to both streams, up to the limit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ending:
+    """What a sandbox left when it ended."""
+
+    output: bytes  # what the program printed
+    status: str  # "exit CODE", "signal NUMBER", or why there is no sandbox
+    wire: bytes  # the token, or the program's exception
+    timed_out: bool
 
 
 @functools.cache
 def check() -> None:
-    """Try the sandbox on this machine, once. Raises UserError where a program is not kept from all that it should be."""
+    """Try the sandbox on this machine, once.
+
+    Raises UserError if a program is not kept from everything that it should be kept from.
+    """
     if sys.platform != "linux":
-        raise UserError(f"no sandbox for programs on {sys.platform}: {HELP}")
+        raise UserError(f"no sandbox for programs on {sys.platform}: {REQUIREMENTS}")
     limits = Limits(seconds=30)
     with tempfile.NamedTemporaryFile() as file, socket.create_server(("127.0.0.1", 0)) as server:
-        fields = {**limits._asdict(), "port": server.getsockname()[1], "path": file.name}
-        verdict = launch(PROBE.format(**fields), limits)
+        program = PROBE.format(
+            port=server.getsockname()[1],
+            path=file.name,
+            processes=limits.processes,
+            memory=limits.memory,
+        )
+        verdict = launch(program, limits)
     if not verdict.passed:
-        raise UserError(f"no sandbox for programs on this machine: {verdict.reason}; {HELP}")
+        raise no_sandbox(verdict.reason)
 
 
-def run(program: str, limits: Limits = DEFAULTS) -> Verdict:
-    """Run a program in a sandbox of its own; several threads may at once. Raises UserError where there is no sandbox."""
+def no_sandbox(reason: str) -> UserError:
+    """Return the error for a machine that cannot isolate programs."""
+    return UserError(f"no sandbox for programs on this machine: {reason}; {REQUIREMENTS}")
+
+
+def run(program: str, limits: Limits = DEFAULT_LIMITS) -> Verdict:
+    """Run a program in a sandbox of its own; several threads may do so at once.
+
+    Raises UserError if there is no sandbox.
+    """
     check()
     return launch(program, limits)
 
 
 def launch(program: str, limits: Limits) -> Verdict:
-    """`run` without the check that the sandbox holds; UserError if it can't be made."""
-    source, token = program.encode(errors="surrogatepass"), secrets.token_bytes(TOKEN)
-    ours, theirs = socket.socketpair()
-    values = (
-        len(source),
+    """Run a program without checking that the sandbox holds.
+
+    Raises UserError if the sandbox cannot be made.
+    """
+    source = program.encode(errors="surrogatepass")
+    token = secrets.token_bytes(TOKEN_BYTES)
+    our_end, jail_end = socket.socketpair()
+    with our_end:
+        with jail_end:
+            process = start_jail(jail_end, len(source), limits)
+        with process:  # an exception in here closes its standard input, which ends it
+            with contextlib.suppress(ConnectionError):
+                our_end.sendall(source + token)
+            ending = follow(process, our_end, limits)
+    if ending.status and not re.fullmatch(r"(exit|signal) \d+", ending.status):
+        raise no_sandbox(one_line(ending.status)[-300:])
+    has_token = secrets.compare_digest(ending.wire, token)
+    passed = not ending.timed_out and ending.status == "exit 0" and has_token
+    reason = "passed" if passed else failure_reason(ending, limits)
+    return Verdict(passed, reason, ending.output.decode(errors="replace"))
+
+
+def start_jail(wire: socket.socket, source_length: int, limits: Limits) -> subprocess.Popen:
+    """Start the interpreter that isolates itself."""
+    arguments = (
+        wire.fileno(),
+        source_length,
         limits.memory,
         limits.processes,
         limits.files,
-        math.ceil(limits.seconds) + 1,
+        math.ceil(limits.seconds) + 1,  # of the processor
     )
-    with ours:
-        with theirs:
-            try:
-                process = subprocess.Popen(
-                    [*COMMAND, *map(str, (theirs.fileno(), *values))],
-                    pass_fds=[theirs.fileno()],
-                    cwd="/",
-                    env={"PYTHONHASHSEED": "0"},
-                    start_new_session=True,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
-            except OSError as error:
-                raise UserError(
-                    f"no sandbox for programs: {COMMAND[0]} can't be started: {error}"
-                ) from None
-        with process:  # whatever is raised in here closes its standard input, which ends it
-            with contextlib.suppress(ConnectionError):
-                ours.sendall(source + token)
-            bounds = {process.stdout: limits.output, process.stderr: 4096, ours: 4096}
-            (output, status, wire), late = follow(process, bounds, limits.seconds)
-    status = status.decode(errors="replace").strip()
-    if status and not re.fullmatch(r"(exit|signal) \d+", status):
-        raise UserError(
-            f"no sandbox for programs on this machine: {' '.join(status.split())[-300:]}; {HELP}"
+    try:
+        return subprocess.Popen(
+            [*COMMAND, *map(str, arguments)],
+            pass_fds=[wire.fileno()],
+            cwd="/",
+            env={"PYTHONHASHSEED": "0"},
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
-    passed = not late and status == "exit 0" and secrets.compare_digest(bytes(wire), token)
-    reason = "passed" if passed else why(limits, late, status, wire.decode(errors="replace"))
-    return Verdict(passed, reason, output.decode(errors="replace"))
+    except OSError as error:
+        raise UserError(
+            f"no sandbox for programs: {COMMAND[0]} cannot be started: {error}"
+        ) from None
 
 
-def follow(process, bounds: dict, seconds: float) -> tuple[list[bytearray], bool]:
-    """Read each stream to its end, and keep as many bytes as its bound; (what was kept, whether time ran out)."""
-    kept, late = {stream: bytearray() for stream in bounds}, False
-    deadline, stops = time.monotonic() + seconds, [process.kill, process.stdin.close]
+def follow(process: subprocess.Popen, wire: socket.socket, limits: Limits) -> Ending:
+    """Read all streams of a sandbox to their ends, and end it when its time is over."""
+    bounds = {process.stdout: limits.output, process.stderr: STATUS_BYTES, wire: STATUS_BYTES}
+    kept = {stream: bytearray() for stream in bounds}
+    # First close its standard input; if it does not end within GRACE, kill it.
+    ways_to_end: list[Callable[[], None]] = [process.kill, process.stdin.close]
+    timed_out = False
+    deadline = time.monotonic() + limits.seconds
     with selectors.DefaultSelector() as selector:
         for stream in bounds:
             selector.register(stream, selectors.EVENT_READ)
         while selector.get_map():
-            if stops and time.monotonic() >= deadline:
-                stops.pop()()
-                late, deadline = True, deadline + GRACE
-            for key, _ in selector.select(max(0.0, deadline - time.monotonic()) if stops else None):
-                try:
-                    data = os.read(key.fd, 1 << 16)
-                except ConnectionResetError:  # a socket closed with the token unread
-                    data = b""
-                kept[key.fileobj] += data[: bounds[key.fileobj] - len(kept[key.fileobj])]
+            if ways_to_end and time.monotonic() >= deadline:
+                end = ways_to_end.pop()
+                end()
+                timed_out = True
+                deadline += GRACE
+            wait = max(0.0, deadline - time.monotonic()) if ways_to_end else None
+            for key, _ in selector.select(wait):
+                stream = key.fileobj
+                data = read_available(key.fd)
+                kept[stream] += data[: bounds[stream] - len(kept[stream])]
                 if not data:
-                    selector.unregister(key.fileobj)
-    return list(kept.values()), late
-
-
-def why(limits: Limits, late: bool, status: str, said: str) -> str:
-    """Why a program didn't pass."""
-    if late:
-        return f"timed out after {limits.seconds:g} s"
-    if status.startswith("signal"):
-        return f"killed by {status}"
-    if not status:
-        return "killed, and the sandbox with it"
-    if said == "MemoryError":
-        return "out of memory"
-    return (
-        " ".join(said.split())
-        if said and status == "exit 1"
-        else f"left before its end, with {status}"
+                    selector.unregister(stream)
+    return Ending(
+        output=bytes(kept[process.stdout]),
+        status=kept[process.stderr].decode(errors="replace").strip(),
+        wire=bytes(kept[wire]),
+        timed_out=timed_out,
     )
+
+
+def read_available(file_descriptor: int) -> bytes:
+    """Return the next bytes of a stream, none at its end."""
+    try:
+        return os.read(file_descriptor, CHUNK_BYTES)
+    except ConnectionResetError:  # the socket was closed with the token unread
+        return b""
+
+
+def failure_reason(ending: Ending, limits: Limits) -> str:
+    """Return why a program did not pass."""
+    if ending.timed_out:
+        return f"timed out after {limits.seconds:g} s"
+    if ending.status.startswith("signal"):
+        return f"killed by {ending.status}"
+    if not ending.status:
+        return "killed, and the sandbox with it"
+    exception = ending.wire.decode(errors="replace")
+    if exception == "MemoryError":
+        return "out of memory"
+    if exception and ending.status == "exit 1":
+        return one_line(exception)
+    return f"left before its end, with {ending.status}"
+
+
+def one_line(text: str) -> str:
+    """Return a text with single spaces for all white space."""
+    return " ".join(text.split())

@@ -1,154 +1,235 @@
-"""Table 5 of the report: python -m alignjax.evaluate --run runs/sft runs/ppo --tasks mmlu,gsm8k:... --shots both
+"""Compute the report's Table 5: what language models can do, zero-shot and few-shot.
 
-Each model answers all benchmarks, zero-shot and few-shot, through lm-evaluation-harness; then comes the table, with the
-report's figures beneath. In its directory a model has results.json, in the harness' own format, samples_TASK.jsonl, where
-each answer stands with what was taken out of it and the verdict, and the answers themselves, from which a run that was cut
-off goes on.
+python -m alignjax.evaluate --run runs/sft runs/ppo --tasks mmlu,gsm8k:... --shots both
+
+Each model answers all benchmarks through lm-evaluation-harness. Then the table is printed, with
+the report's figures beneath. A model's directory gets results.json in the harness's own format,
+samples_TASK.jsonl, which holds each answer with what was extracted from it and the verdict, and
+the answers themselves, from which an interrupted evaluation resumes.
 """
 
+import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import lm_eval
+from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
+from transformers import PreTrainedTokenizerBase
 
 from alignjax import inference
 from alignjax.config import UserError, nearest
-from alignjax.evals import calibration, registry
+from alignjax.evals import calibration, published_figures, registry
 from alignjax.evals.adapter import AlignJax
-from alignjax.evals.report import REPORT
+from alignjax.evals.benchmark import Benchmark, Figure
 from alignjax.machine import console, jsonl
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
 from alignjax.weights import checkpoint, locations, roles
 
-Z = 1.96  # standard errors on either side of an estimate: its 95 % interval
+STANDARD_ERRORS = 1.96  # on either side of an estimate: its 95 % interval
+MICROBATCH_TOKENS = 4096
+SETTINGS = {"zero": ("zero",), "few": ("few",), "both": ("zero", "few")}  # of --shots
+
+Results = dict[str, Any]  # the harness's results of one model
 
 
-def evaluate(arguments) -> None:
-    """Everything that can be asked wrongly is looked at before a model is asked."""
-    asked, outs = parse(arguments.tasks), places(arguments.run, arguments.out)
-    settings = {"zero": ("zero",), "few": ("few",), "both": ("zero", "few")}[arguments.shots]
+class Column(NamedTuple):
+    """A benchmark in one of its settings."""
+
+    name: str
+    setting: str
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """Return the benchmark of that name."""
+        return registry.BENCHMARKS[self.name]
+
+    @property
+    def shots(self) -> int:
+        """Return the number of examples shown."""
+        return self.benchmark.shots_of(self.setting)
+
+    @property
+    def headline(self) -> Figure:
+        """Return the figure that stands in the table."""
+        return self.benchmark.headline[self.setting]
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Print Table 5 and write the results; report every user error before the first request.
+
+    Errors that only a loaded model can show come when it is loaded.
+    """
+    subjects = parse_tasks(arguments.tasks)
+    directories = result_directories(arguments.run, arguments.out)
+    columns = table_columns(list(subjects), arguments.shots)
+    with quiet_harness():
+        manager = TaskManager(include_defaults=False, include_path=registry.include_paths(subjects))
+        configs = [
+            column.benchmark.group(column.setting, arguments.data_dir, subjects[column.name])
+            for column in columns
+        ]
+        groups = list(registry.load(manager, configs)["groups"].values())
+        for spec in arguments.run:
+            language_model_directory(spec)
+        results = {}
+        for spec, directory in directories.items():
+            results[spec] = evaluate_model(spec, directory, manager, groups, arguments)
+    say("\n\n".join(tables(results, columns, arguments.examples)))
+    say("\n".join(f"results and answers of {spec} in {path}" for spec, path in directories.items()))
+
+
+def parse_tasks(text: str) -> dict[str, tuple[str, ...]]:
+    """Return {benchmark: subjects} of "mmlu,bbh:word_sorting+navigate".
+
+    No subjects means all of them.
+    """
+    tasks = {}
+    for part in filter(None, text.split(",")):
+        name, *subjects = part.split(":", 1)
+        if name not in registry.BENCHMARKS:
+            hint = nearest(name, list(registry.BENCHMARKS))
+            raise UserError(f"--tasks {name}: there is no such benchmark{hint}")
+        tasks[name] = tuple(filter(None, "".join(subjects).split("+")))
+    if not tasks:
+        known = ", ".join(registry.BENCHMARKS)
+        raise UserError(f"--tasks {text!r}: expected some of {known}")
+    return tasks
+
+
+def table_columns(names: list[str], shots: str) -> list[Column]:
+    """Return the benchmarks in the settings that --shots asks for and that exist."""
     columns = [
-        (name, setting)
-        for name in asked
-        for setting in settings
+        Column(name, setting)
+        for name in names
+        for setting in SETTINGS[shots]
         if setting in registry.BENCHMARKS[name].headline
     ]
     if not columns:
-        raise UserError(f"--shots {arguments.shots}: none of {', '.join(asked)} has that setting")
-    with quietly():
-        manager = TaskManager(include_defaults=False, include_path=registry.include_paths(asked))
-        groups = [
-            registry.BENCHMARKS[name].group(setting, arguments.data_dir or None, asked[name])
-            for name, setting in columns
-        ]
-        loaded = list(registry.load(manager, groups)["groups"].values())
-        for spec in arguments.run:
-            check(spec)
-        found = {
-            spec: answered(spec, out, manager, loaded, arguments) for spec, out in outs.items()
-        }
-    say("\n\n".join(tables(found, columns, arguments.examples)))
-    say("\n".join(f"results and answers of {spec} in {out}" for spec, out in outs.items()))
+        raise UserError(f"--shots {shots}: none of {', '.join(names)} has that setting")
+    return columns
 
 
-def parse(text: str) -> dict[str, tuple[str, ...]]:
-    """{benchmark: subjects, none named being all} of "mmlu,bbh:word_sorting+date_understanding"."""
-    out = {}
-    for part in filter(None, text.split(",")):
-        name, _, subjects = part.partition(":")
-        if name not in registry.BENCHMARKS:
-            raise UserError(
-                f"--tasks {name}: no such benchmark{nearest(name, list(registry.BENCHMARKS))}"
-            )
-        out[name] = tuple(filter(None, subjects.split("+")))
-    if not out:
-        raise UserError(f"--tasks {text!r}: some of {', '.join(registry.BENCHMARKS)} wanted")
-    return out
+def result_directories(specs: list[str], out: str | None) -> dict[str, Path]:
+    """Return where the results of each model go.
+
+    With --out, they go there, or for several models into directories there. Without it, they go
+    to DIR/benchmarks of a run.
+    """
+    if out is None:
+        for spec in specs:
+            check_local_run(spec)
+        return {spec: Path(spec) / "benchmarks" for spec in specs}
+    if len(specs) == 1:
+        return {specs[0]: Path(out)}
+    return {spec: Path(out) / directory_name(spec) for spec in specs}
 
 
-def places(specs: list[str], out: str | None) -> dict[str, Path]:
-    """{model: where its results go}: DIR/benchmarks of a run, else --out, or directories in --out of several."""
-    if out is not None:
-        names = {spec: spec.removeprefix("hf://").strip("/").replace("/", "__") for spec in specs}
-        return {
-            spec: Path(out) / name if len(specs) > 1 else Path(out) for spec, name in names.items()
-        }
-    for spec in specs:
-        if (
-            spec.startswith("hf://")
-            or not workdirs.is_local(workdirs.resolve(spec))
-            or not locations.is_run(Path(spec))
-        ):
-            raise UserError(
-                f"--run {spec}: not a run in a local directory, so its results need a place: --out DIR"
-            )
-    return {spec: Path(spec) / "benchmarks" for spec in specs}
+def check_local_run(spec: str) -> None:
+    """Raise UserError unless the model is a run in a local directory."""
+    is_local = not spec.startswith("hf://") and workdirs.is_local(workdirs.resolve(spec))
+    if not is_local or not locations.is_run(Path(spec)):
+        raise UserError(
+            f"--run {spec}: this is not a run in a local directory, so say where its results go: "
+            "--out DIR"
+        )
 
 
-def check(spec: str) -> Path:
-    """The directory of a language model, there and complete."""
+def directory_name(spec: str) -> str:
+    """Return the name of a model's directory in --out."""
+    return spec.removeprefix("hf://").strip("/").replace("/", "__")
+
+
+def language_model_directory(spec: str) -> Path:
+    """Return the directory of a language model; raise UserError unless it is complete."""
     directory = locations.local_directory(spec)
     if locations.is_run(directory):
         stage = locations.read_config(directory)["stage"]
         if (stage, "lm") not in roles.CHECKPOINT_ITEMS:
             raise UserError(
-                f"--run {spec}: a language model is wanted, this run's stage is {stage!r}"
+                f"--run {spec}: expected a language model, but this run's stage is {stage!r}"
             )
         if not (directory / "summary.json").exists():
             raise UserError(
-                f"--run {spec}: this run is not complete; the command that began it goes on"
+                f"--run {spec}: this run is not complete; the command that started it resumes it"
             )
     return directory
 
 
-def answered(spec: str, out: Path, manager, groups: list, arguments) -> dict:
-    """The harness' results of one model, whose parameters are let go at the end, before the next model's come."""
+def evaluate_model(
+    spec: str,
+    directory: Path,
+    manager: TaskManager,
+    groups: list[Group],
+    arguments: argparse.Namespace,
+) -> Results:
+    """Return and write one model's results.
+
+    Its parameters are freed at the end, before the next model is loaded.
+    """
     model = AlignJax(
         spec,
-        arguments.slots,
-        arguments.dtype,
-        arguments.microbatch_tokens or 4096,
+        batch_size=arguments.slots,
+        dtype=arguments.dtype,
+        tokens=arguments.microbatch_tokens or MICROBATCH_TOKENS,
         max_length=arguments.max_length,
     )
-    chat = templated(arguments.template, check(spec), model.tokenizer, spec)
+    run_directory = language_model_directory(spec)
+    chat = uses_chat_template(arguments.template, run_directory, model.tokenizer, spec)
     say(f"{spec}: {len(groups)} groups of tasks, {'with' if chat else 'without'} the chat template")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{out}: no directory for results can be made there ({error.strerror}); name another by --out"
-        ) from None
-    answers = str(out / f"answers-{fingerprint(spec, model)}")
+    make_directory(directory)
     results = lm_eval.simple_evaluate(
         model,
         tasks=groups,
         limit=arguments.examples,
-        use_cache=answers,
+        use_cache=str(directory / f"answers-{fingerprint(spec, model)}"),
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
         task_manager=manager,
         confirm_run_unsafe_code=True,
     )
-    dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
-    for task, rows in results.pop("samples").items():
-        text = jsonl.dumps(rows, default=handle_non_serializable, ensure_ascii=False)
-        workdirs.write_atomically(out / f"samples_{task.replace('::', '_')}.jsonl", text)
-    workdirs.write_atomically(out / "results.json", dump(results, indent=1))
+    write_results(directory, results)
     return results
 
 
-def templated(wanted: str, directory: Path, tokenizer, spec: str) -> bool:
-    """Whether prompts go through the chat template; "auto": if there is one, and the model was trained on conversations."""
+def make_directory(directory: Path) -> None:
+    """Make the directory for results; raise UserError if that is impossible."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: the directory for results cannot be made ({error.strerror}); name "
+            "another with --out"
+        ) from None
+
+
+def write_results(directory: Path, results: Results) -> None:
+    """Write samples_TASK.jsonl and results.json; remove the samples from `results`."""
+    options = {"default": handle_non_serializable, "ensure_ascii": False}
+    for task, rows in results.pop("samples").items():
+        path = directory / f"samples_{task.replace('::', '_')}.jsonl"
+        workdirs.write_atomically(path, jsonl.dumps(rows, **options))
+    text = json.dumps(results, indent=1, **options)
+    workdirs.write_atomically(directory / "results.json", text)
+
+
+def uses_chat_template(
+    wanted: str, directory: Path, tokenizer: PreTrainedTokenizerBase, spec: str
+) -> bool:
+    """Return whether prompts go through the chat template.
+
+    "auto" uses the template if there is one and the model was trained on conversations.
+    """
     if wanted == "none":
         return False
     if not tokenizer.chat_template:
@@ -161,83 +242,108 @@ def templated(wanted: str, directory: Path, tokenizer, spec: str) -> bool:
 
 
 def fingerprint(spec: str, model: AlignJax) -> str:
-    """Of what answers depend on besides the question: the answers kept of another checkpoint or type are not these."""
+    """Return a hash of what answers depend on, apart from the request.
+
+    With it, answers that were kept from another checkpoint or type are not taken for these.
+    """
     directory = locations.local_directory(spec)
     step = checkpoint.newest(directory).name if locations.is_run(directory) else ""
     facts = [
         str(directory.absolute()),
         step,
-        model.asked.model.architecture.dtype,
+        model.requests.model.architecture.dtype,
         model.max_length,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
-def quietly():
-    """Without the harness' own bars and notes, one for each of its many tasks."""
+def quiet_harness() -> Iterator[None]:
+    """Silence the harness's own bars and notes: there is one for each of its many tasks."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    silent = lambda items, **_: items
     try:
         with (
-            mock.patch("lm_eval.api.task.tqdm", silent),
-            mock.patch("lm_eval.api.model.tqdm", silent),
+            mock.patch("lm_eval.api.task.tqdm", without_bar),
+            mock.patch("lm_eval.api.model.tqdm", without_bar),
         ):
             yield
     finally:
         logger.setLevel(level)
 
 
-def tables(found: dict[str, dict], columns: list[tuple[str, str]], limit: int | None) -> list[str]:
-    """Table 5 of {model: results}, the report's rows beneath; and a table for each benchmark that has several figures."""
-    what = "in % [95 % interval], by number of examples shown"
-    what += f"; the first {limit} of each task" if limit else ""
-    few = [(name, setting) for name, setting in columns if not registry.BENCHMARKS[name].more]
-    out = []
-    if few:
-        heads = [
-            f"{registry.BENCHMARKS[name].title} {shots(name, setting)}" for name, setting in few
-        ]
-        lines = [
-            (spec, [cell(results, *c, registry.BENCHMARKS[c[0]].headline[c[1]]) for c in few])
-            for spec, results in found.items()
-        ]
-        lines += [
-            (f"the report's {model}", [f"{row[c]:.1f}" if c in row else "-" for c in few])
-            for model, row in REPORT.items()
-            if any(c in row for c in few)
-        ]
-        out.append(console.grid(what, ("", heads), lines))
-    for name in dict.fromkeys(name for name, setting in columns if (name, setting) not in few):
-        benchmark = registry.BENCHMARKS[name]
-        lines = [
-            (
-                f"{title}, {shots(name, setting)}",
-                [cell(results, name, setting, figure) for results in found.values()],
-            )
-            for _, setting in (c for c in columns if c[0] == name)
-            for title, figure in ((benchmark.title, benchmark.headline[setting]), *benchmark.more)
-        ]
-        out.append(console.grid(f"{name}, {what}", ("", list(found)), lines))
-    return out
+def without_bar(items: Iterable, **_: Any) -> Iterable:
+    """Return the items themselves, in place of `tqdm`."""
+    return items
 
 
-def shots(name: str, setting: str) -> int:
-    return registry.BENCHMARKS[name].shots if setting == "few" else 0
+def tables(results: dict[str, Results], columns: list[Column], limit: int | None) -> Iterator[str]:
+    """Yield Table 5 of {model: results}, then one table for each benchmark with several figures."""
+    caption = "in % [95 % interval], by number of examples shown"
+    if limit:
+        caption += f"; the first {limit} of each task"
+    report_columns = [column for column in columns if not column.benchmark.more_figures]
+    if report_columns:
+        yield report_table(results, report_columns, caption)
+    other_columns = [column for column in columns if column.benchmark.more_figures]
+    for name in dict.fromkeys(column.name for column in other_columns):
+        own_columns = [column for column in other_columns if column.name == name]
+        yield benchmark_table(results, own_columns, f"{name}, {caption}")
 
 
-def cell(results: dict, name: str, setting: str, figure) -> str:
-    """A figure in % with its 95 % interval: Wilson's of a share of documents, else by the harness' standard error."""
-    group = results["groups"][f"{name}-{shots(name, setting)}shot"]
-    value, error = (group[f"{figure.metric}{which},{figure.filter}"] for which in ("", "_stderr"))
-    if figure.share and registry.BENCHMARKS[name].weight_by_size:
-        n = group["sample_count"][f"{figure.metric},{figure.filter}"]
-        interval = calibration.interval(round(value * n), n)
-    elif isinstance(error, float) and math.isfinite(error):
-        interval = max(value - Z * error, 0.0), min(value + Z * error, 1.0)
-    else:  # of a single document there is no error
+def report_table(results: dict[str, Results], columns: list[Column], caption: str) -> str:
+    """Return a table with the models above the rows of the report."""
+    heads = [f"{column.benchmark.title} {column.shots}" for column in columns]
+    lines = [
+        (spec, [cell(model_results, column, column.headline) for column in columns])
+        for spec, model_results in results.items()
+    ]
+    for model, figures in published_figures.TABLE_5.items():
+        if any(column in figures for column in columns):
+            cells = [f"{figures[column]:.1f}" if column in figures else "-" for column in columns]
+            lines.append((f"the report's {model}", cells))
+    return console.grid(caption, ("", heads), lines)
+
+
+def benchmark_table(results: dict[str, Results], columns: list[Column], caption: str) -> str:
+    """Return a table of all figures of one benchmark: a line for each, a column for each model."""
+    lines = []
+    for column in columns:
+        benchmark = column.benchmark
+        for title, figure in ((benchmark.title, column.headline), *benchmark.more_figures):
+            cells = [cell(model_results, column, figure) for model_results in results.values()]
+            lines.append((f"{title}, {column.shots}", cells))
+    return console.grid(caption, ("", list(results)), lines)
+
+
+def cell(results: Results, column: Column, figure: Figure) -> str:
+    """Return a figure in %, with its 95 % interval if it has one."""
+    group = results["groups"][column.benchmark.group_name(column.setting)]
+    value = group[f"{figure.metric},{figure.filter}"]
+    interval = figure_interval(group, column.benchmark, figure)
+    if interval is None:
         return f"{100 * value:.1f}"
-    return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    low, high = interval
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def figure_interval(
+    group: dict, benchmark: Benchmark, figure: Figure
+) -> tuple[float, float] | None:
+    """Return a figure's 95 % interval, or None for a single document.
+
+    It is Wilson's interval for a share of documents; otherwise it comes from the harness's
+    standard error, which a single document does not have.
+    """
+    name = f"{figure.metric},{figure.filter}"
+    value = group[name]
+    if figure.is_share and benchmark.weight_by_size:
+        documents = group["sample_count"][name]
+        return calibration.wilson_interval(round(value * documents), documents)
+    error = group[f"{figure.metric}_stderr,{figure.filter}"]
+    if not isinstance(error, float) or not math.isfinite(error):
+        return None
+    margin = STANDARD_ERRORS * error
+    return max(value - margin, 0.0), min(value + margin, 1.0)

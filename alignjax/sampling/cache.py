@@ -239,7 +239,7 @@ def read_blocks(
     blocks: list[KeyValues],
     layer: Int[Array, ""] | None,
     in_hand: KeyValues,
-    masks: list[Bool[Array, "slots width"]],
+    masks: list[Bool[Array, "slots _"]],
 ) -> Float[Array, "slots heads head_size"]:
     """Attend to blocks of a layer and to the token in hand."""
     of_layer = blocks if layer is None else transformer.layer_of(blocks, layer)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignjax.config import Model
 from alignjax.models import transformer
-from alignjax.models.transformer import Activations, PrefixCache
+from alignjax.models.transformer import Activations, Params, PrefixCache
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +26,7 @@ class Prefix:
 
 
 def read_prefix(
-    params: dict, tokens: Int[Array, " width"], length: Int[Array, ""], model: Model
+    params: Params, tokens: Int[Array, " width"], length: Int[Array, ""], model: Model
 ) -> Prefix:
     """Read left-padded tokens, of which the last `length` are real, as the prefix of prompts."""
     activations = prefill(params, tokens[None], jnp.full(1, length), model)
@@ -36,7 +36,7 @@ def read_prefix(
 
 
 def prefill(
-    params: dict,
+    params: Params,
     tokens: Int[Array, "prompts prompt_width"],
     lengths: Int[Array, " prompts"],
     model: Model,

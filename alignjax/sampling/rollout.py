@@ -8,6 +8,7 @@ full distribution too; they serve only as a check on the scorer.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from alignjax.machine.sharding import constrain
 from alignjax.models import transformer
 from alignjax.models.attention import KeyValues
+from alignjax.models.transformer import Params
 from alignjax.sampling.cache import fill_cache, make_reader, write_token
 from alignjax.sampling.prefill import Prefix, prefill, prompt_mask
 from alignjax.sampling.slots import (
@@ -34,7 +36,7 @@ StopTable = Int[Array, "states vocabulary"]
 
 
 def generate(
-    params: dict,
+    params: Params,
     prompts: Prompts,
     key: Key[Array, ""],
     settings: SamplingSettings,
@@ -70,7 +72,7 @@ def generate(
 
 
 def begin(
-    params: dict,
+    params: Params,
     prompts: Prompts,
     key: Key[Array, ""],
     settings: SamplingSettings,
@@ -87,7 +89,7 @@ def begin(
 
 
 def proceed(
-    params: dict,
+    params: Params,
     slots: Slots,
     prompts: Prompts,
     key: Key[Array, ""],
@@ -102,8 +104,8 @@ def proceed(
     are returned separately.
     """
     decoder = make_decoder(params, prompts, key, settings, stops=stops)
-    deadline = Deadline(clock=slots.clock + new_tokens)
-    slots = jax.lax.while_loop(deadline.is_ahead, decoder.decode_token, slots)
+    is_wanted = functools.partial(has_live_before, slots.clock + new_tokens)
+    slots = jax.lax.while_loop(is_wanted, decoder.decode_token, slots)
     return slots, StreamOutput(tokens=slots.tokens, lengths=slots.lengths, live=slots.live)
 
 
@@ -117,33 +119,11 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Deadline:
-    """The clock at which a call of `proceed` ends."""
-
-    clock: Int[Array, ""]
-
-    def is_ahead(self, slots: Slots) -> Bool[Array, ""]:
-        """Return whether there is something to decode before the deadline."""
-        return slots.live.any() & (slots.clock < self.clock)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EnoughFree:
-    """The number of live slots at which a turn ends."""
-
-    live_slots: Int[Array, ""]
-
-    def is_ahead(self, slots: Slots) -> Bool[Array, ""]:
-        """Return whether more slots than that are live."""
-        return slots.live.sum() > self.live_slots
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Decoder:
     """Everything that stays the same during a rollout. The methods are the rollout's phases."""
 
-    params: dict
-    layers: dict | list[dict]  # as `transformer.decode` takes them
+    params: Params
+    layers: Params | list[Params]  # as `transformer.decode` takes them
     prompts: Prompts
     keys: Key[Array, " responses"]
     settings: SamplingSettings
@@ -186,9 +166,9 @@ class Decoder:
         slots = self.fill_free(progress.slots, progress.next_prompt)
         next_prompt = progress.next_prompt + self.plan.prompts_per_fill
         filled = self.plan.prompts_per_fill * self.settings.samples_per_prompt
-        live_slots = jnp.where(next_prompt < self.wanted, self.plan.slots - filled, 0)
-        enough = EnoughFree(live_slots=live_slots)
-        slots = jax.lax.while_loop(enough.is_ahead, self.decode_token, slots)
+        enough = jnp.where(next_prompt < self.wanted, self.plan.slots - filled, 0)
+        is_wanted = functools.partial(has_more_live_than, enough)
+        slots = jax.lax.while_loop(is_wanted, self.decode_token, slots)
         return Progress(slots=slots, next_prompt=next_prompt)
 
     def fill_free(self, slots: Slots, first_prompt: Int[Array, ""]) -> Slots:
@@ -326,7 +306,7 @@ class Decoder:
 
 
 def make_decoder(
-    params: dict,
+    params: Params,
     prompts: Prompts,
     key: Key[Array, ""],
     settings: SamplingSettings,
@@ -347,6 +327,16 @@ def make_decoder(
         stops=stops,
         wanted=num_prompts if wanted is None else wanted,
     )
+
+
+def has_more_live_than(enough: Int[Array, ""], slots: Slots) -> Bool[Array, ""]:
+    """Return whether more slots than `enough` are live."""
+    return slots.live.sum() > enough
+
+
+def has_live_before(deadline: Int[Array, ""], slots: Slots) -> Bool[Array, ""]:
+    """Return whether some slot is live and the clock has not reached the deadline."""
+    return slots.live.any() & (slots.clock < deadline)
 
 
 def response_keys(

@@ -1,4 +1,4 @@
-"""The seam between PPO and a sampler: what a sampler gets, and what it returns.
+"""The interface between PPO and a sampler: what a sampler is given, and what it returns.
 
 `Sampler` is a callable, so another rollout engine can take the place of `sampling.rollout`:
 
@@ -29,6 +29,7 @@ class Prompts:
 class SamplingSettings:
     """How to sample: hashable, so it can be a static argument of a compiled function.
 
+    `model` must be a copy (`dataclasses.replace`) if the config that it comes from may change.
     `end_token` ends a response. `slots` responses decode at once; 0 decodes all of them at once.
     `cache_dtype` is the type of cached keys and values; "" is the type of the computation.
     """

@@ -1,37 +1,45 @@
-"""BIG-Bench Hard: 27 subtasks; the average is over documents. In both settings the harness puts the subtask's
-description before all else, in a chat as the system's turn.
+"""BIG-Bench Hard: 27 subtasks; the average is over documents.
 
-Few-shot (3): the harness' `bbh_cot_fewshot`, with the benchmark's three worked examples. The figure is that of the
-filter flexible-extract, `answers` by the subtask's kind, as OpenCompass does it; the harness' own get-answer stands
-beside it: it wants "the answer is ..." and drops whatever character comes last, a full stop or not. Two departures: a
-reply ends at "Q:", not at any "Q" nor at an empty line, which chat models write between their steps; and it has 512
-tokens, as in OpenCompass, not 1024, which would leave less than the examples' length of a context of 2048.
+In both settings the harness puts the subtask's description before everything else; in a chat, it
+is the system's turn.
 
-Zero-shot: the question, and which form the answer should have; the same extraction. The report's repository has no script
-for it. The harness' `bbh_cot_zeroshot` gives the descriptions, its prompt and filters are not used: it doesn't say how
-to end, and takes for the answer the last letter in parentheses anywhere.
+Few-shot (3): the harness's `bbh_cot_fewshot`, with the benchmark's three worked examples. The
+figure is that of the filter flexible-extract, which uses `answers` according to the kind of
+subtask, as OpenCompass does. The harness's own get-answer stands next to it: it expects "the
+answer is ..." and drops the last character, whether or not it is a full stop. There are two
+departures. A reply ends at "Q:", not at any "Q" or at an empty line, which chat models write
+between their steps. And it has 512 tokens, as in OpenCompass, not 1024, which would leave less
+than the length of the examples in a context of 2048.
+
+Zero-shot: the question, and the form that the answer should have, with the same extraction. The
+report's repository has no script for it. The harness's `bbh_cot_zeroshot` provides the
+descriptions, but its prompt and filters are not used: the prompt does not say how to end, and the
+filters take the last letter in parentheses anywhere for the answer.
 """
 
+from datasets import DatasetDict
+
 from alignjax.config import UserError
-from alignjax.evals import answers, local
+from alignjax.evals import answers, local_files
 from alignjax.evals.benchmark import (
     Benchmark,
     Extraction,
-    Headline,
-    answered,
-    greedy,
-    published,
-    subjects_of,
+    Figure,
+    Task,
+    greedy_generation,
+    harness_subjects,
+    judged_replies,
+    local_data,
 )
 from alignjax.machine.jsonl import describe
 
 SHOTS = 3
-TOKENS = 512
+MAX_TOKENS = 512
 SOURCE = (
     "put bbh/ of https://github.com/suzgunmirac/BIG-Bench-Hard in DATA_DIR/bbh "
     "(bbh/SUBTASK.json, or SUBTASK.json)"
 )
-WORDS = {
+WORDS_OF_SUBTASK = {
     "boolean_expressions": ("True", "False"),
     "causal_judgement": ("Yes", "No"),
     "navigate": ("Yes", "No"),
@@ -39,27 +47,35 @@ WORDS = {
     "sports_understanding": ("yes", "no"),
     "formal_fallacies": ("valid", "invalid"),
 }
-NUMBERS = ("multistep_arithmetic_two", "object_counting")
+NUMBER_SUBTASKS = ("multistep_arithmetic_two", "object_counting")
+GET_ANSWER = {  # the harness's own filter
+    "name": "get-answer",
+    "filter": [
+        {"function": "regex", "regex_pattern": r"(?<=the answer is )(.*)(?=.)"},
+        {"function": "take_first"},
+    ],
+}
 
 
-def read(folder: str, subject: str, **_):
-    path = local.find(folder, [f"bbh/{subject}.json", f"{subject}.json"], SOURCE)
-    value = local.json_file(path)
+def read_data(folder: str, subject: str, **_: object) -> DatasetDict:
+    """Read the published file of a subtask into the form of the hub's data set."""
+    path = local_files.find_file(folder, [f"bbh/{subject}.json", f"{subject}.json"], SOURCE)
+    value = local_files.read_json(path)
     examples = value.get("examples") if isinstance(value, dict) else None
     if not isinstance(examples, list):
         raise UserError(f"{path}: examples: expected a list, found {describe(examples)}")
     rows = [
-        local.texts(row, f"{path}: examples[{i}]", ("input", "target"))
-        for i, row in enumerate(examples)
+        local_files.text_fields(example, f"{path}: examples[{number}]", ("input", "target"))
+        for number, example in enumerate(examples)
     ]
-    return local.dataset(test=local.at_least(rows, 1, path, "to evaluate"))
+    return local_files.dataset(test=local_files.require_rows(rows, 1, path, "to evaluate"))
 
 
-def form(subject: str) -> str:
-    """What the answer should look like."""
-    if subject in WORDS:
-        return " or ".join(WORDS[subject])
-    if subject in NUMBERS:
+def answer_form(subject: str) -> str:
+    """Return the words that ask for an answer of the right form."""
+    if subject in WORDS_OF_SUBTASK:
+        return " or ".join(WORDS_OF_SUBTASK[subject])
+    if subject in NUMBER_SUBTASKS:
         return "a number"
     if subject == "dyck_languages":
         return "the closing brackets that are missing, with spaces between them"
@@ -69,51 +85,58 @@ def form(subject: str) -> str:
 
 
 class Answer(Extraction):
+    """Extract an answer of the form that a subtask has."""
+
     def __init__(self, subject: str):
         self.subject = subject
 
     def answer(self, reply: str, doc: dict) -> str:
-        if self.subject in WORDS:
-            return answers.word(reply, WORDS[self.subject])
-        if self.subject in NUMBERS:
+        """Return the answer, or "" if the reply has none."""
+        if self.subject in WORDS_OF_SUBTASK:
+            return answers.chosen_word(reply, WORDS_OF_SUBTASK[self.subject])
+        if self.subject in NUMBER_SUBTASKS:
             return answers.stated_number(reply)
         if self.subject == "dyck_languages":
-            return answers.brackets(reply)
+            return answers.stated_brackets(reply)
         if self.subject == "word_sorting":
-            return answers.words(reply)
-        return answers.option(reply, doc["input"])
+            return answers.stated_words(reply)
+        return answers.chosen_option(reply, doc["input"])
 
 
-def verdict(doc: dict, results: list[str]) -> dict:
+def judge(doc: dict, results: list[str]) -> dict[str, float]:
+    """Return whether the answer is right."""
     return {"exact_match": float(results[0] == doc["target"])}
 
 
-def task(setting: str, subject: str, folder: str) -> dict:
-    data = published(read, folder, subject=subject)
-    if setting == "few":
-        strict = {
-            "name": "get-answer",
-            "filter": [
-                {"function": "regex", "regex_pattern": r"(?<=the answer is )(.*)(?=.)"},
-                {"function": "take_first"},
-            ],
-        }
-        lenient = {"name": "flexible-extract", "filter": [{"function": Answer, "subject": subject}]}
-        return {
-            "task": f"bbh_cot_fewshot_{subject}",
-            "num_fewshot": SHOTS,
-            **data,
-            "generation_kwargs": greedy(TOKENS, "Q:"),
-            "filter_list": [lenient, strict],
-        }
+def make_task(setting: str, subject: str, folder: str) -> Task:
+    """Return the config of one subtask's task."""
+    data = local_data(read_data, folder, subject=subject)
+    return few_shot_task(subject, data) if setting == "few" else zero_shot_task(subject, data)
+
+
+def few_shot_task(subject: str, data: Task) -> Task:
+    """Return the harness's task, with our extraction before its own."""
+    extraction = {"name": "flexible-extract", "filter": [{"function": Answer, "subject": subject}]}
+    return {
+        "task": f"bbh_cot_fewshot_{subject}",
+        "num_fewshot": SHOTS,
+        **data,
+        "generation_kwargs": greedy_generation(MAX_TOKENS, "Q:"),
+        "filter_list": [extraction, GET_ANSWER],
+    }
+
+
+def zero_shot_task(subject: str, data: Task) -> Task:
+    """Return the harness's task with our prompt and extraction."""
     return {
         "task": f"bbh_cot_zeroshot_{subject}",
         **data,
         "num_fewshot": 0,
-        "generation_kwargs": greedy(TOKENS),
-        "doc_to_text": '{{input}}\n\nThink step by step. End with "The answer is ...", where ... is '
-        f"{form(subject)}.",
-        **answered(Answer, verdict, "exact_match", subject=subject),
+        "generation_kwargs": greedy_generation(MAX_TOKENS),
+        "doc_to_text": "{{input}}\n\n"
+        'Think step by step. End with "The answer is ...", where ... is '
+        f"{answer_form(subject)}.",
+        **judged_replies(Answer, judge, "exact_match", subject=subject),
     }
 
 
@@ -122,11 +145,11 @@ BENCHMARK = Benchmark(
     title="BBH",
     shots=SHOTS,
     headline={
-        "zero": Headline("exact_match", "extract"),
-        "few": Headline("exact_match", "flexible-extract"),
+        "zero": Figure("exact_match", "extract"),
+        "few": Figure("exact_match", "flexible-extract"),
     },
-    task=task,
-    subjects=subjects_of("bbh/cot_fewshot", ""),
+    make_task=make_task,
+    subjects=harness_subjects("bbh/cot_fewshot", ""),
     source=SOURCE,
-    harness={"zero": "bbh/cot_zeroshot", "few": "bbh/cot_fewshot"},
+    harness_folders={"zero": "bbh/cot_zeroshot", "few": "bbh/cot_fewshot"},
 )

@@ -1,79 +1,101 @@
-"""MMLU: 57 subjects, questions with four options; the average is over questions.
+"""MMLU: 57 subjects of questions with four options; the average is over questions.
 
-Few-shot (5): the harness' `mmlu`, which compares the likelihoods of the four letters after "Answer:", with the first
-five questions of the dev split before it, as the original evaluation did. OpenCompass, where the report's few-shot
-figures come from, has the same examples but lets the model write and takes the first capital letter; the likelihoods
-need no extraction, so that a model's manner of answering doesn't count.
+Few-shot (5): the harness's `mmlu`, which compares the likelihoods of the four letters after
+"Answer:", with the first five questions of the dev split before it, as the original evaluation
+did. OpenCompass, where the report's few-shot figures come from, shows the same examples but lets
+the model write and takes the first capital letter. Likelihoods need no extraction, so the way in
+which a model phrases its answer does not matter.
 
-Zero-shot: as in the report's repository an instruction, the question and the options; the model writes, and the letter
-comes from `answers.choice`, whose cascade is theirs, with two departures: an option's text is read as its letter only
-where it stands as whole words, and an article ("A dog") is no letter; for else short options spoil the reply.
+Zero-shot: as in the report's repository, an instruction, the question and the options. The model
+writes, and `answers.chosen_letter` extracts the letter. Its sequence of patterns is theirs, with
+two departures: an option's text counts as its letter only where it stands as whole words, and an
+article ("A dog") is no letter. Without these, short options would distort the reply.
 """
 
+from datasets import DatasetDict
+
 from alignjax.config import UserError
-from alignjax.evals import answers, local
+from alignjax.evals import answers, local_files
 from alignjax.evals.benchmark import (
     Benchmark,
     Extraction,
-    Headline,
-    answered,
-    greedy,
-    published,
-    subjects_of,
+    Figure,
+    Task,
+    greedy_generation,
+    harness_subjects,
+    judged_replies,
+    local_data,
 )
 
 SHOTS = 5
-FIELDS = ("question", "A", "B", "C", "D", "answer")
+MAX_TOKENS = 256
+LETTERS = ("A", "B", "C", "D")
+FIELDS = ("question", *LETTERS, "answer")
 SOURCE = (
     "unpack https://people.eecs.berkeley.edu/~hendrycks/data.tar in DATA_DIR/mmlu "
     "(test/SUBJECT_test.csv and dev/SUBJECT_dev.csv)"
 )
-ASK = (
-    "The following is a multiple-choice question. Choose the most suitable one among A, B, C and D as its answer.\n\n"
-    "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}"
+PROMPT = (
+    "The following is a multiple-choice question. "
+    "Choose the most suitable one among A, B, C and D as its answer.\n\n"
+    "{{question.strip()}}\n"
+    "A. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}"
 )
 
 
-def read(folder: str, subject: str, **_):
-    """The published files as the hub's data set has them: question, subject, choices, answer (0 to 3)."""
-    splits = {}
-    for split, least in (("test", 1), ("dev", SHOTS)):
-        name = f"{split}/{subject}_{split}.csv"
-        path = local.find(folder, [name, f"data/{name}"], SOURCE)
-        rows = [row(fields, where, subject) for where, fields in local.csv_rows(path)]
-        splits[split] = local.at_least(
-            rows, least, path, "as examples" if split == "dev" else "to evaluate"
-        )
-    return local.dataset(**splits)
+def read_data(folder: str, subject: str, **_: object) -> DatasetDict:
+    """Read the published files into the form of the hub's data set.
+
+    Its fields are question, subject, choices and answer (0 to 3).
+    """
+    return local_files.dataset(
+        test=read_split(folder, subject, "test", 1, "to evaluate"),
+        dev=read_split(folder, subject, "dev", SHOTS, "as examples"),
+    )
 
 
-def row(fields: list[str], where: str, subject: str) -> dict:
-    if len(fields) != len(FIELDS):
+def read_split(folder: str, subject: str, split: str, least: int, purpose: str) -> list[dict]:
+    """Read one split of a subject, which must have at least `least` rows."""
+    name = f"{split}/{subject}_{split}.csv"
+    path = local_files.find_file(folder, [name, f"data/{name}"], SOURCE)
+    rows = [parse_row(row, subject) for row in local_files.read_csv(path)]
+    return local_files.require_rows(rows, least, path, purpose)
+
+
+def parse_row(row: local_files.CsvRow, subject: str) -> dict:
+    """Return one question with its choices and the number of the right one."""
+    if len(row.fields) != len(FIELDS):
         raise UserError(
-            f"{where}: {len(FIELDS)} fields wanted ({', '.join(FIELDS)}), {len(fields)} found"
+            f"{row.where}: expected {len(FIELDS)} fields ({', '.join(FIELDS)}), "
+            f"found {len(row.fields)}"
         )
-    question, *choices, answer = fields
-    if answer.strip() not in ("A", "B", "C", "D"):
-        raise UserError(f"{where}: answer: A, B, C or D wanted, {answer!r} found")
+    answer = row.fields[-1]
+    if answer.strip() not in LETTERS:
+        raise UserError(f"{row.where}: answer: expected A, B, C or D, found {answer!r}")
     return {
-        "question": question,
+        "question": row.fields[0],
         "subject": subject,
-        "choices": choices,
-        "answer": "ABCD".index(answer.strip()),
+        "choices": row.fields[1:-1],
+        "answer": LETTERS.index(answer.strip()),
     }
 
 
 class Letter(Extraction):
+    """Extract the letter that a reply chooses."""
+
     def answer(self, reply: str, doc: dict) -> str:
-        return answers.choice(reply, doc["choices"])
+        """Return the letter, or "" if the reply is empty."""
+        return answers.chosen_letter(reply, doc["choices"])
 
 
-def verdict(doc: dict, results: list[str]) -> dict:
-    return {"acc": float(results[0] == "ABCD"[doc["answer"]])}
+def judge(doc: dict, results: list[str]) -> dict[str, float]:
+    """Return whether the letter is right."""
+    return {"acc": float(results[0] == LETTERS[doc["answer"]])}
 
 
-def task(setting: str, subject: str, folder: str) -> dict:
-    data = published(read, folder, subject=subject)
+def make_task(setting: str, subject: str, folder: str) -> Task:
+    """Return the config of one subject's task."""
+    data = local_data(read_data, folder, subject=subject)
     if setting == "few":
         return {"task": f"mmlu_{subject}", "num_fewshot": SHOTS, **data}
     return {
@@ -82,11 +104,11 @@ def task(setting: str, subject: str, folder: str) -> dict:
         "dataset_name": subject,
         "test_split": "test",
         **data,
-        "doc_to_text": ASK,
+        "doc_to_text": PROMPT,
         "doc_to_target": "{{'ABCD'[answer]}}",
         "num_fewshot": 0,
-        "generation_kwargs": greedy(256),
-        **answered(Letter, verdict, "acc"),
+        "generation_kwargs": greedy_generation(MAX_TOKENS),
+        **judged_replies(Letter, judge, "acc"),
     }
 
 
@@ -94,9 +116,9 @@ BENCHMARK = Benchmark(
     name="mmlu",
     title="MMLU",
     shots=SHOTS,
-    headline={"zero": Headline("acc", "extract"), "few": Headline("acc", "none")},
-    task=task,
-    subjects=subjects_of("mmlu/default", "mmlu_"),
+    headline={"zero": Figure("acc", "extract"), "few": Figure("acc", "none")},
+    make_task=make_task,
+    subjects=harness_subjects("mmlu/default", "mmlu_"),
     source=SOURCE,
-    harness={"few": "mmlu/default"},
+    harness_folders={"few": "mmlu/default"},
 )

@@ -1,116 +1,156 @@
-"""The embedded world (`data.toy`): held-out prompts, the same for every run and machine, with neither files nor network.
+"""The embedded world (`data.toy`): held-out prompts, the same for every run and machine.
 
-sampled, greedy: the model writes, as PPO samples (temperature 1, top-p 0.9) or its likeliest words; true_score grades words
-and form, and is the headline where it samples, for that is what PPO is to raise; exact_match is whether the words are the
-right ones, whatever their form. choice: which of four responses in good form the model finds likelier, of which one has the
-right words and three are corrupted as in training.
+It needs neither files nor a network. It has three tasks:
 
-Zero-shot: the prompt alone. Few-shot (1): a prompt of the training split and its ideal response go before it. In ChatML
-and the world's tokenizer such an example takes 18 to 27 tokens, a prompt with its marks at most 20, a response 14: one
-example makes 61 of the model's 64 tokens, two would make 70 at the least.
+- sampled: the model writes as PPO samples (temperature 1, top-p 0.9). true_score grades words and
+  form; it is the headline, because PPO is to raise it. exact_match says whether the words are the
+  right ones, whatever their form.
+- greedy: the same with the most likely words.
+- choice: which of four responses in good form the model finds most likely. One has the right
+  words; three are corrupted as in training.
+
+Zero-shot: the prompt alone. Few-shot (1): a prompt of the training split and its ideal response
+come before it. In ChatML and the world's tokenizer such an example takes 18 to 27 tokens, a prompt
+with its marks at most 20 and a response 14. One example makes 61 of the model's 64 tokens; two
+would make at least 70.
 """
 
 import re
 
 import numpy as np
+from datasets import DatasetDict
 
 from alignjax.data import toy
-from alignjax.evals import local
-from alignjax.evals.benchmark import Benchmark, Extraction, Headline, answered, greedy
+from alignjax.evals import local_files
+from alignjax.evals.benchmark import (
+    Benchmark,
+    Extraction,
+    Figure,
+    Task,
+    greedy_generation,
+    judged_replies,
+    mean_of,
+)
 
 SHOTS = 1
 SEED = 0
 DOCUMENTS = 200
-WRONG = 3  # responses beside the right one
-SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}
-TOKENS = 14  # the ideal responses end within 9
+WRONG_CHOICES = 3
+PPO_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}
+MAX_TOKENS = 14  # the ideal responses end within 9
 
 
 def documents(split: str, limit: int) -> list[dict]:
-    """prompt, right (words), ideal (response), choices (responses) and answer (the place of the ideal one)."""
-    out = []
-    for i, row in enumerate(toy.examples("prompts", split, SEED, limit)):
-        prompt, rng = row["prompt"][0]["content"], np.random.default_rng([SEED, i])
-        ideal, wrong = toy.ideal(prompt), {}
-        while len(wrong) < WRONG:
-            response = toy.FORMS[0].format(" ".join(toy.corrupt(rng, prompt)))
-            if response != ideal:
-                wrong[response] = None
-        place = int(rng.integers(WRONG + 1))
-        choices = [*wrong]
-        choices.insert(place, ideal)
-        out.append(
-            {
-                "prompt": prompt,
-                "right": " ".join(toy.answer(prompt)),
-                "ideal": ideal,
-                "choices": choices,
-                "answer": place,
-            }
-        )
-    return out
+    """Return the first `limit` documents of a split.
+
+    A document has a prompt, the right words, the ideal response, choices (four responses) and
+    answer (the place of the ideal response among them).
+    """
+    rows = toy.examples("prompts", split, SEED, limit)
+    return [document(number, row["prompt"][0]["content"]) for number, row in enumerate(rows)]
 
 
-def read(**_):
-    return local.dataset(test=documents("heldout", DOCUMENTS))
-
-
-class Said(Extraction):
-    """{"answer": the response's words without courtesies, said once, "true_score"}"""
-
-    def answer(self, reply: str, doc: dict) -> dict:
-        response = reply.strip()
-        said = toy.once([w for w in re.findall(r"\w+", response) if w not in toy.COURTESY])
-        return {"answer": " ".join(said), "true_score": toy.true_score(doc["prompt"], response)}
-
-
-def verdict(doc: dict, results: list[dict]) -> dict:
+def document(number: int, prompt: str) -> dict:
+    """Return the document of a prompt; its number keys the random choices."""
+    rng = np.random.default_rng([SEED, number])
+    ideal = toy.ideal(prompt)
+    choices = wrong_responses(rng, prompt, ideal)
+    answer = int(rng.integers(WRONG_CHOICES + 1))
+    choices.insert(answer, ideal)
     return {
-        "exact_match": float(results[0]["answer"] == doc["right"]),
-        "true_score": results[0]["true_score"],
+        "prompt": prompt,
+        "right": " ".join(toy.answer(prompt)),
+        "ideal": ideal,
+        "choices": choices,
+        "answer": answer,
     }
 
 
-def task(setting: str, subject: str, folder: str) -> dict:
-    examples = documents("train", SHOTS)
-    common = {
+def wrong_responses(rng: np.random.Generator, prompt: str, ideal: str) -> list[str]:
+    """Return different corrupted responses in good form."""
+    responses = []
+    while len(responses) < WRONG_CHOICES:
+        response = toy.FORMS[0].format(" ".join(toy.corrupt(rng, prompt)))
+        if response != ideal and response not in responses:
+            responses.append(response)
+    return responses
+
+
+def read_data(**_: object) -> DatasetDict:
+    """Return the held-out documents as a data set."""
+    return local_files.dataset(test=documents("heldout", DOCUMENTS))
+
+
+class GradedResponse(Extraction):
+    """Grade a response: {"answer": its words without courtesies or repetition, "true_score"}."""
+
+    def answer(self, reply: str, doc: dict) -> dict:
+        """Return the words and the true score of a response."""
+        response = reply.strip()
+        words = [word for word in re.findall(r"\w+", response) if word not in toy.COURTESY]
+        return {
+            "answer": " ".join(toy.once(words)),
+            "true_score": toy.true_score(doc["prompt"], response),
+        }
+
+
+def judge(doc: dict, results: list[dict]) -> dict[str, float]:
+    """Return whether the words are right, and the true score."""
+    graded = results[0]
+    return {
+        "exact_match": float(graded["answer"] == doc["right"]),
+        "true_score": graded["true_score"],
+    }
+
+
+def make_task(setting: str, subject: str, folder: str) -> Task:
+    """Return the config of one task of the world."""
+    task = {
         "task": subject,
-        "custom_dataset": read,
+        "custom_dataset": read_data,
         "test_split": "test",
         "doc_to_text": "prompt",
         "num_fewshot": SHOTS if setting == "few" else 0,
-        "fewshot_config": {"sampler": "first_n", "samples": examples},
+        "fewshot_config": {"sampler": "first_n", "samples": documents("train", SHOTS)},
     }
-    if subject == "choice":
-        return {
-            **common,
-            "output_type": "multiple_choice",
-            "doc_to_choice": "choices",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
-        }
-    kwargs = greedy(TOKENS, "\n") | (SAMPLED if subject == "sampled" else {})
+    return task | (choice_fields() if subject == "choice" else response_fields(subject))
+
+
+def choice_fields() -> Task:
+    """Return the fields of the task that compares the likelihoods of responses."""
     return {
-        **common,
-        "doc_to_target": "ideal",
-        "generation_kwargs": kwargs,
-        **answered(Said, verdict, "exact_match", "true_score", name=subject),
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [mean_of("acc")],
+        "metadata": {"version": 1.0},
     }
 
 
-HEADLINE = Headline("true_score", "sampled", share=False)
+def response_fields(subject: str) -> Task:
+    """Return the fields of a task in which the model writes, sampled or greedy."""
+    generation = greedy_generation(MAX_TOKENS, "\n")
+    if subject == "sampled":
+        generation |= PPO_SAMPLING
+    return {
+        "doc_to_target": "ideal",
+        "generation_kwargs": generation,
+        **judged_replies(GradedResponse, judge, "exact_match", "true_score", name=subject),
+    }
+
+
+HEADLINE = Figure("true_score", "sampled", is_share=False)
 BENCHMARK = Benchmark(
     name="world",
     title="true score, sampled",
     shots=SHOTS,
     headline={"zero": HEADLINE, "few": HEADLINE},
-    task=task,
+    make_task=make_task,
     subjects=("sampled", "greedy", "choice"),
-    more=(
-        ("right words, sampled", Headline("exact_match", "sampled")),
-        ("true score, greedy", Headline("true_score", "greedy", share=False)),
-        ("right words, greedy", Headline("exact_match", "greedy")),
-        ("right choice", Headline("acc", "none")),
+    more_figures=(
+        ("right words, sampled", Figure("exact_match", "sampled")),
+        ("true score, greedy", Figure("true_score", "greedy", is_share=False)),
+        ("right words, greedy", Figure("exact_match", "greedy")),
+        ("right choice", Figure("acc", "none")),
     ),
 )

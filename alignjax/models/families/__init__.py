@@ -54,7 +54,9 @@ def family_of(name: str, where: str) -> Family:
     """Return the family with this name; UserError if there is none, after `where`."""
     if name not in FAMILIES:
         known = ", ".join(map(repr, FAMILIES))
-        raise UserError(f"{where}={name!r} must be one of {known}")
+        raise UserError(
+            f"{where}={name!r} must be one of {known}; docs/extending.md shows how to add a family"
+        )
     return FAMILIES[name]
 
 

@@ -1,0 +1,376 @@
+"""Compute Table 4 of the report: how often a reward model prefers what people preferred.
+
+A run of the ranking stage, and the PMP run that it started from, score both responses of each
+pair in several sets of comparisons. The accuracy is the share of pairs whose chosen response
+scores strictly higher, in % with its 95 % interval. A tie is not right. The table also counts
+ties and the pairs left out as too long. Two more results follow: accuracy by score ratio, for
+sets that have one (SHP), and a picture of the calibration.
+
+Scores are computed in float32, whatever the run's own type, so neither the batch nor the number
+of devices changes more than their last digits. Two equal responses get equal scores.
+"""
+
+import argparse
+import functools
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from alignjax import config as configs
+from alignjax import inference, train
+from alignjax.algorithms import ranking
+from alignjax.config import UserError
+from alignjax.data import chat, encoding, mixture, preferences, sources, toy
+from alignjax.evals import calibration, published_figures
+from alignjax.machine import console, sharding
+from alignjax.machine import workdir as workdirs
+from alignjax.machine.console import say
+from alignjax.weights import locations
+
+CHUNK = 256  # pairs tokenised and scored at a time: enough to fill microbatches
+
+Pair = tuple[list[int], list[int]]  # tokens of prompt and chosen, of prompt and rejected response
+
+
+class OutputFiles(NamedTuple):
+    """Where the results go."""
+
+    figures: Path
+    picture: Path
+
+
+class FittingPairs(NamedTuple):
+    """The pairs of some rows that are short enough."""
+
+    rows: list[int]  # the number of each pair's row
+    pairs: list[Pair]
+
+
+class ScoreDifferences(NamedTuple):
+    """The chosen response's score minus the rejected one's, for each pair that is short enough."""
+
+    differences: Float[np.ndarray, " pairs"]  # float64
+    rows: Int[np.ndarray, " pairs"]  # the number of each pair's row
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScorer:
+    """A reward model that scores both responses of comparisons."""
+
+    score_pairs: Callable  # the compiled `ranking.score_pairs` of the model
+    params: dict
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int  # longer pairs are left out
+    microbatch_tokens: int
+    mesh: jax.sharding.Mesh
+
+    def differences(self, rows: list[dict], progress: tqdm) -> ScoreDifferences:
+        """Return the score differences of all pairs that fit; at least one must.
+
+        Only a few rows at a time are in memory as tokens; a thread reads the next ones ahead.
+        """
+        chunks = mixture.Ahead(functools.partial(self.read_chunk, rows))
+        differences = []
+        numbers = []
+        for chunk, start in enumerate(range(0, len(rows), CHUNK)):
+            fitting = chunks.get(chunk)
+            if fitting.pairs:
+                differences.append(self.chunk_differences(fitting.pairs))
+                numbers.append(start + np.array(fitting.rows))
+            progress.update(min(CHUNK, len(rows) - start))
+        return ScoreDifferences(np.concatenate(differences), np.concatenate(numbers))
+
+    def read_chunk(self, rows: list[dict], chunk: int) -> FittingPairs:
+        """Tokenise one chunk of the rows; a chunk after the last row has no pairs."""
+        part = rows[chunk * CHUNK : (chunk + 1) * CHUNK]
+        return fitting_pairs(self.tokenizer, part, self.max_length)
+
+    def chunk_differences(self, pairs: list[Pair]) -> Float[np.ndarray, " pairs"]:
+        """Score up to CHUNK pairs and return their differences; equal responses differ by 0."""
+        arrays = padded_pairs(pairs, self.max_length)
+        scores = ranking.score_rows(
+            self.score_pairs, self.params, arrays, self.microbatch_tokens, self.mesh
+        )[: len(pairs)].astype(np.float64)
+        equal = np.array([chosen == rejected for chosen, rejected in pairs])
+        return np.where(equal, 0, -np.diff(scores, axis=1)[:, 0])
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Print Table 4 and write its figures; report every user error before the first score."""
+    given_runs = [workdirs.resolve(run) for run in arguments.run]
+    runs = ranking_runs(given_runs)
+    files = output_files(arguments.out, given_runs[0])
+    stored = locations.read_config(given_runs[0])
+    max_length = arguments.max_length or stored["data.max_length"]
+    sets = {
+        source.name: load_comparisons(source.name, arguments, stored["seed"])
+        for source in sources.parse(arguments.sets)
+    }
+    tokenizers = {label: chat.load_tokenizer(run / "tokenizer") for label, run in runs.items()}
+    for label, tokenizer in tokenizers.items():
+        check_some_pairs_fit(label, tokenizer, sets, max_length)
+
+    mesh = sharding.make_mesh(configs.Mesh())
+    figures = {}
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        for label, run in runs.items():
+            scorer = load_scorer(
+                run,
+                tokenizer=tokenizers[label],
+                dtype=arguments.dtype,
+                max_length=max_length,
+                microbatch_tokens=arguments.microbatch_tokens or stored["microbatch_tokens"],
+                mesh=mesh,
+            )
+            figures[label] = figures_of_run(label, scorer, sets)
+            del scorer  # free this run's parameters before loading the next run's
+
+    conditions = f"split {arguments.split}, up to {max_length} tokens"
+    say("\n\n".join([accuracy_table(figures, list(sets), conditions), *ratio_tables(figures)]))
+    settings = {
+        "split": arguments.split,
+        "max_length": max_length,
+        "dtype": arguments.dtype,
+        "runs": {label: str(run) for label, run in runs.items()},
+    }
+    write_results(files, settings, figures)
+
+
+def ranking_runs(given: list[Path]) -> dict[str, Path]:
+    """Return {row label: run}; raise UserError unless all are complete ranking runs.
+
+    A single run that started from another run of its stage gives two rows, PMP and RM.
+    """
+    for run in given:
+        check_ranking_run(run)
+    parent = pmp_parent(given[0]) if len(given) == 1 else None
+    if parent is None:
+        return {str(run): run for run in given}
+    say(f"PMP is {parent}, RM is {given[0]}")
+    return {"PMP": parent, "RM": given[0]}
+
+
+def check_ranking_run(run: Path) -> None:
+    """Raise UserError unless the directory is a complete run of the ranking stage."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"--run {run}: this is not a run, because it has no config.json")
+    stage = locations.read_config(run).get("stage")
+    if stage != "ranking":
+        raise UserError(
+            f"--run {run}: --sets needs a run of stage 'ranking' (PMP, RM), but this run's stage "
+            f"is {stage!r}"
+        )
+    if not (run / "summary.json").exists():
+        raise UserError(
+            f"--run {run}: this run is not complete; the command that started it resumes it"
+        )
+
+
+def pmp_parent(run: Path) -> Path | None:
+    """Return the complete ranking run that this run started from, or None.
+
+    If that run exists but cannot be used, print why.
+    """
+    if locations.read_config(run)["parents"].get("model", "hf://").startswith("hf://"):
+        return None
+    try:
+        parent = train.parent_of(run, "model")
+        if locations.read_config(parent).get("stage") != "ranking":
+            return None
+        if not (parent / "summary.json").exists():
+            raise UserError(f"parent {parent}: this run is not complete")
+    except UserError as error:
+        say(f"evaluating {run} alone, because its parent cannot be used: {error}")
+        return None
+    return parent
+
+
+def output_files(out: str | None, run: Path) -> OutputFiles:
+    """Return where the results go; raise UserError unless they can be written there."""
+    if out is None and not workdirs.is_local(run):
+        raise UserError(
+            f"--run {run}: the results go to a local file, so name one with --out FILE.json"
+        )
+    path = run / "evaluation.json" if out is None else Path(out)
+    if path.suffix != ".json" or not path.parent.is_dir():
+        raise UserError(f"--out {out}: expected the name of a .json file in an existing directory")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written there; name another file with --out FILE.json")
+    picture = run / "calibration.png" if out is None else path.with_suffix(".png")
+    return OutputFiles(path, picture)
+
+
+def load_comparisons(name: str, arguments: argparse.Namespace, seed: int) -> list[dict]:
+    """Return the pairs of a set; `seed` is the seed of the embedded world."""
+    is_public = name_without_options(name) in preferences.SETS
+    source = f"tfds/{name}" if is_public else name
+    if not source.startswith(("tfds/", "toy/")) and not glob.glob(source):
+        world_sets = [f"toy/{size}" for size in toy.SIZES if size.startswith("comparisons")]
+        hint = configs.nearest(name, [*preferences.SETS, *world_sets])
+        raise UserError(f"--sets {name}: there is no such set and no such file{hint}")
+    options = sources.ReadOptions(
+        seed=seed, limit=arguments.examples or 0, data_dir=arguments.data_dir
+    )
+    rows = sources.load(source, "comparisons", arguments.split, options)
+    if not rows:
+        raise UserError(f"--sets {name}: its split {arguments.split!r} has no comparisons")
+    return rows
+
+
+def name_without_options(name: str) -> str:
+    """Return the name of a public set without its options."""
+    return name.partition(":")[0]
+
+
+def check_some_pairs_fit(
+    label: str, tokenizer: PreTrainedTokenizerBase, sets: dict[str, list[dict]], max_length: int
+) -> None:
+    """Raise UserError if all pairs of a set are longer than `max_length` tokens of this run."""
+    for name, rows in sets.items():
+        chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+        if not any(fitting_pairs(tokenizer, chunk, max_length).pairs for chunk in chunks):
+            raise UserError(
+                f"--max_length {max_length}: all {len(rows)} pairs of {name} are longer in tokens "
+                f"of {label}"
+            )
+
+
+def fitting_pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int
+) -> FittingPairs:
+    """Tokenise rows and keep the pairs of which neither side is over `max_length` tokens."""
+    if not rows:
+        return FittingPairs([], [])
+    pairs = chat.encode_comparisons(tokenizer, rows)
+    numbers = [
+        number
+        for number, (chosen, rejected) in enumerate(pairs)
+        if max(len(chosen), len(rejected)) <= max_length
+    ]
+    return FittingPairs(numbers, [pairs[number] for number in numbers])
+
+
+def padded_pairs(pairs: list[Pair], max_length: int) -> dict[str, np.ndarray]:
+    """Return arrays like those of `encoding.encode_comparisons`, always for CHUNK pairs.
+
+    Pairs of one token make up the number, so the shapes stay the same.
+    """
+    filler = [([0], [0])] * (CHUNK - len(pairs))
+    arrays = {"margin": np.zeros(CHUNK, np.float32)}
+    for side, sequences in zip(ranking.SIDES, zip(*pairs, *filler, strict=True), strict=True):
+        arrays[side] = encoding.pad(sequences, max_length)
+        arrays[f"{side}_length"] = encoding.lengths_of(sequences)
+    return arrays
+
+
+def load_scorer(run: Path, *, dtype: str, mesh: jax.sharding.Mesh, **settings) -> PairScorer:
+    """Load a run's parameters; `settings` are the scorer's remaining fields."""
+    model = inference.load(run, dtype=dtype, mesh=mesh)
+    score_pairs = jax.jit(functools.partial(ranking.score_pairs, model.architecture))
+    return PairScorer(score_pairs=score_pairs, params=model.params, mesh=mesh, **settings)
+
+
+def figures_of_run(label: str, scorer: PairScorer, sets: dict[str, list[dict]]) -> dict[str, dict]:
+    """Return {set: figures} of one run, and show the progress."""
+    figures = {}
+    for name, rows in sets.items():
+        with console.progress_bar(len(rows), f"{label}: {name}", "pair") as progress:
+            scored = scorer.differences(rows, progress)
+        ratios = np.array([row.get("ratio", 0.0) for row in rows])
+        figures[name] = figures_of_set(scored, ratios)
+    return figures
+
+
+def figures_of_set(scored: ScoreDifferences, ratios: Float[np.ndarray, " rows"]) -> dict:
+    """Return the figures of one set; `ratios` holds the score ratio of all its rows, or 0."""
+    differences = scored.differences
+    right = int((differences > 0).sum())
+    figures = ranking.figures_of(differences) | {
+        "interval": calibration.wilson_interval(right, len(differences)),
+        "dropped": len(ratios) - len(differences),
+    }
+    if (ratios > 0).any():
+        figures["by_ratio"] = calibration.accuracy_by_ratio(differences, ratios[scored.rows])
+    figures["calibration"] = calibration.calibration_curve(differences)
+    return figures
+
+
+def accuracy_table(figures: dict[str, dict], names: list[str], conditions: str) -> str:
+    """Return Table 4 of {run: {set: figures}} as text, with the report's rows beneath."""
+    lines = []
+    for label, sets in figures.items():
+        lines.append((label, [percentage(sets[name]) for name in names]))
+        lines.append(("  pairs, ties, too long", [pair_counts(sets[name]) for name in names]))
+    for label in ("PMP", "RM"):
+        lines.append((f"the report's {label}", [reported(name, label) for name in names]))
+    return console.grid(f"accuracy in % [95 % interval], {conditions}", ("", names), lines)
+
+
+def ratio_tables(figures: dict[str, dict]) -> Iterable[str]:
+    """Yield a table as text for each set that has score ratios and each run."""
+    names = dict.fromkeys(name for sets in figures.values() for name in sets)
+    for name in names:
+        for label, sets in figures.items():
+            if "by_ratio" not in sets[name]:
+                continue
+            buckets = sets[name]["by_ratio"]
+            accuracies = [percentage(bucket) if bucket["pairs"] else "-" for bucket in buckets]
+            lines = [
+                (label, accuracies),
+                ("  pairs", [str(bucket["pairs"]) for bucket in buckets]),
+            ]
+            head = ("", list(map(bucket_name, buckets)))
+            yield console.grid(f"{name} by score ratio, {label}", head, lines)
+
+
+def percentage(figures: dict) -> str:
+    """Return an accuracy in % with its interval."""
+    low, high = figures["interval"]
+    return f"{100 * figures['accuracy']:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def pair_counts(figures: dict) -> str:
+    """Return the numbers of pairs, of ties and of pairs left out as too long."""
+    ties = round(figures["ties"] * figures["comparisons"])
+    return f"{figures['comparisons']}, {ties}, {figures['dropped']}"
+
+
+def reported(name: str, label: str) -> str:
+    """Return the report's figure for a set, or "-" if it has none."""
+    figures = published_figures.TABLE_4.get(name_without_options(name))
+    return f"{figures[label]:.2f}" if figures else "-"
+
+
+def bucket_name(bucket: dict) -> str:
+    """Return the bounds of a bucket of score ratios as text."""
+    if bucket["to"]:
+        return f"{bucket['from']:g} to {bucket['to']:g}"
+    return f"{bucket['from']:g} or more"
+
+
+def write_results(files: OutputFiles, settings: dict, figures: dict[str, dict]) -> None:
+    """Write the figures, with their settings and the report's figures, and the picture."""
+    names = list(next(iter(figures.values())))
+    report = {
+        name: published_figures.TABLE_4[name_without_options(name)]
+        for name in names
+        if name_without_options(name) in published_figures.TABLE_4
+    }
+    results = settings | {"figures": figures, "report": report}
+    workdirs.write_atomically(files.figures, json.dumps(results, indent=1))
+    curves = {
+        name: {label: sets[name]["calibration"] for label, sets in figures.items()}
+        for name in names
+    }
+    calibration.calibration_figure(curves).savefig(files.picture, dpi=150)
+    say(f"figures in {files.figures}, calibration in {files.picture}")
