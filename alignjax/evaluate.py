@@ -65,6 +65,14 @@ def argument_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Evaluate ranking runs on comparisons, or language models on benchmarks.",
     )
+    add_models_and_data(parser)
+    add_benchmark_options(parser)
+    add_general_options(parser)
+    return parser
+
+
+def add_models_and_data(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what to evaluate, and on what."""
     parser.add_argument(
         "--run",
         required=True,
@@ -87,6 +95,10 @@ def argument_parser() -> argparse.ArgumentParser:
         help="benchmarks: mmlu, ceval, gsm8k, humaneval (runs the model's code in a sandbox), "
         "bbh, world; some subjects only as bbh:word_sorting+navigate",
     )
+
+
+def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of --tasks."""
     parser.add_argument(
         "--shots",
         default="both",
@@ -106,6 +118,10 @@ def argument_parser() -> argparse.ArgumentParser:
         default=64,
         help="with --tasks: the number of responses decoded at once; default: 64",
     )
+
+
+def add_general_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that --sets takes, most of which --tasks takes too."""
     parser.add_argument(
         "--data_dir",
         default="",
@@ -147,7 +163,6 @@ def argument_parser() -> argparse.ArgumentParser:
         "DIR/evaluation.json and DIR/calibration.png; with --tasks: a directory; default: "
         "DIR/benchmarks",
     )
-    return parser
 
 
 if __name__ == "__main__":

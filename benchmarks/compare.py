@@ -1,11 +1,12 @@
-"""Ours beside what a user would run instead, in turn, on one machine: medians and the ratio of each pair of runs.
+"""Compare ours with the alternatives, in turn, on one machine: medians, and ratios of paired runs.
 
-python benchmarks/compare.py --trl PYTHON --tunix PYTHON [--rows ppo-tiny,rm-small] [--rounds N] [--out FILE]
+python benchmarks/compare.py --trl PYTHON --tunix PYTHON [--rows ppo-tiny,rm-small] [--rounds N]
 
-PYTHON is the interpreter of an environment that has the peer (see peers/). Each round runs ours, then each peer of the
-row, one after the other; every run prints its own median over some iterations. "best" is torch with the switches that
-its users may know: MKL's fast path on AMD, memory kept rather than given back, compiled or grouped by length.
-A ratio above 1 says how many times as fast ours is.
+PYTHON is the interpreter of an environment that has the peer (see peers/). --out FILE keeps all
+figures. Each round runs ours, then each peer of the row, one after the other. Every run prints its
+own median over some iterations. "best" is torch with the switches that its users may know: MKL's
+fast path on AMD, memory that is kept instead of given back, compilation or grouping by length. A
+ratio above 1 says how many times as fast ours is.
 """
 
 import argparse
@@ -16,96 +17,156 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MEMORY = {
+# Have the C library keep memory instead of giving it back.
+KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**28),
 }
-SECONDS, RATE = ("s", -1), ("tokens/s", 1)  # unit, and whether more is better
 
 
-def ppo(size: str, iterations: int, mean: int = 0) -> dict:
-    more = [str(mean)] if mean else []
-    return {
-        "unit": SECONDS,
-        "figure": r"(?:seconds_per_iteration) (\[.*?\])",
-        "ours": [
-            "ppo.py",
-            size,
-            "--iterations",
-            str(iterations),
-            *(["--mean-length", str(mean)] if mean else []),
-        ],
-        "TRL": ["trl", "trl_ppo.py", size, str(iterations + 1), *more],
-        "TRL at best": ["best", "trl_ppo.py", size, str(iterations + 1), *more],
-        "Tunix": ["tunix", "tunix_ppo.py", size, str(iterations + 2), "match", *more],
-    }
+@dataclass(frozen=True)
+class Unit:
+    """A unit of measurement, and the sign of the exponent that makes more mean faster."""
+
+    name: str
+    sign: int
 
 
-def rm(size: str, steps: int, budget: int) -> dict:
-    return {
-        "unit": RATE,
-        "figure": r"real_tokens_per_s ([\d.]+)",
-        "ours": ["ranking.py", size, "--steps", str(steps), "--microbatch-tokens", str(budget)],
-        "TRL": ["trl", "trl_rm.py", size, str(steps), "random"],
-        "TRL at best": ["best", "trl_rm.py", size, str(steps), "grouped"],
-    }
+@dataclass(frozen=True)
+class Peer:
+    """A script of peers/, its words, and the environment that runs it: trl, best or tunix."""
+
+    environment: str
+    script: str
+    words: tuple[str, ...]
 
 
-def sampling(size: str, repeats: int) -> dict:
-    return {
-        "unit": RATE,
-        "figure": r"new_tokens_per_s best/median [\d.]+ ([\d.]+)",
-        "ours": ["sampling.py", size, "--repeats", str(repeats)],
-        "transformers": ["trl", "hf_generate.py", size, str(repeats), "static"],
-        "transformers at best": ["best", "hf_generate.py", size, str(repeats), "static", "compile"],
-    }
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table: our script with its words, and the peers to compare with."""
+
+    unit: Unit
+    pattern: str  # finds the figure in what a script prints
+    ours: tuple[str, ...]
+    peers: dict[str, Peer]
+
+
+SECONDS = Unit("s", -1)
+RATE = Unit("tokens/s", 1)
+
+
+def ppo(size: str, iterations: int, mean_length: int = 0) -> Row:
+    """Return the row of PPO iterations; with a mean length, responses end at random."""
+    option = ("--mean-length", str(mean_length)) if mean_length else ()
+    word = (str(mean_length),) if mean_length else ()
+    trl_words = (size, str(iterations + 1), *word)
+    return Row(
+        unit=SECONDS,
+        pattern=r"(?:seconds_per_iteration) (\[.*?\])",
+        ours=("ppo.py", size, "--iterations", str(iterations), *option),
+        peers={
+            "TRL": Peer("trl", "trl_ppo.py", trl_words),
+            "TRL at best": Peer("best", "trl_ppo.py", trl_words),
+            "Tunix": Peer("tunix", "tunix_ppo.py", (size, str(iterations + 2), "match", *word)),
+        },
+    )
+
+
+def reward_model(size: str, steps: int, microbatch_tokens: int) -> Row:
+    options = ("--steps", str(steps), "--microbatch-tokens", str(microbatch_tokens))
+    return Row(
+        unit=RATE,
+        pattern=r"real_tokens_per_s ([\d.]+)",
+        ours=("ranking.py", size, *options),
+        peers={
+            "TRL": Peer("trl", "trl_rm.py", (size, str(steps), "random")),
+            "TRL at best": Peer("best", "trl_rm.py", (size, str(steps), "grouped")),
+        },
+    )
+
+
+def sampling(size: str, repeats: int) -> Row:
+    words = (size, str(repeats), "static")
+    return Row(
+        unit=RATE,
+        pattern=r"new_tokens_per_s best/median [\d.]+ ([\d.]+)",
+        ours=("sampling.py", size, "--repeats", str(repeats)),
+        peers={
+            "transformers": Peer("trl", "hf_generate.py", words),
+            "transformers at best": Peer("best", "hf_generate.py", (*words, "compile")),
+        },
+    )
 
 
 ROWS = {
     "ppo-tiny": ppo("tiny", 5),
     "ppo-small": ppo("small", 3),
     "ppo-small-random-ends": ppo("small", 3, 24),
-    "rm-tiny": rm("tiny", 30, 2048),
-    "rm-small": rm("small", 12, 2048),
+    "rm-tiny": reward_model("tiny", 30, 2048),
+    "rm-small": reward_model("small", 12, 2048),
     "sampling-tiny": sampling("tiny", 3),
     "sampling-small": sampling("small", 2),
 }
 
 
-def figure(row: dict, command: list[str], pythons: dict) -> float:
-    """What one run gives: the median of its iterations."""
-    environment = dict(os.environ)
-    if command is row["ours"]:
-        line = [sys.executable, str(HERE / command[0]), *command[1:]]
-        environment["PYTHONPATH"] = str(HERE.parent)
-    else:
-        line = [pythons[command[0]], str(HERE / "peers" / command[1]), *command[2:]]
-        if command[0] == "best":
-            environment |= MEMORY | {"LD_PRELOAD": str(fast_mkl())}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
-    found = re.findall(row["figure"], done.stdout)
-    if done.returncode or not found:
-        raise SystemExit(f"{' '.join(line)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    value = json.loads(found[-1])
+def run_row(row: Row, pythons: dict[str, str]) -> dict[str, float]:
+    """Run ours and each peer once; return the figure of each."""
+    figures = {"ours": run_ours(row)}
+    for name, peer in row.peers.items():
+        figures[name] = run_peer(row, peer, pythons)
+    return figures
+
+
+def run_ours(row: Row) -> float:
+    script, *words = row.ours
+    command = [sys.executable, str(HERE / script), *words]
+    return measure(command, {"PYTHONPATH": str(HERE.parent)}, row.pattern)
+
+
+def run_peer(row: Row, peer: Peer, pythons: dict[str, str]) -> float:
+    command = [pythons[peer.environment], str(HERE / "peers" / peer.script), *peer.words]
+    variables = {}
+    if peer.environment == "best":
+        variables = KEEP_MEMORY | {"LD_PRELOAD": str(fast_mkl())}
+    return measure(command, variables, row.pattern)
+
+
+def measure(command: list[str], variables: dict[str, str], pattern: str) -> float:
+    """Return the figure that a command prints; of a list of iterations the median."""
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    figures = re.findall(pattern, done.stdout)
+    if done.returncode or not figures:
+        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    value = json.loads(figures[-1])
     return statistics.median(value) if isinstance(value, list) else value
 
 
 def fast_mkl() -> Path:
-    """A library that has MKL take its fast path on any processor."""
+    """Return a library that makes MKL take its fast path on any processor."""
     path = Path(tempfile.gettempdir()) / "alignjax-fast-mkl.so"
     if not path.exists():
         source = "int mkl_serv_intel_cpu_true(void){return 1;}"
-        subprocess.run(
-            ["gcc", "-shared", "-fPIC", "-xc", "-o", str(path), "-"],
-            input=source,
-            text=True,
-            check=True,
-        )
+        command = ["gcc", "-shared", "-fPIC", "-xc", "-o", str(path), "-"]
+        subprocess.run(command, input=source, text=True, check=True)
     return path
+
+
+def print_row(name: str, row: Row, rounds: list[dict[str, float]]) -> None:
+    unit = row.unit
+    ours = statistics.median(figures["ours"] for figures in rounds)
+    for peer in row.peers:
+        theirs = statistics.median(figures[peer] for figures in rounds)
+        ratios = [(figures["ours"] / figures[peer]) ** unit.sign for figures in rounds]
+        print(
+            f"| {name} | {ours:.4g} {unit.name} | {peer} | {theirs:.4g} {unit.name} "
+            f"| {statistics.median(ratios):.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -119,27 +180,16 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    a = parser.parse_args()
-    pythons, results = {"trl": a.trl, "best": a.trl, "tunix": a.tunix}, {}
+    arguments = parser.parse_args()
+    pythons = {"trl": arguments.trl, "best": arguments.trl, "tunix": arguments.tunix}
+    results = {}
     print("| work | ours | peer | its figure | ratio |\n|---|---|---|---|---|")
-    for name in a.rows.split(","):
+    for name in arguments.rows.split(","):
         row = ROWS[name]
-        unit, sign = row["unit"]
-        sides = {side: command for side, command in row.items() if side not in ("unit", "figure")}
-        runs = [
-            {side: figure(row, command, pythons) for side, command in sides.items()}
-            for _ in range(a.rounds)
-        ]
-        results[name] = runs
-        for side in list(sides)[1:]:
-            ratio = statistics.median((run["ours"] / run[side]) ** sign for run in runs)
-            ours, theirs = (statistics.median(run[x] for run in runs) for x in ("ours", side))
-            print(
-                f"| {name} | {ours:.4g} {unit} | {side} | {theirs:.4g} {unit} | {ratio:.2f} |",
-                flush=True,
-            )
-        if a.out:
-            a.out.write_text(json.dumps(results, indent=1) + "\n")
+        results[name] = [run_row(row, pythons) for _ in range(arguments.rounds)]
+        print_row(name, row, results[name])
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

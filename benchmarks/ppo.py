@@ -1,10 +1,12 @@
-"""Seconds of a PPO iteration, by phase: 32 prompts of 32 tokens, 64 response tokens, 4 minibatches, 1 epoch, AdamW.
+"""Measure the seconds of a PPO iteration, by phase.
 
-python benchmarks/ppo.py [tiny|small] [--iterations N] [--mean-length L]   with L, responses end at random, L tokens on average
+python benchmarks/ppo.py [tiny|small] [--iterations N] [--mean-length L]
+
+An iteration has 32 prompts of 32 tokens, 64 response tokens, 4 minibatches and 1 epoch with AdamW.
+With L, responses end at random, after L tokens on average.
 """
 
 import argparse
-import functools
 import statistics
 import time
 
@@ -13,145 +15,162 @@ import numpy as np
 import shapes
 
 from alignjax import config as configs
-from alignjax.algorithms import optimisation, ppo
+from alignjax.algorithms import optimisation
 from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.ppo import PPO
+from alignjax.algorithms.ppo_data import PretrainingText
+from alignjax.config import Config
 from alignjax.machine import sharding
-from alignjax.machine.profile import Compilations
+from alignjax.machine.profile import Compilations, Phases
 from alignjax.models import transformer
 
-PROMPTS, PROMPT, RESPONSE, MINIBATCHES, END = 32, 32, 64, 4, 1
+PROMPTS = 32
+PROMPT_TOKENS = 32
+RESPONSE_TOKENS = 64
+MINIBATCHES = 4
+END = 1
+PHASES = ("rollout", "score", "update")
+
+Seconds = dict[str, float]  # phase -> seconds
 
 
-def settings(size: str, slots: int, budget: int) -> configs.Config:
-    c = configs.Config(
-        stage="ppo", name="benchmark", model=shapes.MODELS[size], microbatch_tokens=budget
+def make_config(size: str, slots: int, microbatch_tokens: int) -> Config:
+    config = Config(
+        stage="ppo",
+        name="benchmark",
+        model=shapes.MODELS[size],
+        microbatch_tokens=microbatch_tokens,
     )
-    c.data.batch, c.data.max_length = PROMPTS, PROMPT
-    c.ppo = configs.PPO(
+    config.data.batch = PROMPTS
+    config.data.max_length = PROMPT_TOKENS
+    config.ppo = configs.PPO(
         samples_per_prompt=1,
-        response_length=RESPONSE,
+        response_length=RESPONSE_TOKENS,
         top_p=1.0,
         minibatches=MINIBATCHES,
         value_warmup_steps=0,
+        pretrain_coef=0.0,
         slots=slots,
     )
-    c.optimiser = c.value_optimiser = configs.Optimiser(learning_rate=3e-6)
-    return c
+    config.optimiser = configs.Optimiser(learning_rate=3e-6)
+    config.value_optimiser = configs.Optimiser(learning_rate=3e-6)
+    return config
 
 
 def end_at_random(mean_length: float, vocabulary: int) -> None:
-    """Have the sampler give the end token a chance of (about) 1 / mean_length at every place, whatever came before."""
-    plain, odds = transformer.logits, np.log(vocabulary / (mean_length - 1))
-    transformer.logits = lambda *a: plain(*a).at[..., END].add(odds)
+    """Make the sampler draw the end token with a chance of (about) 1 / mean_length.
+
+    The chance is the same at every place, whatever came before.
+    """
+    plain_logits = transformer.logits
+    odds = np.log(vocabulary / (mean_length - 1))
+
+    def logits(*arguments):
+        return plain_logits(*arguments).at[..., END].add(odds)
+
+    transformer.logits = logits
 
 
-class Iteration:
-    """One iteration as `stages.ppo` makes it, with the time of each phase."""
+class Iterations:
+    """Runs iterations of the PPO stage on random prompts, and takes the time of each phase."""
 
-    def __init__(self, config: configs.Config):
-        self.config, self.mesh = config, sharding.make_mesh(config.mesh)
-        optimisers = {
-            role: optimisation.make_optimiser(config.optimiser, 10**6)
-            for role in ("policy", "value")
+    def __init__(self, config: Config):
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.stage = PPO(config, self.mesh, end_token=END)
+        self.stage.frozen = {
+            "reference": shapes.parameters(config.model, "lm", 0),
+            "reward": shapes.parameters(config.model, "scalar", 2),
         }
-        self.programs = ppo.compiled(config, optimisers, END)
-        make = functools.partial(shapes.parameters, config.model)
+        self.stage.text = PretrainingText()
+        policy = shapes.parameters(config.model, "lm", 0)
+        value = shapes.parameters(config.model, "scalar", 1)
+        trained = self.stage.trained
         self.state = {
-            "policy": optimisation.init_state(make("lm", 0), optimisers["policy"]),
-            "value": optimisation.init_state(make("scalar", 1), optimisers["value"]),
+            "policy": optimisation.init_state(policy, trained.policy_optimiser),
+            "value": optimisation.init_state(value, trained.value_optimiser),
             "stats": RunningStats.zero(),
         }
-        self.frozen = {"reference": make("lm", 0), "reward": make("scalar", 2)}
-        self.rng, self.step = np.random.default_rng(1), 0
+        self.random = np.random.default_rng(1)
+        self.step = 0
+        self.tokens = 0  # of the last iteration's responses
 
-    def run(self) -> dict[str, float]:
-        c, marks = self.config, [time.perf_counter()]
-
-        def mark(arrays):
-            jax.block_until_ready(arrays)
-            marks.append(time.perf_counter())
-
-        prompts = self.rng.integers(2, c.model.vocab_size, (PROMPTS, PROMPT)).astype(np.int32)
-        batch = sharding.shard_batch(
-            {
-                "prompts": prompts,
-                "lengths": np.full(PROMPTS, PROMPT, np.int32),
-                "index": np.arange(PROMPTS, dtype=np.int32),
-            },
-            self.mesh,
-        )
-        params = {role: self.state[role].params for role in ("policy", "value")} | self.frozen
-        sampled = self.programs.sample(
-            params["policy"], batch, jax.random.fold_in(jax.random.key(0), self.step)
-        )
-        mark(sampled)
-        experience, stats, _, _, first, cut = ppo.score(
-            c,
-            self.programs,
-            params,
-            self.state["stats"],
-            sampled,
-            np.full(PROMPTS, PROMPT),
-            self.mesh,
-        )
-        mark(experience)
-        self.state, _ = ppo.learn(
-            c,
-            self.programs,
-            lambda n: 0.0,
-            {**self.state, "stats": stats},
-            experience,
-            self.step,
-            first,
-            cut,
-            lambda number: [],
-        )
-        mark(self.state)
+    def run(self) -> Seconds:
+        """Run an iteration, and return the seconds of its phases."""
+        marks = [time.perf_counter()]
+        batch = self.random_prompts()
+        params = self.stage.role_params(self.state)
+        rollout = self.stage.sample(params["policy"], batch, self.step, Phases())
+        marks.append(time_after(rollout))
+        minibatches = self.stage.pack(batch, rollout)
+        scored = self.stage.score(params, self.state["stats"], rollout, minibatches)
+        marks.append(time_after(scored.experience))
+        state = {**self.state, "stats": scored.stats}
+        self.state, _ = self.stage.learn(state, scored.experience, minibatches, self.step)
+        marks.append(time_after(self.state))
         self.step += 1
-        self.tokens = int(sampled.lengths.sum())
-        return dict(zip(("rollout", "score", "update"), np.diff(marks).tolist(), strict=True))
+        self.tokens = int(rollout.lengths.sum())
+        return dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
+
+    def random_prompts(self) -> dict[str, np.ndarray]:
+        tokens = self.random.integers(2, self.config.model.vocab_size, (PROMPTS, PROMPT_TOKENS))
+        return {
+            "prompts": tokens.astype(np.int32),
+            "lengths": np.full(PROMPTS, PROMPT_TOKENS, np.int32),
+            "index": np.arange(PROMPTS, dtype=np.int32),
+        }
+
+
+def time_after(arrays) -> float:
+    """Return the time at which these arrays are ready."""
+    jax.block_until_ready(arrays)
+    return time.perf_counter()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("size", nargs="?", default="tiny", choices=shapes.MODELS)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--mean-length", type=float, default=0)
     parser.add_argument("--slots", type=int, default=0)
     parser.add_argument("--microbatch-tokens", type=int, default=4096)
-    a = parser.parse_args()
-    if a.mean_length:
-        end_at_random(a.mean_length, shapes.MODELS[a.size].vocab_size)
-    iteration = Iteration(settings(a.size, a.slots, a.microbatch_tokens))
-    with jax.set_mesh(iteration.mesh):
-        start = time.perf_counter()
-        times, compiling, before = [], 0, 0
-        with Compilations() as compilations:
-            while len(times) < a.iterations:
-                found, count = iteration.run(), compilations.end_step(0)
-                if (
-                    count > before
-                ):  # for a shape that packing had not given yet: a run meets the last of them early
-                    compiling, before = compiling + 1, count
-                else:
-                    times.append(found)
-        first = time.perf_counter() - start - sum(sum(t.values()) for t in times)
-    total = [sum(t.values()) for t in times]
-    phases = {name: statistics.median(t[name] for t in times) for name in times[0]}
+    arguments = parser.parse_args()
+    if arguments.mean_length:
+        end_at_random(arguments.mean_length, shapes.MODELS[arguments.size].vocab_size)
+    config = make_config(arguments.size, arguments.slots, arguments.microbatch_tokens)
+    iterations = Iterations(config)
+    timed = []
+    compiling = 0  # iterations with a shape that packing had not given before: a run's first ones
+    programs = 0
+    start = time.perf_counter()
+    with jax.set_mesh(iterations.mesh), Compilations() as compilations:
+        while len(timed) < arguments.iterations:
+            seconds = iterations.run()
+            count = compilations.end_step(0)
+            if count > programs:
+                compiling += 1
+                programs = count
+            else:
+                timed.append(seconds)
+    totals = [sum(seconds.values()) for seconds in timed]
+    compiling_seconds = time.perf_counter() - start - sum(totals)
+    medians = {phase: statistics.median(seconds[phase] for seconds in timed) for phase in PHASES}
     print(
         "ours ppo",
-        a.size,
+        arguments.size,
         "iterations_that_compiled",
         compiling,
         "seconds_of_them",
-        round(first, 1),
+        round(compiling_seconds, 1),
         "seconds_per_iteration",
-        [round(t, 2) for t in total],
+        [round(total, 2) for total in totals],
         "median",
-        round(statistics.median(total), 3),
-        {k: round(v, 3) for k, v in phases.items()},
+        round(statistics.median(totals), 3),
+        {phase: round(seconds, 3) for phase, seconds in medians.items()},
         "tokens",
-        iteration.tokens,
+        iterations.tokens,
     )
 
 

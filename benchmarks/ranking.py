@@ -1,6 +1,9 @@
-"""Real tokens a second of reward-model training: pairs of log-normal lengths (median 96, sigma 0.6, 8 to 512), 16 a batch, AdamW.
+"""Measure the real tokens a second of reward-model training.
 
-python benchmarks/ranking.py [tiny|small] [--steps N] [--microbatch-tokens N] [--padded]   the last: each in a row of its own
+python benchmarks/ranking.py [tiny|small] [--steps N] [--microbatch-tokens N] [--padded]
+
+A batch has 16 pairs. Their lengths are log-normal: median 96, sigma 0.6, 8 to 512. The optimiser is
+AdamW. With --padded, each sequence has a row of its own.
 """
 
 import argparse
@@ -13,97 +16,136 @@ import shapes
 
 from alignjax import config as configs
 from alignjax.algorithms import optimisation, ranking
+from alignjax.algorithms.optimisation import MinibatchUpdate, TrainState
+from alignjax.algorithms.ranking import PairMicrobatch
+from alignjax.config import Model
 from alignjax.data import mixture, packing
 from alignjax.machine import sharding
 
-PAIRS, LONGEST, WARM = 16, 512, 5
+PAIRS = 16
+SHORTEST = 8
+LONGEST = 512
+MEDIAN = 96
+SIGMA = 0.6
+WARM_UP = 5  # steps
 
 
-def pad(lengths, groups, longest: int, budget: int, shards: int = 1) -> list[packing.Layout]:
-    """As `packing.pack`, but each sequence alone in a row as wide as the longest may be."""
-    each = max(budget // longest // len(groups[0]), 1)
-    parts = [sum(groups[i : i + each], []) for i in range(0, len(groups), each)]
-    return [
-        packing.layout(
-            [packing.Spot(i, row, 0) for row, i in enumerate(part)], lengths, len(part), longest
-        )
-        for part in parts
-    ]
+def pad(
+    lengths: np.ndarray, groups: list[list[int]], longest: int, budget: int, shards: int = 1
+) -> list[packing.Layout]:
+    """Lay out as `packing.pack`, but each sequence alone in a row of the longest width."""
+    groups_per_part = max(budget // longest // len(groups[0]), 1)
+    layouts = []
+    for start in range(0, len(groups), groups_per_part):
+        part = sum(groups[start : start + groups_per_part], [])
+        spots = [packing.Spot(sequence, row, 0) for row, sequence in enumerate(part)]
+        layouts.append(packing.layout(spots, lengths, len(part), longest))
+    return layouts
+
+
+class RandomPairs:
+    """Random comparisons, a batch for each step."""
+
+    def __init__(self, model: Model, steps: int, microbatch_tokens: int):
+        random = np.random.default_rng(0)
+        pairs = steps * PAIRS
+        self.steps = steps
+        self.microbatch_tokens = microbatch_tokens
+        self.mesh = sharding.make_mesh(configs.Mesh())
+        lengths = np.exp(random.normal(np.log(MEDIAN), SIGMA, (pairs, 2))).round()
+        self.lengths = np.clip(lengths.astype(np.int32), SHORTEST, LONGEST)
+        self.rows = {"margin": np.zeros(pairs, np.float32)}
+        for place, side in enumerate(ranking.SIDES):
+            tokens = random.integers(2, model.vocab_size, (pairs, LONGEST))
+            self.rows[side] = tokens.astype(np.int32)
+            self.rows[f"{side}_length"] = self.lengths[:, place]
+
+    def pack(self, step: int) -> list[PairMicrobatch]:
+        """Return the microbatches of a step; after the last one come the first again."""
+        start = step % self.steps * PAIRS
+        rows = {name: array[start : start + PAIRS] for name, array in self.rows.items()}
+        shards = sharding.row_shards(self.mesh)
+        return ranking.pack_minibatch(rows, self.microbatch_tokens, shards)
+
+    def on_mesh(self, microbatches: list[PairMicrobatch]) -> list[PairMicrobatch]:
+        return [sharding.shard_batch(microbatch, self.mesh) for microbatch in microbatches]
+
+
+class Training:
+    """The updates of a reward model, from fresh parameters."""
+
+    def __init__(self, model: Model, steps: int):
+        self.model = model
+        self.optimiser = optimisation.make_optimiser(configs.Optimiser(learning_rate=1e-5), steps)
+        loss = functools.partial(ranking.loss_fn, model, configs.Ranking())
+        self.update = MinibatchUpdate(loss, self.optimiser)
+
+    def init_state(self) -> TrainState:
+        init = functools.partial(optimisation.init_state, optimiser=self.optimiser)
+        return jax.jit(init)(shapes.parameters(self.model, "scalar", 0))
+
+    def compile_all(self, pairs: RandomPairs, batches: list[list[PairMicrobatch]]) -> float:
+        """Run one batch of each combination of shapes, and return the seconds."""
+        by_shapes = {shapes_of(batch): batch for batch in batches}
+        state = self.init_state()
+        start = time.perf_counter()
+        for batch in by_shapes.values():
+            state, _ = self.update(state, pairs.on_mesh(batch))
+        jax.block_until_ready(state)
+        return time.perf_counter() - start
+
+    def time_steps(self, pairs: RandomPairs) -> float:
+        """Return the seconds of the steps after the warm-up, packing on another thread."""
+        ahead = mixture.Ahead(pairs.pack)
+        state = self.init_state()
+        for step in range(pairs.steps):
+            if step == WARM_UP:
+                jax.block_until_ready(state)
+                start = time.perf_counter()
+            state, _ = self.update(state, pairs.on_mesh(ahead.get(step)))
+        jax.block_until_ready(state)
+        return time.perf_counter() - start
+
+
+def shapes_of(batch: list[PairMicrobatch]) -> tuple:
+    return tuple(microbatch.packed.tokens.shape for microbatch in batch)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("size", nargs="?", default="tiny", choices=shapes.MODELS)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--microbatch-tokens", type=int, default=2048)
     parser.add_argument("--padded", action="store_true")
-    a = parser.parse_args()
-    if a.padded:
+    arguments = parser.parse_args()
+    if arguments.padded:
         packing.pack = pad
-    model, mesh, rng = (
-        shapes.MODELS[a.size],
-        sharding.make_mesh(configs.Mesh()),
-        np.random.default_rng(0),
-    )
-    n = a.steps * PAIRS
-    lengths = np.clip(
-        np.exp(rng.normal(np.log(96), 0.6, (n, 2))).round().astype(np.int32), 8, LONGEST
-    )
-    rows = {"margin": np.zeros(n, np.float32)}
-    for i, side in enumerate(ranking.SIDES):
-        rows[side], rows[f"{side}_length"] = (
-            rng.integers(2, model.vocab_size, (n, LONGEST)).astype(np.int32),
-            lengths[:, i],
-        )
-    cut = lambda i: ranking.microbatches(
-        {k: v[i * PAIRS : (i + 1) * PAIRS] for k, v in rows.items()},
-        a.microbatch_tokens,
-        sharding.row_shards(mesh),
-    )
-    every = [cut(i) for i in range(a.steps)]
-    optimiser = optimisation.make_optimiser(configs.Optimiser(learning_rate=1e-5), a.steps)
-    step = optimisation.compiled(
-        functools.partial(ranking.loss_fn, model, configs.Ranking()), optimiser
-    )
-    with jax.set_mesh(mesh):
-        fresh = lambda: jax.jit(functools.partial(optimisation.init_state, optimiser=optimiser))(
-            shapes.parameters(model, "scalar", 0)
-        )
-        state, start = fresh(), time.perf_counter()
-        for part in {
-            tuple(x["tokens"].shape for x in parts): parts for parts in every
-        }.values():  # every program
-            state, _ = step(state, [sharding.shard_batch(x, mesh) for x in part])
-        jax.block_until_ready(state)
-        compiling, ahead, state = (
-            time.perf_counter() - start,
-            mixture.Ahead(lambda i: cut(i % a.steps)),
-            fresh(),
-        )
-        for i in range(a.steps):
-            if i == WARM:
-                jax.block_until_ready(state)
-                start = time.perf_counter()
-            state, _ = step(state, [sharding.shard_batch(x, mesh) for x in ahead.get(i)])
-        jax.block_until_ready(state)
-        took = time.perf_counter() - start
-    real = lengths[WARM * PAIRS :].sum()
-    slots = sum(x["tokens"].size for parts in every[WARM:] for x in parts)
-    layout = "padded" if a.padded else "packed"
+    model = shapes.MODELS[arguments.size]
+    pairs = RandomPairs(model, arguments.steps, arguments.microbatch_tokens)
+    batches = [pairs.pack(step) for step in range(arguments.steps)]
+    training = Training(model, arguments.steps)
+    with jax.set_mesh(pairs.mesh):
+        first_pass = training.compile_all(pairs, batches)
+        seconds = training.time_steps(pairs)
+    tokens = pairs.lengths[WARM_UP * PAIRS :].sum()
+    timed = [microbatch for batch in batches[WARM_UP:] for microbatch in batch]
+    places = sum(microbatch.packed.tokens.size for microbatch in timed)
     print(
         "ours rm",
-        a.size,
-        layout,
+        arguments.size,
+        "padded" if arguments.padded else "packed",
         "microbatch_tokens",
-        a.microbatch_tokens,
+        arguments.microbatch_tokens,
         "seconds",
-        round(took, 2),
+        round(seconds, 2),
         "real_tokens_per_s",
-        round(real / took, 1),
+        round(tokens / seconds, 1),
         "real_share_of_slots",
-        round(real / slots, 3),
+        round(tokens / places, 3),
         "first pass",
-        round(compiling, 1),
+        round(first_pass, 1),
     )
 
 

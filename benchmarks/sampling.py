@@ -1,58 +1,86 @@
-"""New tokens a second of rollouts: 64 prompts of 64 tokens, 128 new tokens each, top-p 0.9, no end token; then two
-samples of each of 32 prompts.
+"""Measure the new tokens a second of rollouts: 64 prompts of 64 tokens, 128 new tokens each.
 
-python benchmarks/sampling.py [tiny|small] [--repeats N] [--slots S]    S responses at once; 0, the default: all
+python benchmarks/sampling.py [tiny|small] [--repeats N] [--slots S]
 
-A rollout is what `stages.ppo` runs: the prefill, every step of decoding, the draws. The call that compiles does not
-count. The shapes are those of peers/hf_generate.py.
+With S, that many responses decode at once; 0, the default, decodes all at once. Sampling is top-p
+0.9 without an end token. Then come two samples of each of 32 prompts.
+
+A rollout is the one that PPO runs: the prefill, every decode step and the draws. The call that
+compiles does not count. The shapes are those of peers/hf_generate.py.
 """
 
 import argparse
-import functools
+import dataclasses
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 import shapes
 
 from alignjax import config as configs
-from alignjax.algorithms import optimisation, ppo
+from alignjax.algorithms import ppo_programs
+from alignjax.config import Config, Model
 from alignjax.machine import sharding
+from alignjax.sampling.types import Prompts, Rollout
 
-PROMPTS, PROMPT, NEW = 64, 64, 128
-
-
-def programs(config: configs.Config):
-    """Those of the PPO stage; their end token is none."""
-    optimiser = optimisation.make_optimiser(config.optimiser, 1)
-    return ppo.compiled(config, {"policy": optimiser, "value": optimiser}, end=-1)
+PROMPTS = 64
+PROMPT_TOKENS = 64
+NEW_TOKENS = 128
+NO_END = -1  # a token that is never drawn
 
 
-def rollout(model, prompts: int, prompt: int, new: int, samples: int = 1, slots: int = 0):
-    """run(params) -> Rollout of `samples` responses of `new` tokens to each of so many prompts of `prompt` tokens."""
-    c = configs.Config(stage="ppo", name="benchmark", model=model)
-    c.ppo = configs.PPO(samples_per_prompt=samples, response_length=new, top_p=0.9, slots=slots)
-    tokens = (
-        np.random.default_rng(1).integers(2, model.vocab_size, (prompts, prompt)).astype(np.int32)
+@dataclass(frozen=True)
+class RolloutProgram:
+    """A compiled rollout with its prompts and its key: a function of the policy's parameters."""
+
+    sample: Callable[[dict, Prompts, jax.Array], Rollout]
+    prompts: Prompts
+    key: jax.Array
+
+    def __call__(self, params: dict) -> Rollout:
+        return self.sample(params, self.prompts, self.key)
+
+
+def rollout_program(
+    model: Model,
+    prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    samples: int = 1,
+    slots: int = 0,
+) -> RolloutProgram:
+    """Return a rollout of `samples` responses of `new_tokens` tokens to each prompt."""
+    ppo = configs.PPO(
+        samples_per_prompt=samples, response_length=new_tokens, top_p=0.9, slots=slots
     )
-    batch = {
-        "prompts": tokens,
-        "lengths": np.full(prompts, prompt, np.int32),
-        "index": np.arange(prompts, dtype=np.int32),
-    }
-    return functools.partial(programs(c).sample, batch=batch, key=jax.random.key(0))
+    config = Config(stage="ppo", name="benchmark", model=model, ppo=ppo)
+    settings = ppo_programs.sampling_settings(config, NO_END)
+    sample = ppo_programs.make_sampler(config, sharding.make_mesh(config.mesh), settings)
+    random = np.random.default_rng(1)
+    tokens = random.integers(2, model.vocab_size, (prompts, prompt_tokens))
+    batch = Prompts(
+        tokens=tokens.astype(np.int32),
+        lengths=np.full(prompts, prompt_tokens, np.int32),
+        index=np.arange(prompts, dtype=np.int32),
+    )
+    return RolloutProgram(sample, batch, jax.random.key(0))
 
 
-def rates(size: str, samples: int, slots: int, repeats: int, mesh) -> tuple[float, float]:
-    """New tokens a second, the best and the median of `repeats` rollouts."""
+def best_and_median(
+    size: str, samples: int, slots: int, repeats: int, mesh: jax.sharding.Mesh
+) -> tuple[float, float]:
+    """Return the new tokens a second of the best and of the median rollout."""
     model = shapes.MODELS[size]
-    run, params = (
-        rollout(model, PROMPTS // samples, PROMPT, NEW, samples, slots),
-        shapes.parameters(model, "lm", 0),
+    program = rollout_program(
+        model, PROMPTS // samples, PROMPT_TOKENS, NEW_TOKENS, samples=samples, slots=slots
     )
-    batch = sharding.shard_batch(run.keywords["batch"], mesh)
-    found = [PROMPTS * NEW / s for s in shapes.seconds(lambda: run(params, batch=batch), repeats)]
-    return round(max(found), 1), round(statistics.median(found), 1)
+    program = dataclasses.replace(program, prompts=sharding.shard_batch(program.prompts, mesh))
+    params = shapes.parameters(model, "lm", 0)
+    seconds = shapes.seconds(lambda: program(params), repeats)
+    rates = [PROMPTS * NEW_TOKENS / value for value in seconds]
+    return round(max(rates), 1), round(statistics.median(rates), 1)
 
 
 def main() -> None:
@@ -62,19 +90,21 @@ def main() -> None:
     parser.add_argument("size", nargs="?", default="tiny", choices=shapes.MODELS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--slots", type=int, default=0)
-    a = parser.parse_args()
+    arguments = parser.parse_args()
+    size = arguments.size
     mesh = sharding.make_mesh(configs.Mesh())
     with jax.set_mesh(mesh):
-        one, two = (rates(a.size, samples, a.slots, a.repeats, mesh) for samples in (1, 2))
+        one_sample = best_and_median(size, 1, arguments.slots, arguments.repeats, mesh)
+        two_samples = best_and_median(size, 2, arguments.slots, arguments.repeats, mesh)
     print(
         "ours sampling",
-        a.size,
+        size,
         "slots",
-        a.slots,
+        arguments.slots,
         "new_tokens_per_s best/median",
-        *one,
+        *one_sample,
         "two_samples_per_prompt best/median",
-        *two,
+        *two_samples,
     )
 
 

@@ -1,92 +1,163 @@
-"""Cost against size: an update's gradient and a rollout, as one size doubles and the others stay those of a tiny model.
+"""Measure cost against size: one size doubles while the others stay those of a tiny model.
 
-python benchmarks/scaling.py [--axes batch length vocabulary depth scanned] [--doublings N] [--repeats N]
+python benchmarks/scaling.py [--axes batch length vocabulary depth scanned] [--doublings N]
 
-update     the policy's gradient of one packed microbatch of batch x length tokens (`microbatch`).
-rollout    of as many prompts, of half the length each, and responses of the other half, with no end token.
-seconds    the best of --repeats: what a shared machine disturbs least.
-MB         the compiler's temporaries, in 10^6 bytes (`memory_analysis`); a rollout's include its cache.
+update     the policy's gradient of one packed microbatch of batch x length tokens.
+rollout    of as many prompts, half the length each, with responses of the other half; no end token.
+seconds    the best of --repeats, which a shared machine disturbs the least.
+MB         the compiler's temporaries, in 10^6 bytes; a rollout's include its cache.
 compile    seconds to trace, lower and compile the program, once.
 x          the ratio to the line above.
-depth, scanned     the same models, layers written out one by one, as a CPU runs them, and in a scan, as others
-                   run them; on an accelerator both are the scan.
+depth, scanned     the same models, with layers written out one by one, as on a CPU, and in a scan,
+                   as elsewhere; on an accelerator both are the scan.
 """
 
 import argparse
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import shapes
-from sampling import programs, rollout
+from sampling import rollout_program
 
-from alignjax import config as configs
-from alignjax.algorithms import experience
+from alignjax.algorithms import experience, optimisation, ppo_programs
+from alignjax.algorithms.experience import Experience
+from alignjax.algorithms.optimisation import Accumulate
+from alignjax.algorithms.ppo_programs import LearningPart
+from alignjax.config import Config, Model
 from alignjax.models import transformer
 from alignjax.sampling.types import Rollout
 
-ROWS, LENGTH = 8, 64
+ROWS = 8
+LENGTH = 64
+# Where each axis begins.
 AXES = {
     "batch": ROWS,
     "length": LENGTH,
     "vocabulary": 4096,
     "depth": 2,
     "scanned": 2,
-}  # where each begins
+}
+PARTS = ("update", "rollout")
+FIGURES = ("seconds", "MB", "compile")
+ALWAYS = 10**6  # layers: more than any model has
 
 
-def microbatch(model, rows: int, length: int):
-    """(config, (Experience, part)): each row filled by two responses, of a half and a quarter of it, behind prompts of
-    an eighth."""
-    c = configs.Config(stage="ppo", name="benchmark", model=model, microbatch_tokens=rows * length)
-    c.data.max_length = c.ppo.response_length = length // 2
-    n, rng = 2 * rows, np.random.default_rng(1)
-    prompts, lengths = (
-        np.full(n, length // 8, np.int32),
-        np.tile(np.int32([length // 2, length // 4]), rows),
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a program costs."""
+
+    seconds: float
+    megabytes: float  # of temporaries
+    compile_seconds: float
+
+    def figures(self) -> list[float]:
+        return [self.seconds, self.megabytes, self.compile_seconds]
+
+
+def learning_config(model: Model, rows: int, length: int) -> Config:
+    """Return the config of a microbatch of so many rows."""
+    config = Config(stage="ppo", name="benchmark", model=model, microbatch_tokens=rows * length)
+    config.data.max_length = length // 2
+    config.ppo.response_length = length // 2
+    return config
+
+
+def learning_part(config: Config, rows: int, length: int) -> LearningPart:
+    """Return a microbatch of experience whose rows are filled by two responses each.
+
+    The responses take a half and a quarter of a row, and their prompts an eighth each.
+    """
+    responses = 2 * rows
+    random = np.random.default_rng(1)
+    prompt_lengths = np.full(responses, length // 8, np.int32)
+    lengths = np.tile(np.int32([length // 2, length // 4]), rows)
+    (microbatch,) = experience.pack_minibatch(
+        config, prompt_lengths, lengths, np.arange(responses), 1
     )
-    (part,) = experience.microbatches(c, prompts, lengths, np.arange(n), 1)
-    assert part["sequence"].shape == (rows, length) and part["sequence"].min() == 0
-    fixed = [rng.normal(size=(n, length // 2)).astype(np.float32) for _ in range(5)]
-    tokens = rng.integers(2, model.vocab_size, (n, length)).astype(np.int32)
-    sampled = Rollout(
+    assert microbatch.sequence.shape == (rows, length)
+    assert microbatch.sequence.min() == 0  # no row has a pad
+
+    def random_figures() -> np.ndarray:
+        return random.normal(size=(responses, length // 2)).astype(np.float32)
+
+    rollout_logprobs = random_figures()
+    old_logprobs = random_figures()
+    old_values = random_figures()
+    advantages = random_figures()
+    returns = random_figures()
+    tokens = random.integers(2, config.model.vocab_size, (responses, length)).astype(np.int32)
+    rollout = Rollout(
         tokens=tokens,
-        prompt_lengths=prompts,
+        prompt_lengths=prompt_lengths,
         lengths=lengths,
-        logprobs=fixed[0],
-        truncated=np.zeros(n, bool),
+        logprobs=rollout_logprobs,
+        truncated=np.zeros(responses, bool),
     )
-    return c, jax.tree.map(jnp.asarray, (experience.Experience(sampled, *fixed[1:]), part))
+    made = Experience(
+        rollout=rollout,
+        old_logprobs=old_logprobs,
+        old_values=old_values,
+        advantages=advantages,
+        returns=returns,
+    )
+    return jax.tree.map(jnp.asarray, (made, microbatch))
 
 
-def cost(program, arguments, repeats: int) -> tuple[float, float, float]:
-    """Seconds, megabytes of temporaries, seconds to compile."""
+def policy_gradient(config: Config) -> Accumulate:
+    """Return the compiled gradient of the policy's loss, as PPO has it."""
+    loss = functools.partial(ppo_programs.policy_loss_fn, config)
+    return optimisation.compile_accumulate(loss)
+
+
+def cost_of(program: Callable, arguments: tuple, repeats: int) -> Cost:
+    """Compile a program and run it."""
     start = time.perf_counter()
     compiled = program.lower(*arguments).compile()
-    took = time.perf_counter() - start
-    best = min(shapes.seconds(lambda: compiled(*arguments), repeats))
-    return best, compiled.memory_analysis().temp_size_in_bytes / 1e6, took
+    compile_seconds = time.perf_counter() - start
+    return Cost(
+        seconds=min(shapes.seconds(lambda: compiled(*arguments), repeats)),
+        megabytes=compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        compile_seconds=compile_seconds,
+    )
 
 
-def costs(axis: str, size: int, repeats: int) -> list[float]:
-    """Those of the gradient, then those of the rollout."""
-    model, rows, length = shapes.MODELS["tiny"], ROWS, LENGTH
-    transformer.UNROLLED = 0 if axis == "scanned" else 10**6
-    if axis == "batch":
-        rows = size
-    elif axis == "length":
-        length = size
-    else:
-        model = dataclasses.replace(
-            model, **{"vocab_size" if axis == "vocabulary" else "layers": size}
-        )
+def costs_at(axis: str, size: int, repeats: int) -> list[float]:
+    """Return the figures of the gradient, then those of the rollout."""
+    transformer.UNROLLED = 0 if axis == "scanned" else ALWAYS
+    model = shapes.MODELS["tiny"]
+    rows = size if axis == "batch" else ROWS
+    length = size if axis == "length" else LENGTH
+    if axis == "vocabulary":
+        model = dataclasses.replace(model, vocab_size=size)
+    elif axis in ("depth", "scanned"):
+        model = dataclasses.replace(model, layers=size)
     params = shapes.parameters(model, "lm", 0)
-    config, pair = microbatch(model, rows, length)
-    run = rollout(model, rows, length // 2, length // 2)
-    gradient = cost(programs(config).policy_add, (None, params, pair), repeats)
-    return [*gradient, *cost(run.func, (params, *run.keywords.values()), repeats)]
+    config = learning_config(model, rows, length)
+    part = learning_part(config, rows, length)
+    rollout = rollout_program(model, rows, length // 2, length // 2)
+    gradient_cost = cost_of(policy_gradient(config), (None, params, part), repeats)
+    rollout_cost = cost_of(rollout.sample, (params, rollout.prompts, rollout.key), repeats)
+    return gradient_cost.figures() + rollout_cost.figures()
+
+
+def print_axis(axis: str, doublings: int, repeats: int) -> None:
+    """Print a line for each size of an axis, with the ratios to the line above."""
+    before = None
+    for doubling in range(doublings + 1):
+        size = AXES[axis] * 2**doubling
+        costs = costs_at(axis, size, repeats)
+        ratios = [""] * len(costs)
+        if before:
+            ratios = [f"{new / old:5.2f}" for new, old in zip(costs, before, strict=True)]
+        cells = [f"{cost:15.4g} {ratio:>5}" for cost, ratio in zip(costs, ratios, strict=True)]
+        print(f"{axis + ' ' + str(size):16}", *cells, flush=True)
+        before = costs
 
 
 def main() -> None:
@@ -96,29 +167,13 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES)
     parser.add_argument("--doublings", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    a = parser.parse_args()
-    names = [
-        f"{what} {of}" for what in ("update", "rollout") for of in ("seconds", "MB", "compile")
-    ]
-    print(f"{'':16}", *(f"{name:>15}     x" for name in names), flush=True)
-    for axis in a.axes:
-        before = None
-        for size in (AXES[axis] * 2**i for i in range(a.doublings + 1)):
-            found = costs(axis, size, a.repeats)
-            ratios = (
-                [f"{new / old:5.2f}" for new, old in zip(found, before, strict=True)]
-                if before
-                else [""] * 6
-            )
-            print(
-                f"{axis + ' ' + str(size):16}",
-                *(f"{x:15.4g} {y:>5}" for x, y in zip(found, ratios, strict=True)),
-                flush=True,
-            )
-            before = found
-    print(
-        f"tiny model, batch {ROWS}, length {LENGTH}, on {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    )
+    arguments = parser.parse_args()
+    titles = [f"{part} {figure}" for part in PARTS for figure in FIGURES]
+    print(f"{'':16}", *(f"{title:>15}     x" for title in titles), flush=True)
+    for axis in arguments.axes:
+        print_axis(axis, arguments.doublings, arguments.repeats)
+    device = jax.devices()[0].device_kind
+    print(f"tiny model, batch {ROWS}, length {LENGTH}, on {device}, jax {jax.__version__}")
 
 
 if __name__ == "__main__":

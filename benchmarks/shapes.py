@@ -1,7 +1,9 @@
-"""The two models that the benchmarks share with those of other libraries, and the rate that the machine's products reach."""
+"""The two models that our benchmarks share with the peers', and the rates of the machine."""
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,41 +35,41 @@ MODELS = {
 }
 
 
-def parameters(model: Model, head: str, seed: int):
-    """Fresh parameters; logits of about a unit, as of a model that is not sure."""
+def parameters(model: Model, head: str, seed: int) -> dict:
+    """Return fresh parameters; their logits are about 1, as of a model that is not sure."""
     return jax.jit(lambda key: transformer.init(model, key, head))(jax.random.key(seed))
 
 
 def matmul_weights(model: Model) -> int:
-    """Weights of a layer's products, in all layers: two operations a token each, forward."""
-    m = model
-    return m.layers * (
-        2 * m.d_model * (m.heads + m.kv_heads) * m.head_size + 3 * m.d_model * m.d_ff
-    )
+    """Count the weights of all layers' products: each has two operations a token, forward."""
+    attention = 2 * model.d_model * (model.heads + model.kv_heads) * model.head_size
+    feed_forward = 3 * model.d_model * model.d_ff
+    return model.layers * (attention + feed_forward)
 
 
 def operations(model: Model, tokens: int, length: float, logits: int = 0) -> float:
-    """Of a forward pass over `tokens` that see `length` others each on average, with logits for some of them."""
+    """Count the operations of a forward pass.
+
+    Each of `tokens` sees `length` tokens on average; `logits` of them get logits.
+    """
     attention = 4 * model.layers * model.heads * model.head_size * length
-    return (
-        tokens * (2 * matmul_weights(model) + attention)
-        + logits * 2 * model.d_model * model.vocab_size
-    )
+    forward = tokens * (2 * matmul_weights(model) + attention)
+    return forward + logits * 2 * model.d_model * model.vocab_size
 
 
-def seconds(run, repeats: int) -> list[float]:
-    """Of each of `repeats` calls of run(), which returns arrays to wait for, after one that compiles."""
-    out = []
+def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Return the seconds of each call, after one that compiles; the results are waited for."""
+    times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        jax.block_until_ready(run())
-        out.append(time.perf_counter() - start)
-    return out[1:]
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return times[1:]
 
 
 def matmul_rate(dtype: str = "float32", size: int = 0) -> float:
-    """Operations a second of a square product, the median of some."""
+    """Return the operations a second of a large square product: a median."""
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    x = jnp.ones((size, size), dtype)
+    matrix = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: x @ x)
-    return 2 * size**3 / statistics.median(seconds(lambda: product(x), 9))
+    return 2 * size**3 / statistics.median(seconds(lambda: product(matrix), 9))

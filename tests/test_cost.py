@@ -85,15 +85,15 @@ def test_a_models_operations_are_those_of_its_matrices(remat, times):
     rows = 3
     tokens = 8
     width = model.d_model
-    batch = {
-        "tokens": words(0, rows, tokens),
-        "positions": np.zeros((rows, tokens), np.int32),
-        "segments": np.ones((rows, tokens), np.int32),
-        "at": np.tile(np.arange(tokens), (rows, 1)),
-    }
+    packed = scoring.PackedTokens(
+        tokens=words(0, rows, tokens),
+        positions=np.zeros((rows, tokens), np.int32),
+        segments=np.ones((rows, tokens), np.int32),
+    )
+    targets = np.tile(np.arange(tokens), (rows, 1))
 
     def loss(params):
-        return scoring.token_logprobs(model, params, batch)[0].sum()
+        return scoring.token_logprobs(model, params, packed, targets)[0].sum()
 
     def count(function):
         return count_operations(jax.jit(function).trace(params).jaxpr.jaxpr)

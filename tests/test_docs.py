@@ -119,7 +119,7 @@ RUN_BY = [
     (
         "alignjax.data.prepare",
         "test_preferences.py",
-        "test_the_command_reports_and_says_the_same_again_without_work",
+        "test_the_command_repeats_its_report_without_preparing_again",
     ),
     ("alignjax.convert", "test_export.py", "test_each_role_of_ppo_goes_out"),
     ("alignjax.chat", "test_chat.py", "test_before_and_after_ppo_with_scores"),

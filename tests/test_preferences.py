@@ -1,4 +1,7 @@
-"""The public sets of comparisons: fixtures in the published formats, with their oddities, against counts made by hand."""
+"""The public sets of comparisons, against counts made by hand.
+
+The fixtures are in the published formats, with their oddities.
+"""
 
 import gzip
 import hashlib
@@ -13,6 +16,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -29,7 +33,10 @@ HELLO = "\n\nHuman: Hello\n\nAssistant:"
 
 
 def write(path, rows):
-    """JSON lines, gzipped where the name says so, every character in ASCII as published; text is written as it is."""
+    """Write JSON lines as published: in ASCII, gzipped if the name says so.
+
+    A row that is a text is written as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
@@ -40,13 +47,14 @@ def user(text):
 
 
 def prepared(spec, manual, data):
-    """The report and the rows of each split, by id."""
+    """Prepare a set, and return its report and the rows of each split by id."""
     prepare.prepare(spec, str(manual), str(data))
     splits = prefs.report(spec, str(data))["splits"]
-    return splits, {s: {row["id"]: row for row in prefs.read(spec, s, str(data))} for s in splits}
+    rows = {split: prefs.read(spec, split, str(data)) for split in splits}
+    return splits, {split: {row["id"]: row for row in rows[split]} for split in splits}
 
 
-# ------------------------------------------------------------------------------------------------ transcripts
+# ------------------------------------------------------------------------------------- transcripts
 
 
 def test_a_transcript_becomes_messages():
@@ -62,51 +70,50 @@ def test_a_transcript_becomes_messages():
     assert transcripts.parse("") is None
 
 
+def talk(*contents):
+    """Return messages with these contents, of the user and the assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
 def test_two_conversations_become_one_comparison():
-    said = lambda *texts: [
-        {"role": r, "content": c} for r, c in zip(("user", "assistant") * 3, texts, strict=False)
-    ]
-    one, other = said("a", "b", "c", "d"), said("a", "b", "c", "e")
+    one = talk("a", "b", "c", "d")
+    other = talk("a", "b", "c", "e")
     assert transcripts.difference_fault(one, other) == ""
     assert formats.example_of({"chosen": one, "rejected": other}, "comparisons") == {
-        "prompt": said("a", "b", "c"),
+        "prompt": talk("a", "b", "c"),
         "chosen": "d",
         "rejected": "e",
         "margin": 0.0,
     }
     for one, other, reason in [
-        (said("a", "b"), said("x", "c"), "differ before"),
-        (said("a", "b", "c", "d"), said("a", "b"), "differ before"),
-        (said("a", "b", "c"), said("a", "b", "d"), "does not end with a message of the assistant"),
-        (said("a", "b")[1:], said("a", "c")[1:], "no message of the user"),
+        (talk("a", "b"), talk("x", "c"), "differ before"),
+        (talk("a", "b", "c", "d"), talk("a", "b"), "differ before"),
+        (talk("a", "b", "c"), talk("a", "b", "d"), "does not end with a message of the assistant"),
+        (talk("a", "b")[1:], talk("a", "c")[1:], "no message of the user"),
         (
-            [*said("a", "b"), said("a", "c")[1]],
-            [*said("a", "b"), said("a", "d")[1]],
+            [*talk("a", "b"), talk("a", "c")[1]],
+            [*talk("a", "b"), talk("a", "d")[1]],
             "no message of the user",
         ),
     ]:
         assert reason in transcripts.difference_fault(one, other)
 
 
-# ------------------------------------------------------------------------------------------------ HH
+# ---------------------------------------------------------------------------------------------- HH
 
 
 @pytest.fixture
 def hh_files(tmp_path):
-    """helpful-base, with each oddity of the real files."""
+    """Write helpful-base, with each oddity of the real files."""
     twice = "\n\nHuman: One\n\nHuman: Two\n\nAssistant:"
     rows = [
         {"chosen": f"{HELLO} Good “day”", "rejected": f"{HELLO} Go away"},
         {"chosen": f"{HELLO} Yes", "rejected": HELLO},  # an empty reply
         {"chosen": f"{twice} b", "rejected": f"{twice} c"},  # two turns of one role in a row
-        {
-            "chosen": f"{HELLO} a\n\nAssistant: b",
-            "rejected": f"{HELLO} a\n\nAssistant: c",
-        },  # these at the end
-        {
-            "chosen": f"{HELLO} x",
-            "rejected": "\n\nHuman: Bye\n\nAssistant: x",
-        },  # differ before the last turn
+        # The same at the end.
+        {"chosen": f"{HELLO} a\n\nAssistant: b", "rejected": f"{HELLO} a\n\nAssistant: c"},
+        # These differ before the last turn.
+        {"chosen": f"{HELLO} x", "rejected": "\n\nHuman: Bye\n\nAssistant: x"},
         {"chosen": f"{HELLO} same", "rejected": f"{HELLO} same "},
         {"chosen": "no turns", "rejected": "none"},
     ]
@@ -141,13 +148,11 @@ def test_hh(hh_files, tmp_path):
             "where": "hh_helpful_base/train helpful-base/train/1",
         }
     }
-    assert (
-        prefs.read("hh_helpful_base", "heldout", str(tmp_path / "out"))[0]["id"]
-        == "helpful-base/test/1"
-    )
+    heldout = prefs.read("hh_helpful_base", "heldout", str(tmp_path / "out"))
+    assert heldout[0]["id"] == "helpful-base/test/1"
 
 
-def test_hh_keeps_what_it_is_told_to(hh_files, tmp_path):
+def test_hh_options_keep_rows(hh_files, tmp_path):
     spec = "hh_helpful_base:empty=keep,same_role=keep"
     splits, rows = prepared(spec, hh_files, tmp_path / "out")
     assert splits["train"]["dropped"] == {
@@ -158,12 +163,11 @@ def test_hh_keeps_what_it_is_told_to(hh_files, tmp_path):
     }
     assert rows["train"]["helpful-base/train/2"]["rejected"] == ""
     assert rows["train"]["helpful-base/train/3"]["prompt"] == user("One") + user("Two")
-    assert (
-        prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
-    )  # other options, another directory
+    # Other options are another directory.
+    assert prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
 
 
-# ------------------------------------------------------------------------------------------------ summarize
+# --------------------------------------------------------------------------------------- summarize
 
 
 def summaries(choice, split, batch, texts=(" first", " second "), **info):
@@ -217,18 +221,16 @@ def test_summarize(summarize_files, tmp_path):
 
 
 def test_summarize_options(summarize_files, tmp_path):
-    splits, rows = prepared(
-        "summarize:cnndm=keep,layout=post,train=sup4", summarize_files, tmp_path / "out"
-    )
-    assert (
-        splits["train"]["dropped"]["not of batches 3 to 10"] == 1 and splits["train"]["pairs"] == 1
-    )
+    spec = "summarize:cnndm=keep,layout=post,train=sup4"
+    splits, rows = prepared(spec, summarize_files, tmp_path / "out")
+    assert splits["train"]["dropped"]["not of batches 3 to 10"] == 1
+    assert splits["train"]["pairs"] == 1
     assert rows["train"]["batch3/1"]["prompt"] == user("Post \n\nmore\n\nTL;DR:")
     news = rows["test"]["cnndm0/1"]
     assert (news["prompt"], news["chosen"]) == (user("Article:\nNews\n\nTL;DR:"), "second")
 
 
-# ------------------------------------------------------------------------------------------------ SHP
+# --------------------------------------------------------------------------------------------- SHP
 
 
 def votes(post, label, ratio, a="A", b="B"):
@@ -269,7 +271,7 @@ def shp_files(tmp_path):
     return tmp_path
 
 
-def test_shp_filters_the_training_split_alone(shp_files, tmp_path):
+def test_shp_filters_only_the_training_split(shp_files, tmp_path):
     splits, rows = prepared("shp", shp_files, tmp_path / "out")
     assert splits == {
         "train": {
@@ -285,13 +287,10 @@ def test_shp_filters_the_training_split_alone(shp_files, tmp_path):
         "test": {"rows": 9, "pairs": 9, "dropped": {}},
     }
     assert rows["train"].keys() == {f"askhr/train/{i}" for i in (1, 3, 4, 5, 6, 9)}
-    first, third = rows["train"]["askhr/train/1"], rows["train"]["askhr/train/3"]
-    assert (first["prompt"], first["chosen"], first["rejected"], first["ratio"]) == (
-        user("Post p?"),
-        "A",
-        "B",
-        3.0,
-    )
+    first = rows["train"]["askhr/train/1"]
+    assert first["prompt"] == user("Post p?") and first["ratio"] == 3.0
+    assert (first["chosen"], first["rejected"]) == ("A", "B")
+    third = rows["train"]["askhr/train/3"]
     assert (third["chosen"], third["rejected"], third["ratio"]) == ("B0", "A", 2.0)
     assert rows["test"]["askhr/test/2"]["ratio"] == 1.5
 
@@ -310,11 +309,11 @@ def test_shp_options(shp_files, tmp_path):
     ]
 
 
-# ------------------------------------------------------------------------------------------------ PRM800K
+# ----------------------------------------------------------------------------------------- PRM800K
 
 
 def step(*rated, chosen=None, human=None):
-    """(text, rating) of each completion."""
+    """Return a step with completions, each given as (text, rating)."""
     completions = [
         {"text": text, "rating": rating, "flagged": None} for text, rating in rated
     ] or None
@@ -382,7 +381,8 @@ def prm_files(tmp_path):
 
 def test_prm800k(prm_files, tmp_path):
     splits, rows = prepared("prm800k", prm_files, tmp_path / "out")
-    # Steps: 2 x 1 and 1 x 1 of the first row. Solutions: two right (rows 1/1 and 2/3), three wrong (2/1, 2/4, 2/6).
+    # Steps: 2 x 1 and 1 x 1 of the first row. Solutions: two right (rows 1/1 and 2/3), and three
+    # wrong (2/1, 2/4, 2/6).
     assert splits["train"] == {
         "rows": 8,
         "pairs": 5,
@@ -408,23 +408,20 @@ def test_prm800k_options(prm_files, tmp_path):
     assert rows["test"]["phase1_test/1/2/0-1"]["prompt"] == user("2+2?\n\nadd\nby hand")
 
 
-# ------------------------------------------------------------------------------------------------ every set
+# --------------------------------------------------------------------------------------- every set
 
 
-def test_rows_add_up_and_ids_are_one_of_a_kind(shp_files, summarize_files, hh_files, tmp_path):
+def test_rows_add_up_and_ids_are_unique(shp_files, summarize_files, hh_files, tmp_path):
     for spec in ("shp", "summarize", "hh_helpful_base"):
         splits, rows = prepared(spec, tmp_path, tmp_path / "out")
         for split, counts in splits.items():
             assert counts["rows"] == counts["pairs"] + sum(counts["dropped"].values())
-            assert (
-                counts["pairs"]
-                == len(rows[split])
-                == len(prefs.read(spec, split, str(tmp_path / "out")))
-            )
+            read = prefs.read(spec, split, str(tmp_path / "out"))
+            assert counts["pairs"] == len(rows[split]) == len(read)
             assert all(row["prompt"][-1]["role"] == "user" for row in rows[split].values())
 
 
-def test_read_gives_the_same_rows_again_and_no_more_than_asked_for(shp_files, tmp_path):
+def test_read_returns_the_same_rows_again_and_no_more_than_the_limit(shp_files, tmp_path):
     prepare.prepare("shp", str(shp_files), str(tmp_path / "out"))
     rows = prefs.read("shp", "heldout", str(tmp_path / "out"))
     assert prefs.read("shp", "test", str(tmp_path / "out"), limit=4) == rows[:4]
@@ -449,25 +446,22 @@ def test_read_gives_the_same_rows_again_and_no_more_than_asked_for(shp_files, tm
         ("summarize:layout=pots", "layout=pots: there is no such choice; did you mean 'post'?"),
     ],
 )
-def test_a_wrong_spec_is_told_with_the_right_one(spec, message):
+def test_the_error_of_a_wrong_spec_suggests_the_right_one(spec, message):
     with pytest.raises(UserError) as caught:
         prefs.find(spec)
     assert message in str(caught.value) and str(caught.value).startswith(spec)
 
 
 def test_the_order_of_options_and_the_spelling_of_numbers_do_not_matter(tmp_path):
-    same = {
-        prefs.directory(f"shp:{o}", str(tmp_path))
-        for o in ("pairs_per_post=2,min_score_ratio=3", "min_score_ratio=3.0,pairs_per_post=2")
-    }
-    assert same == {tmp_path / "shp/min_score_ratio_3.0-pairs_per_post_2/1.0.0"}
-    assert (
-        prefs.directory("prm800k:solutions=false", str(tmp_path)).parent.name == "solutions_false"
-    )
-    assert prefs.directory("shp:min_score_ratio=2", str(tmp_path)) == tmp_path / "shp/default/1.0.0"
+    directory = lambda spec: prefs.directory(spec, str(tmp_path))
+    expected = tmp_path / "shp/min_score_ratio_3.0-pairs_per_post_2/1.0.0"
+    assert directory("shp:pairs_per_post=2,min_score_ratio=3") == expected
+    assert directory("shp:min_score_ratio=3.0,pairs_per_post=2") == expected
+    assert directory("prm800k:solutions=false").parent.name == "solutions_false"
+    assert directory("shp:min_score_ratio=2") == tmp_path / "shp/default/1.0.0"
 
 
-def test_reading_what_is_not_there_names_the_command(hh_files, tmp_path):
+def test_reading_a_set_that_is_not_prepared_names_the_command(hh_files, tmp_path):
     with pytest.raises(
         UserError,
         match=r"not prepared in .*/out/shp/default/1\.0\.0; python -m alignjax.data.prepare shp",
@@ -478,7 +472,7 @@ def test_reading_what_is_not_there_names_the_command(hh_files, tmp_path):
         prefs.read("hh_helpful_base", "tset", str(tmp_path / "out"))
 
 
-# ------------------------------------------------------------------------------------------------ malformed rows
+# ---------------------------------------------------------------------------------- malformed rows
 
 GOOD = {
     "hh_helpful_base": {"chosen": f"{HELLO} a", "rejected": f"{HELLO} b"},
@@ -571,15 +565,15 @@ def test_a_malformed_row_is_named_and_nothing_is_prepared(name, bad, message, tm
         write(tmp_path / file, [GOOD[name]])
     write(tmp_path / FIRST[name], [GOOD[name], "", bad])
     code = prepare.main([name, "--manual_dir", str(tmp_path), "--data_dir", str(tmp_path / "out")])
-    told = capsys.readouterr().err
-    assert code == 2 and f"alignjax: {tmp_path / FIRST[name]}:3: " in told and message in told
+    error = capsys.readouterr().err
+    assert code == 2 and f"alignjax: {tmp_path / FIRST[name]}:3: " in error and message in error
     assert prefs.report(name, str(tmp_path / "out")) is None
     write(tmp_path / FIRST[name], [GOOD[name]])
     if name != "summarize":  # which would have nothing for its other splits
         prepare.prepare(name, str(tmp_path), str(tmp_path / "out"))
 
 
-def test_a_cut_file_and_a_pointer_in_place_of_a_file_are_named(hh_files, tmp_path):
+def test_a_truncated_file_and_a_git_lfs_pointer_are_named(hh_files, tmp_path):
     path = hh_files / "helpful-base/train.jsonl.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
@@ -592,7 +586,7 @@ def test_a_cut_file_and_a_pointer_in_place_of_a_file_are_named(hh_files, tmp_pat
         prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
 
 
-def test_a_split_of_which_nothing_is_left_is_told(hh_files, tmp_path):
+def test_an_empty_split_is_an_error(hh_files, tmp_path):
     write(
         hh_files / "helpful-base/test.jsonl.gz",
         [{"chosen": f"{HELLO} a", "rejected": f"{HELLO} a"}],
@@ -601,10 +595,10 @@ def test_a_split_of_which_nothing_is_left_is_told(hh_files, tmp_path):
         prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------------------- the command
 
 
-def test_the_command_reports_and_says_the_same_again_without_work(
+def test_the_command_repeats_its_report_without_preparing_again(
     hh_files, tmp_path, capsys, monkeypatch
 ):
     arguments = [
@@ -618,14 +612,10 @@ def test_the_command_reports_and_says_the_same_again_without_work(
     first = capsys.readouterr().out
     digest = hashlib.sha256((hh_files / "helpful-base/train.jsonl.gz").read_bytes()).hexdigest()
     lines = [line.split() for line in first.splitlines()]
-    assert ["train", "7", "6", "1"] in lines and [
-        "2",
-        *"two turns of one role in a row".split(),
-    ] in lines
-    assert (
-        f"sha256 {digest}  helpful-base/train.jsonl.gz (published: {hh.SHA256['helpful-base/train']})"
-        in first
-    )
+    assert ["train", "7", "6", "1"] in lines
+    assert ["2", *"two turns of one role in a row".split()] in lines
+    published = hh.SHA256["helpful-base/train"]
+    assert f"sha256 {digest}  helpful-base/train.jsonl.gz (published: {published})" in first
     monkeypatch.setattr(hh.HH, "compare", None)
     (hh_files / "helpful-base/train.jsonl.gz").unlink()
     assert prepare.main(arguments) == 0
@@ -652,18 +642,12 @@ def test_the_bar_counts_the_bytes_of_all_files(tmp_path, monkeypatch):
 
 def test_missing_files_are_listed_with_where_they_come_from(hh_files, tmp_path, capsys):
     (hh_files / "helpful-base/test.jsonl.gz").unlink()
-    assert (
-        prepare.main(
-            ["hh_helpful_base", "--manual_dir", str(hh_files), "--data_dir", str(tmp_path / "out")]
-        )
-        == 2
-    )
-    told = capsys.readouterr().err
-    assert f"{hh_files} lacks 1 of 2 files" in told and "helpful-base/train" not in told
-    assert (
-        "DIR/helpful-base/test.jsonl.gz  from https://media.githubusercontent.com/media/anthropics/hh-rlhf/"
-        in told
-    )
+    directories = ["--manual_dir", str(hh_files), "--data_dir", str(tmp_path / "out")]
+    assert prepare.main(["hh_helpful_base", *directories]) == 2
+    error = capsys.readouterr().err
+    assert f"{hh_files} lacks 1 of 2 files" in error and "helpful-base/train" not in error
+    url = "https://media.githubusercontent.com/media/anthropics/hh-rlhf/"
+    assert f"DIR/helpful-base/test.jsonl.gz  from {url}" in error
 
 
 def test_an_interrupted_preparation_leaves_nothing_and_starts_again(
@@ -681,18 +665,19 @@ def test_an_interrupted_preparation_leaves_nothing_and_starts_again(
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
     assert list((tmp_path / "out/hh/helpful_base").iterdir()) == []
-    left = [
-        tmp_path / "out" / name
-        for name in ("hh/helpful_base/incomplete.ABC_1.0.0", "downloads/hh/x.gz.tmp.123")
+    # What SIGKILL leaves.
+    leftovers = [
+        tmp_path / "out/hh/helpful_base/incomplete.ABC_1.0.0",
+        tmp_path / "out/downloads/hh/x.gz.tmp.123",
     ]
-    for path in left:  # as SIGKILL leaves them
+    for path in leftovers:
         path.mkdir(parents=True)
     assert prepared("hh_helpful_base", hh_files, tmp_path / "out")[0]["train"]["pairs"] == 1
-    assert not any(path.exists() for path in left)
+    assert not any(path.exists() for path in leftovers)
 
 
 def command(patch, *arguments):
-    """The command in a process of its own, with some lines of Python run before it."""
+    """Start the command in a process of its own, after some lines of Python."""
     lines = ["import runpy, time", "from alignjax.data.preferences import hh", patch]
     code = "\n".join([*lines, "runpy.run_module('alignjax.data.prepare', run_name='__main__')"])
     return subprocess.Popen(
@@ -703,6 +688,18 @@ def command(patch, *arguments):
     )
 
 
+SLOW_COMPARE = """
+compare = hh.HH.compare
+
+def slow_compare(*arguments):
+    for pair in compare(*arguments):
+        time.sleep(600)
+        yield pair
+
+hh.HH.compare = slow_compare
+"""
+
+
 @pytest.mark.parametrize(
     "sent, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
@@ -710,44 +707,78 @@ def test_a_killed_preparation_leaves_nothing_and_the_same_command_completes(
     sent, code, hh_files, tmp_path
 ):
     home = tmp_path / "out/hh/helpful_base"
-    stuck = "compare = hh.HH.compare\nhh.HH.compare = lambda *a: ((x, time.sleep(600))[0] for x in compare(*a))"
-    with command(
-        stuck, "hh_helpful_base", "--manual_dir", hh_files, "--data_dir", tmp_path / "out"
-    ) as child:
+    directories = ("--manual_dir", hh_files, "--data_dir", tmp_path / "out")
+    with command(SLOW_COMPARE, "hh_helpful_base", *directories) as child:
         while child.poll() is None and not list(home.glob("incomplete.*")):
             time.sleep(0.01)
         with pytest.raises(UserError, match="another process is preparing"):
             prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
         child.send_signal(sent)
-        told = child.stderr.read()
-    assert child.returncode == code, told
-    assert (
-        "Traceback" not in told and prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
-    )
+        errors = child.stderr.read()
+    assert child.returncode == code and "Traceback" not in errors, errors
+    assert prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
     assert prepared("hh_helpful_base", hh_files, tmp_path / "out")[0]["train"]["pairs"] == 1
     assert [path.name for path in home.iterdir()] == ["1.0.0"]
 
 
-# ------------------------------------------------------------------------------------------------ downloads
+INTERRUPT_WITHIN_A_DESTRUCTOR = """
+import os, signal, time
+from alignjax.data import prepare
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+def main():
+    Dying()
+    time.sleep(600)
+
+prepare.main = main
+prepare.run()
+"""
+
+
+def test_an_interrupt_that_python_drops_is_raised_again():
+    """Python drops an exception within a destructor or a callback of the garbage collector."""
+    child = subprocess.run(
+        [sys.executable, "-c", INTERRUPT_WITHIN_A_DESTRUCTOR],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert "Exception ignored" in child.stderr and "nothing is half made" in child.stderr
+    assert child.returncode == 130
+
+
+# --------------------------------------------------------------------------------------- downloads
+
+
+class Server(NamedTuple):
+    url: str
+    requested: list[str]  # paths
+    answering: threading.Event  # while it is cleared, answers wait
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """(address, paths asked, an event: clear it, and answers wait) of a server of tmp_path on this machine."""
-    asked, going = [], threading.Event()
-    going.set()
+    """Serve tmp_path on this machine."""
+    requested = []
+    answering = threading.Event()
+    answering.set()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, form, *values):
-            asked.append(self.path)
-            going.wait()
+            requested.append(self.path)
+            answering.wait()
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
     thread = threading.Thread(target=partial(served.serve_forever, 0.01))
     thread.start()
-    yield f"http://127.0.0.1:{served.server_port}/", asked, going
-    going.set()
+    yield Server(f"http://127.0.0.1:{served.server_port}/", requested, answering)
+    answering.set()
     served.shutdown()
     thread.join()
     served.server_close()
@@ -756,14 +787,10 @@ def server(tmp_path, monkeypatch):
 def test_files_are_fetched_once_and_compared_with_the_published_checksum(
     hh_files, tmp_path, server, monkeypatch
 ):
-    url, asked, _ = server
-    monkeypatch.setattr(hh, "GITHUB", {"helpful": url})
-    sums = {
-        f"helpful-base/{s}": hashlib.sha256(
-            (hh_files / f"helpful-base/{s}.jsonl.gz").read_bytes()
-        ).hexdigest()
-        for s in ("train", "test")
-    }
+    monkeypatch.setattr(hh, "GITHUB", {"helpful": server.url})
+    sums = {}
+    for name in ("helpful-base/train", "helpful-base/test"):
+        sums[name] = hashlib.sha256((hh_files / f"{name}.jsonl.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(hh, "SHA256", sums | {"helpful-base/test": "0" * 64})
     with pytest.raises(
         UserError,
@@ -773,79 +800,77 @@ def test_files_are_fetched_once_and_compared_with_the_published_checksum(
     monkeypatch.setattr(hh, "SHA256", sums)
     splits, rows = prepared("hh_helpful_base", "", tmp_path / "out")
     assert splits["train"]["rows"] == 7 and rows["train"].keys() == {"helpful-base/train/1"}
-    found = prefs.report("hh_helpful_base", str(tmp_path / "out"))["files"]
-    assert found == {f"{name}.jsonl.gz": [digest, digest] for name, digest in sums.items()}
+    files = prefs.report("hh_helpful_base", str(tmp_path / "out"))["files"]
+    assert files == {f"{name}.jsonl.gz": [digest, digest] for name, digest in sums.items()}
     prepared("hh_helpful_base:empty=keep", "", tmp_path / "out")
-    assert Counter(asked) == {"/helpful-base/train.jsonl.gz": 1, "/helpful-base/test.jsonl.gz": 2}
+    assert Counter(server.requested) == {
+        "/helpful-base/train.jsonl.gz": 1,
+        "/helpful-base/test.jsonl.gz": 2,
+    }
 
 
-def test_a_failed_download_says_what_to_do_by_hand(tmp_path, server, monkeypatch, capsys):
-    monkeypatch.setattr(prm800k, "URL", f"{server[0]}none/")
+def test_a_failed_download_explains_how_to_do_it_by_hand(tmp_path, server, monkeypatch, capsys):
+    monkeypatch.setattr(prm800k, "URL", f"{server.url}none/")
     assert prepare.main(["prm800k:phases=2", "--data_dir", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err
-    assert "prm800k: the download failed: Failed to get url" in told and "404" in told
-    assert (
-        f"DIR/phase2_test.jsonl   from {server[0]}none/phase2_test.jsonl" in told
-        and "Traceback" not in told
-    )
+    error = capsys.readouterr().err
+    assert "prm800k: the download failed: Failed to get url" in error and "404" in error
+    assert f"DIR/phase2_test.jsonl   from {server.url}none/phase2_test.jsonl" in error
+    assert "Traceback" not in error
     monkeypatch.setattr(prm800k, "URL", "http://127.0.0.1:9/")
     assert prepare.main(["prm800k:phases=2", "--data_dir", str(tmp_path / "out")]) == 2
     assert "Connection refused" in capsys.readouterr().err
 
 
 def test_an_interrupted_download_ends_at_once_and_leaves_nothing(hh_files, tmp_path, server):
-    url, asked, going = server
-    going.clear()
-    with command(
-        f"hh.GITHUB = dict(helpful={url!r})", "hh_helpful_base", "--data_dir", tmp_path / "out"
-    ) as child:
-        while child.poll() is None and len(asked) < 2:
+    server.answering.clear()
+    patch = f"hh.GITHUB = dict(helpful={server.url!r})"
+    with command(patch, "hh_helpful_base", "--data_dir", tmp_path / "out") as child:
+        while child.poll() is None and len(server.requested) < 2:
             time.sleep(0.01)
         child.send_signal(signal.SIGINT)
-        told = child.stderr.read()
-    assert child.returncode == 130 and "Traceback" not in told, told
+        errors = child.stderr.read()
+    assert child.returncode == 130 and "Traceback" not in errors, errors
     assert prefs.report("hh_helpful_base", str(tmp_path / "out")) is None
     prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "out"))
     assert list((tmp_path / "out/downloads/hh").iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------ as training data
+# -------------------------------------------------------------------------------- as training data
 
 
 def test_a_public_set_gives_every_kind_of_example(hh_files, tmp_path):
-    """Comparisons; distinct prompts; the chosen replies as conversations and as text; the held-out split is its test."""
-    spec, out = "hh_helpful_base:empty=keep,same_role=keep", str(tmp_path / "out")
+    """Comparisons; distinct prompts; the chosen replies as conversations and as text.
+
+    The held-out split is the set's test.
+    """
+    spec = "hh_helpful_base:empty=keep,same_role=keep"
+    out = str(tmp_path / "out")
     prepare.prepare(spec, str(hh_files), out)
-    load = lambda kind, split="train": sources.load(
-        f"tfds/{spec}", kind, split, sources.ReadOptions(data_dir=out)
-    )
+    options = sources.ReadOptions(data_dir=out)
+    load = lambda kind, split="train": sources.load(f"tfds/{spec}", kind, split, options)
     comparisons = load("comparisons")
-    assert [row["chosen"] for row in comparisons] == [
-        row["chosen"] for row in prefs.read(spec, "train", out)
-    ]
-    assert sorted(row["prompt"][-1]["content"] for row in load("prompts")) == [
-        "Hello",
-        "Two",
-    ]  # two rows say Hello
+    prepared_rows = prefs.read(spec, "train", out)
+    assert [row["chosen"] for row in comparisons] == [row["chosen"] for row in prepared_rows]
+    # Two rows have the prompt "Hello".
+    prompts = [row["prompt"][-1]["content"] for row in load("prompts")]
+    assert sorted(prompts) == ["Hello", "Two"]
     for row, turns, text in zip(comparisons, load("conversations"), load("text"), strict=True):
-        assert turns["messages"] == [
-            *row["prompt"],
-            {"role": "assistant", "content": row["chosen"]},
-        ]
+        reply = {"role": "assistant", "content": row["chosen"]}
+        assert turns["messages"] == [*row["prompt"], reply]
         assert text == {"text": "\n\n".join(m["content"] for m in turns["messages"])}
     assert len(load("comparisons", "heldout")) == 2
-    assert sources.load(f"tfds/{spec}/test", "prompts", "train", sources.ReadOptions(data_dir=out))[
-        0
-    ]["prompt"] == user("Hello")
+    prompts_of_test = sources.load(f"tfds/{spec}/test", "prompts", "train", options)
+    assert prompts_of_test[0]["prompt"] == user("Hello")
 
 
-def test_what_is_held_out_is_not_trained_on(hh_files, tmp_path):
-    config, said = configs.Config(), []
+def test_the_prompts_of_the_held_out_split_are_not_trained_on(hh_files, tmp_path):
+    config = configs.Config()
+    printed = []
     config.data.data_dir = str(tmp_path / "out")
     spec = "hh_helpful_base:empty=keep,same_role=keep"
     prepare.prepare(spec, str(hh_files), config.data.data_dir)
-    found = mixture.sets(config, "comparisons", f"tfds/{spec}", f"tfds/{spec}", said.append)
-    assert {row["prompt"][-1]["content"] for row in found.train[0]} == {"Two"} and len(
-        found.heldout[f"tfds/{spec}"]
-    ) == 2
-    assert said == [f"tfds/{spec}: 2 of 3 comparisons dropped: their prompt is held out"]
+    source = f"tfds/{spec}"
+    sets = mixture.sets(config, "comparisons", source, source, printed.append)
+    assert {row["prompt"][-1]["content"] for row in sets.train[0]} == {"Two"}
+    assert len(sets.heldout[source]) == 2
+    assert printed == [f"tfds/{spec}: 2 of 3 comparisons dropped: their prompt is held out"]

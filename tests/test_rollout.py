@@ -252,14 +252,14 @@ def scorer_logprobs(sampled: Rollout, temperature=1.0):
     """Return the scorer's log-probabilities of the responses, 0 after their ends."""
     num_rows, response_length = sampled.logprobs.shape
     prompt_width = sampled.tokens.shape[1] - response_length
-    batch = {
-        "tokens": sampled.tokens,
-        "segments": sampled.segments,
-        "at": np.tile(prompt_width + np.arange(response_length), (num_rows, 1)),
-        "positions": np.maximum(np.cumsum(sampled.segments, axis=1) - 1, 0),
-    }
+    packed = scoring.PackedTokens(
+        tokens=sampled.tokens,
+        positions=np.maximum(np.cumsum(sampled.segments, axis=1) - 1, 0),
+        segments=sampled.segments,
+    )
+    targets = np.tile(prompt_width + np.arange(response_length), (num_rows, 1))
     score = jax.jit(functools.partial(scoring.token_logprobs, MODEL))
-    logprobs = score(PARAMS, batch, temperature)[0]
+    logprobs, _ = score(PARAMS, packed, targets, temperature)
     return np.where(sampled.mask, logprobs, 0)
 
 

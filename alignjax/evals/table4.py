@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from alignjax import config as configs
-from alignjax import inference, train
+from alignjax import inference
 from alignjax.algorithms import ranking
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, mixture, preferences, sources, toy
@@ -35,6 +35,7 @@ from alignjax.evals import calibration, published_figures
 from alignjax.machine import console, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
+from alignjax.runs import lineage
 from alignjax.weights import locations
 
 CHUNK = 256  # pairs tokenised and scored at a time: enough to fill microbatches
@@ -184,7 +185,7 @@ def pmp_parent(run: Path) -> Path | None:
     if locations.read_config(run)["parents"].get("model", "hf://").startswith("hf://"):
         return None
     try:
-        parent = train.parent_of(run, "model")
+        parent = lineage.parent_of(run, "model")
         if locations.read_config(parent).get("stage") != "ranking":
             return None
         if not (parent / "summary.json").exists():

@@ -99,7 +99,7 @@ def lower_bound(config: Config, topology: str) -> Estimate:
     with jax.set_mesh(mesh):
         work = work_of(config, mesh)
         gradient = max(
-            device_bytes(program.arguments[0][0])
+            device_bytes(program.arguments[0].gradient)
             for program in work.programs
             if program.name.endswith("gradient")
         )

@@ -1,12 +1,19 @@
-"""Peer baseline: transformers 5.23's generate on a small random Qwen2 (fp32, CPU): sampling with top_p 0.9, no EOS.
+"""Sample with transformers 5.23's generate: a small random Qwen2, float32, top-p 0.9, no end token.
 
 usage: python hf_generate.py [tiny|small] [repeats] [static|dynamic] [compile]
-64 prompts of 64 tokens, 128 new tokens each; then 32 prompts with num_return_sequences=2. The last line has new tokens/s, best and median.
-The KV cache is static unless told otherwise (dynamic, the library's default, spends most of its time in concatenation on CPU).
-"compile" has generate compile the decoding step on the CPU, through a private switch of transformers.
-On AMD, MKL takes its slow path, at half the rate, so also run it as (compare.py does, as "best")
+
+64 prompts of 64 tokens with 128 new tokens each, then 32 prompts with num_return_sequences=2. The
+last line has the new tokens a second, best and median.
+
+The key-value cache is static unless the command says "dynamic", the library's default, which spends
+most of its time in concatenation on a CPU. "compile" makes generate compile the decode step on the
+CPU, through a private switch of transformers.
+
+On AMD, MKL takes its slow path, at half the rate. So run it also in this way (compare.py does, as
+"best"):
   echo "int mkl_serv_intel_cpu_true(void){return 1;}" | gcc -shared -fPIC -xc -o mkl.so -
-  LD_PRELOAD=./mkl.so MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 python ...
+  export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+  LD_PRELOAD=./mkl.so MALLOC_TOP_PAD_=268435456 python ...
 """
 
 import statistics
@@ -34,16 +41,20 @@ SIZES = {
         vocab_size=8192,
     ),
 }
+PROMPTS = 64
+PROMPT_TOKENS = 64
+NEW_TOKENS = 128
+
 size = sys.argv[1] if len(sys.argv) > 1 else "small"
 repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 3
 cache = "dynamic" if "dynamic" in sys.argv else "static"
+mode = "compile" if "compile" in sys.argv else "eager"
 options = {"cache_implementation": cache} if cache == "static" else {}
-if "compile" in sys.argv:
+if mode == "compile":
     options["compile_config"] = CompileConfig(fullgraph=False, mode="default")
     options["compile_config"]._compile_all_devices = True
-BATCH, PROMPT, NEW = 64, 64, 128
 torch.manual_seed(0)
-cfg = Qwen2Config(
+config = Qwen2Config(
     **SIZES[size],
     max_position_embeddings=256,
     tie_word_embeddings=False,
@@ -51,10 +62,10 @@ cfg = Qwen2Config(
     eos_token_id=None,
     bos_token_id=None,
 )
-model = Qwen2ForCausalLM(cfg).eval()
+model = Qwen2ForCausalLM(config).eval()
 print(
     "params",
-    sum(p.numel() for p in model.parameters()),
+    sum(parameter.numel() for parameter in model.parameters()),
     "torch threads",
     torch.get_num_threads(),
     "attention",
@@ -63,43 +74,50 @@ print(
 )
 
 
-def rate(prompts, samples):
-    ids = torch.randint(
-        2, cfg.vocab_size, (prompts, PROMPT), generator=torch.Generator().manual_seed(1)
+def generate(prompt_ids, samples):
+    """Return the new tokens a second of one call."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        sequences = model.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=True,
+            top_p=0.9,
+            top_k=0,
+            temperature=1.0,
+            num_return_sequences=samples,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
+        )
+    responses = len(prompt_ids) * samples
+    assert sequences.shape == (responses, PROMPT_TOKENS + NEW_TOKENS)
+    return responses * NEW_TOKENS / (time.perf_counter() - start)
+
+
+def best_and_median(prompts, samples):
+    """Return the best and the median rate of the calls after the first."""
+    prompt_ids = torch.randint(
+        2,
+        config.vocab_size,
+        (prompts, PROMPT_TOKENS),
+        generator=torch.Generator().manual_seed(1),
     )
-
-    def once(new):
-        t = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                do_sample=True,
-                top_p=0.9,
-                top_k=0,
-                temperature=1.0,
-                num_return_sequences=samples,
-                eos_token_id=None,
-                pad_token_id=0,
-                **options,
-            )
-        assert out.shape == (prompts * samples, PROMPT + new)
-        return prompts * samples * new / (time.perf_counter() - t)
-
-    once(NEW)
-    r = [once(NEW) for _ in range(repeats)]
-    return round(max(r), 1), round(statistics.median(r), 1)
+    generate(prompt_ids, samples)
+    rates = [generate(prompt_ids, samples) for _ in range(repeats)]
+    return round(max(rates), 1), round(statistics.median(rates), 1)
 
 
-one, two = rate(BATCH, 1), rate(BATCH // 2, 2)
+one_sample = best_and_median(PROMPTS, 1)
+two_samples = best_and_median(PROMPTS // 2, 2)
 print(
     "hf_generate",
     size,
     cache,
-    "compile" if "compile" in sys.argv else "eager",
+    mode,
     "new_tokens_per_s best/median",
-    *one,
+    *one_sample,
     "two_samples_per_prompt best/median",
-    *two,
+    *two_samples,
 )

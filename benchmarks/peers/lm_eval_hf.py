@@ -1,6 +1,9 @@
-"""lm-evaluation-harness' own `hf` model on requests from a file: python lm_eval_hf.py CHECKPOINT REQUESTS OUT BATCH
+"""Answer requests from a file with lm-evaluation-harness' own `hf` model.
 
-Prints a JSON line of seconds by kind of request; OUT gets the answers. Wants torch, transformers and lm_eval.
+usage: python lm_eval_hf.py CHECKPOINT REQUESTS OUT BATCH
+
+Prints a JSON line with the seconds of each kind of request; the answers go to OUT. Needs torch,
+transformers and lm_eval.
 """
 
 import json
@@ -11,17 +14,21 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-checkpoint, requests, out, batch = sys.argv[1:]
+checkpoint, requests_file, out, batch = sys.argv[1:]
 model = HFLM(pretrained=checkpoint, dtype="float32", device="cpu", batch_size=int(batch))
 torch.set_grad_enabled(False)
-answers, seconds = {}, {}
-with open(requests, encoding="utf-8") as file:
-    asked = json.load(file)
-for name, (kind, arguments) in asked.items():
-    instances = [Instance(kind, {}, tuple(args), i) for i, args in enumerate(arguments)]
-    before = time.perf_counter()
+with open(requests_file, encoding="utf-8") as file:
+    requests = json.load(file)
+answers = {}
+seconds = {}
+for name, (kind, arguments_of_all) in requests.items():
+    instances = [
+        Instance(kind, {}, tuple(arguments), number)
+        for number, arguments in enumerate(arguments_of_all)
+    ]
+    start = time.perf_counter()
     answers[name] = getattr(model, kind)(instances, disable_tqdm=True)
-    seconds[name] = time.perf_counter() - before
+    seconds[name] = time.perf_counter() - start
 with open(out, "w", encoding="utf-8") as file:
     json.dump(answers, file)
 print(json.dumps(seconds))

@@ -1,8 +1,10 @@
-"""Peer baseline: TRL 1.9.2's PPOTrainer (the last line of TRL that ships PPO) on a small random Qwen2, CPU.
+"""Run TRL 1.9.2's PPOTrainer, the last TRL with PPO, on a small random Qwen2 on the CPU.
 
-Prints one line per PPO iteration after the first: seconds and response tokens per second.
 usage: python trl_ppo.py [small|tiny] [iterations] [mean length]
-With a mean length, responses end at random: the end token gets that chance at every place, whatever came before.
+
+Prints the seconds of each PPO iteration after the first, and the response tokens a second of the
+median. With a mean length, responses end at random: the end token gets that chance at every place,
+whatever came before.
 """
 
 import math
@@ -14,6 +16,9 @@ import warnings
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 warnings.filterwarnings("ignore")
+import contextlib
+import io
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
@@ -44,111 +49,121 @@ SIZES = {
         vocab_size=8192,
     ),
 }
+PROMPTS = 32
+PROMPT_TOKENS = 32
+RESPONSE_TOKENS = 64
+PAD = 0
+END = 1
+
 size = sys.argv[1] if len(sys.argv) > 1 else "small"
-iters = int(sys.argv[2]) if len(sys.argv) > 2 else 4
-mean = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
-QUERIES, PROMPT, RESPONSE = 32, 32, 64
+iterations = int(sys.argv[2]) if len(sys.argv) > 2 else 4
+mean_length = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+vocab_size = SIZES[size]["vocab_size"]
 torch.manual_seed(0)
-cfg = Qwen2Config(
-    **SIZES[size],
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    eos_token_id=1,
-    bos_token_id=None,
-)
-cfg1 = Qwen2Config(
-    **SIZES[size],
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    eos_token_id=1,
-    bos_token_id=None,
-    num_labels=1,
-)
-tk = PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(
-        models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")
-    ),
-    pad_token="t0",
-    eos_token="t1",
-    padding_side="left",
-)
-policy, ref = Qwen2ForCausalLM(cfg), Qwen2ForCausalLM(cfg)
-ref.load_state_dict(policy.state_dict())
-if mean:
-    odds = math.log(cfg.vocab_size / (mean - 1))
-    for model in (policy, ref):
-        model.lm_head.register_forward_hook(
-            lambda module, inputs, out: out + odds * (torch.arange(out.shape[-1]) == 1)
-        )
-reward, value = Qwen2ForSequenceClassification(cfg1), Qwen2ForSequenceClassification(cfg1)
+
+
+def make_config(**more):
+    return Qwen2Config(
+        **SIZES[size],
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        eos_token_id=END,
+        bos_token_id=None,
+        **more,
+    )
+
+
+def make_tokenizer():
+    words = {f"t{number}": number for number in range(vocab_size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t2")),
+        pad_token="t0",
+        eos_token="t1",
+        padding_side="left",
+    )
+
+
+def favour_end(module, inputs, logits):
+    """Give the end token a chance of (about) 1 / mean_length."""
+    odds = math.log(vocab_size / (mean_length - 1))
+    return logits + odds * (torch.arange(logits.shape[-1]) == END)
+
+
+class Clock(TrainerCallback):
+    """Records when each step ends."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, *arguments, **more):
+        self.ends.append(time.perf_counter())
+
+
+policy = Qwen2ForCausalLM(make_config())
+reference = Qwen2ForCausalLM(make_config())
+reference.load_state_dict(policy.state_dict())
+if mean_length:
+    for model in (policy, reference):
+        model.lm_head.register_forward_hook(favour_end)
+reward = Qwen2ForSequenceClassification(make_config(num_labels=1))
+value = Qwen2ForSequenceClassification(make_config(num_labels=1))
 print(
     "params",
-    sum(p.numel() for p in policy.parameters()),
+    sum(parameter.numel() for parameter in policy.parameters()),
     "torch threads",
     torch.get_num_threads(),
     flush=True,
 )
-g = torch.Generator().manual_seed(1)
-ds = Dataset.from_dict(
-    {
-        "input_ids": torch.randint(
-            2, cfg.vocab_size, (QUERIES * (iters + 2), PROMPT), generator=g
-        ).tolist()
-    }
+prompts = torch.randint(
+    2,
+    vocab_size,
+    (PROMPTS * (iterations + 2), PROMPT_TOKENS),
+    generator=torch.Generator().manual_seed(1),
 )
-args = PPOConfig(
+data = Dataset.from_dict({"input_ids": prompts.tolist()})
+settings = PPOConfig(
     output_dir=tempfile.mkdtemp(),
-    per_device_train_batch_size=QUERIES,
+    per_device_train_batch_size=PROMPTS,
     gradient_accumulation_steps=1,
     num_mini_batches=4,
     num_ppo_epochs=1,
-    local_rollout_forward_batch_size=QUERIES,
-    response_length=RESPONSE,
-    total_episodes=QUERIES * iters,
+    local_rollout_forward_batch_size=PROMPTS,
+    response_length=RESPONSE_TOKENS,
+    total_episodes=PROMPTS * iterations,
     report_to=[],
     num_sample_generations=0,
     save_strategy="no",
     bf16=False,
     use_cpu=True,
     kl_coef=0.04,
-    stop_token_id=1 if mean else None,
+    stop_token_id=END if mean_length else None,
     temperature=1.0,
     disable_tqdm=True,
     missing_eos_penalty=None,
     gradient_checkpointing=False,
 )
-stamps = []
-
-
-class Clock(TrainerCallback):
-    def on_step_end(self, *a, **k):
-        stamps.append(time.perf_counter())
-
-
-tr = PPOTrainer(
-    args=args,
-    processing_class=tk,
+clock = Clock()
+trainer = PPOTrainer(
+    args=settings,
+    processing_class=make_tokenizer(),
     model=policy,
-    ref_model=ref,
+    ref_model=reference,
     reward_model=reward,
     value_model=value,
-    train_dataset=ds,
-    eval_dataset=ds.select(range(QUERIES)),
-    callbacks=[Clock()],
+    train_dataset=data,
+    eval_dataset=data.select(range(PROMPTS)),
+    callbacks=[clock],
 )
-import contextlib
-import io
-
 with contextlib.redirect_stdout(io.StringIO()):
-    tr.train()
-d = [b - a for a, b in zip(stamps, stamps[1:])]
+    trainer.train()
+seconds = [end - start for start, end in zip(clock.ends, clock.ends[1:])]
+median = sorted(seconds)[len(seconds) // 2]
 print(
     "trl_ppo",
     size,
     "seconds_per_iteration",
-    [round(x, 2) for x in d],
+    [round(value, 2) for value in seconds],
     "response_tokens_per_s",
-    round(QUERIES * RESPONSE / sorted(d)[len(d) // 2], 1),
+    round(PROMPTS * RESPONSE_TOKENS / median, 1),
 )

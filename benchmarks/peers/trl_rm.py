@@ -1,11 +1,17 @@
-"""Peer baseline: TRL 1.9.2's RewardTrainer on a small random Qwen2 and synthetic preference pairs of varying length (fp32, CPU).
+"""Run TRL 1.9.2's RewardTrainer on a small random Qwen2 and synthetic pairs, float32, on the CPU.
 
 usage: python trl_rm.py [tiny|small] [steps] [random|grouped]
-Chosen and rejected lengths are drawn apart: log-normal, median 96, sigma 0.6, clipped to 8..512; 16 pairs a batch, padded to its longest.
-"grouped" turns on transformers' length grouping. The first 5 steps are warm-up. The last line has real (non-pad) tokens/s and pairs/s.
-On AMD, MKL takes its slow path, at half the rate, so also run it as (compare.py does, as "best")
+
+The lengths of chosen and rejected are drawn independently: log-normal, median 96, sigma 0.6,
+clipped to 8..512. A batch has 16 pairs and is padded to its longest sequence. "grouped" turns on
+transformers' grouping by length. The first 5 steps are warm-up. The last line has the real
+(non-pad) tokens and the pairs a second.
+
+On AMD, MKL takes its slow path, at half the rate. So run it also in this way (compare.py does, as
+"best"):
   echo "int mkl_serv_intel_cpu_true(void){return 1;}" | gcc -shared -fPIC -xc -o mkl.so -
-  LD_PRELOAD=./mkl.so MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 python ...
+  export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+  LD_PRELOAD=./mkl.so MALLOC_TOP_PAD_=268435456 python ...
 """
 
 import contextlib
@@ -47,61 +53,97 @@ SIZES = {
         vocab_size=8192,
     ),
 }
+PAIRS = 16
+WARM_UP = 5
+LONGEST = 512
+PAD = 0
+
 size = sys.argv[1] if len(sys.argv) > 1 else "small"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 30
 order = sys.argv[3] if len(sys.argv) > 3 else "random"
-PAIRS, WARM = 16, 5
 torch.manual_seed(0)
-cfg = Qwen2Config(
+config = Qwen2Config(
     **SIZES[size],
-    max_position_embeddings=512,
+    max_position_embeddings=LONGEST,
     tie_word_embeddings=False,
-    pad_token_id=0,
+    pad_token_id=PAD,
     eos_token_id=1,
     bos_token_id=None,
     num_labels=1,
 )
-tk = PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(
-        models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")
-    ),
-    pad_token="t0",
-    eos_token="t1",
-)
-model = Qwen2ForSequenceClassification(cfg)
+
+
+def make_tokenizer():
+    words = {f"t{number}": number for number in range(config.vocab_size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="t2")),
+        pad_token="t0",
+        eos_token="t1",
+    )
+
+
+def make_data():
+    random = np.random.default_rng(0)
+    lengths = np.exp(random.normal(np.log(96), 0.6, (steps * PAIRS, 2)))
+    lengths = np.clip(lengths.round().astype(int), 8, LONGEST)
+    pairs = [
+        [random.integers(2, config.vocab_size, length).tolist() for length in of_pair]
+        for of_pair in lengths
+    ]
+    return Dataset.from_dict(
+        {
+            "chosen_ids": [chosen for chosen, _ in pairs],
+            "rejected_ids": [rejected for _, rejected in pairs],
+            "length": lengths.max(1).tolist(),
+        }
+    )
+
+
+# Of each batch, the real tokens and all places.
+tokens_of_batches = []
+places_of_batches = []
+
+
+class CountingCollator(DataCollatorForPreference):
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        tokens_of_batches.append(int(batch["attention_mask"].sum()))
+        places_of_batches.append(batch["attention_mask"].numel())
+        return batch
+
+
+class Clock(TrainerCallback):
+    """Records when each step ends."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, *arguments, **more):
+        self.ends.append(time.perf_counter())
+
+
+model = Qwen2ForSequenceClassification(config)
 print(
     "params",
-    sum(p.numel() for p in model.parameters()),
+    sum(parameter.numel() for parameter in model.parameters()),
     "torch threads",
     torch.get_num_threads(),
     "attention",
     model.config._attn_implementation,
     flush=True,
 )
-g = np.random.default_rng(0)
-lens = np.clip(np.exp(g.normal(np.log(96), 0.6, (steps * PAIRS, 2))).round().astype(int), 8, 512)
-rows = [[g.integers(2, cfg.vocab_size, n).tolist() for n in pair] for pair in lens]
-ds = Dataset.from_dict(
-    {
-        "chosen_ids": [r[0] for r in rows],
-        "rejected_ids": [r[1] for r in rows],
-        "length": lens.max(1).tolist(),
-    }
-)
-sampling = (
-    dict(
+grouping = {}
+if order == "grouped":
+    grouping = dict(
         train_sampling_strategy="group_by_length",
         length_column_name="length",
         remove_unused_columns=False,
     )
-    if order == "grouped"
-    else {}
-)
-args = RewardConfig(
+settings = RewardConfig(
     output_dir=tempfile.mkdtemp(),
     per_device_train_batch_size=PAIRS,
     max_steps=steps,
-    max_length=512,
+    max_length=LONGEST,
     learning_rate=1e-5,
     report_to=[],
     save_strategy="no",
@@ -110,48 +152,35 @@ args = RewardConfig(
     gradient_checkpointing=False,
     logging_steps=10**6,
     disable_tqdm=True,
-    **sampling,
+    **grouping,
 )
-real, padded, stamps = [], [], []
-
-
-class Count(DataCollatorForPreference):
-    def torch_call(self, examples):
-        out = super().torch_call(examples)
-        real.append(int(out["attention_mask"].sum()))
-        padded.append(out["attention_mask"].numel())
-        return out
-
-
-class Clock(TrainerCallback):
-    def on_step_end(self, *a, **k):
-        stamps.append(time.perf_counter())
-
-
-tr = RewardTrainer(
+clock = Clock()
+trainer = RewardTrainer(
     model=model,
-    args=args,
-    train_dataset=ds,
-    processing_class=tk,
-    data_collator=Count(pad_token_id=0),
-    callbacks=[Clock()],
+    args=settings,
+    train_dataset=make_data(),
+    processing_class=make_tokenizer(),
+    data_collator=CountingCollator(pad_token_id=PAD),
+    callbacks=[clock],
 )
 with contextlib.redirect_stdout(io.StringIO()):
-    tr.train()
-took, tokens, slots = stamps[-1] - stamps[WARM - 1], sum(real[WARM:steps]), sum(padded[WARM:steps])
+    trainer.train()
+seconds = clock.ends[-1] - clock.ends[WARM_UP - 1]
+tokens = sum(tokens_of_batches[WARM_UP:steps])
+places = sum(places_of_batches[WARM_UP:steps])
 print(
     "trl_rm",
     size,
     order,
-    args.optim,
+    settings.optim,
     "steps",
-    steps - WARM,
+    steps - WARM_UP,
     "seconds",
-    round(took, 2),
+    round(seconds, 2),
     "real_tokens_per_s",
-    round(tokens / took, 1),
+    round(tokens / seconds, 1),
     "pairs_per_s",
-    round((steps - WARM) * PAIRS / took, 2),
+    round((steps - WARM_UP) * PAIRS / seconds, 2),
     "real_share_of_slots",
-    round(tokens / slots, 3),
+    round(tokens / places, 3),
 )
