@@ -40,6 +40,7 @@ setup(
         "ml_dtypes",
         "jaxtyping",
         "etils[epath]",
+        "absl-py",
         "tensorboardX",
         "matplotlib",
         "tqdm",
@@ -49,10 +50,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "plan": ["libtpu"],  # the TPU compiler, for alignjax.plan on a machine without a TPU
         "gcs": ["gcsfs"],  # work directories at gs://
-        "eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness, for alignjax.evaluate --tasks
+        # lm-evaluation-harness, for alignjax.evaluate --tasks
+        "eval": ["lm_eval>=0.4.13", "datasets"],
         "wandb": ["wandb>=0.31"],  # Weights & Biases, for alignjax.train --wandb
         "test": [
             "beartype",  # checks the shapes in signatures while tests run
+            "datasets",
             "gcsfs",
             "lm_eval>=0.4.13",
             "pytest",

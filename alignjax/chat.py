@@ -25,13 +25,14 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from alignjax import config as configs
-from alignjax import inference, train
+from alignjax import inference
 from alignjax.algorithms import rewards
 from alignjax.config import UserError
 from alignjax.data import toy
 from alignjax.machine import sharding
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import run_command, say
+from alignjax.runs import lineage
 from alignjax.weights import checkpoint, locations
 
 COMMANDS = ("/reset", "/system", "/exit")
@@ -232,7 +233,7 @@ def trained_with(runs: list[str]) -> str | None:
         directory = locations.local_directory(run)
         if locations.read_config(directory).get("stage") != "ppo":
             continue
-        parent = train.parent_of(directory, "reward")
+        parent = lineage.parent_of(directory, "reward")
         if parent:
             return str(parent)
     return None

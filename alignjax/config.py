@@ -22,8 +22,9 @@ class UserError(Exception):
 
 @dataclass(unsafe_hash=True)
 class Model:
-    """A decoder. `family` names the Hugging Face layout that weights are read from and written to."""
+    """A decoder."""
 
+    # The Hugging Face layout that weights are read from and written to.
     family: str = "qwen2"  # qwen, qwen2, qwen3, llama
     vocab_size: int = 1024
     d_model: int = 128
@@ -78,7 +79,7 @@ class Data:
     kind: str = "text"  # lm: text, conversations; ranking: comparisons; ppo: prompts
     train: str = "toy/text"
     heldout: str = "toy/text"  # ranking reports figures for each source separately
-    # Share of prompts, chosen by their hash, to hold out of a file that train and heldout both name.
+    # Share of prompts, by their hash, to hold out of a file that train and heldout both name.
     heldout_share: float = 0.0
     on_bad_row: str = "error"  # in a user's file: error, or skip (and count)
     data_dir: str = ""  # where public sets were prepared; "" is the default of TFDS

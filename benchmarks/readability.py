@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COLUMNS = 100
+EXEMPT = "# fmt: " + "skip"
 LAYOUT_TOKENS = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -35,7 +36,7 @@ class Readability:
     long_lines: float  # share of all lines over COLUMNS columns
     name_length: float  # mean length in letters of the names that functions and assignments bind
     tuple_assignments: float  # per 1000 code lines: `a, b = c, d`
-    unformatted: int  # lines that are marked `# fmt: skip`
+    unformatted: int  # lines that are exempt from the formatter
 
 
 def code_tokens(text: str) -> list[tokenize.TokenInfo]:
@@ -109,7 +110,7 @@ def measure(root: Path) -> Readability:
         long_lines=sum(len(line) > COLUMNS for line in lines) / max(len(lines), 1),
         name_length=statistics.mean(map(len, names)) if names else 0.0,
         tuple_assignments=1000 * tuple_assignments / max(code_lines, 1),
-        unformatted=sum("# fmt: skip" in line for line in lines),
+        unformatted=sum(EXEMPT in line for line in lines),
     )
 
 

@@ -23,6 +23,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_configure() -> None:
+    """Check the shapes in signatures in every test of this process."""
+    import shape_checks  # not at the top: it imports JAX
+
+    shape_checks.install()
+
+
 @pytest.fixture(autouse=True)
 def restored_signal_handlers() -> Iterator[None]:
     """Put the signal handlers back after each test, because commands install their own."""

@@ -20,14 +20,27 @@ EMPTY_NAMES = {"found", "mine", "said", "told", "asked"}
 def breaches(path: Path) -> Iterator[str]:
     """Yield "FILE:LINE: what is wrong" for each rule that a file breaks."""
     text = path.read_text(encoding="utf-8")
+    in_package = path.is_relative_to(ROOT / "alignjax")
+    # The config is the user's to change, and its groups may be filled by position.
+    is_config = path == ROOT / "alignjax" / "config.py"
+    for line, problem in breaches_of(text, in_package=in_package, is_config=is_config):
+        yield f"{path.relative_to(ROOT)}:{line}: {problem}"
+
+
+def breaches_of(
+    text: str, *, in_package: bool, is_config: bool = False
+) -> Iterator[tuple[int, str]]:
+    """Yield (line, what is wrong) of a file's text; some rules hold in the package only."""
     tree = ast.parse(text)
-    checks = [line_breaches(text, tree), return_breaches(tree), container_breaches(path, tree)]
-    if path.is_relative_to(ROOT / "alignjax"):
-        checks += [assignment_breaches(tree), name_breaches(tree), function_breaches(tree)]
-        checks += [docstring_breaches(tree)]
-    for check in checks:
-        for line, problem in check:
-            yield f"{path.relative_to(ROOT)}:{line}: {problem}"
+    yield from line_breaches(text, tree)
+    yield from return_breaches(tree)
+    if not is_config:
+        yield from container_breaches(tree)
+    if in_package:
+        yield from assignment_breaches(tree)
+        yield from name_breaches(tree)
+        yield from function_breaches(tree)
+        yield from docstring_breaches(tree)
 
 
 def line_breaches(text: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -56,7 +69,7 @@ def starred(node: ast.Tuple) -> bool:
     return any(isinstance(element, ast.Starred) for element in node.elts)
 
 
-def container_breaches(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
+def container_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield containers of many fields that can be filled by position, or changed."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.ClassDef):
@@ -69,12 +82,10 @@ def container_breaches(path: Path, tree: ast.Module) -> Iterator[tuple[int, str]
             yield node.lineno, f"{node.name}: a named tuple of {len(fields)} fields"
         decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
         dataclasses = [
-            text for text in decorators if "dataclass" in text and "register" not in text
+            name for name in decorators if "dataclass" in name and "register" not in name
         ]
-        # The config is the user's to change, and its groups may be filled by position.
-        if dataclasses and path != ROOT / "alignjax" / "config.py":
-            if not all("frozen=True" in text and "kw_only=True" in text for text in dataclasses):
-                yield node.lineno, f"{node.name}: not a frozen, keyword-only dataclass"
+        if not all("frozen=True" in name and "kw_only=True" in name for name in dataclasses):
+            yield node.lineno, f"{node.name}: not a frozen, keyword-only dataclass"
 
 
 def assignment_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:

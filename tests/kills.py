@@ -1,8 +1,9 @@
-"""A PPO run that is killed again and again, at random moments, for test_faults: python tests/kills.py RUNS, with its parents.
+"""Kill a PPO run again and again at random moments, for test_faults: python tests/kills.py RUNS
 
-One process imports everything, and each attempt is a fork of it, made before JAX has a backend. One run, RUNS/whole, is
-left alone; then two others go side by side, from kill to kill. Prints, as JSON, the phases that were killed and the
-directories that came to their end.
+RUNS holds the parents of the run. One process imports everything, and each attempt is a fork of
+it, made before JAX has a backend. One run, RUNS/whole, is left alone. Then two others go side by
+side, from kill to kill. Prints, as JSON, how often each phase was killed and the directories of
+the runs that completed.
 """
 
 import collections
@@ -14,11 +15,13 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-if (
-    __name__ == "__main__"
-):  # an attempt is tracing, for the most part: one device, and all programs from the cache
+if __name__ == "__main__":
+    # An attempt spends most of its time on tracing: it has one device, and fetches all programs
+    # from the cache.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import conftest  # noqa: E402, F401
@@ -29,14 +32,10 @@ from alignjax.machine import profile
 from alignjax.runs.log import TrainingLog
 
 STEPS = 12
-TARGETS = (
-    "start",
-    "rollout",
-    "update",
-    "save",
-    "evaluation",
-)  # what is aimed at; others, between these, are hit too
-BEGUN = {
+# The phases at which kills are aimed; they hit the phases in between too.
+TARGETS = ("start", "rollout", "update", "save", "evaluation")
+# The mark that a run sends at the end of a phase -> the phase that begins then.
+NEXT_PHASE = {
     "data": "rollout",
     "rollout": "score",
     "score": "update",
@@ -46,104 +45,177 @@ BEGUN = {
     "due": "evaluation",
     "evaluation": "step",
 }
-KILLS, HITS = 10, 2  # of each of two runs: all in all, and in each of TARGETS
+MARKS = list(NEXT_PHASE)
+# Kills of each of the two runs: in all, and in each target.
+KILLS = 10
+HITS = 2
+# Seconds, at most, from the beginning of the target to the kill.
+START_DELAY = 1.5
+TRACING_DELAY = 0.5  # at first, a phase takes long, because its programs are traced
+SAVE_PATIENCE = 1.0  # seconds that a kill waits for a half-written checkpoint
+POLL = 0.001  # seconds between two looks for it
+PATIENCE = 300  # seconds without a mark, at most
 
 
-def run(runs: Path, workdir: Path, mark=lambda name: None) -> int:
+def train_marking(runs: Path, workdir: Path, mark: Callable[[str], object]) -> int:
+    """Run the PPO of the tiny chain, and call `mark` at the end of each phase."""
     evaluate = TrainingLog.evaluate
-    profile.Phases.mark = lambda self, name, *arrays: (
-        self.name and mark(name)
-    )  # which ends a phase of the loop
-    TrainingLog.evaluate = lambda self, *what: (mark("due"), evaluate(self, *what))
-    more = f"--config.steps={STEPS}", "--config.checkpoint_every=1", "--workdir", str(workdir)
-    return train.main(command("ppo-tiny", runs, *more))
+
+    def mark_phase(phases: profile.Phases, name: str, *arrays: object) -> None:
+        if phases.name:
+            mark(name)
+
+    def mark_evaluation(*arguments: object) -> None:
+        mark("due")
+        evaluate(*arguments)
+
+    profile.Phases.mark = mark_phase
+    TrainingLog.evaluate = mark_evaluation
+    overrides = [f"--config.steps={STEPS}", "--config.checkpoint_every=1"]
+    return train.main(command("ppo-tiny", runs, *overrides, "--workdir", str(workdir)))
 
 
-def forked(act, log: Path) -> int:
-    """The number of a child that does `act` and ends with its result; what it prints goes to `log`."""
+def fork(body: Callable[[], int], output: Path) -> int:
+    """Fork a child that ends with the result of `body`, printing to a file; return its number."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        with log.open("ab") as file:
+        with output.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        code = act()
+        code = body()
     finally:
         os._exit(code)
 
 
-def half_written(workdir: Path) -> set:
+def exit_codes(children: list[int]) -> list[int]:
+    """Wait for children, and return their exit codes."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def run_whole(runs: Path) -> int:
+    """Run undisturbed; RUNS/whole.json then has the seconds of each target, once compiled."""
+    times = []
+
+    def remember(name: str) -> None:
+        times.append((time.monotonic(), NEXT_PHASE[name]))
+
+    code = train_marking(runs, runs / "whole", remember)
+    seconds = {}
+    for (begin, phase), (end, _) in zip(times, times[1:], strict=False):
+        seconds[phase] = end - begin  # the last one counts
+    (runs / "whole.json").write_text(json.dumps(seconds))
+    return code
+
+
+def half_written(workdir: Path) -> set[tuple[str, int]]:
+    """Return what identifies the half-written checkpoints of a run."""
     return {(path.name, path.stat().st_ctime_ns) for path in workdir.glob("checkpoints/*tmp*")}
 
 
-def attempt(runs: Path, workdir: Path, log: Path, kind: str, rng: random.Random) -> str | None:
-    """The phase in which it was killed, a moment after `kind` began once more; None if it came to its end."""
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """When to kill a run."""
+
+    target: str
+    skipped: int  # how often the target begins before
+    delay: float  # seconds from the beginning of the target
+
+    @classmethod
+    def draw(cls, target: str, seconds: dict[str, float], rng: random.Random) -> "Aim":
+        """Draw a moment; `seconds` are those of the phases once they are compiled."""
+        if target == "start":
+            return cls(target=target, skipped=0, delay=rng.uniform(0, START_DELAY))
+        skipped = rng.randrange(2)
+        longest = seconds[target] if skipped else TRACING_DELAY
+        return cls(target=target, skipped=skipped, delay=rng.uniform(0, longest))
+
+
+def attempt(runs: Path, workdir: Path, output: Path, aim: Aim) -> str | None:
+    """Start or resume a run, and kill it at a moment.
+
+    Returns the phase in which it was killed, None if it completed before. A kill in a save counts
+    as one if it leaves a half-written checkpoint, so such an aim waits for one.
+    """
     read, write = os.pipe()
-    names, before, phase, kill_at = list(BEGUN), half_written(workdir), "start", None
-    tell = lambda name: os.write(write, bytes([names.index(name)]))
-    child = forked(lambda: run(runs, workdir, tell), log)
+    before = half_written(workdir)
+
+    def send(name: str) -> None:
+        os.write(write, bytes([MARKS.index(name)]))
+
+    child = fork(functools.partial(train_marking, runs, workdir, send), output)
     os.close(write)
-    waits, delay = (
-        (0, rng.uniform(0, 1.5)) if kind == "start" else (rng.randrange(2), rng.uniform(0, 0.5))
-    )
+    phase = "start"
+    skipped = 0
+    kill_at = None
     while True:
-        if phase == kind and kill_at is None:
-            kill_at, waits = (None, waits - 1) if waits else (time.monotonic() + delay, 0)
-        heard, _, _ = select.select(
-            [read], [], [], 300 if kill_at is None else max(kill_at - time.monotonic(), 0)
-        )
-        said = os.read(read, 1) if heard else None
-        if not said:
+        if phase == aim.target and kill_at is None:
+            if skipped < aim.skipped:
+                skipped += 1
+            else:
+                kill_at = time.monotonic() + aim.delay
+        late = 0.0 if kill_at is None else time.monotonic() - kill_at
+        waits_for_file = aim.target == "save" and late < SAVE_PATIENCE
+        if late > 0 and not (waits_for_file and not half_written(workdir) - before):
+            os.kill(child, signal.SIGKILL)
             break
-        phase = BEGUN[names[said[0]]]
-    if not heard:
-        os.kill(child, signal.SIGKILL)
+        timeout = PATIENCE if kill_at is None else max(-late, POLL)
+        if select.select([read], [], [], timeout)[0]:
+            received = os.read(read, 1)
+            if not received:  # the child has ended
+                break
+            phase = NEXT_PHASE[MARKS[received[0]]]
+        else:
+            assert kill_at is not None, f"no end of {phase}: {output.read_text()}"
     os.close(read)
-    (status,) = wait([child])
-    assert status == -signal.SIGKILL or (heard and status == 0), (
-        f"{status} in {phase}: {log.read_text()}"
-    )
-    if status == 0:
+    (code,) = exit_codes([child])
+    assert code in (0, -signal.SIGKILL), f"{code} in {phase}: {output.read_text()}"
+    if code == 0:
         return None
-    if (
-        phase != "evaluation" and half_written(workdir) - before
-    ):  # an evaluation has the save before it beside it
+    # The save before an evaluation may still be going on beside it.
+    if phase != "evaluation" and half_written(workdir) - before:
         return "save"
     return "step" if phase == "save" else phase
 
 
-def chain(runs: Path, name: str) -> int:
-    """Kills; RUNS/NAME.json then has how many there were in each phase, and the directories that came to their end."""
-    rng, hits, ended = random.Random(name), collections.Counter(), []
-    workdir, log = runs / f"{name}0", runs / f"{name}.log"
-    while sum(hits.values()) < KILLS or min(hits[kind] for kind in TARGETS) < HITS:
-        assert sum(hits.values()) < 4 * KILLS, hits
-        phase = attempt(runs, workdir, log, min(TARGETS, key=lambda kind: hits[kind]), rng)
+def run_killed(runs: Path, name: str) -> int:
+    """Kill a run until each target has been hit, and let it complete.
+
+    RUNS/NAME.json then has how often each phase was killed, and the directories of the runs that
+    completed: a run that completes too early is followed by another.
+    """
+    rng = random.Random(name)
+    seconds = json.loads((runs / "whole.json").read_text())
+    hits = collections.Counter()
+    completed = []
+    workdir = runs / f"{name}0"
+    while hits.total() < KILLS or min(hits[target] for target in TARGETS) < HITS:
+        assert hits.total() < 4 * KILLS, hits
+        target = min(TARGETS, key=lambda target: hits[target])
+        phase = attempt(runs, workdir, runs / f"{name}.log", Aim.draw(target, seconds, rng))
         if phase:
             hits[phase] += 1
         else:
-            ended.append(str(workdir))
-            workdir = runs / f"{name}{len(ended)}"
-    (runs / f"{name}.json").write_text(
-        json.dumps({"hits": hits, "completed": [*ended, str(workdir)]})
-    )
-    return run(runs, workdir)
+            completed.append(str(workdir))
+            workdir = runs / f"{name}{len(completed)}"
+    result = {"hits": hits, "completed": [*completed, str(workdir)]}
+    (runs / f"{name}.json").write_text(json.dumps(result))
+    return train_marking(runs, workdir, lambda name: None)
 
 
-def wait(children: list[int]) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+def complete(runs: Path, bodies: dict[str, Callable[[], int]]) -> None:
+    """Run bodies side by side in processes of their own, which must all succeed."""
+    children = [fork(body, runs / f"{name}.log") for name, body in bodies.items()]
+    codes = exit_codes(children)
+    assert not any(codes), "".join((runs / f"{name}.log").read_text() for name in bodies)
 
 
 def main(runs: Path) -> None:
-    asked = [
-        (["whole"], lambda name: run(runs, runs / name)),
-        (["a", "b"], lambda name: chain(runs, name)),
-    ]
-    for names, act in asked:
-        ends = wait([forked(functools.partial(act, name), runs / f"{name}.log") for name in names])
-        assert not any(ends), "".join((runs / f"{name}.log").read_text() for name in names)
+    complete(runs, {"whole": functools.partial(run_whole, runs)})
+    names = ("a", "b")
+    complete(runs, {name: functools.partial(run_killed, runs, name) for name in names})
     print(json.dumps([json.loads((runs / f"{name}.json").read_text()) for name in names]))
 
 

@@ -1,17 +1,24 @@
-"""Each warning is given by a run made to show it, said once and in time; healthy runs give none."""
+"""Each warning is given, once and in time, by a run made to show it; healthy runs give none."""
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
+import jax
 import pytest
 from runs import command, step_output
 
 from alignjax import config as configs
 from alignjax import train
+from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.runs import advice, records
 from alignjax.runs.log import TrainingLog
+from alignjax.runs.records import Records
 from alignjax.runs.rules import RULES
 
+# One row for each microbatch. With rows of one width, the runs then need few programs.
+ONE_ROW = {"microbatch_tokens": 1}
 PPO = {
     "optimiser.schedule": "constant",
     "checkpoint_every": 100,
@@ -20,10 +27,21 @@ PPO = {
     "ppo.pretrain_coef": 0,
     "ppo.pretrain_ratio": 0,
 }
-FAULTS = {  # run -> its config, the fields that make it go wrong, the kinds of warnings that it is to give
-    "greedy": (
-        "ppo-tiny",
-        {
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A run that goes wrong."""
+
+    config: str
+    fields: dict[str, object]  # the fields that make it go wrong
+    kinds: set[str]  # of the warnings that it must give
+
+
+FAULTS = {
+    "greedy": Fault(
+        config="ppo-tiny",
+        fields={
             **PPO,
             "steps": 30,
             "ppo.reward_fn": "test_advice:brevity",
@@ -36,7 +54,7 @@ FAULTS = {  # run -> its config, the fields that make it go wrong, the kinds of 
             "ppo.value_warmup_steps": 40,
             "ppo.eval_every": 10,
         },
-        {
+        kinds={
             "kl",
             "clip_high",
             "entropy",
@@ -46,9 +64,9 @@ FAULTS = {  # run -> its config, the fields that make it go wrong, the kinds of 
             "alignment_tax",
         },
     ),
-    "still": (
-        "ppo-tiny",
-        {
+    "still": Fault(
+        config="ppo-tiny",
+        fields={
             **PPO,
             "steps": 20,
             "data.examples": 8,
@@ -60,114 +78,124 @@ FAULTS = {  # run -> its config, the fields that make it go wrong, the kinds of 
             "ppo.pretrain_heldout": "",
             "ppo.eval_every": 0,
         },
-        {"truncated", "explained_variance", "clip_zero"},
+        kinds={"truncated", "explained_variance", "clip_zero"},
     ),
-    "coin": (
-        "rm-tiny",
-        {"steps": 20, "optimiser.learning_rate": 0, "ranking.demonstrations": ""},
-        {"chance"},
+    "coin": Fault(
+        config="rm-tiny",
+        fields={"steps": 20, "optimiser.learning_rate": 0, "ranking.demonstrations": ""},
+        kinds={"chance"},
     ),
-    "hot": ("sft-tiny", {"steps": 12, "optimiser.learning_rate": 1}, {"loss"}),
+    "hot": Fault(
+        config="sft-tiny", fields={"steps": 12, "optimiser.learning_rate": 1}, kinds={"loss"}
+    ),
+}
+# The SFT run that the faulty runs start from; its responses end.
+SFT = {
+    "steps": 40,
+    "optimiser.learning_rate": 0.02,
+    "optimiser.schedule": "constant",
+    "data.examples": 0,
+    "checkpoint_every": 100,
 }
 
 
 def brevity(prompts, responses, **columns):
-    """The best response is none, which the true score calls the worst."""
+    """Prefer the empty response, which the true score calls the worst."""
     return [-float(len(response.split())) for response in responses]
 
 
-@pytest.fixture(scope="module")
-def faulty(chain, tmp_path_factory):
-    """name -> (records, what was printed) of the runs of FAULTS, on one device, and of the SFT that they begin with, whose
-    responses end."""
-    runs, found = tmp_path_factory.mktemp("faulty"), {}
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    records: Records
+    printed: list[str]
+
+
+def run_once(
+    name: str, config: str, fields: dict[str, object], parents: dict[str, Path], runs: Path
+) -> FinishedRun:
+    """Make the run NAME from a config of the chain with other fields and parents."""
+    overrides = ONE_ROW | fields | {f"parents.{role}": path for role, path in parents.items()}
+    arguments = [f"--config.{field}={value}" for field, value in overrides.items()]
+    printed = []
     with pytest.MonkeyPatch.context() as patch:
-        mesh = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda asked: mesh(asked, train.jax.devices()[:1]))
+        patch.setattr(train, "say", printed.append)
+        command_line = [*command(config, runs), "--workdir", str(runs / name), *arguments]
+        assert train.main(command_line) == 0
+    return FinishedRun(records=records.read(runs / name), printed=printed)
 
-        def run(name, config, fields, parents):
-            printed, asked = (
-                [],
-                fields | {f"parents.{role}": path for role, path in parents.items()},
-            )
-            patch.setattr(train, "say", printed.append)
-            more = (f"--config.{field}={value}" for field, value in asked.items())
-            assert train.main([*command(config, runs), "--workdir", str(runs / name), *more]) == 0
-            found[name] = records.read(runs / name), printed
 
-        sft, tiny = runs / "sft", {name: chain[0] / f"{name}-tiny" for name in ("lm", "pmp", "rm")}
-        begun = {
-            "steps": 40,
-            "optimiser.learning_rate": 0.02,
-            "optimiser.schedule": "constant",
-            "data.examples": 0,
-        }
-        run("sft", "sft-tiny", begun | {"checkpoint_every": 100}, {"model": tiny["lm"]})
-        parents = {
-            "ppo-tiny": {
-                "policy": sft,
-                "reference": sft,
-                "value": tiny["rm"],
-                "reward": tiny["rm"],
-            },
-            "rm-tiny": {"model": tiny["pmp"]},
-            "sft-tiny": {"model": sft},
-        }
-        for name, (config, fields, _) in FAULTS.items():
-            run(name, config, fields, parents[config])
-    return found
+@pytest.fixture(scope="module")
+def finished(chain, tmp_path_factory) -> dict[str, FinishedRun]:
+    """Return the runs of FAULTS, made on one device, and the SFT run that they start from."""
+    runs = tmp_path_factory.mktemp("faulty")
+    make_mesh = sharding.make_mesh
+    lm, pmp, reward = (chain.runs / f"{name}-tiny" for name in ("lm", "pmp", "rm"))
+    sft = runs / "sft"
+    parents = {
+        "ppo-tiny": {"policy": sft, "reference": sft, "value": reward, "reward": reward},
+        "rm-tiny": {"model": pmp},
+        "sft-tiny": {"model": sft},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        patch.setattr(packing, "WIDTHS", (1,))
+        made = {"sft": run_once("sft", "sft-tiny", SFT, {"model": lm}, runs)}
+        for name, fault in FAULTS.items():
+            made[name] = run_once(name, fault.config, fault.fields, parents[fault.config], runs)
+    return made
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_run_that_goes_wrong_says_so_once_when_it_does_and_at_its_end(name, faulty):
-    left, printed = faulty[name]
-    found = advice.advise(left.config, left.metrics, left.evaluations)
-    assert {warning.kind for warning in found} == FAULTS[name][2] and len(found) == len(
-        FAULTS[name][2]
-    )
-    said = [line for line in printed if ": warning at step " in line]
-    runs = left.config["name"]
-    assert said == [advice.text(runs, w) for w in found] + [advice.brief(runs, w) for w in found]
-    for warning in found:  # not a step earlier
-        before = [row for row in left.metrics if row["step"] < warning.step]
-        earlier = [row for row in left.evaluations if row["step"] < warning.step]
-        assert warning.kind not in {w.kind for w in advice.advise(left.config, before, earlier)}
+def test_a_run_that_goes_wrong_warns_once_in_time_and_again_at_its_end(name, finished):
+    run = finished[name].records
+    warnings = advice.advise(run.config, run.metrics, run.evaluations)
+    kinds = FAULTS[name].kinds
+    assert {warning.kind for warning in warnings} == kinds and len(warnings) == len(kinds)
+    lines = [line for line in finished[name].printed if ": warning at step " in line]
+    title = run.config["name"]
+    during_the_run = [advice.text(title, warning) for warning in warnings]
+    at_the_end = [advice.brief(title, warning) for warning in warnings]
+    assert lines == during_the_run + at_the_end
+    for warning in warnings:  # not a step earlier
+        metrics = [row for row in run.metrics if row["step"] < warning.step]
+        evaluations = [row for row in run.evaluations if row["step"] < warning.step]
+        earlier = advice.advise(run.config, metrics, evaluations)
+        assert warning.kind not in {each.kind for each in earlier}
 
 
-def test_every_kind_is_shown_by_a_run_and_names_fields_that_there_are():
-    assert {rule.kind for rule in RULES} == set().union(*(kinds for *_, kinds in FAULTS.values()))
-    fields = {name for name, _ in configs.flatten(configs.Config())} | {
-        f"parents.{role}" for role in configs.ROLES["ppo"]
-    }
+def test_every_kind_is_shown_by_a_run_and_its_remedy_names_existing_fields():
+    shown = set()
+    for fault in FAULTS.values():
+        shown |= fault.kinds
+    assert {rule.kind for rule in RULES} == shown
+    fields = {name for name, _ in configs.flatten(configs.Config())}
+    fields |= {f"parents.{role}" for role in configs.ROLES["ppo"]}
     for rule in RULES:
         words = re.findall(r"\w+\.\w+", f"{rule.meaning} {rule.remedy}")
         named = set(words) - {"samples.jsonl"}
         assert named and named <= fields, rule.kind
 
 
-def test_healthy_runs_give_no_warning(chain, faulty):
-    for run in [
-        *(records.read(path) for path in chain[0].iterdir() if path.is_dir()),
-        faulty["sft"][0],
-    ]:
+def test_healthy_runs_give_no_warning(chain, finished):
+    healthy = [records.read(path) for path in chain.runs.iterdir() if path.is_dir()]
+    for run in [*healthy, finished["sft"].records]:
         assert advice.advise(run.config, run.metrics, run.evaluations) == []
-    assert not [line for line in chain[1] if "warning" in line]
+    assert not [line for line in chain.printed if "warning" in line]
 
 
-def kinds(rows: list[dict], stage="ppo", evaluations=(), **config) -> dict[str, int]:
-    """kind -> step of what is said of rows without their steps."""
+def warned(rows: list[dict], stage="ppo", evaluations=(), **config) -> dict[str, int]:
+    """Return {kind: step} of the warnings about rows that lack their steps."""
     flat = dict(configs.flatten(configs.Config(stage=stage, steps=40))) | config
-    found = advice.advise(
-        flat, [{"step": i, **row} for i, row in enumerate(rows)], list(evaluations)
-    )
-    return {warning.kind: warning.step for warning in found}
+    metrics = [{"step": i, **row} for i, row in enumerate(rows)]
+    warnings = advice.advise(flat, metrics, list(evaluations))
+    return {warning.kind: warning.step for warning in warnings}
 
 
-def kl(*figures):
+def kl(*figures: float) -> list[dict]:
     return [{"objective/kl_per_token": x, "objective/kl": 100 * x} for x in figures]
 
 
-def length(mean, longest, truncated=0.0):
+def length(mean: float, longest: float, truncated: float = 0.0) -> dict:
     return {
         "response/length_mean": mean,
         "response/length_max": longest,
@@ -175,8 +203,14 @@ def length(mean, longest, truncated=0.0):
     }
 
 
-STILL = {"policy/clipfrac_avg": 0.0, "objective/kl_per_token": 1e-4}
-EV = {"value/explained_variance": -0.1, "objective/scores_std": 1.0, "policy/approxkl_avg": 1e-3}
+UNMOVED = {"policy/clipfrac_avg": 0.0, "objective/kl_per_token": 1e-4}
+BAD_VALUES = {
+    "value/explained_variance": -0.1,
+    "objective/scores_std": 1.0,
+    "policy/approxkl_avg": 1e-3,
+}
+IN_WARMUP = {name: x for name, x in BAD_VALUES.items() if "policy" not in name}
+CLIPPED = {"policy/clipfrac_avg": 0.31}
 
 
 @pytest.mark.parametrize(
@@ -185,100 +219,85 @@ EV = {"value/explained_variance": -0.1, "objective/scores_std": 1.0, "policy/app
         (kl(*[0.51] * 4), {}),
         (kl(*[0.51] * 5), {"kl": 4}),
         (kl(*[0.19] * 30), {}),  # high, but it stays
-        (
-            kl(*[0.02 * i for i in range(25)]),
-            {"kl": 14},
-        ),  # 0.24 at a mean, from 0.04 ten steps before
+        # The mean is 0.24, after 0.04 ten steps earlier.
+        (kl(*[0.02 * i for i in range(25)]), {"kl": 14}),
         (kl(*[0.3] * 5, *[0.35] * 20), {}),
-        ([EV] * 9, {}),
-        ([EV] * 10, {"explained_variance": 9}),
-        ([EV | {"value/explained_variance": x} for x in (-0.9, *[0.2] * 9)], {}),
-        (
-            [{k: x for k, x in EV.items() if "policy" not in k}] * 15 + [EV] * 9,
-            {},
-        ),  # the warm-up does not count
-        ([EV | {"objective/scores_std": 0.0}] * 4, {}),
-        ([{"policy/clipfrac_avg": 0.31}] * 5, {"clip_high": 4}),
-        (
-            [{"policy/clipfrac_avg": 0.31}] * 4 + [{}] + [{"policy/clipfrac_avg": 0.31}] * 4,
-            {},
-        ),  # one that was left out
+        ([BAD_VALUES] * 9, {}),
+        ([BAD_VALUES] * 10, {"explained_variance": 9}),
+        ([BAD_VALUES | {"value/explained_variance": x} for x in (-0.9, *[0.2] * 9)], {}),
+        ([IN_WARMUP] * 15 + [BAD_VALUES] * 9, {}),  # the warm-up does not count
+        ([BAD_VALUES | {"objective/scores_std": 0.0}] * 4, {}),
+        ([CLIPPED] * 5, {"clip_high": 4}),
+        ([CLIPPED] * 4 + [{}] + [CLIPPED] * 4, {}),  # one figure was not finite
         ([{"policy/clipfrac_avg": 0.29}] * 9, {}),
         ([{"policy/entropy_avg": x} for x in (2.0, *[0.19] * 5)], {"entropy": 5}),
         ([{"policy/entropy_avg": x} for x in (2.0, *[0.21] * 9)], {}),
         ([length(7.0, 14, 0.51)] * 5, {"truncated": 4}),
         ([length(7.0, 14, 0.5)] * 9, {}),
         ([length(6.0, 9)] + [length(6.0, 6)] * 5, {"one_length": 5}),
-        ([length(6.0, 6)] * 9, {}),  # as the task has it
+        ([length(6.0, 6)] * 9, {}),  # as the task asks
         ([length(6.0, 9), *(length(x, x) for x in (6.0, 7.0, 6.0, 7.0, 6.0))], {}),
         ([length(1.0, 1)] * 5, {"one_length": 4}),
-        (
-            [length(13.0, 14, 0.9)] + [length(14.0, 14, 1.0)] * 5,
-            {"truncated": 4},
-        ),  # and of one length for that reason alone
+        # Of one length only because they are truncated.
+        ([length(13.0, 14, 0.9)] + [length(14.0, 14, 1.0)] * 5, {"truncated": 4}),
         ([{"objective/scores_std": 0.0, "objective/scores": 1.0}] * 5, {"no_signal": 4}),
         ([{"objective/scores_std": 1e-3, "objective/scores": 1.0}] * 9, {}),
     ],
 )
 def test_the_edges_of_the_rules(rows, wanted):
-    assert kinds(rows) == wanted
+    assert warned(rows) == wanted
 
 
 @pytest.mark.parametrize(
     "epochs, rows, wanted",
     [
-        (2, [STILL] * 19, {}),
-        (2, [STILL] * 20, {"clip_zero": 19}),
-        (1, [STILL] * 30, {}),  # a single update of a rollout is never clipped
-        (2, [STILL | {"objective/kl_per_token": 1e-3}] * 30, {}),  # the policy moves: all is well
-        (2, [STILL] * 19 + [STILL | {"policy/clipfrac_avg": 1e-3}], {}),
+        (2, [UNMOVED] * 19, {}),
+        (2, [UNMOVED] * 20, {"clip_zero": 19}),
+        (1, [UNMOVED] * 30, {}),  # the only update of a rollout is never clipped
+        (2, [UNMOVED | {"objective/kl_per_token": 1e-3}] * 30, {}),  # the policy moves
+        (2, [UNMOVED] * 19 + [UNMOVED | {"policy/clipfrac_avg": 1e-3}], {}),
     ],
 )
-def test_no_clip_is_a_fault_only_where_the_policy_could_move_and_does_not(epochs, rows, wanted):
-    assert kinds(rows, **{"ppo.epochs": epochs}) == wanted
+def test_no_clipping_is_a_fault_only_where_the_policy_could_move_and_does_not(epochs, rows, wanted):
+    assert warned(rows, **{"ppo.epochs": epochs}) == wanted
 
 
-def true(scores, trues):
+def scored(scores: list[float], true_scores: list[float]) -> list[dict]:
     return [
-        {"objective/scores": s, "objective/true_score": t}
-        for s, t in zip(scores, trues, strict=True)
+        {"objective/scores": score, "objective/true_score": true_score}
+        for score, true_score in zip(scores, true_scores, strict=True)
     ]
 
 
-def wavy(level, n):
-    return [level + (0.02 if i % 2 else -0.02) for i in range(n)]
+def wavy(level: float, count: int) -> list[float]:
+    return [level + (0.02 if i % 2 else -0.02) for i in range(count)]
 
 
 @pytest.mark.parametrize(
     "rows, wanted",
     [
-        (true([*wavy(1, 10), *wavy(2, 10)], [*wavy(0.8, 10), *wavy(0.6, 10)]), {"over_optimised"}),
         (
-            true([*wavy(1, 10), *wavy(0.5, 10)], [*wavy(0.8, 10), *wavy(0.6, 10)]),
-            set(),
-        ),  # both fall: another fault
-        (
-            true([*wavy(1, 10), *wavy(2, 10)], [*wavy(0.8, 10), *wavy(0.77, 10)]),
-            set(),
-        ),  # too little
-        (
-            true([*wavy(1, 10), *wavy(2, 10)], [0.5, 1.0] * 5 + [0.3, 0.9] * 5),
-            set(),
-        ),  # less than the noise
+            scored([*wavy(1, 10), *wavy(2, 10)], [*wavy(0.8, 10), *wavy(0.6, 10)]),
+            {"over_optimised"},
+        ),
+        # Both fall, which is another fault.
+        (scored([*wavy(1, 10), *wavy(0.5, 10)], [*wavy(0.8, 10), *wavy(0.6, 10)]), set()),
+        # The fall is too small.
+        (scored([*wavy(1, 10), *wavy(2, 10)], [*wavy(0.8, 10), *wavy(0.77, 10)]), set()),
+        # The fall is within the noise.
+        (scored([*wavy(1, 10), *wavy(2, 10)], [0.5, 1.0] * 5 + [0.3, 0.9] * 5), set()),
         ([{"objective/scores": x} for x in wavy(1, 30)], set()),  # there is no true score
     ],
 )
-def test_over_optimisation_is_told_from_noise_and_from_a_fall_of_both(rows, wanted):
-    assert set(kinds(rows)) == wanted
+def test_over_optimisation_is_told_from_noise_and_from_a_fall_of_both_scores(rows, wanted):
+    assert set(warned(rows)) == wanted
 
 
-def test_text_loss_is_held_against_the_first_evaluation():
-    rows = [
-        {"step": 10 * i, "pretrain_loss": x} for i, x in enumerate((2.0, 2.19, None, 2.21, 3.0), 1)
-    ]
-    assert kinds([], evaluations=rows[:3]) == {} and kinds([], evaluations=rows) == {
-        "alignment_tax": 40
-    }
+def test_text_loss_is_compared_with_the_first_evaluation():
+    losses = (2.0, 2.19, None, 2.21, 3.0)
+    rows = [{"step": 10 * i, "pretrain_loss": loss} for i, loss in enumerate(losses, 1)]
+    assert warned([], evaluations=rows[:3]) == {}
+    assert warned([], evaluations=rows) == {"alignment_tax": 40}
 
 
 @pytest.mark.parametrize(
@@ -286,19 +305,20 @@ def test_text_loss_is_held_against_the_first_evaluation():
     [
         ("lm", [{"loss": 3.0 - i / 10} for i in range(20)] + [{"loss": 1.7}] * 10, {}),
         ("lm", [{"loss": 1.0}] * 10 + [{"loss": 9.0}] + [{"loss": 1.0}] * 9, {"loss": 10}),
-        ("ranking", [{"loss": 0.69, "accuracy": 0.5, "ties": 0.0}] * 29, {}),  # early
+        ("ranking", [{"loss": 0.69, "accuracy": 0.5, "ties": 0.0}] * 29, {}),  # too early
         ("ranking", [{"loss": 0.69, "accuracy": 0.5, "ties": 0.0}] * 30, {"chance": 29}),
         ("ranking", [{"loss": 0.69, "accuracy": 0.3, "ties": 0.5}] * 40, {}),
         ("ppo", [{"loss": 1.0 + i} for i in range(40)], {}),  # not a rule of this stage
     ],
 )
 def test_the_rules_of_the_other_stages(stage, rows, wanted):
-    assert kinds(rows, stage) == wanted
+    assert warned(rows, stage) == wanted
 
 
-def test_a_run_that_resumes_says_only_what_it_has_not_said(tmp_path):
-    """Cut off after step 7, whose rows from step 6 on are dropped: what was said at step 4 is not said again."""
-    config, said = dict(configs.flatten(configs.Config(stage="ppo"))), []
+def test_a_resumed_run_repeats_no_warning(tmp_path):
+    """It is cut off after step 7 and resumes at step 6; the warning of step 4 is not repeated."""
+    config = dict(configs.flatten(configs.Config(stage="ppo")))
+    printed = []
     rows = [
         length(14.0, 14, 1.0) | {"policy/clipfrac_avg": 0.1 if i < 4 else 0.9} for i in range(10)
     ]
@@ -308,15 +328,15 @@ def test_a_run_that_resumes_says_only_what_it_has_not_said(tmp_path):
             "run",
             start=start,
             num_steps=10,
-            say=said.append,
+            say=printed.append,
             adviser=advice.Adviser(config),
         )
-        for i in range(start, end):
-            log.write(i, step_output(rows[i]))
+        for step in range(start, end):
+            log.write(step, step_output(rows[step]))
         log.flush()
         log.close()
-    found = advice.advise(config, records.read_lines(tmp_path / "metrics.jsonl"), [])
-    assert said == [advice.text("run", warning) for warning in found] and {
-        w.step: w.kind for w in found
-    } == {4: "truncated", 5: "clip_high"}
-    assert all(text.count("\n") == 2 for text in said)
+    warnings = advice.advise(config, records.read_lines(tmp_path / "metrics.jsonl"), [])
+    assert printed == [advice.text("run", warning) for warning in warnings]
+    kinds = {warning.step: warning.kind for warning in warnings}
+    assert kinds == {4: "truncated", 5: "clip_high"}
+    assert all(text.count("\n") == 2 for text in printed)

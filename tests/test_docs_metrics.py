@@ -1,79 +1,75 @@
-"""docs/metrics.md has a line for every name that a run writes, none that no run writes, and the table of the warnings."""
+"""docs/metrics.md has a line for each name that a run writes and for no other, and all warnings."""
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from runs import ROOT, rows
+from runs import ROOT, Chain, rows
 
 from alignjax.runs.rules import RULES
 
 TEXT = (ROOT / "docs" / "metrics.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S))
+# Words in the documented names that stand for any text.
+PLACEHOLDERS = ("SET", "NAME", "X")
 
 
-def names(section: str) -> dict[str, str]:
-    """The names of a section's table, with what their lines say."""
+def documented(section: str) -> dict[str, str]:
+    """Return the names in a section's table, each with the rest of its line."""
     return dict(re.findall(r"^\| `([^`]+)` \|(.*)$", SECTIONS[section], re.M))
 
 
 def pattern(name: str) -> re.Pattern:
-    """Capital words stand for any."""
-    return re.compile(
-        "".join(
-            ".+" if part in ("SET", "NAME", "X") else re.escape(part)
-            for part in re.split(r"\b(SET|NAME|X)\b", name)
-        )
-    )
+    """Return a pattern for a documented name, whose placeholders match any text."""
+    parts = re.split(rf"\b({'|'.join(PLACEHOLDERS)})\b", name)
+    return re.compile("".join(".+" if part in PLACEHOLDERS else re.escape(part) for part in parts))
 
 
-def keys(chain, file: str, *runs) -> set[str]:
-    return {key for run in runs for row in rows(chain[0] / run / file) for key in row}
+def keys(chain: Chain, file: str, *runs: str) -> set[str]:
+    """Return all keys in the rows of a file of some runs."""
+    return {key for run in runs for row in rows(chain.runs / run / file) for key in row}
 
 
-def summaries(chain) -> set[str]:
-    return {
-        key
-        for run in chain[0].iterdir()
-        if run.is_dir()
-        for key in json.loads((run / "summary.json").read_text())
-    }
+def summary_keys(chain: Chain) -> set[str]:
+    runs: list[Path] = [run for run in chain.runs.iterdir() if run.is_dir()]
+    return {key for run in runs for key in json.loads((run / "summary.json").read_text())}
 
 
 @pytest.mark.parametrize(
-    "section, written",
+    "section, file, runs",
     [
-        ("metrics.jsonl: lm", lambda chain: keys(chain, "metrics.jsonl", "lm-tiny", "sft-tiny")),
-        (
-            "metrics.jsonl: ranking",
-            lambda chain: keys(chain, "metrics.jsonl", "pmp-tiny", "rm-tiny"),
-        ),
-        ("metrics.jsonl: ppo", lambda chain: keys(chain, "metrics.jsonl", "ppo-tiny")),
-        ("evaluations.jsonl", lambda chain: keys(chain, "evaluations.jsonl", "ppo-tiny")),
-        (
-            "timing.jsonl",
-            lambda chain: keys(chain, "timing.jsonl", "lm-tiny", "rm-tiny", "ppo-tiny"),
-        ),
-        ("summary.json", summaries),
+        ("metrics.jsonl: lm", "metrics.jsonl", ["lm-tiny", "sft-tiny"]),
+        ("metrics.jsonl: ranking", "metrics.jsonl", ["pmp-tiny", "rm-tiny"]),
+        ("metrics.jsonl: ppo", "metrics.jsonl", ["ppo-tiny"]),
+        ("evaluations.jsonl", "evaluations.jsonl", ["ppo-tiny"]),
+        ("timing.jsonl", "timing.jsonl", ["lm-tiny", "rm-tiny", "ppo-tiny"]),
+        ("summary.json", None, None),
     ],
 )
-def test_every_name_has_its_line_and_every_line_its_name(section, written, chain):
-    told, found = names(section), written(chain)
-    assert [key for key in found if not any(pattern(name).fullmatch(key) for name in told)] == []
-    absent = {name for name in told if not any(map(pattern(name).fullmatch, found))}
-    assert {name for name in absent if "Only with" not in told[name]} == set()
-    assert absent <= {"phases/NAME"}  # this chain has all the others
+def test_every_name_has_its_line_and_every_line_its_name(section, file, runs, chain):
+    lines = documented(section)
+    written = keys(chain, file, *runs) if file else summary_keys(chain)
+    patterns = {name: pattern(name) for name in lines}
+    undocumented = [
+        key for key in written if not any(known.fullmatch(key) for known in patterns.values())
+    ]
+    assert undocumented == []
+    absent = {name for name, known in patterns.items() if not any(map(known.fullmatch, written))}
+    assert {name for name in absent if "Only with" not in lines[name]} == set()
+    assert absent <= {"phases/NAME"}  # the chain writes all other names
 
 
-def test_samples_are_told(chain):
+def test_the_keys_of_samples_are_documented(chain):
     for run in ("lm-tiny", "rm-tiny", "ppo-tiny"):
         for key in keys(chain, "samples.jsonl", run) - {"step"}:
             assert f"`{key}`" in SECTIONS["samples.jsonl"], key
 
 
-def test_the_warnings_are_those_of_the_code():
+def test_the_table_of_warnings_has_the_rules_of_the_code():
     lines = re.findall(r"^\| (?!kind|---)(.+) \|$", SECTIONS["Warnings"], re.M)
     assert lines == [
-        f"`{r.kind}` | {', '.join(r.stages)} | {r.condition} | {r.meaning} | {r.remedy}"
-        for r in RULES
+        f"`{rule.kind}` | {', '.join(rule.stages)} | {rule.condition} | {rule.meaning} "
+        f"| {rule.remedy}"
+        for rule in RULES
     ]

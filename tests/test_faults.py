@@ -35,7 +35,7 @@ def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path,
     # One row is past the checkpoint. The resume drops it and writes it again.
     assert len(rows(runs / name / "metrics.jsonl")) == 3
     assert train.main(command(name, runs)) == 0
-    assert f"{name}: goes on from step 2" in capsys.readouterr().out
+    assert f"{name}: resuming from step 2" in capsys.readouterr().out
     assert files_of(runs / name) == files_of(chain.runs / name)
 
 
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(chain, tmp_path, caps
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert train.main(command("lm-tiny", tmp_path)) == 0
     printed = capsys.readouterr().out
-    assert "is damaged" in printed and "goes on from step 2" in printed
+    assert "is damaged" in printed and "resuming from step 2" in printed
     assert files_of(run) == files_of(chain.runs / "lm-tiny")
 
 
@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_in_a_save_is_one_line_and_the_same_command_goes_on(
     assert contents(run / "checkpoints" / "2") == kept
     assert not (run / "checkpoints" / "4").exists() and not (run / "summary.json").exists()
     assert train.main(command("lm-tiny", tmp_path)) == 0
-    assert "goes on from step 2" in capfd.readouterr().out
+    assert "resuming from step 2" in capfd.readouterr().out
     assert files_of(run) == files_of(chain.runs / "lm-tiny")
 
 

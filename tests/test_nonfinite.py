@@ -1,9 +1,10 @@
-"""A loss or a gradient that is not finite: the step is not applied, its batch is kept, the run goes on, or stops."""
+"""A step with a loss or gradient that is not finite is not applied, and its batch is kept."""
 
 import dataclasses
 import functools
 import json
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,37 +23,43 @@ from alignjax.data import mixture
 from alignjax.machine import sharding
 from alignjax.weights import checkpoint
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 MARK = -1  # a token that no text has
-EVERY = "--config.checkpoint_every=1", "--config.keep_checkpoints=4"
+SAVE_EVERY_STEP = ("--config.checkpoint_every=1", "--config.keep_checkpoints=4")
 
 
-def bits(tree) -> list[bytes]:
+def bits(tree: object) -> list[bytes]:
+    """Return the bytes of every array of a tree."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-def strict(path) -> list[dict]:
-    """The rows of a JSON-lines file, which must be JSON to the letter: without NaN and Infinity."""
+def strict_rows(path: Path) -> list[dict]:
+    """Return the rows of a JSON-lines file; NaN and Infinity, which JSON does not have, fail."""
 
-    def never(constant):
+    def reject(constant: str) -> None:
         raise AssertionError(constant)
 
-    return [json.loads(line, parse_constant=never) for line in path.read_text().splitlines()]
+    return [json.loads(line, parse_constant=reject) for line in path.read_text().splitlines()]
 
 
-def saved(run, step) -> dict:
-    """Item -> arrays of a checkpoint, all of which are finite."""
-    kept = (run / "checkpoints" / str(step)).iterdir()
-    items = [p.name for p in kept if p.is_dir() and p.name not in ("metrics", checkpoint.CHECKSUMS)]
+def checkpoint_arrays(run: Path, step: int) -> dict[str, object]:
+    """Return {item: arrays} of a checkpoint, all of which must be finite."""
+    directory = run / "checkpoints" / str(step)
+    others = ("metrics", checkpoint.CHECKSUMS)
+    items = [path.name for path in directory.iterdir() if path.is_dir() and path.name not in others]
     with checkpoint.ocp.PyTreeCheckpointer() as reader:
-        found = {item: reader.restore(run / "checkpoints" / str(step) / item) for item in items}
-    assert items and all(np.isfinite(x).all() for x in jax.tree.leaves(found))
-    return found
+        arrays = {item: reader.restore(directory / item) for item in items}
+    assert items and all(np.isfinite(array).all() for array in jax.tree.leaves(arrays))
+    return arrays
 
 
 @pytest.mark.parametrize("mesh", [Mesh(1, 1, 1), Mesh(2, 2, 2)], ids=["one", "eight"])
 def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(mesh):
-    """Wherever the number is, whatever it is; the next step is as if there had been none. -0 and what is tiny stay too."""
+    """This holds for every place and kind of number, and for -0 and subnormal parameters.
+
+    The next step is as if there had been no such step.
+    """
     size = mesh.data * mesh.fsdp * mesh.tensor
     if jax.device_count() < size:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
@@ -69,39 +76,40 @@ def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(mesh):
     kernel = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
     kernel[0] = [0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38]
     params = {"head": {"kernel": kernel, "bias": np.float32([-0.0])}}
-    put = lambda tree: jax.device_put(tree, sharding.param_shardings(tree, mesh))
+
+    def put(tree):
+        return jax.device_put(tree, sharding.param_shardings(tree, mesh))
+
     shapes = sharding.abstract(jax.eval_shape(init, params), mesh)
 
-    def total(loss, seen=1.0, at=None, bad=0.0):
+    def gradient_sum(loss, other_metric=1.0, bad_parameter=None, bad_gradient=0.0):
         grads = jax.tree.map(lambda x: np.full_like(x, -1e-3), params)
-        if at is not None:
-            grads["head"][at].flat[-1] = bad
-        metrics = {"loss": jnp.float32(loss), "seen": jnp.float32(seen)}
+        if bad_parameter is not None:
+            grads["head"][bad_parameter].flat[-1] = bad_gradient
+        metrics = {"loss": jnp.float32(loss), "other": jnp.float32(other_metric)}
         return GradientSum(put(grads), metrics)
 
-    bad = [
-        total(NAN),
-        total(-INF),
-        total(1.0, INF),
-        *(total(1.0, 1.0, at, x) for at in ("kernel", "bias") for x in (NAN, INF, 1e38)),
-    ]
+    bad_sums = [gradient_sum(NAN), gradient_sum(-INF), gradient_sum(1.0, INF)]
+    for name in ("kernel", "bias"):
+        for gradient in (NAN, INF, 1e38):
+            bad_sums.append(gradient_sum(1.0, 1.0, name, gradient))
     with jax.set_mesh(mesh):
         update = functools.partial(optimisation.update_state, optimiser)
         step = optimisation.compile_update(update, shapes)
 
-        def start():
+        def state_after_a_step():
             state = optimisation.place_state(put(params), optimiser, shapes)
-            return step(state, total(1.0))[0]
+            return step(state, gradient_sum(1.0))[0]
 
-        undisturbed, found = step(start(), total(2.0))
-        assert float(found["skipped"]) == 0 and int(undisturbed.updates) == 2
-        state = start()
+        undisturbed, metrics = step(state_after_a_step(), gradient_sum(2.0))
+        assert float(metrics["skipped"]) == 0 and int(undisturbed.updates) == 2
+        state = state_after_a_step()
         before = bits(state)
-        for each in bad:
-            state, found = step(state, each)
-            assert float(found["skipped"]) == 1 and bits(state) == before
-        state, found = step(state, total(2.0))
-        assert float(found["skipped"]) == 0 and bits(state) == bits(undisturbed) != before
+        for bad_sum in bad_sums:
+            state, metrics = step(state, bad_sum)
+            assert float(metrics["skipped"]) == 1 and bits(state) == before
+        state, metrics = step(state, gradient_sum(2.0))
+        assert float(metrics["skipped"]) == 0 and bits(state) == bits(undisturbed) != before
 
 
 def test_text_whose_gradient_is_not_finite_keeps_the_policy_from_moving():
@@ -110,94 +118,97 @@ def test_text_whose_gradient_is_not_finite_keeps_the_policy_from_moving():
     state = optimisation.init_state({"kernel": jnp.ones(3)}, optimiser)
     step = jax.jit(functools.partial(ppo_programs.update_policy, config, optimiser))
 
-    def total(value):
+    def gradient_sum(value: float) -> GradientSum:
         return GradientSum({"kernel": np.full(3, value, np.float32)}, {"loss": np.float32(1.0)})
 
-    for text, skipped in ((NAN, 1), (INF, 1), (2.0, 0)):
-        moved, found = step(state, total(1.0), total(text))
-        assert float(found["policy/skipped"]) == skipped and (bits(moved) == bits(state)) == skipped
-    assert float(found["pretrain/grad_norm_ratio"]) == 1
+    for text_gradient, skipped in ((NAN, 1), (INF, 1), (2.0, 0)):
+        new_state, metrics = step(state, gradient_sum(1.0), gradient_sum(text_gradient))
+        assert float(metrics["policy/skipped"]) == skipped
+        assert (bits(new_state) == bits(state)) == skipped
+    assert float(metrics["pretrain/grad_norm_ratio"]) == 1
 
 
 def test_scores_that_are_not_finite_leave_the_running_statistics():
-    update_of = jax.jit(RunningStats.update)
-    stats = update_of(RunningStats.zero(), np.float32([1.0, 2.0]))
+    update = jax.jit(RunningStats.update)
+    stats = update(RunningStats.zero(), np.float32([1.0, 2.0]))
     for bad in (NAN, INF):
-        assert bits(update_of(stats, np.float32([3.0, bad]))) == bits(stats)
-    assert float(update_of(stats, np.float32([3.0, 6.0])).mean) == 3
+        assert bits(update(stats, np.float32([3.0, bad]))) == bits(stats)
+    assert float(update(stats, np.float32([3.0, 6.0])).mean) == 3
 
 
 @pytest.fixture
-def marked(monkeypatch):
-    """Steps (a set to add to) whose batch bears a mark, for which its loss is NaN."""
+def poisoned_steps(monkeypatch) -> set[int]:
+    """Return an empty set of steps; the batch of a step in it is marked, and its loss is NaN."""
     steps = set()
     get = mixture.Batches.get
     pack = lm.pack_minibatch
 
-    def with_mark(self, step):
-        rows = get(self, step)
+    def get_marked(batches, step):
+        rows = get(batches, step)
         if step in steps:
             rows["tokens"][0, 0] = MARK
         return rows
 
-    def poisoned(rows, *rest):
+    def pack_poisoned(rows, *rest):
         parts = pack(rows, *rest)
         if (rows["tokens"] == MARK).any():
             parts[0].weights[0, 0] = np.nan
         return parts
 
-    monkeypatch.setattr(mixture.Batches, "get", with_mark)
-    monkeypatch.setattr(lm, "pack_minibatch", poisoned)
+    monkeypatch.setattr(mixture.Batches, "get", get_marked)
+    monkeypatch.setattr(lm, "pack_minibatch", pack_poisoned)
     return steps
 
 
-def test_a_run_goes_on_or_stops_and_resumes_to_the_bit(marked, tmp_path, capsys):
-    marked |= {1, 3}
-    run, cut_off = tmp_path / "whole" / "lm-tiny", tmp_path / "cut" / "lm-tiny"
-    assert train.main(command("lm-tiny", run.parent, *EVERY)) == 0
+def test_a_run_continues_or_stops_and_resumes_to_the_bit(poisoned_steps, tmp_path, capsys):
+    """The skipped steps are 1 and 3; the second run stops at step 3 and resumes."""
+    poisoned_steps |= {1, 3}
+    run = tmp_path / "whole" / "lm-tiny"
+    stopped = tmp_path / "stopped" / "lm-tiny"
+    assert train.main(command("lm-tiny", run.parent, *SAVE_EVERY_STEP)) == 0
     assert (
-        f"loss is nan at step 1 (1 skipped so far, max_skipped=3); its batch is in {run}/skipped/1.npz"
-        in capsys.readouterr().out
-    )
-    found = strict(run / "metrics.jsonl")
-    assert [row["skipped"] for row in found] == [0, 1, 0, 1]
-    assert (
-        ["loss" in row for row in found]
-        == ["grad_norm" in row for row in found]
-        == [True, False, True, False]
-    )
-    states = [bits(saved(run, step)) for step in (1, 2, 3, 4)]
+        "loss is nan at step 1 (1 skipped so far, max_skipped=3); its batch is in "
+        f"{run}/skipped/1.npz"
+    ) in capsys.readouterr().out
+    metrics = strict_rows(run / "metrics.jsonl")
+    assert [row["skipped"] for row in metrics] == [0, 1, 0, 1]
+    for name in ("loss", "grad_norm"):
+        assert [name in row for row in metrics] == [True, False, True, False]
+    states = [bits(checkpoint_arrays(run, step)) for step in (1, 2, 3, 4)]
     assert states[0] == states[1] != states[2] == states[3]
+    check_replay(run)
 
+    arguments = command("lm-tiny", stopped.parent, *SAVE_EVERY_STEP)
+    line = fails(capsys, *arguments, "--config.max_skipped=1")
+    assert "lm-tiny: loss is nan at step 3" in line
+    assert "max_skipped=1" in line and str(stopped / "skipped") in line
+    assert not (stopped / "summary.json").exists()
+    assert bits(checkpoint_arrays(stopped, 3)) == states[2]
+    assert train.main([*arguments, "--config.max_skipped=2"]) == 0
+    # Step 1 still counts, and step 3 is counted again.
+    assert "loss is nan at step 3 (2 skipped so far" in capsys.readouterr().out
+    whole = files_of(run)
+    resumed = files_of(stopped)
+    assert {name for name in whole if whole[name] != resumed[name]} == {"config.json"}
+    for name in ("1.npz", "3.npz"):
+        assert (run / "skipped" / name).read_bytes() == (stopped / "skipped" / name).read_bytes()
+
+
+def check_replay(run: Path) -> None:
+    """Compute the loss of the skipped step 1 again, as docs/metrics.md says."""
     kept = dict(np.load(run / "skipped" / "1.npz"))
     assert np.isnan(kept["metrics/loss"]) and kept["metrics/skipped"] == 1
-    config, params = configs.load("lm.py:tiny"), saved(run, 1)["model"]
-    loss = jax.jit(functools.partial(lm.loss_fn, config.model))
-    again = lambda: sum(
-        loss(params, part)[0] for part in lm.pack_minibatch(kept, config.microbatch_tokens, 1)
-    )
-    assert np.isnan(again())
-    kept["tokens"][0, 0] = 0  # not a target
-    assert 5 < again() < 8
+    config = configs.load("lm.py:tiny")
+    params = checkpoint_arrays(run, 1)["model"]
+    loss_fn = jax.jit(functools.partial(lm.loss_fn, config.model))
 
-    asked = command("lm-tiny", cut_off.parent, *EVERY, "--config.max_skipped=1")
-    line = fails(capsys, *asked)
-    assert (
-        "lm-tiny: loss is nan at step 3" in line
-        and "max_skipped=1" in line
-        and str(cut_off / "skipped") in line
-    )
-    assert not (cut_off / "summary.json").exists() and bits(saved(cut_off, 3)) == states[2]
-    assert train.main([*asked[:-1], "--config.max_skipped=2"]) == 0
-    assert (
-        "loss is nan at step 3 (2 skipped so far" in capsys.readouterr().out
-    )  # step 1 counts still, 3 counts anew
-    whole, resumed = files_of(run), files_of(cut_off)
-    assert {k for k in whole if whole[k] != resumed[k]} == {"config.json"}
-    for step in (1, 3):
-        assert (run / "skipped" / f"{step}.npz").read_bytes() == (
-            cut_off / "skipped" / f"{step}.npz"
-        ).read_bytes()
+    def replayed_loss() -> float:
+        parts = lm.pack_minibatch(kept, config.microbatch_tokens, 1)
+        return sum(loss_fn(params, part)[0] for part in parts)
+
+    assert np.isnan(replayed_loss())
+    kept["tokens"][0, 0] = 0  # not a target
+    assert 5 < replayed_loss() < 8
 
 
 def test_what_overflows_by_a_finite_gradient_is_not_saved(tmp_path, capsys):
@@ -207,60 +218,71 @@ def test_what_overflows_by_a_finite_gradient_is_not_saved(tmp_path, capsys):
     assert list((tmp_path / "lm-tiny" / "checkpoints").iterdir()) == []
 
 
-CALLS = []
+class Calls:
+    """The number of calls of `reward` so far."""
+
+    count = 0
 
 
 def reward(prompts, responses, **columns):
-    """1 for each response, but NaN for one of them in the third step and in the evaluation before it."""
-    CALLS.append(len(responses))
-    return [NAN if len(CALLS) in (3, 4) and i == 5 else 1.0 for i in range(len(responses))]
+    """Return 1 for each response, but NaN for one of them in the third step.
+
+    The evaluation before that step is call 3, and gets a NaN too.
+    """
+    Calls.count += 1
+    scores = [1.0] * len(responses)
+    if Calls.count in (3, 4):
+        scores[5] = NAN
+    return scores
 
 
 def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
-    make = experience.make_experience
+    make_experience = experience.make_experience
 
     def without_truncation(config, stats, rollout, reading):
         rollout = dataclasses.replace(rollout, truncated=rollout.truncated & False)
-        return make(config, stats, rollout, reading)
+        return make_experience(config, stats, rollout, reading)
 
     monkeypatch.setattr(experience, "make_experience", without_truncation)
-    CALLS.clear()
-    runs = with_parents("ppo-tiny", chain[0], tmp_path)
-    run, asked = (
-        runs / "ppo-tiny",
-        ("--config.ppo.reward_fn=test_nonfinite:reward", "--config.ppo.value_warmup_steps=0"),
-    )
-    assert train.main(command("ppo-tiny", runs, *EVERY, *asked)) == 0
-    found = strict(run / "metrics.jsonl")
-    assert [(row["policy/skipped"], row["value/skipped"]) for row in found] == [
-        (0, 0),
-        (0, 0),
-        (1, 1),
-        (0, 0),
-    ]
-    assert (
-        {"objective/scores", "loss/policy_avg", "loss/value_avg"} & set(found[2])
-        == set()
-        < set(found[3])
-        == set(found[1])
-    )
-    before = saved(run, 2)
-    assert bits(before) == bits(saved(run, 3))  # both models, and the statistics
-    (sample,) = (row["score"] for row in strict(run / "samples.jsonl")[4:] if None in row["score"])
-    assert sample[1] is None and sample[0] > 0
-    (row,) = strict(run / "evaluations.jsonl")  # null there, and no step that counts as skipped
-    assert row["score"] is None and row["samples"][2]["score"][1] is None and row["kl"] >= 0
+    monkeypatch.setattr(Calls, "count", 0)
+    run = with_parents("ppo-tiny", chain.runs, tmp_path) / "ppo-tiny"
+    overrides = ["--config.ppo.reward_fn=test_nonfinite:reward"]
+    overrides += ["--config.ppo.value_warmup_steps=0", *SAVE_EVERY_STEP]
+    assert train.main(command("ppo-tiny", run.parent, *overrides)) == 0
+    metrics = strict_rows(run / "metrics.jsonl")
+    assert [row["policy/skipped"] for row in metrics] == [0, 0, 1, 0]
+    assert [row["value/skipped"] for row in metrics] == [0, 0, 1, 0]
+    assert not {"objective/scores", "loss/policy_avg", "loss/value_avg"} & set(metrics[2])
+    assert set(metrics[3]) == set(metrics[1])
+    before = checkpoint_arrays(run, 2)
+    assert bits(before) == bits(checkpoint_arrays(run, 3))  # both models, and the statistics
+    scores = [row["score"] for row in strict_rows(run / "samples.jsonl")[4:]]
+    (with_null,) = [pair for pair in scores if None in pair]
+    assert with_null[1] is None and with_null[0] > 0
+    # In an evaluation the figure is null, and no step counts as skipped.
+    (evaluation,) = strict_rows(run / "evaluations.jsonl")
+    assert evaluation["score"] is None and evaluation["kl"] >= 0
+    assert evaluation["samples"][2]["score"][1] is None
     assert [path.name for path in (run / "skipped").iterdir()] == ["2.npz"]
+    check_ppo_replay(run, before["value"])
 
-    config, kept = configs.load("ppo.py:tiny"), dict(np.load(run / "skipped" / "2.npz"))
+
+def check_ppo_replay(run: Path, value_params: object) -> None:
+    """Compute the value loss of the skipped step 2 again, as docs/metrics.md says."""
+    config = configs.load("ppo.py:tiny")
+    kept = dict(np.load(run / "skipped" / "2.npz"))
     update = next(updates_of_step(config, 2))
     assert np.flatnonzero(np.isnan(kept["score"])).tolist() == [5]
     assert kept[f"text/{update.number}/tokens"].shape[0] == len(update.responses) // 4
     parts = experience.pack_minibatch(
         config, kept["prompt_lengths"], kept["lengths"], update.responses, 1
     )
-    loss = jax.jit(functools.partial(ppo_programs.value_loss_fn, config))
-    for arrays, wanted in ((kept, NAN), (kept | {"returns": kept["old_values"]}, 0)):
+    loss_fn = jax.jit(functools.partial(ppo_programs.value_loss_fn, config))
+
+    def replayed_loss(arrays: dict) -> float:
         learned = experience.from_host(arrays)
-        again = sum(float(loss(before["value"], (learned, part))[0]) for part in parts)
-        assert again == pytest.approx(wanted, abs=1e-4, nan_ok=True)
+        return sum(float(loss_fn(value_params, (learned, part))[0]) for part in parts)
+
+    assert np.isnan(replayed_loss(kept))
+    exact = kept | {"returns": kept["old_values"]}
+    assert replayed_loss(exact) == pytest.approx(0, abs=1e-4)

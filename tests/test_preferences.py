@@ -634,7 +634,7 @@ def test_the_bar_counts_the_bytes_of_all_files(tmp_path, monkeypatch):
     for name in ("a.json", "b.json.gz"):
         write(tmp_path / name, [{"x": i} for i in range(1024)])
     paths = {name: tmp_path / name for name in ("a.json", "b.json.gz")}
-    assert [row.id for row in published_rows.read(paths, "")] == [
+    assert [row.id for row in published_rows.read_rows(paths, "")] == [
         f"{name}/{i}" for name in "ab" for i in range(1, 1025)
     ]
     assert bars[0].n == bars[0].total == sum(path.stat().st_size for path in paths.values())

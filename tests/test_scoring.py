@@ -226,7 +226,7 @@ def test_a_tied_model_reads_its_embedding():
 
 
 def test_before_targets_by_hand():
-    hidden = np.arange(10).reshape(2, 5, 1)
+    hidden = np.arange(10.0, dtype=np.float32).reshape(2, 5, 1)
     targets = np.array([[1, 4, 0], [3, 3, 2]])
     selected = scoring.before_targets(hidden, targets)[..., 0]
     assert selected.tolist() == [[0, 3, 0], [7, 7, 6]]

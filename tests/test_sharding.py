@@ -1,4 +1,4 @@
-"""Any mesh gives the single device's result over several steps of every stage; the table covers every parameter."""
+"""Any mesh gives a single device's result for every stage; one table shards every parameter."""
 
 import dataclasses
 import functools
@@ -22,6 +22,9 @@ from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 
 STEPS = 3
+# Steps of PPO's randomness in which a response ends early, and whose microbatches have the same two
+# shapes: each shape is compiled for the policy, the value and the scorer.
+SAMPLING_STEPS = (10, 76, 96)
 RATE = configs.Optimiser(learning_rate=1e-3, eps=1e-6)
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
@@ -48,27 +51,26 @@ def model_and(head):
     return tiny(head=head, vocab_size=96, remat="everything")
 
 
-def rows(step, **arrays):
-    rng = np.random.default_rng(step)
-    return {name: make(rng).astype(np.int32) for name, make in arrays.items()}
-
-
 def lm_batch(step):
-    batch = rows(
-        step, tokens=lambda r: r.integers(1, 96, (8, 9)), mask=lambda r: r.random((8, 9)) < 0.6
-    )
-    return batch | {"segments": (np.arange(9) < np.arange(2, 10)[:, None]).astype(np.int32)}
+    rng = np.random.default_rng(step)
+    return {
+        "tokens": rng.integers(1, 96, (8, 9)).astype(np.int32),
+        "mask": (rng.random((8, 9)) < 0.6).astype(np.int32),
+        "segments": (np.arange(9) < np.arange(2, 10)[:, None]).astype(np.int32),
+    }
 
 
 def comparison_batch(step):
-    sides = rows(
-        step,
-        chosen=lambda r: r.integers(1, 96, (8, 9)),
-        rejected=lambda r: r.integers(1, 96, (8, 9)),
-        chosen_length=lambda r: r.integers(2, 10, 8),
-        rejected_length=lambda r: r.integers(2, 10, 8),
-    )
-    return sides | {"margin": np.zeros(8, np.float32)}
+    rng = np.random.default_rng(step)
+    # The same in every step, so that few shapes of microbatches are compiled.
+    lengths = np.random.default_rng(0).integers(2, 10, (2, 8)).astype(np.int32)
+    return {
+        "chosen": rng.integers(1, 96, (8, 9)).astype(np.int32),
+        "rejected": rng.integers(1, 96, (8, 9)).astype(np.int32),
+        "chosen_length": lengths[0],
+        "rejected_length": lengths[1],
+        "margin": np.zeros(8, np.float32),
+    }
 
 
 def run_supervised(module, loss_fn, head, batch_of, mesh):
@@ -126,7 +128,7 @@ def run_ppo(mesh):
         figures = []
         for step in range(STEPS):
             params = stage.role_params(state)
-            rollout = stage.sample(params["policy"], batch, step, Phases())
+            rollout = stage.sample(params["policy"], batch, SAMPLING_STEPS[step], Phases())
             minibatches = stage.pack(batch, rollout)
             scored = stage.score(params, state["stats"], rollout, minibatches)
             if step == 0:
@@ -152,7 +154,7 @@ RUNS = {
 
 
 @functools.cache
-def alone(stage):
+def run_on_one_device(stage):
     return RUNS[stage](mesh_of(1, 1, 1))
 
 
@@ -162,13 +164,16 @@ def alone(stage):
 )
 def test_a_mesh_gives_the_single_devices_result(stage, sizes):
     params, figures = RUNS[stage](mesh_of(*sizes))
-    np.testing.assert_allclose(figures, alone(stage)[1], atol=1e-5, rtol=1e-5)
-    for mine, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(alone(stage)[0]), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+    expected_params, expected_figures = run_on_one_device(stage)
+    np.testing.assert_allclose(figures, expected_figures, atol=1e-5, rtol=1e-5)
+    leaves = jax.tree.leaves(params)
+    expected_leaves = jax.tree.leaves(expected_params)
+    for leaf, expected in zip(leaves, expected_leaves, strict=True):
+        np.testing.assert_allclose(leaf, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_lies_over_data_and_fsdp_and_each_device_has_its_own_rows():
-    """A host array, whole in every process; what the devices' rows don't divide lies on each of them."""
+    """A host array is whole in every process; rows that the devices don't divide are on all."""
     mesh = mesh_of(2, 2, 2)
     assert sharding.row_shards(mesh) == 4
     host = {
@@ -177,18 +182,16 @@ def test_a_batch_lies_over_data_and_fsdp_and_each_device_has_its_own_rows():
         "one": np.float32(7),
     }
     batch = sharding.shard_batch(host, mesh)
-    assert all(
-        np.array_equal(batch[name], host[name]) and batch[name].is_fully_addressable
-        for name in host
-    )
+    for name in host:
+        assert np.array_equal(batch[name], host[name]) and batch[name].is_fully_addressable
     assert batch["rows"].sharding.spec == P(("data", "fsdp"))
-    placed = {
+    rows_of_device = {
         shard.device.id: np.asarray(shard.data).tolist()
         for shard in batch["rows"].addressable_shards
     }
-    for at, device in np.ndenumerate(mesh.devices):
-        part = 2 * at[0] + at[1]
-        assert placed[device.id] == host["rows"][2 * part : 2 * part + 2].tolist()
+    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+        first = 2 * (2 * data + fsdp)
+        assert rows_of_device[device.id] == host["rows"][first : first + 2].tolist()
     assert batch["odd"].sharding.is_fully_replicated and batch["one"].sharding.is_fully_replicated
     assert all(shard.data.shape == (6,) for shard in batch["odd"].addressable_shards)
 
@@ -197,20 +200,18 @@ def test_parameters_and_optimiser_state_are_cut_by_one_table():
     mesh = mesh_of(2, 2, 2)
     model, params = model_and("lm")
     optimiser = optimisation.make_optimiser(RATE, STEPS)
-    shapes = sharding.abstract(
-        jax.eval_shape(functools.partial(optimisation.init_state, optimiser=optimiser), params),
-        mesh,
-    )
+    init = functools.partial(optimisation.init_state, optimiser=optimiser)
+    shapes = sharding.abstract(jax.eval_shape(init, params), mesh)
     specs = {
         sharding.path_name(path): x.sharding.spec
         for path, x in jax.tree_util.tree_leaves_with_path(shapes)
     }
     for name, spec in specs.items():
         if name.startswith("params/"):
-            twins = [
-                other for other in specs if other.endswith(f"u/{name.removeprefix('params/')}")
-            ]  # mu and nu
-            assert len(twins) == 2 and all(specs[twin] == spec for twin in twins)
+            # Adam's mu and nu
+            moment = f"u/{name.removeprefix('params/')}"
+            moment_specs = [specs[other] for other in specs if other.endswith(moment)]
+            assert moment_specs == [spec, spec]
     assert specs["params/layers/mlp/gate/kernel"] == P(None, "fsdp", "tensor")
     assert model.kv_heads % 2 == 0 and specs["params/layers/attention/k/kernel"][2] == "tensor"
 

@@ -1,10 +1,11 @@
-"""Whole runs of the tiny chain: what they leave behind, that they resume to the bit, and how they answer mistakes."""
+"""Whole runs of the tiny chain: files, exact resumption, and answers to user errors."""
 
 import concurrent.futures
 import copy
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,53 +19,71 @@ from alignjax.config import UserError
 from alignjax.data import chat, mixture, packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
+from alignjax.models.scoring import PackedTokens
 from alignjax.runs.loop import Loop
-from alignjax.weights import checkpoint, locations, roles
+from alignjax.weights import checkpoint, hf, locations, roles
 from configs import arithmetic
+
+FIGURES = {"score", "true_score", "kl", "length", "truncated", "entropy"}
+RUN_FILES = {
+    "config.json",
+    "metrics.jsonl",
+    "timing.jsonl",
+    "samples.jsonl",
+    "summary.json",
+    "tensorboard",
+    "checkpoints",
+    "tokenizer",
+    "environment.json",
+}
+PPO_FILES = {"evaluations.jsonl", "responses.jsonl"}
+
+
+def arguments_of(fields: dict) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
 
 
 def test_one_command_runs_the_chain_in_order(chain):
-    runs, printed = chain
-    started = [line.split(":")[0] for line in printed if " steps on " in line]
+    started = [line.split(":")[0] for line in chain.printed if " steps on " in line]
     assert started == ["lm-tiny", "sft-tiny", "pmp-tiny", "rm-tiny", "ppo-tiny"]
-    assert "ppo-tiny: sft.py:tiny comes first" in printed
+    assert "ppo-tiny: sft.py:tiny comes first" in chain.printed
     assert any(
         line.startswith("pmp-tiny: lm.py:tiny is complete in") and line.endswith("reused")
-        for line in printed
+        for line in chain.printed
     )
-    for run in runs.iterdir():
-        kept = {p.name for p in run.iterdir()}
-        assert kept == {
-            "config.json",
-            "metrics.jsonl",
-            "timing.jsonl",
-            "samples.jsonl",
-            "summary.json",
-            "tensorboard",
-            "checkpoints",
-            "tokenizer",
-            "environment.json",
-        } | ({"evaluations.jsonl", "responses.jsonl"} if run.name == "ppo-tiny" else set())
+    for run in chain.runs.iterdir():
+        expected = RUN_FILES | (PPO_FILES if run.name == "ppo-tiny" else set())
+        assert {path.name for path in run.iterdir()} == expected
         assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(STEPS))
         assert list((run / "tensorboard").iterdir())
-        assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [2, 4]
+        assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [2, 4]
 
 
 def test_metrics_have_the_names_that_dashboards_know(chain):
-    first, *_, last = rows(chain[0] / "ppo-tiny" / "metrics.jsonl")
-    always = {
-        f"objective/{x}"
-        for x in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores", "true_score")
-    }
-    always |= {
+    metrics = rows(chain.runs / "ppo-tiny" / "metrics.jsonl")
+    first = metrics[0]
+    last = metrics[-1]
+    of_every_step = {
+        "objective/kl",
+        "objective/entropy",
+        "objective/non_score_reward",
+        "objective/rlhf_reward",
+        "objective/scores",
+        "objective/true_score",
         "loss/value_avg",
         "val/clipfrac_avg",
         "val/num_eos_tokens",
         "episode",
         "policy/entropy_avg",
     }
-    assert always <= set(first) and first["episode"] == 16 and last["episode"] == 16 * STEPS
-    updated = {
+    assert of_every_step <= set(first)
+    assert first["episode"] == 16
+    assert last["episode"] == 16 * STEPS
+    of_policy_updates = {
         "policy/approxkl_avg",
         "policy/clipfrac_avg",
         "loss/policy_avg",
@@ -74,107 +93,98 @@ def test_metrics_have_the_names_that_dashboards_know(chain):
         "loss/pretrain_avg",
         "pretrain/grad_norm_ratio",
     }
-    assert updated <= set(last) and not updated & set(
-        first
-    )  # the first update is the value model's alone
+    assert of_policy_updates <= set(last)
+    assert not of_policy_updates & set(first)  # the first update is the value model's alone
     assert first["objective/kl"] == 0.0
-    (sample, *_) = rows(chain[0] / "ppo-tiny" / "samples.jsonl")
-    assert (
-        len(sample["responses"])
-        == len(sample["score"])
-        == len(sample["kl"])
-        == len(sample["true_score"])
-        == 2
-    )
-    assert {"loss", "accuracy", "ties", "margin"} <= set(
-        rows(chain[0] / "rm-tiny" / "metrics.jsonl")[0]
-    )
+    sample = rows(chain.runs / "ppo-tiny" / "samples.jsonl")[0]
+    for name in ("responses", "score", "kl", "true_score"):
+        assert len(sample[name]) == 2
+    ranking_metrics = rows(chain.runs / "rm-tiny" / "metrics.jsonl")[0]
+    assert {"loss", "accuracy", "ties", "margin"} <= set(ranking_metrics)
 
 
 def test_demonstrations_score_0_after_rm_and_the_shift_is_kept(chain):
-    summary = json.loads((chain[0] / "rm-tiny" / "summary.json").read_text())
-    assert abs(summary["demonstrations/score"]) < 1e-6 and summary["shift"] != 0
-    read = checkpoint.Checkpoints(chain[0] / "rm-tiny" / "checkpoints", None)
-    bias = read.manager.restore(STEPS)["model"]["head"]["bias"]
-    read.close()
+    run = chain.runs / "rm-tiny"
+    summary = summary_of(run)
+    assert abs(summary["demonstrations/score"]) < 1e-6
+    assert summary["shift"] != 0
+    reader = checkpoint.Checkpoints(run / "checkpoints", None)
+    bias = reader.manager.restore(STEPS)["model"]["head"]["bias"]
+    reader.close()
     assert float(bias[0]) == summary["shift"]
 
 
 def test_the_same_command_again_says_complete(chain, capsys):
-    runs, _ = chain
-    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
-    assert train.main(command("rm-tiny", runs)) == 0
+    def times():
+        files = [path for path in chain.runs.rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    assert train.main(command("rm-tiny", chain.runs)) == 0
     printed = capsys.readouterr().out
-    assert "rm-tiny: complete" in printed and "held-out accuracy" in printed
-    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == before
+    assert "rm-tiny: complete" in printed
+    assert "held-out accuracy" in printed
+    assert times() == before
 
 
 def test_a_profiled_run_gives_the_same_result_with_phases_and_a_trace(chain, tmp_path, capsys):
-    """A trace of all steps, as there are just four; every step's phases, and a save in those that end with one."""
+    """There are just four steps, so all are traced. A step that ends with a save has that phase."""
     assert train.main(command("lm-tiny", tmp_path, "--profile")) == 0
-    run, printed = tmp_path / "lm-tiny", capsys.readouterr().out
-    assert files_of(run) == files_of(chain[0] / "lm-tiny")
+    run = tmp_path / "lm-tiny"
+    printed = capsys.readouterr().out
+    assert files_of(run) == files_of(chain.runs / "lm-tiny")
     for row in rows(run / "timing.jsonl"):
-        phases = {
-            name.removeprefix("phases/"): x for name, x in row.items() if name.startswith("phases/")
-        }
-        assert set(phases) == {"data", "update", "other"} | (
-            {"save"} if row["step"] in (1, 3) else set()
-        )
-        assert all(x >= 0 for x in phases.values()) and f"lm-tiny step {row['step']}: " in printed
+        phases = {name: x for name, x in row.items() if name.startswith("phases/")}
+        expected = {"phases/data", "phases/update", "phases/other"}
+        if row["step"] in (1, 3):
+            expected.add("phases/save")
+        assert set(phases) == expected
+        assert all(seconds >= 0 for seconds in phases.values())
+        assert f"lm-tiny step {row['step']}: " in printed
     assert len(list(run.glob("profile/plugins/profile/*/*.xplane.pb"))) == 1
     assert f"a trace from step 0 on is in {run / 'profile'}" in printed
-    plain = rows(chain[0] / "lm-tiny" / "timing.jsonl")
+    plain = rows(chain.runs / "lm-tiny" / "timing.jsonl")
     assert not any(name.startswith("phases/") for row in plain for name in row)
-    assert not (chain[0] / "lm-tiny" / "profile").exists()
+    assert not (chain.runs / "lm-tiny" / "profile").exists()
 
 
-def test_ppo_with_frozen_parameters_in_the_hosts_memory_and_no_evaluation_on_the_way_is_the_same_run(
-    chain, tmp_path
-):
-    """To the bit, the evaluation of the reference included."""
-    runs = with_parents("ppo-tiny", chain[0], tmp_path)
-    asked = "--config.ppo.frozen_memory=host", "--config.ppo.eval_every=0"
-    assert train.main(command("ppo-tiny", runs, *asked)) == 0
-    mine, theirs = files_of(runs / "ppo-tiny"), files_of(chain[0] / "ppo-tiny")
-    assert mine.pop("config.json") != theirs.pop("config.json")
-    assert theirs.pop("evaluations.jsonl") and mine == theirs
+def test_frozen_parameters_in_host_memory_and_no_midway_evaluation_change_nothing(chain, tmp_path):
+    """The run is the same to the bit, the evaluation of the reference included."""
+    runs = with_parents("ppo-tiny", chain.runs, tmp_path)
+    changes = arguments_of({"ppo.frozen_memory": "host", "ppo.eval_every": 0})
+    assert train.main(command("ppo-tiny", runs, *changes)) == 0
+    files = files_of(runs / "ppo-tiny")
+    expected = files_of(chain.runs / "ppo-tiny")
+    assert files.pop("config.json") != expected.pop("config.json")
+    assert expected.pop("evaluations.jsonl")
+    assert files == expected
 
 
 def test_an_evaluation_has_its_row_its_curves_and_its_line(chain):
-    runs, printed = chain
-    (row,) = rows(runs / "ppo-tiny" / "evaluations.jsonl")
-    figures = {"score", "true_score", "kl", "length", "truncated", "entropy"}
-    assert set(row) == figures | {"step", "prompts", "pretrain_loss", "samples"}
-    assert (row["step"], row["prompts"], len(row["samples"])) == (
-        2,
-        8,
-        4,
-    )  # none before step 0, none at the end
-    assert all(
-        set(entry) == figures | {"prompt", "responses", "tokens", "log_ratio"}
-        for entry in row["samples"]
-    )
-    (board,) = (runs / "ppo-tiny" / "tensorboard").iterdir()
-    assert all(
-        f"eval/{name}".encode() in board.read_bytes() for name in figures | {"pretrain_loss"}
-    )
-    assert (
-        sum(
-            line.startswith("ppo-tiny: after 2 steps, on held-out data: prompts 8, ")
-            for line in printed
-        )
-        == 1
-    )
+    run = chain.runs / "ppo-tiny"
+    # There is none before step 0 and none after the last step.
+    (row,) = rows(run / "evaluations.jsonl")
+    assert set(row) == FIGURES | {"step", "prompts", "pretrain_loss", "samples"}
+    assert row["step"] == 2
+    assert row["prompts"] == 8
+    assert len(row["samples"]) == 4
+    for entry in row["samples"]:
+        assert set(entry) == FIGURES | {"prompt", "responses", "tokens", "log_ratio"}
+    (board,) = (run / "tensorboard").iterdir()
+    for name in FIGURES | {"pretrain_loss"}:
+        assert f"eval/{name}".encode() in board.read_bytes()
+    beginning = "ppo-tiny: after 2 steps, on held-out data: prompts 8, "
+    assert sum(line.startswith(beginning) for line in chain.printed) == 1
 
 
-def test_a_resume_may_evaluate_otherwise_and_an_evaluation_gives_the_figures_of_the_end(
-    chain, tmp_path, monkeypatch
-):
-    """From step 2 on after every step, all prompts: the rest of the run is the same to the bit. It names its phases."""
-    runs = with_parents("ppo-tiny", chain[0], tmp_path)
+def test_a_resume_may_evaluate_more_often_and_the_rest_is_the_same(chain, tmp_path, monkeypatch):
+    """It resumes from step 2, and evaluates all prompts after every step.
+
+    An evaluation gives the figures of the end, and has phases of its own.
+    """
+    runs = with_parents("ppo-tiny", chain.runs, tmp_path)
     run = runs / "ppo-tiny"
-    cut(chain[0] / "ppo-tiny", run)
+    cut(chain.runs / "ppo-tiny", run)
     run_loop = Loop.run
     evaluations = []
 
@@ -184,212 +194,211 @@ def test_a_resume_may_evaluate_otherwise_and_an_evaluation_gives_the_figures_of_
         return state
 
     monkeypatch.setattr(Loop, "run", run_and_evaluate)
-    monkeypatch.setattr(
-        train.Phases, "trace", lambda *_: None
-    )  # which takes longer than all the rest
-    assert (
-        train.main(
-            command(
-                "ppo-tiny",
-                runs,
-                "--config.ppo.eval_every=1",
-                "--config.ppo.eval_prompts=999",
-                "--profile",
-            )
-        )
-        == 0
-    )
-    mine, theirs = files_of(run), files_of(chain[0] / "ppo-tiny")
-    assert mine.pop("evaluations.jsonl") != theirs.pop("evaluations.jsonl")
-    assert (
-        mine.pop("responses.jsonl").startswith(theirs.pop("responses.jsonl")) and mine == theirs
-    )  # more prompts
+    # A trace takes longer than everything else here.
+    monkeypatch.setattr(train.Phases, "trace", lambda *_: None)
+    changes = arguments_of({"ppo.eval_every": 1, "ppo.eval_prompts": 999})
+    assert train.main(command("ppo-tiny", runs, *changes, "--profile")) == 0
+    files = files_of(run)
+    expected = files_of(chain.runs / "ppo-tiny")
+    assert files.pop("evaluations.jsonl") != expected.pop("evaluations.jsonl")
+    # There are more prompts, so more responses are kept.
+    assert files.pop("responses.jsonl").startswith(expected.pop("responses.jsonl"))
+    assert files == expected
     figures = evaluations[0].figures
-    entries = evaluations[0].rows
-    summary = mine["summary"]
     count = figures.pop("prompts")
-    assert [(row["step"], row["prompts"]) for row in rows(run / "evaluations.jsonl")] == [
-        (2, count),
-        (3, count),
-    ]
-    assert count > 16 and len(entries) == 4
-    assert {f"{name}/after": x for name, x in figures.items()} == {
-        k: v for k, v in summary.items() if k.endswith("/after")
-    }
-    *_, third, fourth = timing = rows(run / "timing.jsonl")
+    evaluated = [(row["step"], row["prompts"]) for row in rows(run / "evaluations.jsonl")]
+    assert evaluated == [(2, count), (3, count)]
+    assert count > 16
+    assert len(evaluations[0].rows) == 4
+    after = {name: x for name, x in files["summary"].items() if name.endswith("/after")}
+    assert {f"{name}/after": x for name, x in figures.items()} == after
+    timing = rows(run / "timing.jsonl")
     assert ["evaluation_seconds" in row for row in timing] == [False, False, True, True]
-    phases = {
-        f"phases/{name}" for name in ("evaluation", "data", "rollout", "score", "update", "other")
-    }
-    assert phases <= set(third) and phases <= set(fourth)
+    phases = ("evaluation", "data", "rollout", "score", "update", "other")
+    for row in timing[2:]:
+        assert {f"phases/{name}" for name in phases} <= set(row)
 
 
-def test_responses_of_reference_and_policy_are_kept_with_the_log_ratio_of_each_token(chain):
-    """Those of the policy's own add up to its KL; the reference's are read by the final policy too, checked by hand."""
-    run, figures = (
-        chain[0] / "ppo-tiny",
-        {"score", "true_score", "kl", "length", "truncated", "entropy"},
-    )
-    kept = rows(run / "responses.jsonl")
-    assert len(kept) == 8 and all(set(row) == {"prompt", "before", "after"} for row in kept)
-    for side in (row[side] for row in kept for side in ("before", "after")):
-        assert set(side) == figures | {"responses", "tokens", "log_ratio"}
-        for k, tokens in enumerate(side["tokens"]):
-            assert len(tokens) == len(side["log_ratio"][k]) == side["length"][k]
-            assert "".join(tokens) == side["responses"][k] + (
-                "" if side["truncated"][k] else chat.END
-            )
-    for row in kept:
+def test_responses_of_reference_and_policy_have_the_log_ratio_of_each_token(chain):
+    run = chain.runs / "ppo-tiny"
+    responses = rows(run / "responses.jsonl")
+    assert len(responses) == 8
+    for row in responses:
+        assert set(row) == {"prompt", "before", "after"}
+        for side in (row["before"], row["after"]):
+            assert set(side) == FIGURES | {"responses", "tokens", "log_ratio"}
+            for number, tokens in enumerate(side["tokens"]):
+                assert len(tokens) == len(side["log_ratio"][number]) == side["length"][number]
+                end = "" if side["truncated"][number] else chat.END
+                assert "".join(tokens) == side["responses"][number] + end
         assert row["before"]["kl"] == [0, 0]
-        np.testing.assert_allclose(
-            [sum(x) for x in row["after"]["log_ratio"]], row["after"]["kl"], atol=2e-3
-        )
-    tokenizer, model = chat.load_tokenizer(run / "tokenizer"), locations.architecture(run)
+        # The log-ratios of the policy's own responses add up to its KL.
+        totals = [sum(log_ratios) for log_ratios in row["after"]["log_ratio"]]
+        np.testing.assert_allclose(totals, row["after"]["kl"], atol=2e-3)
 
-    def ids(pieces):
-        """Those of the first pieces of whole characters."""
-        found = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
-        sound = [
-            len(x) == 1 and "\ufffd" not in piece for x, piece in zip(found, pieces, strict=True)
-        ]
-        return [x for (x,) in found[: [*sound, False].index(False)]]
 
-    response, row = max(
-        ((ids(row["before"]["tokens"][0]), row) for row in kept), key=lambda found: len(found[0])
-    )
+def leading_ids(tokenizer, pieces: list[str]) -> list[int]:
+    """Return the ids of the first pieces, as far as each is one token of whole characters."""
+    ids = []
+    for piece in pieces:
+        piece_ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if len(piece_ids) != 1 or "\ufffd" in piece:
+            break
+        ids += piece_ids
+    return ids
+
+
+def test_the_final_policy_reads_the_references_responses(chain):
+    """The log-ratios of a response of the reference, by hand."""
+    run = chain.runs / "ppo-tiny"
+    tokenizer = chat.load_tokenizer(run / "tokenizer")
+    model = locations.architecture(run)
+    responses = [
+        (leading_ids(tokenizer, row["before"]["tokens"][0]), row)
+        for row in rows(run / "responses.jsonl")
+    ]
+    response, row = max(responses, key=lambda pair: len(pair[0]))
     (prompt,) = chat.encode_prompts(tokenizer, [[{"role": "user", "content": row["prompt"]}]])
-    tokens, at = np.array([prompt + response]), len(prompt) + np.arange(len(response))[None]
-    batch = {
-        "tokens": tokens,
-        "positions": np.arange(tokens.size)[None],
-        "segments": np.ones_like(tokens),
-        "at": at,
-    }
+    tokens = np.array([prompt + response])
+    packed = PackedTokens(
+        tokens=tokens,
+        positions=np.arange(tokens.size)[None],
+        segments=np.ones_like(tokens),
+    )
+    targets = len(prompt) + np.arange(len(response))[None]
     mesh = sharding.make_mesh(configs.Mesh())
-    read = jax.jit(lambda params: scoring.token_logprobs(model, params, batch)[0][0])
-    policy, reference = (
-        read(roles.load(model, "lm", mesh, None, x)) for x in (run, chain[0] / "sft-tiny")
-    )
-    np.testing.assert_allclose(
-        row["before"]["log_ratio"][0][: len(response)], policy - reference, atol=2e-4
-    )
-    assert len(response) > 1 and np.abs(policy - reference).max() > 1e-3
+
+    @jax.jit
+    def logprobs(params):
+        return scoring.token_logprobs(model, params, packed, targets)[0][0]
+
+    policy = logprobs(roles.load(model, "lm", mesh, None, run))
+    reference = logprobs(roles.load(model, "lm", mesh, None, chain.runs / "sft-tiny"))
+    log_ratio = row["before"]["log_ratio"][0][: len(response)]
+    np.testing.assert_allclose(log_ratio, policy - reference, atol=2e-4)
+    assert len(response) > 1
+    assert np.abs(policy - reference).max() > 1e-3
 
 
-def batches_of(name, runs):
-    """The config of a run of three epochs of its 64 examples, and the microbatches of each of its steps."""
-    config = configs.load(
-        f"{name.removesuffix('-tiny')}.py:tiny", {"steps": "24", "microbatch_tokens": "128"}
-    )
-    tokenizer = chat.load_tokenizer(runs / PARENTS[name][0] / "tokenizer")
+def microbatches_of_steps(config, runs: Path) -> list:
+    """Return the microbatches of each step of the tiny reward model's run."""
+    tokenizer = chat.load_tokenizer(runs / PARENTS["rm-tiny"][0] / "tokenizer")
     data = config.data
-    found = mixture.sets(config, data.kind, data.train, data.heldout, print)
+    sets = mixture.sets(config, data.kind, data.train, data.heldout, print)
     batches = mixture.batches(
-        config, found, data.kind, data.max_length, data.batch, tokenizer, print
+        config, sets, data.kind, data.max_length, data.batch, tokenizer, print
     )
-    return config, [ranking.pack_minibatch(batches.get(i), 128, 1) for i in range(24)]
+    return [
+        ranking.pack_minibatch(batches.get(step), config.microbatch_tokens, 1)
+        for step in range(config.steps)
+    ]
 
 
-def test_programs_are_compiled_for_new_shapes_alone(chain, tmp_path):
-    """One for each new shape of a step's first microbatch, one for each of its later ones (which add to a total), and one
-    for each that is sampled from; of those that packing can give there are few. What else there is comes in step 0, or
-    with the save at the end. Rows lie over one device, so that there are several shapes.
+def shapes_of(microbatch) -> tuple:
+    return tuple(array.shape for array in jax.tree.leaves(microbatch))
+
+
+def test_programs_are_compiled_for_new_shapes_only(chain, tmp_path):
+    """A program is compiled for each new shape of a microbatch, in each of three places.
+
+    These are a step's first microbatch, its later ones (which are added to a total), and the
+    ones that are sampled from. Packing can give few shapes. All other programs are compiled in
+    step 0, or with the save at the end. Rows lie over one device, so there are several shapes.
     """
-    name, runs = "rm-tiny", with_parents("rm-tiny", chain[0], tmp_path)
-    config, steps = batches_of(name, runs)
-    asked = {
+    runs = with_parents("rm-tiny", chain.runs, tmp_path)
+    changes = {
         "steps": 24,
         "checkpoint_every": 24,
         "microbatch_tokens": 128,
         "mesh.fsdp": 1,
         "mesh.tensor": 8,
     }
-    assert (
-        train.main(
-            command(name, runs, *(f"--config.{key}={value}" for key, value in asked.items()))
-        )
-        == 0
-    )
-    counts = [row["compilations"] for row in rows(runs / name / "timing.jsonl")]
-    shape = lambda part: tuple((key, x.shape) for key, x in part.items())
-    seen, new = set(), []
-    for i, parts in enumerate(steps):
-        asked = {("first" if k == 0 else "later", shape(part)) for k, part in enumerate(parts)}
-        asked |= {("sampled", shape(parts[0]))} if i % config.sample_every == 0 else set()
-        new.append(len(asked - seen))
-        seen |= asked
-    assert np.diff(counts[:-1]).tolist() == new[1:-1] and sum(new[1:-1]) > 0
-    widths = {
-        packing.width_of(n, config.data.max_length) for n in range(1, config.data.max_length + 1)
-    }
-    sizes = {
-        (packing.rows_of(n, 1), width)
+    config = configs.load("rm.py:tiny", {name: str(value) for name, value in changes.items()})
+    assert train.main(command("rm-tiny", runs, *arguments_of(changes))) == 0
+    compilations = [row["compilations"] for row in rows(runs / "rm-tiny" / "timing.jsonl")]
+    seen = set()
+    new_programs = []
+    layouts = set()
+    for step, microbatches in enumerate(microbatches_of_steps(config, runs)):
+        programs = {
+            ("first" if place == 0 else "later", shapes_of(microbatch))
+            for place, microbatch in enumerate(microbatches)
+        }
+        if step % config.sample_every == 0:
+            programs.add(("sampled", shapes_of(microbatches[0])))
+        new_programs.append(len(programs - seen))
+        seen |= programs
+        layouts |= {microbatch.packed.tokens.shape for microbatch in microbatches}
+    assert np.diff(compilations[:-1]).tolist() == new_programs[1:-1]
+    assert sum(new_programs[1:-1]) > 0
+    longest = config.data.max_length
+    widths = {packing.width_of(length, longest) for length in range(1, longest + 1)}
+    possible = {
+        (packing.rows_of(count, 1), width)
         for width in widths
-        for n in range(1, max(128 // width, 2) + 1)
+        for count in range(1, max(128 // width, 2) + 1)
     }
-    assert {dict(key)["tokens"] for _, key in seen} <= sizes
-    columns = {dict(key).get("at", (0, 0))[1] / dict(key)["tokens"][1] for _, key in seen}
-    assert columns <= {0, 0.25, 0.5, 0.75, 1} and len(sizes) == 12 + 8 + 4
+    assert layouts <= possible
+    assert len(possible) == 12 + 8 + 4
 
 
 def test_ppo_of_a_function_and_of_a_reward_model_with_its_own_tokenizer(chain, tmp_path):
-    """Scores are those of each text, by hand; the value model starts from the policy; prompts are a user's file, split."""
-    runs = tmp_path
+    """Scores are compared with those of each text, by hand.
+
+    The value model starts from the policy. The prompts are a user's file, of which a part is
+    held out.
+    """
     for name in ("sft-tiny", "rm-tiny"):
-        shutil.copytree(chain[0] / name, runs / name)
-    shutil.rmtree(runs / "rm-tiny" / "tokenizer")
-    own = chat.train_tokenizer(["sure , four cat box ."] * 50, runs / "rm-tiny" / "tokenizer", 300)
+        shutil.copytree(chain.runs / name, tmp_path / name)
+    reward_run = tmp_path / "rm-tiny"
+    shutil.rmtree(reward_run / "tokenizer")
+    texts = ["sure , four cat box ."] * 50
+    tokenizer = chat.train_tokenizer(texts, reward_run / "tokenizer", 300)
     sums = [{"prompt": f"count : {i % 40} + {i}", "answer": i % 7} for i in range(80)]
-    (runs / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in sums))
-    asked = {
-        "data.train": runs / "sums.jsonl",
-        "data.heldout": runs / "sums.jsonl",
-        "parents.reward": runs / "rm-tiny",
-        "ppo.reward_fn_weight": 2.0,
-        "ppo.reward_weight": 0.5,
-        "ppo.samples_per_prompt": 2,
-    }
-    arguments = [f"--config.{key}={value}" for key, value in asked.items()]
-    name = "arithmetic-tiny"
-    assert (
-        train.main(["--config", "arithmetic.py:tiny", "--workdir", str(runs / name), *arguments])
-        == 0
+    file = tmp_path / "sums.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in sums))
+    changes = arguments_of(
+        {
+            "data.train": file,
+            "data.heldout": file,
+            "parents.reward": reward_run,
+            "ppo.reward_fn_weight": 2.0,
+            "ppo.reward_weight": 0.5,
+            "ppo.samples_per_prompt": 2,
+        }
     )
-    model = locations.architecture(runs / "rm-tiny")
+    run = tmp_path / "arithmetic-tiny"
+    assert train.main(["--config", "arithmetic.py:tiny", "--workdir", str(run), *changes]) == 0
+    model = locations.architecture(reward_run)
     mesh = sharding.make_mesh(configs.Mesh())
-    params = checkpoint.restore_role(
-        runs / "rm-tiny", "model", roles.abstract_params(model, "scalar", mesh)
-    )
-    answers, found = {row["prompt"]: row["answer"] for row in sums}, []
-    for entry in rows(runs / name / "samples.jsonl"):
+    abstract = roles.abstract_params(model, "scalar", mesh)
+    params = checkpoint.restore_role(reward_run, "model", abstract)
+    answers = {row["prompt"]: row["answer"] for row in sums}
+    scores = []
+    for entry in rows(run / "samples.jsonl"):
         for text, score in zip(entry["responses"], entry["score"], strict=True):
-            said = [
+            conversation = [
                 {"role": "user", "content": entry["prompt"]},
                 {"role": "assistant", "content": text},
             ]
-            tokens = np.array(chat.encode_conversations(own, [said])[0][0][-model.max_length :])[
-                None
-            ]
+            ids = chat.encode_conversations(tokenizer, [conversation])[0][0]
+            tokens = np.array([ids[-model.max_length :]])
             alone = scoring.score_alone(model, params, tokens, np.array([tokens.shape[1]]))[0]
-            right = arithmetic.reward(None, [text], [answers[entry["prompt"]]])[0]
-            np.testing.assert_allclose(score, 2 * right + 0.5 * alone, atol=1e-4)
-            found.append(score)
-    assert len(found) == 2 * 4 * 2 and len(set(found)) > 4
-    assert (
-        json.loads((runs / name / "summary.json").read_text())["policy_updates"] == 5
-    )  # of 8, less 3 of the value alone
+            correct = arithmetic.reward(None, [text], [answers[entry["prompt"]]])[0]
+            np.testing.assert_allclose(score, 2 * correct + 0.5 * alone, atol=1e-4)
+            scores.append(score)
+    assert len(scores) == 2 * 4 * 2
+    assert len(set(scores)) > 4
+    assert summary_of(run)["policy_updates"] == 5  # of 8, less 3 of the value model alone
 
 
 def test_no_steps_are_one_pass(chain, tmp_path):
-    runs = with_parents("rm-tiny", chain[0], tmp_path)
-    assert (
-        train.main(command("rm-tiny", runs, "--config.steps=0", "--config.data.examples=36")) == 0
-    )
-    assert len(rows(runs / "rm-tiny" / "metrics.jsonl")) == 5  # of 8 pairs
-    assert json.loads((runs / "rm-tiny" / "summary.json").read_text())["steps"] == 5
-    assert (
-        train.main(command("rm-tiny", runs, "--config.steps=0", "--config.data.examples=36")) == 0
-    )  # it is complete
+    runs = with_parents("rm-tiny", chain.runs, tmp_path)
+    one_pass = command("rm-tiny", runs, "--config.steps=0", "--config.data.examples=36")
+    assert train.main(one_pass) == 0
+    assert len(rows(runs / "rm-tiny" / "metrics.jsonl")) == 5  # of 8 pairs each
+    assert summary_of(runs / "rm-tiny")["steps"] == 5
+    assert train.main(one_pass) == 0  # it is complete
 
 
 @pytest.mark.parametrize(
@@ -432,7 +441,7 @@ def test_no_steps_are_one_pass(chain, tmp_path):
         ),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(
+def test_a_user_error_on_the_command_line_is_one_line(
     arguments, message, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -465,106 +474,118 @@ def test_a_mistake_on_the_command_line_is_one_line(
         ),
     ],
 )
-def test_a_mistake_in_the_data_is_named(name, lines, message, chain, tmp_path, capsys):
-    for run in chain[0].iterdir():
+def test_a_user_error_in_the_data_is_named(name, lines, message, chain, tmp_path, capsys):
+    for run in chain.runs.iterdir():
         (tmp_path / run.name).symlink_to(run)
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    more = (f"--config.data.train={tmp_path / 'data.jsonl'}", "--workdir", str(tmp_path / "mine"))
-    assert message in fails(capsys, *command(name, tmp_path), *more)
-    assert not (tmp_path / "mine").exists()  # so the command, put right, finds nothing in its way
+    file = tmp_path / "data.jsonl"
+    workdir = tmp_path / "run"
+    file.write_text("\n".join(lines))
+    changes = (f"--config.data.train={file}", "--workdir", str(workdir))
+    assert message in fails(capsys, *command(name, tmp_path), *changes)
+    assert not workdir.exists()  # so nothing is in the way of the corrected command
 
 
 def test_a_tokenizer_beside_that_of_a_run_is_refused(chain, tmp_path, capsys):
-    line = fails(
-        capsys,
-        *command(
-            "rm-tiny", with_parents("rm-tiny", chain[0], tmp_path), "--config.chat_template=chatml"
-        ),
-    )
-    assert (
-        "chat_template='chatml': the parents" in line and "are runs, which have their own" in line
-    )
+    runs = with_parents("rm-tiny", chain.runs, tmp_path)
+    line = fails(capsys, *command("rm-tiny", runs, "--config.chat_template=chatml"))
+    assert "chat_template='chatml': the parents" in line
+    assert "are runs, which have their own" in line
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
-def test_a_kernel_that_this_machine_cannot_run_is_one_line_and_leaves_the_workdir_free(
-    kernel, tmp_path, capsys
-):
+def test_a_kernel_that_this_machine_cannot_run_is_a_user_error(kernel, tmp_path, capsys):
     line = fails(capsys, *command("lm-tiny", tmp_path, f"--config.model.attention={kernel}"))
-    assert line.startswith(f"alignjax: model.attention='{kernel}' needs a ") and ", not cpu" in line
+    assert line.startswith(f"alignjax: model.attention='{kernel}' needs a ")
+    assert ", not cpu" in line
     assert not (tmp_path / "lm-tiny").exists()
 
 
 def test_a_workdir_of_another_config_is_left_alone(chain, capsys):
-    before = files_of(chain[0] / "lm-tiny")
-    line = fails(capsys, *command("lm-tiny", chain[0], "--config.optimiser.learning_rate=0.5"))
-    assert "optimiser.learning_rate: 0.003 -> 0.5" in line and "lm-tiny" in line
-    assert files_of(chain[0] / "lm-tiny") == before
+    before = files_of(chain.runs / "lm-tiny")
+    change = "--config.optimiser.learning_rate=0.5"
+    line = fails(capsys, *command("lm-tiny", chain.runs, change))
+    assert "optimiser.learning_rate: 0.003 -> 0.5" in line
+    assert "lm-tiny" in line
+    assert files_of(chain.runs / "lm-tiny") == before
+
+
+def test_a_run_of_an_earlier_version_resumes(chain, tmp_path, capsys):
+    """Its config.json lacks the fields that are new: they count as their defaults."""
+    run = tmp_path / "ppo-tiny"
+    cut(chain.runs / "ppo-tiny", run)
+    runs = with_parents("ppo-tiny", chain.runs, tmp_path)
+    stored = json.loads((run / "config.json").read_text())
+    for name in ("ppo.sampler", "ppo.advantage_estimator"):
+        del stored[name]
+    (run / "config.json").write_text(json.dumps(stored))
+    changed = "--config.ppo.advantage_estimator=mine:estimate"
+    line = fails(capsys, *command("ppo-tiny", runs, changed))
+    assert "ppo.advantage_estimator: 'gae' -> 'mine:estimate'" in line
+    assert train.main(command("ppo-tiny", runs)) == 0
+    files = files_of(run)
+    expected = files_of(chain.runs / "ppo-tiny")
+    assert files.pop("config.json") != expected.pop("config.json")
+    assert files == expected
 
 
 def test_a_model_that_differs_from_its_parents_is_refused(chain, tmp_path, capsys):
-    more = (
-        f"--config.parents.model={chain[0] / 'pmp-tiny'}",
-        "--config.model.d_ff=65",
-        "--workdir",
-        str(tmp_path / "x"),
-    )
-    line = fails(capsys, *command("rm-tiny", tmp_path), *more)
-    assert "model.d_ff=65, but the parent" in line and "has 64" in line
+    parent = chain.runs / "pmp-tiny"
+    changes = (f"--config.parents.model={parent}", "--config.model.d_ff=65")
+    workdir = ("--workdir", str(tmp_path / "run"))
+    line = fails(capsys, *command("rm-tiny", tmp_path), *changes, *workdir)
+    assert "model.d_ff=65, but the parent" in line
+    assert "has 64" in line
 
 
 def test_a_run_starts_from_a_hugging_face_checkpoint(chain, tmp_path):
-    """An exported SFT run as a parent: the first step's metrics are those of the run that starts from the run itself."""
-    from alignjax.config import Mesh
-    from alignjax.machine import sharding
-    from alignjax.weights import hf, roles
-
+    """Its metrics are those of a run that starts from the run that was exported."""
+    parent = chain.runs / "lm-tiny"
     directory = tmp_path / "exported"
-    model = locations.architecture(chain[0] / "lm-tiny")
-    mesh = sharding.make_mesh(Mesh())
-    params = roles.load(model, "lm", mesh, jax.random.key(0), chain[0] / "lm-tiny")
+    model = locations.architecture(parent)
+    mesh = sharding.make_mesh(configs.Mesh())
+    params = roles.load(model, "lm", mesh, jax.random.key(0), parent)
     hf.save_hf(model, jax.tree.map(np.asarray, params), directory)
-    for file in (chain[0] / "lm-tiny" / "tokenizer").iterdir():
+    for file in (parent / "tokenizer").iterdir():
         shutil.copy(file, directory)
     assert train.main([*command("sft-tiny", tmp_path), f"--config.parents.model={directory}"]) == 0
-    assert (tmp_path / "sft-tiny" / "metrics.jsonl").read_bytes() == (
-        chain[0] / "sft-tiny" / "metrics.jsonl"
-    ).read_bytes()
+    metrics = (tmp_path / "sft-tiny" / "metrics.jsonl").read_bytes()
+    assert metrics == (chain.runs / "sft-tiny" / "metrics.jsonl").read_bytes()
 
 
-def test_from_python_a_config_object_is_run_and_its_records_come_back(chain, tmp_path):
-    """`main` goes through `fit`, so a run of its own isn't needed: a complete one is read."""
+def test_fit_runs_a_config_object_and_returns_its_records(chain):
+    """`main` goes through `fit`, so reading a complete run is enough here."""
+
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    run = chain.runs / "ppo-tiny"
     config = configs.load("ppo.py:tiny")
-    before, handlers = (
-        copy.deepcopy(config),
-        [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)],
-    )
-    found = train.fit(config, chain[0] / "ppo-tiny")
-    assert (
-        config == before
-        and [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
-    )
-    assert (
-        found.metrics == rows(chain[0] / "ppo-tiny" / "metrics.jsonl")
-        and found.summary["steps"] == 4
-    )
-    assert train.parent_of(chain[0] / "ppo-tiny", "reward") == chain[0] / "rm-tiny"
-    assert train.parent_of(chain[0] / "lm-tiny", "model") is None
+    config_before = copy.deepcopy(config)
+    handlers_before = handlers()
+    records = train.fit(config, run)
+    assert config == config_before
+    assert handlers() == handlers_before
+    assert records.metrics == rows(run / "metrics.jsonl")
+    assert records.summary["steps"] == 4
+    assert train.parent_of(run, "reward") == chain.runs / "rm-tiny"
+    assert train.parent_of(chain.runs / "lm-tiny", "model") is None
+
+
+def test_fit_raises_user_errors_and_leaves_the_config_alone(chain, tmp_path):
     config = configs.load("sft.py:tiny")
-    config.parents["model"], config.model.d_model = str(chain[0] / "lm-tiny"), 48
+    config.parents["model"] = str(chain.runs / "lm-tiny")
+    config.model.d_model = 48
     with pytest.raises(UserError, match="model.d_model=48, but the parent .*lm-tiny has 32"):
         train.fit(config, tmp_path / "sft", fixed=("model.d_model",))
     config.data.max_length = 65
     with pytest.raises(UserError, match="data.max_length=65 is over model.max_length=64"):
         train.fit(config, tmp_path / "sft")
-    assert not (tmp_path / "sft").exists() and config.model.d_model == 48
+    assert not (tmp_path / "sft").exists()
+    assert config.model.d_model == 48
 
 
-def test_from_another_thread_no_signals_are_heard(chain):
+def test_fit_works_in_another_thread_without_signals(chain):
+    config = configs.load("lm.py:tiny")
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        assert (
-            threads.submit(train.fit, configs.load("lm.py:tiny"), chain[0] / "lm-tiny")
-            .result()
-            .summary["name"]
-            == "lm-tiny"
-        )
+        records = threads.submit(train.fit, config, chain.runs / "lm-tiny").result()
+    assert records.summary["name"] == "lm-tiny"

@@ -36,7 +36,7 @@ def test_a_run_in_a_bucket_resumes_and_ends_as_one_on_disk(
             train.main(arguments)
     assert bucket.objects["runs/lm-tiny/metrics.jsonl"].data.count(b"\n") == 2
     assert train.main(arguments) == 0
-    assert "lm-tiny: goes on from step 2" in capsys.readouterr().out
+    assert "lm-tiny: resuming from step 2" in capsys.readouterr().out
     assert report.main(["gs://bucket/runs/lm-tiny"]) == 0
     assert report.main(["gs://bucket/runs/lm-tiny", "--out", str(tmp_path / "report.html")]) == 0
     in_bucket = bucket.objects["runs/lm-tiny/report.html"].data

@@ -1,4 +1,4 @@
-"""Language modelling: pretraining on text, and supervised fine-tuning (SFT) on conversations.
+"""Language modelling: pretraining on text, and fine-tuning (SFT) on conversations.
 
 In pretraining every token is a target; in SFT the assistant's tokens are.
 """

@@ -1,4 +1,4 @@
-"""Clipped PPO with four roles, section 3.2.2 of the report: rollout, reading, experience, updates.
+"""Clipped PPO with four roles, section 3.2.2 of the report.
 
 `PPO.step` is one iteration from prompts to new parameters, in the order of the report.
 """

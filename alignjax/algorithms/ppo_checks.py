@@ -1,4 +1,4 @@
-"""What a run checks of its first rollout: it stops with the figure if something does not hold."""
+"""Checks of the first rollout: a run stops with the figure that is wrong."""
 
 import functools
 

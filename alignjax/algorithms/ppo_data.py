@@ -1,4 +1,4 @@
-"""What PPO reads: prompts to train on and to hold out, and text for the pretraining gradient."""
+"""What PPO reads: prompts, and text for the pretraining gradient."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""The ranking loss: preference model pretraining (PMP) and the reward model (RM) are two configs.
+"""The ranking loss, of which preference model pretraining (PMP) and RM are two configs.
 
 A comparison is a pair of sequences, chosen and rejected. In shapes, `pairs` counts the pairs of
 a batch.

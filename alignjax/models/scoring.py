@@ -1,4 +1,4 @@
-"""Token log-probabilities, entropies, values and scores, computed alike for every role and stage.
+"""Token log-probabilities, values and scores, computed alike for every role and stage.
 
 All of them read a packed microbatch: rows of tokens in which several sequences may stand one
 after the other.
@@ -49,7 +49,7 @@ def token_logprobs(
     params: dict,
     packed: PackedTokens,
     targets: Int[Array, "rows targets"],
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> tuple[Float[Array, "rows targets"], Float[Array, "rows targets"]]:
     """Return log p of each target given what precedes it, and the entropy of p, in nats.
 

@@ -1,4 +1,4 @@
-"""A work directory belongs to one run: check that it is free or holds this run, and claim it."""
+"""A work directory belongs to one run: check it, and claim it."""
 
 import shutil
 from pathlib import Path

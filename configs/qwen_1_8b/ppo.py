@@ -1,7 +1,7 @@
 """PPO of Qwen 1.8B, section 3.2.2, on the prompts of Anthropic's helpful-base.
 
 python -m alignjax.data.prepare hh_helpful_base
-python -m alignjax.train --config qwen_1_8b/ppo.py      trains sft.py, pmp.py, rm.py first if need be
+python -m alignjax.train --config qwen_1_8b/ppo.py      trains its parents first if need be
 python -m alignjax.plan --config qwen_1_8b/ppo.py --topology v5e:2x4
 
 Put text for the pretraining gradient into data/text.jsonl: {"text": ...} on each line. The run

@@ -11,8 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from alignjax.config import UserError
-from alignjax.data.preferences import rows as published_rows
-from alignjax.data.preferences.rows import Row
+from alignjax.data.preferences.rows import Row, read_rows
 
 
 class Source(NamedTuple):
@@ -133,7 +132,7 @@ class Comparisons(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _rows_of_split(self, split: str, paths: dict[str, Path], counts: Counter) -> Iterator[Row]:
         """Yield the rows of a split, and count them."""
-        for row in published_rows.read(paths, f"{self.builder_config.dataset}/{split}"):
+        for row in read_rows(paths, f"{self.builder_config.dataset}/{split}"):
             if self.of_split(row, split):
                 counts["rows"] += 1
                 yield row

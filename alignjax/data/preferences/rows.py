@@ -30,7 +30,7 @@ class Row(NamedTuple):
     value: dict
 
 
-def read(paths: dict[str, Path], description: str) -> Iterator[Row]:
+def read_rows(paths: dict[str, Path], description: str) -> Iterator[Row]:
     """Yield the rows of files of JSON lines, with a bar over the bytes of all of them.
 
     Args:

@@ -130,7 +130,7 @@ def check(model: Model) -> None:
 def cached_attention(
     queries: Float[Array, "batch heads head_size"],
     blocks: Sequence[KeyValues],
-    masks: Sequence[Bool[Array, "batch block_tokens"]],
+    masks: Sequence[Bool[Array, "batch _"]],
 ) -> Float[Array, "batch heads head_size"]:
     """Attend with one query a row to blocks of a cache, where their masks hold.
 
