@@ -9,4 +9,4 @@ if [ ! -d .venv/tpu-compiler/libtpu ]; then
 fi
 ruff check .
 ruff format --check .
-exec python -m pytest -q -n 2 --dist loadfile tests "$@"
+exec python -m pytest -q -n 2 --dist loadfile --durations=15 tests "$@"

@@ -224,7 +224,9 @@ def test_a_broken_rule_is_told_word_for_word(name, given, message):
     ],
 )
 def test_a_value_on_the_edge_of_a_rule_passes(name, given):
-    text = lambda value: value if isinstance(value, str) else f"{value:g}"
+    def text(value):
+        return value if isinstance(value, str) else f"{value:g}"
+
     assert {
         key: text(value)
         for key, value in configs.flatten(configs.load(name, given))

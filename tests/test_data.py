@@ -717,7 +717,10 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path):
 
 def test_the_index_of_a_prompt_counts_the_rows_of_all_sources(tokenizer):
     config = configs.Config()
-    prompt = lambda words: {"prompt": turns("copy : " + "cat " * words)}
+
+    def prompt(words):
+        return {"prompt": turns("copy : " + "cat " * words)}
+
     rows = [[prompt(1), prompt(60), prompt(2)], [prompt(3), prompt(4)]]
     sets = mixture.Sets(rows, None, {})
     batches = mixture.batches(config, sets, "prompts", 30, 2, tokenizer, lambda text: None)

@@ -335,15 +335,17 @@ def judged(problem, steps, finish, generated=None, control=False, screening=Fals
 
 @pytest.fixture
 def prm_files(tmp_path):
-    first = lambda written: judged(
-        "2+2?",
-        [
-            step(("add", 1), ("hm", 0), ("subtract", -1), ("sum", 1), ("odd", None), chosen=0),
-            step(human=written),  # completions null, and the labeler wrote the step
-            step(("4", 1), ("5", -1), chosen=0),
-        ],
-        "solution",
-    )
+    def first(written):
+        return judged(
+            "2+2?",
+            [
+                step(("add", 1), ("hm", 0), ("subtract", -1), ("sum", 1), ("odd", None), chosen=0),
+                step(human=written),  # completions null, and the labeler wrote the step
+                step(("4", 1), ("5", -1), chosen=0),
+            ],
+            "solution",
+        )
+
     write(
         tmp_path / "phase1_train.jsonl",
         [
@@ -453,7 +455,9 @@ def test_the_error_of_a_wrong_spec_suggests_the_right_one(spec, message):
 
 
 def test_the_order_of_options_and_the_spelling_of_numbers_do_not_matter(tmp_path):
-    directory = lambda spec: prefs.directory(spec, str(tmp_path))
+    def directory(spec):
+        return prefs.directory(spec, str(tmp_path))
+
     expected = tmp_path / "shp/min_score_ratio_3.0-pairs_per_post_2/1.0.0"
     assert directory("shp:pairs_per_post=2,min_score_ratio=3") == expected
     assert directory("shp:min_score_ratio=3.0,pairs_per_post=2") == expected
@@ -847,7 +851,10 @@ def test_a_public_set_gives_every_kind_of_example(hh_files, tmp_path):
     out = str(tmp_path / "out")
     prepare.prepare(spec, str(hh_files), out)
     options = sources.ReadOptions(data_dir=out)
-    load = lambda kind, split="train": sources.load(f"tfds/{spec}", kind, split, options)
+
+    def load(kind, split="train"):
+        return sources.load(f"tfds/{spec}", kind, split, options)
+
     comparisons = load("comparisons")
     prepared_rows = prefs.read(spec, "train", out)
     assert [row["chosen"] for row in comparisons] == [row["chosen"] for row in prepared_rows]

@@ -37,7 +37,7 @@ def transition_table(
 
 
 def prefixes_of(stop_strings: list[str]) -> dict[str, int]:
-    """Number all proper beginnings of the stop strings; the shortest, "", is number 0."""
+    """Return the number of each proper beginning of a stop string; "" is number 0."""
     prefixes = {string[:length] for string in stop_strings for length in range(len(string))}
     return {prefix: number for number, prefix in enumerate(sorted(prefixes | {""}, key=len))}
 
