@@ -35,7 +35,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def run(installed: Path, directory: Path, *arguments: str) -> str:
-    """Run Python in a directory with the wheel before everything else, and return what it prints."""
+    """Run Python in a directory, with the wheel before all else, and return what it prints."""
     environment = os.environ | {"PYTHONPATH": str(installed)}
     process = subprocess.run(
         [sys.executable, *arguments],
