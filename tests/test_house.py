@@ -21,12 +21,12 @@ LAYERS = [
     {"config"},
     {"machine"},
     {"models", "data"},
-    {"weights", "sampling"},
-    {"algorithms"},
-    {"runs", "inference"},
-    {"planning", "evals", "claims"},
-    {"train", "convert", "reports"},
-    {"plan", "evaluate", "chat", "report", "study"},
+    {"sampling", "weights"},
+    {"algorithms", "convert"},
+    {"runs", "inference", "planning"},
+    {"train", "plan", "claims"},
+    {"evals", "reports"},
+    {"chat", "evaluate", "report", "study"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Distribution on PyPI of a module, if its name is another.
@@ -138,6 +138,13 @@ def test_imports_run_downwards(path):
         if name.startswith("alignjax."):
             imported = name.split(".")[1]
             assert imported == part or LAYER[imported] < LAYER[part], f"{path} imports {name}"
+
+
+def test_the_page_on_architecture_has_these_layers():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    block = page[page.index("## Layers") :].split("```")[1]
+    lines = block.strip().splitlines()[1:]  # without the language of the block
+    assert [set(line.split()) for line in reversed(lines)] == LAYERS
 
 
 def test_no_modules_import_each_other():
