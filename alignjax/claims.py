@@ -27,7 +27,8 @@ class Study:
     figures: dict[str, Figure]  # label -> figure
     curves: tuple[str, ...] = ()  # metrics to draw over the steps
     config: str = "ppo.py"
-    outcome: str = ""  # what the runs have shown, once they are complete
+    # What the runs have shown, once they are complete. Files of studies use this name.
+    found: str = ""
 
 
 def mean(name: str, first: int = 0, last: int | None = None) -> Callable[[Records], float]:

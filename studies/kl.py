@@ -46,7 +46,7 @@ default rate.""",
         "objective/kl",
         "policy/entropy_avg",
     ),
-    outcome="""Trained this hard, the policy over-optimises: with 0.04 the learned score rises to
+    found="""Trained this hard, the policy over-optimises: with 0.04 the learned score rises to
 3.2, while the true score falls by 0.13 from its best, to 0.79. Without a penalty it falls further
 (0.71). With 0.16 and 0.64 it ends with a lower learned score (2.9 and 2.8), a true score of 0.91
 and 0.93, and a third of the KL. So 0.04 is on the weak side here, close to 0.01. Four seeds

@@ -45,7 +45,7 @@ learning rate of PMP.""",
         "accuracy, noisy": f"accuracy/{NOISY}",
         "loss inside": f"loss/{INSIDE}",
     },
-    outcome="""The pattern of Table 4 holds. Outside the RM's tasks, PMP alone is ahead of PMP and
+    found="""The pattern of Table 4 holds. Outside the RM's tasks, PMP alone is ahead of PMP and
 RM (94.8 against 93.7 %); inside, it is behind (84.5 against 85.5 %). Both differences exceed the
 scatter between seeds. Both are only about one point: PMP does nearly all the work. With fewer
 clean pairs and the same number of updates, the RM falls behind PMP inside, too (81.8 % with 300,

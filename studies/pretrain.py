@@ -43,7 +43,7 @@ pretraining text after PPO minus the loss before.""",
         "loss/pretrain_avg",
         "pretrain/grad_norm_ratio",
     ),
-    outcome="""Two of the three claims hold. A coefficient of 10 impedes alignment: the true score
+    found="""Two of the three claims hold. A coefficient of 10 impedes alignment: the true score
 ends at 0.62 instead of 0.87. A coefficient of 0.01 has little effect: a third of what 0.1 does
 for the text. In between there is a trade-off: 1 x 1 lowers the loss by 0.71 nats, at a cost of
 0.03 of true score. PPO by itself costs almost nothing here (0.015 nats in "none"), because it was

@@ -50,7 +50,7 @@ training, so the true scores already differ before PPO.""",
         "objective/kl",
         "policy/entropy_avg",
     ),
-    outcome="""The gain of a smaller top-p comes from sampling with it: before PPO, the true score
+    found="""The gain of a smaller top-p comes from sampling with it: before PPO, the true score
 is 0.50 at 1.0, 0.59 at 0.9 and 0.75 at 0.7. If all are sampled in the same way, the policies
 compare differently. At 0.9, those trained at 0.9 and 1.0 are within the scatter between seeds. At
 1.0, the one trained at 1.0 is ahead (0.80 against 0.76). Greedily, all are equal (0.94). Training

@@ -47,7 +47,7 @@ of the PMP model, which has another scale and another mean.""",
         "value/explained_variance",
         "loss/value_avg",
     ),
-    outcome="""The value model benefits, the policy does not. After 50 value-only updates the
+    found="""The value model benefits, the policy does not. After 50 value-only updates the
 values explain 49 % of the variance during the policy's first steps, without them 17 %; the value
 loss is 2.8 against 4.6. Yet the early KL is no larger without them (0.23 against 0.27), and with
 the same number of policy updates the end is the same (0.868 and 0.874). With the same number of

@@ -110,10 +110,18 @@ def is_swap(targets: ast.Tuple, values: ast.Tuple) -> bool:
 
 
 def name_breaches(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield names that say nothing; the fields of a class may be part of an old interface."""
+    fields = {
+        id(item.target)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.AnnAssign)
+    }
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names = [node.id]
+            names = [node.id] if id(node) not in fields else []
         elif isinstance(node, ast.arg):
             names = [node.arg]
         elif isinstance(node, ast.FunctionDef):

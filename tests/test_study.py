@@ -26,7 +26,7 @@ study = Study(
     figures={"loss": "heldout_loss", "first loss": mean("loss", 0, 2)},
     curves=("loss",),
     config="lm.py:tiny",
-    outcome="Little.",
+    found="Little.",
 )
 """
 ARMS = {"whole": {}, "twice": {"optimiser.learning_rate": "2e-3"}, "none": {"steps": "1"}}
@@ -195,8 +195,8 @@ def test_the_page_of_studies_follows_from_the_records_and_the_files():
         record = json.loads(path.read_text())
         assert {arm: kept["fields"] for arm, kept in record["arms"].items()} == loaded.arms
         texts = (record["title"], record["claim"], record["found"])
-        assert texts == (loaded.title, loaded.claim, loaded.outcome)
-        assert loaded.outcome
+        assert texts == (loaded.title, loaded.claim, loaded.found)
+        assert loaded.found
 
 
 def test_each_run_is_read_once(tiny_study, launched, monkeypatch):

@@ -40,7 +40,7 @@ def study_record(
         "name": name,
         "title": study.title,
         "claim": study.claim,
-        "found": study.outcome,
+        "found": study.found,
         "seeds": len({trial.seed for trial in trials}),
         "arms": arms,
     }
