@@ -174,10 +174,11 @@ def attempt(runs: Path, workdir: Path, output: Path, aim: Aim) -> str | None:
     assert code in (0, -signal.SIGKILL), f"{code} in {phase}: {output.read_text()}"
     if code == 0:
         return None
-    # The save before an evaluation may still be going on beside it.
-    if phase != "evaluation" and half_written(workdir) - before:
-        return "save"
-    return "step" if phase == "save" else phase
+    has_half_written = bool(half_written(workdir) - before)
+    if phase == "save":
+        return "save" if has_half_written else "step"
+    # The save of the step before may go on beside the phase that was aimed at.
+    return "save" if has_half_written and phase != aim.target else phase
 
 
 def run_killed(runs: Path, name: str) -> int:
