@@ -22,7 +22,7 @@ TEXTS = ["copy : cat box = cat box .", "last : sun hat\ncount : one two", "the"]
 @pytest.fixture(scope="module")
 def model(chain):
     return get_model("alignjax").create_from_arg_string(
-        f"run={chain[0] / 'sft-tiny'},tokens=256", {"batch_size": 4}
+        f"run={chain.runs / 'sft-tiny'},tokens=256", {"batch_size": 4}
     )
 
 
@@ -58,7 +58,7 @@ def test_a_text_without_context_follows_the_begin_token_and_a_long_one_is_read_i
 
 
 def test_hugging_face_checkpoint_and_run_answer_alike(model, chain, tmp_path):
-    convert.export(chain[0] / "sft-tiny", tmp_path / "hf", None, "float32")
+    convert.export(chain.runs / "sft-tiny", tmp_path / "hf", None, "float32")
     other = adapter.AlignJax(tmp_path / "hf", batch_size="auto")
     requests = instances("loglikelihood", *((text, " box") for text in TEXTS))
     likelihoods = model.loglikelihood(requests, disable_tqdm=True)
@@ -68,7 +68,7 @@ def test_hugging_face_checkpoint_and_run_answer_alike(model, chain, tmp_path):
 
 
 def test_half_precision_is_near(model, chain):
-    half = adapter.AlignJax(chain[0] / "sft-tiny", dtype="bfloat16")
+    half = adapter.AlignJax(chain.runs / "sft-tiny", dtype="bfloat16")
     requests = instances("loglikelihood", *((text, " box") for text in TEXTS))
     rounded = half.loglikelihood(requests, disable_tqdm=True)
     exact = model.loglikelihood(requests, disable_tqdm=True)
@@ -89,7 +89,7 @@ def test_half_precision_is_near(model, chain):
 def test_what_is_not_a_language_model_is_a_user_error(chain, arguments, message):
     arguments = {"run": "sft-tiny"} | arguments
     with pytest.raises(UserError, match=message):
-        adapter.AlignJax(**arguments | {"run": chain[0] / arguments["run"]})
+        adapter.AlignJax(**arguments | {"run": chain.runs / arguments["run"]})
 
 
 def test_generation_kwargs(model):
@@ -147,7 +147,7 @@ def test_the_harness_own_command_line(chain, tmp_path, monkeypatch, capsys):
             "--model",
             "alignjax",
             "--model_args",
-            f"run={chain[0] / 'ppo-tiny'}",
+            f"run={chain.runs / 'ppo-tiny'}",
             "--tasks",
             str(tmp_path / "copies.yaml"),
             "--apply_chat_template",
@@ -164,7 +164,7 @@ def test_the_harness_own_command_line(chain, tmp_path, monkeypatch, capsys):
     sample = json.loads(
         next((tmp_path / "out").rglob("samples_*.jsonl")).read_text().splitlines()[0]
     )
-    tokenizer = chat.load_tokenizer(chain[0] / "ppo-tiny" / "tokenizer")
+    tokenizer = chat.load_tokenizer(chain.runs / "ppo-tiny" / "tokenizer")
     turns = [("user", "copy : box"), ("assistant", "box"), ("user", "copy : cat")]
     expected = tokenizer.apply_chat_template(
         [dict(zip(("role", "content"), turn, strict=True)) for turn in turns],

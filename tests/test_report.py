@@ -107,7 +107,7 @@ CHART_OF_STAGE = {
 
 @pytest.mark.parametrize("stage", CHART_OF_STAGE)
 def test_the_page_of_every_stage_has_what_its_run_left(stage, chain, tmp_path):
-    directory = chain[0] / f"{stage}-tiny"
+    directory = chain.runs / f"{stage}-tiny"
     page, data = write_page(directory, tmp_path / f"{stage}.html")
     (run,) = data["runs"]
     assert run["complete"]
@@ -131,7 +131,7 @@ def test_the_page_of_every_stage_has_what_its_run_left(stage, chain, tmp_path):
 
 
 def test_the_page_of_ppo_has_its_evaluations_and_responses(chain, tmp_path):
-    directory = chain[0] / "ppo-tiny"
+    directory = chain.runs / "ppo-tiny"
     data = write_page(directory, tmp_path / "ppo.html")[1]
     (run,) = data["runs"]
     summary = json.loads((directory / "summary.json").read_text())
@@ -154,7 +154,7 @@ def test_the_page_of_ppo_has_its_evaluations_and_responses(chain, tmp_path):
 
 
 def test_the_page_of_a_reward_model_has_its_pairs_and_its_parents_accuracy(chain, tmp_path):
-    directory = chain[0] / "rm-tiny"
+    directory = chain.runs / "rm-tiny"
     data = write_page(directory, tmp_path / "rm.html")[1]
     (chosen,) = data["sources"][0]["rows"][0]["sides"]["chosen"]
     first = rows(directory / "samples.jsonl")[0]

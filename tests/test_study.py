@@ -106,7 +106,7 @@ def test_a_run_is_a_process_that_trains_and_its_errors_are_reported(
 ):
     twice = "lm-tiny,optimiser.learning_rate=0.002"
     for name in ("lm-tiny", twice):
-        shutil.copytree(chain[0] / "lm-tiny", tmp_path / "runs/0" / name)
+        shutil.copytree(chain.runs / "lm-tiny", tmp_path / "runs/0" / name)
     stored = tmp_path / "runs/0" / twice / "config.json"
     assert study.main([*tiny_study, "--seeds", "1"]) == 2
     assert capsys.readouterr().err.endswith(

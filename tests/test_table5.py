@@ -55,7 +55,7 @@ def rows(path):
 
 
 def test_the_world_before_and_after_ppo(chain, tmp_path, printed, monkeypatch):
-    sft, ppo = chain[0] / "sft-tiny", chain[0] / "ppo-tiny"
+    sft, ppo = chain.runs / "sft-tiny", chain.runs / "ppo-tiny"
     out = tmp_path / "out"
     command = ("--run", sft, ppo, "--tasks", "world", "--examples", 5, "--out", out)
     assert run(*command) == 0
@@ -122,9 +122,9 @@ def test_benchmarks_on_local_files_with_the_reports_figures_beneath(
             yield number, answers[0] if answers else program
 
     monkeypatch.setattr(Requests, "responses", responses)
-    arguments = ("--run", chain[0] / "lm-tiny", "--data_dir", data, "--out", tmp_path / "out")
+    arguments = ("--run", chain.runs / "lm-tiny", "--data_dir", data, "--out", tmp_path / "out")
     assert run(*arguments, "--tasks", "humaneval,bbh:word_sorting", "--template", "none") == 0
-    assert f"{chain[0] / 'lm-tiny'}: 3 groups of tasks, without the chat template" in printed
+    assert f"{chain.runs / 'lm-tiny'}: 3 groups of tasks, without the chat template" in printed
     _, _, heads, own_line, *report, _ = printed[-2].splitlines()
     assert heads.split() == ["HumanEval", "0", "BBH", "0", "BBH", "3"]
     assert own_line.split("  ")[1].strip() == "100.0 [20.7, 100.0]"
@@ -149,14 +149,14 @@ def test_benchmarks_on_local_files_with_the_reports_figures_beneath(
 )
 def test_models_trained_on_conversations_get_the_template(chain, wanted, run, used):
     tokenizer = types.SimpleNamespace(chat_template="x")
-    assert table5.uses_chat_template(wanted, chain[0] / run, tokenizer, "") is used
+    assert table5.uses_chat_template(wanted, chain.runs / run, tokenizer, "") is used
 
 
 def test_a_tokenizer_without_a_template_gets_none(chain):
     tokenizer = types.SimpleNamespace(chat_template=None)
-    assert table5.uses_chat_template("auto", chain[0] / "ppo-tiny", tokenizer, "") is False
+    assert table5.uses_chat_template("auto", chain.runs / "ppo-tiny", tokenizer, "") is False
     with pytest.raises(UserError, match="the tokenizer of MODEL has no chat template"):
-        table5.uses_chat_template("chat", chain[0] / "ppo-tiny", tokenizer, "MODEL")
+        table5.uses_chat_template("chat", chain.runs / "ppo-tiny", tokenizer, "MODEL")
 
 
 @pytest.mark.parametrize(
@@ -191,10 +191,10 @@ def test_a_tokenizer_without_a_template_gets_none(chain):
 )
 def test_user_errors_are_one_line(chain, data, tmp_path, capsys, arguments, message):
     words = [
-        word.replace("DATA", data).replace("CHAIN", str(chain[0])) for word in arguments.split()
+        word.replace("DATA", data).replace("CHAIN", str(chain.runs)) for word in arguments.split()
     ]
     if "--run" not in words:
-        words += ["--run", str(chain[0] / "ppo-tiny"), "--out", str(tmp_path / "out")]
+        words += ["--run", str(chain.runs / "ppo-tiny"), "--out", str(tmp_path / "out")]
     assert evaluate.main(words) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
     assert len(lines) == 1
@@ -207,13 +207,13 @@ def test_humaneval_needs_isolation(chain, data, tmp_path, capsys, monkeypatch):
         raise UserError("no isolation here")
 
     monkeypatch.setattr(sandbox, "check", refuse)
-    arguments = ("--run", chain[0] / "ppo-tiny", "--out", tmp_path / "out", "--data_dir", data)
+    arguments = ("--run", chain.runs / "ppo-tiny", "--out", tmp_path / "out", "--data_dir", data)
     assert run(*arguments, "--tasks", "humaneval") == 2
     assert "no isolation here" in capsys.readouterr().err
 
 
 def run_one_example(chain, out) -> int:
-    return run("--run", chain[0] / "ppo-tiny", "--tasks", "world", "--examples", 1, "--out", out)
+    return run("--run", chain.runs / "ppo-tiny", "--tasks", "world", "--examples", 1, "--out", out)
 
 
 def test_a_file_where_the_results_should_go_is_a_user_error(chain, tmp_path, capsys):
@@ -246,7 +246,7 @@ def test_a_missing_harness_is_a_user_error(monkeypatch, capsys):
 def test_an_incomplete_run_is_a_user_error(chain, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_bytes((chain[0] / "ppo-tiny" / "config.json").read_bytes())
+    (run / "config.json").write_bytes((chain.runs / "ppo-tiny" / "config.json").read_bytes())
     assert evaluate.main(["--run", str(run), "--tasks", "world"]) == 2
     assert (
         "this run is not complete; the command that started it resumes it"
