@@ -9,6 +9,7 @@ import re
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -432,10 +433,7 @@ def by_last_token(params, part):
     return part.packed.tokens.reshape(-1)[part.ends]
 
 
-class Whole:
-    """A mesh of one device."""
-
-    shape = {"data": 1, "fsdp": 1}
+ONE_DEVICE = sharding.make_mesh(configs.Mesh(fsdp=1), jax.devices()[:1])
 
 
 @pytest.mark.parametrize("budget", [1, 48, 4096])
@@ -450,14 +448,14 @@ def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, mo
     lengths = np.stack([rows["chosen_length"], rows["rejected_length"]], axis=1)
     last_tokens = 1000 * (1 + np.arange(n)[:, None]) + 100 * np.arange(2) + lengths - 1
     assert (
-        ranking.score_rows(by_last_token, None, rows, budget, Whole).tolist()
+        ranking.score_rows(by_last_token, {}, rows, budget, ONE_DEVICE).tolist()
         == last_tokens.tolist()
     )
 
     def by_length(params, part):
         return (by_last_token(params, part) % 100).astype(np.float32)
 
-    figures = ranking.heldout_figures(by_length, None, rows, 4, budget, Whole)
+    figures = ranking.heldout_figures(by_length, {}, rows, 4, budget, ONE_DEVICE)
     longer = (lengths[:, 0] > lengths[:, 1]).sum()
     same = (lengths[:, 0] == lengths[:, 1]).sum()
     loss = np.log(1 + np.exp(lengths[:, 1] - lengths[:, 0])).mean()
@@ -469,7 +467,7 @@ def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, mo
     }
     demonstrations = conversations_of(4, n=9)
     sizes = (demonstrations["segments"] > 0).sum(axis=1)
-    mean = ranking.mean_score(by_length, None, demonstrations, 4, budget, Whole)
+    mean = ranking.mean_score(by_length, {}, demonstrations, 4, budget, ONE_DEVICE)
     assert mean == pytest.approx((sizes - 1).mean())
 
 
@@ -484,7 +482,7 @@ def test_the_held_out_loss_is_the_mean_of_all_targets(budget, monkeypatch):
 
     rows = conversations_of(5, n=11)
     targets = rows["tokens"][(rows["mask"] > 0) & (np.arange(20) > 0)] % 100
-    assert lm.heldout_loss(loss, None, rows, 4, budget, Whole) == pytest.approx(targets.mean())
+    assert lm.heldout_loss(loss, {}, rows, 4, budget, ONE_DEVICE) == pytest.approx(targets.mean())
 
 
 def test_files_give_the_same_examples_as_the_world(tmp_path):

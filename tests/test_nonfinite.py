@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import types
 from pathlib import Path
 
 import jax
@@ -113,7 +112,8 @@ def test_a_step_that_is_not_finite_leaves_the_state_to_the_bit(mesh):
 
 
 def test_text_whose_gradient_is_not_finite_keeps_the_policy_from_moving():
-    config = types.SimpleNamespace(ppo=types.SimpleNamespace(pretrain_coef=0.5))
+    config = configs.load("ppo.py:tiny")
+    config.ppo.pretrain_coef = 0.5
     optimiser = optimisation.make_optimiser(Optimiser(), 9)
     state = optimisation.init_state({"kernel": jnp.ones(3)}, optimiser)
     step = jax.jit(functools.partial(ppo_programs.update_policy, config, optimiser))

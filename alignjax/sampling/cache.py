@@ -199,7 +199,7 @@ class CacheReader:
     def attend(
         self,
         blocks: list[KeyValues],
-        layer: Int[Array, ""] | None,
+        layer: int | Int[Array, ""] | None,
         query: Float[Array, "slots heads head_size"],
         key: Float[Array, "slots kv_heads head_size"],
         value: Float[Array, "slots kv_heads head_size"],
@@ -237,7 +237,7 @@ class CacheReader:
 def read_blocks(
     query: Float[Array, "slots heads head_size"],
     blocks: list[KeyValues],
-    layer: Int[Array, ""] | None,
+    layer: int | Int[Array, ""] | None,
     in_hand: KeyValues,
     masks: list[Bool[Array, "slots _"]],
 ) -> Float[Array, "slots heads head_size"]:
