@@ -23,11 +23,37 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 sys.path.insert(0, str(ROOT))
 
 
-def pytest_configure() -> None:
-    """Check the shapes in signatures in every test of this process."""
-    import shape_checks  # not at the top: it imports JAX
+# The slowest files, the longest first. A test process takes one file at a time: if it took one of
+# these last, the others would wait for it.
+SLOW_FILES = (
+    "test_hosts",
+    "test_faults",
+    "test_train",
+    "test_ppo",
+    "test_sharding",
+    "test_advice",
+    "test_requests",
+    "test_plan",
+    "test_extending",
+    "test_docs",
+    "test_adapter",
+    "test_nonfinite",
+)
 
-    shape_checks.install()
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check the shapes in signatures in every test of a process that runs tests."""
+    distributes = config.getoption("numprocesses", None)
+    if not distributes:
+        import shape_checks  # not at the top: it imports JAX
+
+        shape_checks.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the slowest files first."""
+    rank = {name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True)
