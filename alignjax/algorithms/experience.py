@@ -97,6 +97,14 @@ class LearningBatch:
     returns: Float[Array, "rows targets"]
 
 
+def longest_sequence(config: Config) -> int:
+    """Return the most tokens that a prompt and its response can have.
+
+    A window of text for the pretraining gradient has as many.
+    """
+    return config.data.max_length + config.ppo.response_length
+
+
 def pack_minibatch(
     config: Config,
     prompt_lengths: np.ndarray,
@@ -117,7 +125,7 @@ def pack_minibatch(
     layouts = packing.pack(
         prompt_lengths + lengths,
         [[response] for response in responses],
-        config.data.max_length + response_length,
+        longest_sequence(config),
         config.microbatch_tokens,
         row_shards,
     )
@@ -361,7 +369,7 @@ class Minibatches:
             responses,
             sharding.row_shards(self.mesh),
         )
-        return [sharding.shard_batch(microbatch, self.mesh) for microbatch in microbatches]
+        return sharding.shard_batch(microbatches, self.mesh)
 
     def get(self, place: int, responses: np.ndarray) -> list[ResponseMicrobatch]:
         """Return the minibatch at a place of the step's order, which holds these responses."""

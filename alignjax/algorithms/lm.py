@@ -4,9 +4,8 @@ In pretraining every token is a target; in SFT the assistant's tokens are.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +14,18 @@ from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms import losses, optimisation
-from alignjax.algorithms.optimisation import MinibatchUpdate, TrainState
 from alignjax.algorithms.stage import (
     Evaluation,
-    Program,
     RunInputs,
     State,
     StepDetails,
-    StepOutput,
 )
+from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config, Model
 from alignjax.data import encoding, mixture, packing
 from alignjax.machine import sharding
-from alignjax.machine.profile import Phases
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
-from alignjax.weights import roles
 
 Mesh = jax.sharding.Mesh
 
@@ -130,96 +125,28 @@ def longest_rows(count: int, length: int) -> dict[str, np.ndarray]:
     return {"tokens": ones, "mask": ones, "segments": ones}
 
 
-def supervised_programs(
-    update: MinibatchUpdate, state: TrainState, microbatches: list[Any], mesh: Mesh
-) -> Iterable[Program]:
-    """Yield the two programs of a step by one loss; the largest microbatch stands for all."""
-    microbatch = sharding.abstract_batch(microbatches[0], mesh)
-    total = abstract_total(update.accumulate, state.params, microbatch, mesh)
-    yield Program(
-        name="gradient",
-        calls=len(microbatches),
-        function=update.accumulate,
-        arguments=(total, state.params, microbatch),
-    )
-    yield Program(name="optimiser step", calls=1, function=update.update, arguments=(state, total))
-
-
-def abstract_total(
-    accumulate: optimisation.Accumulate, params: dict, microbatch: Any, mesh: Mesh
-) -> optimisation.GradientSum:
-    """Return the shapes of a sum over microbatches: a gradient laid out as its parameters."""
-    metrics = jax.eval_shape(accumulate, None, params, microbatch).metrics
-    replicated = sharding.replicated(mesh)
-    metrics = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), metrics
-    )
-    return optimisation.GradientSum(params, metrics)
-
-
-class LanguageModelling:
+class LanguageModelling(SupervisedStage):
     """Pretraining and SFT: one model, one loss."""
 
+    head = "lm"
     progress_metrics = ("loss",)
 
-    def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        *,
-        data: TextData | None = None,
-        parent: Any = None,
-        phases: Phases | None = None,
-    ):
-        self.config = config
-        self.mesh = mesh
-        self.data = data
-        self.parent = parent
-        self.phases = phases or Phases()
-        self.num_steps = config.steps or (data.batches.epoch if data else 1)
-        self.optimiser = optimisation.make_optimiser(config.optimiser, self.num_steps)
-        abstract = optimisation.abstract_state(config.model, "lm", self.optimiser, mesh)
-        self.abstract_state: State = {"model": abstract}
-        loss = functools.partial(loss_fn, config.model)
-        self.update = MinibatchUpdate(loss, self.optimiser, abstract)
-        self.loss = jax.jit(loss)
+    @staticmethod
+    def make_loss(config: Config) -> optimisation.LossFunction:
+        """Return the next-token loss."""
+        return functools.partial(loss_fn, config.model)
 
-    @classmethod
-    def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
-        """Read and tokenise the data, and return a stage that can train."""
-        data = load_text(config, mesh, inputs)
-        parent = inputs.parents.get("model")
-        return cls(config, mesh, data=data, parent=parent, phases=inputs.phases)
+    @functools.cached_property
+    def compiled_loss(self) -> Callable[[dict, TextMicrobatch], tuple[jax.Array, dict]]:
+        """Return the loss without its gradient, for held-out text."""
+        return jax.jit(self.loss_fn)
 
-    @classmethod
-    def plan(cls, config: Config, mesh: Mesh) -> Self:
-        """Return a stage that can only be compiled."""
-        return cls(config, mesh)
+    @staticmethod
+    def load_data(config: Config, mesh: Mesh, inputs: RunInputs) -> TextData:
+        """Read and tokenise what the config trains on and holds out."""
+        return load_text(config, mesh, inputs)
 
-    def init_state(self) -> State:
-        """Return the state of a fresh model, or of the parent's."""
-        key = jax.random.key(self.config.seed)
-        params = roles.load(self.config.model, "lm", self.mesh, key, self.parent)
-        abstract = self.abstract_state["model"]
-        return {"model": optimisation.place_state(params, self.optimiser, abstract)}
-
-    def step(self, state: State, step: int) -> tuple[State, StepOutput]:
-        """Take one optimiser step."""
-        microbatches = [
-            sharding.shard_batch(microbatch, self.mesh)
-            for microbatch in self.data.prefetch.get(step)
-        ]
-        self.phases.mark("data", microbatches)
-        model, metrics = self.update(state["model"], microbatches)
-        self.phases.mark("update", model)
-        output = StepOutput(
-            metrics=metrics,
-            details=functools.partial(self.details, step),
-            batch=functools.partial(self.data.batches.get, step),
-        )
-        return {"model": model}, output
-
-    def details(self, step: int) -> StepDetails:
+    def details(self, step: int, observation: None) -> StepDetails:
         """Return a sample of the step's batch, every `sample_every` steps."""
         if step % self.config.sample_every:
             return StepDetails(metrics={}, samples=[])
@@ -227,15 +154,11 @@ class LanguageModelling:
         sample = describe_example(self.data.tokenizer, self.data.batches.rows, number)
         return StepDetails(metrics={}, samples=[sample])
 
-    def finalise(self, state: State) -> State:
-        """Return the state as it is."""
-        return state
-
     def evaluate(self, state: State) -> Evaluation:
         """Return the loss on held-out targets and the number of parameters."""
         params = state["model"].params
         loss = heldout_loss(
-            self.loss,
+            self.compiled_loss,
             params,
             self.data.heldout,
             self.config.data.batch,
@@ -245,10 +168,6 @@ class LanguageModelling:
         parameters = sum(x.size for x in jax.tree.leaves(params))
         return Evaluation(figures={"heldout_loss": loss, "parameters": parameters}, rows=[])
 
-    def evaluate_midway(self, state: State) -> None:
-        """Return nothing: a language model is evaluated at the end only."""
-        return None
-
     def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
         """Return the result of a run at a glance."""
         return [
@@ -256,26 +175,17 @@ class LanguageModelling:
             ("loss on held-out targets", f"{figures['heldout_loss']:.3f} nats a token"),
         ]
 
-    def programs(self) -> Iterable[Program]:
-        """Yield the programs of a step on examples that are as long as they may be."""
+    def longest_microbatches(self) -> list[TextMicrobatch]:
+        """Return a minibatch of examples that are as long as they may be."""
         rows = longest_rows(self.config.data.batch, self.config.data.max_length)
-        microbatches = pack_minibatch(
-            rows, self.config.microbatch_tokens, sharding.row_shards(self.mesh)
-        )
-        return supervised_programs(
-            self.update, self.abstract_state["model"], microbatches, self.mesh
-        )
-
-    def resident(self) -> dict[str, Any]:
-        """Return the shapes of the training state."""
-        return {"state": self.abstract_state["model"]}
+        return pack_minibatch(rows, self.config.microbatch_tokens, sharding.row_shards(self.mesh))
 
 
 def load_text(config: Config, mesh: Mesh, inputs: RunInputs) -> TextData:
     """Read and tokenise what the config trains on and holds out."""
     data = config.data
     sets = mixture.sets(config, data.kind, data.train, data.heldout, inputs.say)
-    heldout_rows = [row for rows in sets.heldout.values() for row in rows]
+    heldout_rows = sets.heldout_rows
     heldout = encoding.encode(
         heldout_rows, data.kind, data.max_length, inputs.tokenizer, inputs.say
     )

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from alignjax.algorithms import lm
+from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.lm import TextMicrobatch
-from alignjax.algorithms.ppo_programs import longest_text, pretraining_rows
+from alignjax.algorithms.ppo_programs import pretraining_rows
 from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config
 from alignjax.data import encoding, mixture
@@ -44,7 +45,7 @@ class PretrainingText:
         """Return the text of an update, on the mesh; none without a pretraining gradient."""
         if self.prefetch is None:
             return []
-        return [sharding.shard_batch(x, self.mesh) for x in self.prefetch.get(update)]
+        return sharding.shard_batch(self.prefetch.get(update), self.mesh)
 
     def rows(self, update: int) -> dict[str, np.ndarray]:
         """Return the text of an update as arrays by name."""
@@ -56,7 +57,7 @@ def load_prompts(config: Config, inputs: RunInputs) -> PromptData:
     data = config.data
     sets = mixture.sets(config, "prompts", data.train, data.heldout, inputs.say)
     train_rows = [row for rows in sets.train for row in rows]
-    heldout_rows = [row for rows in sets.heldout.values() for row in rows]
+    heldout_rows = sets.heldout_rows
     heldout = encoding.encode(
         heldout_rows, "prompts", data.max_length, inputs.tokenizer, inputs.say
     )
@@ -78,10 +79,10 @@ def load_pretraining_text(config: Config, mesh: Mesh, inputs: RunInputs) -> Pret
         return PretrainingText()
     train = ppo.pretrain_data if ppo.pretrain_coef else ""
     sets = mixture.sets(config, "text", train, ppo.pretrain_heldout, inputs.say)
-    length = longest_text(config)
+    length = longest_sequence(config)
     heldout = None
     if ppo.pretrain_heldout:
-        heldout_rows = [row for rows in sets.heldout.values() for row in rows]
+        heldout_rows = sets.heldout_rows
         heldout = encoding.encode(heldout_rows, "text", length, inputs.tokenizer, inputs.say)
     if not ppo.pretrain_coef:
         return PretrainingText(heldout=heldout)

@@ -26,6 +26,7 @@ from alignjax.algorithms.experience import (
 )
 from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
 from alignjax.algorithms.stage import Loops, Program, State
+from alignjax.algorithms.supervised import abstract_total
 from alignjax.config import Config, Model
 from alignjax.data import packing
 from alignjax.machine import sharding
@@ -341,7 +342,7 @@ class PlannedPrograms:
         """Yield the programs of an update of the value model."""
         value = self.state["value"]
         part = (self.experience, self.microbatch)
-        total = lm.abstract_total(self.compiled.value_gradient, value.params, part, self.mesh)
+        total = abstract_total(self.compiled.value_gradient, value.params, part, self.mesh)
         yield Program(
             name="value gradient",
             calls=len(self.microbatches) * self.updates,
@@ -359,7 +360,7 @@ class PlannedPrograms:
         """Yield the programs of an update of the policy, with the pretraining gradient if any."""
         policy = self.state["policy"]
         part = (self.experience, self.microbatch)
-        total = lm.abstract_total(self.compiled.policy_gradient, policy.params, part, self.mesh)
+        total = abstract_total(self.compiled.policy_gradient, policy.params, part, self.mesh)
         yield Program(
             name="policy gradient",
             calls=len(self.microbatches) * self.updates,
@@ -368,14 +369,15 @@ class PlannedPrograms:
         )
         text_total = None
         if self.config.ppo.pretrain_coef:
+            longest = experience.longest_sequence(self.config)
             texts = lm.pack_minibatch(
-                lm.longest_rows(pretraining_rows(self.config), longest_text(self.config)),
+                lm.longest_rows(pretraining_rows(self.config), longest),
                 self.config.microbatch_tokens,
                 sharding.row_shards(self.mesh),
             )
             text = sharding.abstract_batch(texts[0], self.mesh)
             text_gradient = self.compiled.text_gradient
-            text_total = lm.abstract_total(text_gradient, policy.params, text, self.mesh)
+            text_total = abstract_total(text_gradient, policy.params, text, self.mesh)
             yield Program(
                 name="pretraining gradient",
                 calls=len(texts) * self.updates,
@@ -395,11 +397,6 @@ def pretraining_rows(config: Config) -> int:
     """Return how many windows of text the pretraining gradient of an update reads."""
     minibatch = config.data.batch * config.ppo.samples_per_prompt // config.ppo.minibatches
     return int(config.ppo.pretrain_ratio * minibatch)
-
-
-def longest_text(config: Config) -> int:
-    """Return the tokens of a window of pretraining text: those of a prompt and its response."""
-    return config.data.max_length + config.ppo.response_length
 
 
 def abstract_prompts(config: Config, mesh: Mesh) -> Prompts:

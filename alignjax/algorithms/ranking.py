@@ -5,9 +5,9 @@ a batch.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,24 +15,19 @@ from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms import losses, optimisation
-from alignjax.algorithms.lm import supervised_programs
-from alignjax.algorithms.optimisation import MinibatchUpdate
 from alignjax.algorithms.stage import (
     Evaluation,
-    Program,
     RunInputs,
     State,
     StepDetails,
-    StepOutput,
 )
+from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config, Model
 from alignjax.config import Ranking as RankingConfig
 from alignjax.data import encoding, mixture, packing, sources
 from alignjax.machine import sharding
-from alignjax.machine.profile import Phases
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
-from alignjax.weights import roles
 
 Mesh = jax.sharding.Mesh
 Rows = dict[str, Any]  # chosen, rejected, their lengths, margin, as `encoding.encode` makes them
@@ -53,6 +48,13 @@ class PairMicrobatch:
     margin: Float[Array, " pairs"]
     weights: Float[Array, " pairs"]  # 1 / pairs of the batch; 0 on padding
     pair: Int[Array, " pairs"]  # number in the batch; the count of pairs on padding
+
+
+class ScoredPairs(NamedTuple):
+    """The scores of a microbatch, and the pairs that they are of."""
+
+    pair: Int[Array, " pairs"]
+    scores: Float[Array, "pairs 2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,86 +233,50 @@ def describe_pair(
     return sample
 
 
-class Ranking:
+class Ranking(SupervisedStage):
     """PMP and RM: one model with a scalar head, one loss."""
 
+    head = "scalar"
     progress_metrics = ("loss", "accuracy")
 
-    def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        *,
-        data: RankingData | None = None,
-        parent: Any = None,
-        phases: Phases | None = None,
-    ):
-        self.config = config
-        self.mesh = mesh
-        self.data = data
-        self.parent = parent
-        self.phases = phases or Phases()
-        self.num_steps = config.steps or (data.batches.epoch if data else 1)
-        self.optimiser = optimisation.make_optimiser(config.optimiser, self.num_steps)
-        abstract = optimisation.abstract_state(config.model, "scalar", self.optimiser, mesh)
-        self.abstract_state: State = {"model": abstract}
-        loss = functools.partial(loss_fn, config.model, config.ranking)
-        self.update = MinibatchUpdate(loss, self.optimiser, abstract)
-        self.score_fn = jax.jit(functools.partial(score_pairs, config.model))
+    @staticmethod
+    def make_loss(config: Config) -> optimisation.LossFunction:
+        """Return the ranking loss."""
+        return functools.partial(loss_fn, config.model, config.ranking)
 
-    @classmethod
-    def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
-        """Read and tokenise the comparisons, and return a stage that can train."""
-        data = load_comparisons(config, mesh, inputs)
-        parent = inputs.parents.get("model")
-        return cls(config, mesh, data=data, parent=parent, phases=inputs.phases)
+    @functools.cached_property
+    def score_fn(self) -> ScorePairs:
+        """Return the compiled scores of a microbatch."""
+        return jax.jit(functools.partial(score_pairs, self.config.model))
 
-    @classmethod
-    def plan(cls, config: Config, mesh: Mesh) -> Self:
-        """Return a stage that can only be compiled."""
-        return cls(config, mesh)
+    @staticmethod
+    def load_data(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingData:
+        """Read and tokenise the comparisons and demonstrations."""
+        return load_comparisons(config, mesh, inputs)
 
-    def init_state(self) -> State:
-        """Return the state of a model with a fresh scalar head, or of the parent's."""
-        key = jax.random.key(self.config.seed)
-        params = roles.load(self.config.model, "scalar", self.mesh, key, self.parent)
-        abstract = self.abstract_state["model"]
-        return {"model": optimisation.place_state(params, self.optimiser, abstract)}
-
-    def step(self, state: State, step: int) -> tuple[State, StepOutput]:
-        """Take one optimiser step."""
-        microbatches = [
-            sharding.shard_batch(microbatch, self.mesh)
-            for microbatch in self.data.prefetch.get(step)
-        ]
-        self.phases.mark("data", microbatches)
+    def observe(
+        self, state: State, step: int, microbatches: list[PairMicrobatch]
+    ) -> ScoredPairs | None:
+        """Check the packing in step 0; score a microbatch every `sample_every` steps."""
         params = state["model"].params
         if step == 0:
             rows = self.data.batches.get(step)
             check_packing(self.config, self.score_fn, params, rows, self.mesh)
-        scores = None
+        scored = None
         if step % self.config.sample_every == 0:
             scores = self.score_fn(params, microbatches[0])
-        self.phases.mark("score", scores)
-        model, metrics = self.update(state["model"], microbatches)
-        self.phases.mark("update", model)
-        output = StepOutput(
-            metrics=metrics,
-            details=functools.partial(self.details, step, microbatches[0], scores),
-            batch=functools.partial(self.data.batches.get, step),
-        )
-        return {"model": model}, output
+            scored = ScoredPairs(microbatches[0].pair, scores)
+        self.phases.mark("score", scored)
+        return scored
 
-    def details(
-        self, step: int, microbatch: PairMicrobatch, scores: jax.Array | None
-    ) -> StepDetails:
+    def details(self, step: int, observation: ScoredPairs | None) -> StepDetails:
         """Return the first pair of a microbatch with its scores, if it was scored."""
-        if scores is None:
+        if observation is None:
             return StepDetails(metrics={}, samples=[])
-        pair = sharding.on_host(microbatch.pair)[0]
+        pair = sharding.on_host(observation.pair)[0]
         number = self.data.batches.order(step)[pair]
-        first_scores = sharding.on_host(scores)[0]
-        sample = describe_pair(self.data.tokenizer, self.data.batches.rows, number, first_scores)
+        scores = sharding.on_host(observation.scores)[0]
+        sample = describe_pair(self.data.tokenizer, self.data.batches.rows, number, scores)
         return StepDetails(metrics={}, samples=[sample])
 
     def finalise(self, state: State) -> State:
@@ -351,10 +317,6 @@ class Ranking:
             figures["shift"] = float(params["head"]["bias"][0])
         return Evaluation(figures=figures, rows=[])
 
-    def evaluate_midway(self, state: State) -> None:
-        """Return nothing: a ranking model is evaluated at the end only."""
-        return None
-
     def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
         """Return the result of a run at a glance."""
         lines = []
@@ -368,24 +330,15 @@ class Ranking:
             lines.append(("mean score of demonstrations", score))
         return lines
 
-    def programs(self) -> Iterable[Program]:
-        """Yield the programs of a step on comparisons that are as long as they may be."""
+    def longest_microbatches(self) -> list[PairMicrobatch]:
+        """Return a minibatch of comparisons that are as long as they may be."""
         count = self.config.data.batch
         length = self.config.data.max_length
         rows: Rows = {"margin": np.zeros(count, np.float32)}
         for side in SIDES:
             rows[side] = np.ones((count, length), np.int32)
             rows[f"{side}_length"] = np.full(count, length, np.int32)
-        microbatches = pack_minibatch(
-            rows, self.config.microbatch_tokens, sharding.row_shards(self.mesh)
-        )
-        return supervised_programs(
-            self.update, self.abstract_state["model"], microbatches, self.mesh
-        )
-
-    def resident(self) -> dict[str, Any]:
-        """Return the shapes of the training state."""
-        return {"state": self.abstract_state["model"]}
+        return pack_minibatch(rows, self.config.microbatch_tokens, sharding.row_shards(self.mesh))
 
 
 def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingData:

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.plugins import load_function
 from alignjax.config import Config, Model, UserError
 from alignjax.data import chat, encoding, packing
@@ -156,11 +157,6 @@ def build(
         weight=ppo.reward_weight,
     )
     return Reward(model=model, params={}, text_rewards=[*text_rewards, text_model])
-
-
-def longest_sequence(config: Config) -> int:
-    """Return the most tokens that a prompt and its response can have."""
-    return config.data.max_length + config.ppo.response_length
 
 
 def reward_architecture(config: Config, directory: Path) -> Model:

@@ -24,6 +24,11 @@ class Sets(NamedTuple):
     weights: list[float] | None  # of the sources; None: each example comes once in an epoch
     heldout: dict[str, list[dict]]  # by the name of the source
 
+    @property
+    def heldout_rows(self) -> list[dict]:
+        """Return the held-out examples of all sources, one source after the other."""
+        return [row for rows in self.heldout.values() for row in rows]
+
 
 def sets(config: Config, kind: str, train: str, heldout: str, say: Callable[[str], None]) -> Sets:
     """Read the sources to train on and to hold out.

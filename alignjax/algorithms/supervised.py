@@ -1,0 +1,146 @@
+"""What the stages with one model and one loss share: state, step, programs."""
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from alignjax.algorithms import optimisation
+from alignjax.algorithms.optimisation import LossFunction, MinibatchUpdate
+from alignjax.algorithms.stage import Program, RunInputs, State, StepDetails, StepOutput
+from alignjax.config import Config
+from alignjax.machine import sharding
+from alignjax.machine.profile import Phases
+from alignjax.weights import roles
+
+Mesh = jax.sharding.Mesh
+
+
+def abstract_total(
+    accumulate: optimisation.Accumulate, params: dict, microbatch: Any, mesh: Mesh
+) -> optimisation.GradientSum:
+    """Return the shapes of a sum over microbatches: a gradient laid out as its parameters."""
+    metrics = jax.eval_shape(accumulate, None, params, microbatch).metrics
+    replicated = sharding.replicated(mesh)
+    metrics = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), metrics
+    )
+    return optimisation.GradientSum(params, metrics)
+
+
+class SupervisedStage:
+    """The frame of a stage; a subclass has the loss, the data and the evaluation.
+
+    `data` has `batches` and `prefetch`; it is None if the stage can only be compiled.
+    """
+
+    head: str  # "lm" or "scalar"
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        data: Any = None,
+        parent: Path | None = None,
+        phases: Phases | None = None,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.data = data
+        self.parent = parent
+        self.phases = phases or Phases()
+        self.num_steps = config.steps or (data.batches.epoch if data else 1)
+        self.optimiser = optimisation.make_optimiser(config.optimiser, self.num_steps)
+        abstract = optimisation.abstract_state(config.model, self.head, self.optimiser, mesh)
+        self.abstract_state: State = {"model": abstract}
+        self.loss_fn = self.make_loss(config)
+        self.update = MinibatchUpdate(self.loss_fn, self.optimiser, abstract)
+
+    @staticmethod
+    def make_loss(config: Config) -> LossFunction:
+        """Return the loss of a microbatch."""
+        raise NotImplementedError
+
+    @staticmethod
+    def load_data(config: Config, mesh: Mesh, inputs: RunInputs) -> Any:
+        """Read and tokenise what the config trains on and holds out."""
+        raise NotImplementedError
+
+    def longest_microbatches(self) -> list[Any]:
+        """Return a minibatch of examples that are as long as they may be, for planning."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
+        """Read and tokenise the data, and return a stage that can train."""
+        data = cls.load_data(config, mesh, inputs)
+        parent = inputs.parents.get("model")
+        return cls(config, mesh, data=data, parent=parent, phases=inputs.phases)
+
+    @classmethod
+    def plan(cls, config: Config, mesh: Mesh) -> Self:
+        """Return a stage that can only be compiled."""
+        return cls(config, mesh)
+
+    def init_state(self) -> State:
+        """Return the state of a fresh model, or of the parent's; a missing head is fresh."""
+        key = jax.random.key(self.config.seed)
+        params = roles.load(self.config.model, self.head, self.mesh, key, self.parent)
+        abstract = self.abstract_state["model"]
+        return {"model": optimisation.place_state(params, self.optimiser, abstract)}
+
+    def step(self, state: State, step: int) -> tuple[State, StepOutput]:
+        """Take one optimiser step."""
+        microbatches = sharding.shard_batch(self.data.prefetch.get(step), self.mesh)
+        self.phases.mark("data", microbatches)
+        observation = self.observe(state, step, microbatches)
+        model, metrics = self.update(state["model"], microbatches)
+        self.phases.mark("update", model)
+        output = StepOutput(
+            metrics=metrics,
+            details=functools.partial(self.details, step, observation),
+            batch=functools.partial(self.data.batches.get, step),
+        )
+        return {"model": model}, output
+
+    def observe(self, state: State, step: int, microbatches: list[Any]) -> Any:
+        """Return what `details` needs of the state before the step; nothing by default."""
+        return None
+
+    def details(self, step: int, observation: Any) -> StepDetails:
+        """Return a sample of the step's batch, if it is time for one."""
+        raise NotImplementedError
+
+    def finalise(self, state: State) -> State:
+        """Return the state to save after the last step: by default, as it is."""
+        return state
+
+    def evaluate_midway(self, state: State) -> None:
+        """Return nothing: such a stage is evaluated at the end only."""
+        return None
+
+    def programs(self) -> Iterable[Program]:
+        """Yield the two programs of a step; the largest microbatch stands for all."""
+        microbatches = self.longest_microbatches()
+        microbatch = sharding.abstract_batch(microbatches[0], self.mesh)
+        state = self.abstract_state["model"]
+        total = abstract_total(self.update.accumulate, state.params, microbatch, self.mesh)
+        yield Program(
+            name="gradient",
+            calls=len(microbatches),
+            function=self.update.accumulate,
+            arguments=(total, state.params, microbatch),
+        )
+        yield Program(
+            name="optimiser step",
+            calls=1,
+            function=self.update.update,
+            arguments=(state, total),
+        )
+
+    def resident(self) -> dict[str, Any]:
+        """Return the shapes of the training state."""
+        return {"state": self.abstract_state["model"]}
