@@ -2,14 +2,17 @@
 
 python -m alignjax.plan --config qwen_14b/ppo.py --topology v5:2x2x2
 python -m alignjax.plan --config qwen_7b/ppo.py --topology v5e --search
+python -m alignjax.plan --config qwen_7b/ppo.py --topology h100:8
 python -m alignjax.plan --config ppo.py
 
 The first plans for 8 TPU v5p chips, and ends with exit code 3 if the run does not fit. The second
-searches for the smallest slice of v5e that holds it. The third plans for the devices that are here.
+searches for the smallest slice of v5e that holds it. The third plans for 8 GPUs, the last for the
+devices that are here.
 
 The programs are those that training runs, compiled from shapes alone: no weights, no data, no
-network. The TPU compiler comes with `pip install alignjax[plan]` and needs no TPU. Every example
-is taken to be as long as it may be.
+network. The TPU compiler comes with `pip install alignjax[plan]` and needs no TPU, the CUDA
+compiler with `alignjax[plan-gpu]` and needs no GPU. Every example is taken to be as long as it may
+be.
 """
 
 import argparse
@@ -50,7 +53,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--topology",
         default="",
-        help=f"one of {', '.join(PLATFORMS)} (v5 is v5p) with a slice, such as v5e:4x4; "
+        help=f"one of {', '.join(PLATFORMS)} (v5 is v5p) with a slice, such as v5e:4x4 or h100:8; "
         "default: the devices of this machine",
     )
     parser.add_argument(
