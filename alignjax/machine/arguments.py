@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from alignjax.config import UserError
 
@@ -32,6 +32,10 @@ class Parser(argparse.ArgumentParser):
             if "\0" in word:
                 self.error(f"{word!r} holds a NUL")
         return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        """Print the help; unlike argparse, do not hide that it cannot be written."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         """Raise a mistake in the command line."""

@@ -11,7 +11,7 @@ from typing import TextIO
 import jax
 from tqdm import tqdm
 
-from alignjax.config import one_line
+from alignjax.config import UserError, one_line
 from alignjax.machine import failures
 from alignjax.machine.arguments import Finished
 from alignjax.machine.processes import Stopped, membership
@@ -36,7 +36,7 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     open_missing_streams()
     try:
         code = exit_code_of(command)
-        sys.stdout.flush()
+        flush_output()
         return code
     except Stopped as stopped:
         if jax.process_index() == 0:
@@ -54,6 +54,16 @@ def exit_code_of(command: Callable[[], int | None]) -> int:
         return command() or 0
     except Finished as finished:
         return finished.code
+
+
+def flush_output() -> None:
+    """Write what is left in the buffer of standard output, while errors can be reported."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output: {error.strerror}") from None
 
 
 def report_failure(error: BaseException) -> int:
