@@ -170,7 +170,6 @@ def test_what_ppo_sampled_and_its_scores_are_reproduced(chain, reward):
         len(sampled_prompts),
         key=jax.random.fold_in(jax.random.key(0), 0),
         settings=dataclasses.replace(settings, slots=8),
-        stops=policy.end_stops(),
     )
     assert [policy.make_response(tokens).text for tokens in responses] == texts
     assert len(texts) >= 6
