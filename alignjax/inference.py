@@ -404,8 +404,7 @@ def load_params(
             params = roles.read_hf(architecture, head, mesh, directory)
         if "head" not in params and head == "scalar":
             raise UserError(f"{directory}: this sequence classifier has no score.weight")
-        # A reward model stays in float32, in which its score is computed, as in training.
-        if architecture.dtype != "float32" and head == "lm":
+        if architecture.dtype != "float32":
             round_params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)
             params = round_params(architecture, params)
     return params

@@ -142,7 +142,7 @@ def build(
     directory = parents["reward"]
     model = reward_architecture(config, directory)
     params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
-    params = roles.freeze(params, ppo.frozen_dtype, ppo.frozen_memory)
+    params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
     reward_tokenizer = parent_tokenizer(config, directory)
     if same_tokens(reward_tokenizer, tokenizer):
         return Reward(model=model, params={"reward": params}, text_rewards=text_rewards)
