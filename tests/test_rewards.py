@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax import config as configs
-from alignjax.algorithms import plugins, rewards
+from alignjax.algorithms import plugins, reward_functions, rewards
 from alignjax.config import Model, UserError
 from alignjax.data import chat, toy
 from alignjax.machine import sharding
@@ -73,7 +73,7 @@ def test_a_function_gets_messages_texts_and_columns():
         seen.append((prompts, responses, columns))
         return [1, 2.5]
 
-    function = rewards.FunctionReward(spec="m:f", function=reward, weight=2.0)
+    function = reward_functions.FunctionReward(spec="m:f", function=reward, weight=2.0)
     scores = function(ROWS, ["4", "y"])
     assert scores.tolist() == [2.0, 5.0] and scores.dtype == np.float32
     assert seen == [
@@ -95,7 +95,7 @@ def test_a_function_gets_messages_texts_and_columns():
     ],
 )
 def test_scores_that_are_none_are_named(given, message):
-    function = rewards.FunctionReward(
+    function = reward_functions.FunctionReward(
         spec="m:f", function=lambda prompts, responses, **columns: given, weight=1.0
     )
     with pytest.raises(UserError, match=message):
