@@ -22,7 +22,7 @@ import numpy as np
 from alignjax import config as configs
 from alignjax.algorithms import rewards
 from alignjax.config import UserError
-from alignjax.data import chat, encoding
+from alignjax.data import chat, encoding, tokenizer_files
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
@@ -381,6 +381,7 @@ def load(
     architecture.max_length = int(max_length or architecture.max_length)
     tokenizer_directory = directory / "tokenizer" if is_run else directory
     tokenizer = chat.load_tokenizer(tokenizer_directory, chat_template)
+    tokenizer_files.check_fits(tokenizer, architecture.vocab_size)
     mesh = mesh or sharding.make_mesh(configs.Mesh())
     is_reward = is_reward_model(stored)
     return LoadedModel(
