@@ -22,7 +22,7 @@ import numpy as np
 from alignjax import config as configs
 from alignjax.algorithms import rewards
 from alignjax.config import UserError
-from alignjax.data import chat, encoding
+from alignjax.data import chat, encoding, tokenizer_files
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
@@ -388,6 +388,7 @@ def load(
     architecture.max_length = int(max_length or architecture.max_length)
     tokenizer_directory = directory / "tokenizer" if is_run else directory
     tokenizer = chat.load_tokenizer(tokenizer_directory, chat_template)
+    tokenizer_files.check_fits(tokenizer, architecture.vocab_size)
     mesh = mesh or sharding.make_mesh(configs.Mesh())
     is_reward = is_reward_model(stored)
     return LoadedModel(
@@ -411,8 +412,7 @@ def load_params(
             params = roles.read_hf(architecture, head, mesh, directory)
         if "head" not in params and head == "scalar":
             raise UserError(f"{directory}: this sequence classifier has no score.weight")
-        # A reward model stays in float32, in which its score is computed, as in training.
-        if architecture.dtype != "float32" and head == "lm":
+        if architecture.dtype != "float32":
             round_params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)
             params = round_params(architecture, params)
     return params

@@ -142,7 +142,9 @@ class PPO:
         reference = self.load_role("lm", "reference")
         ppo = self.config.ppo
         self.frozen = {
-            "reference": roles.freeze(reference, ppo.frozen_dtype, ppo.frozen_memory),
+            "reference": roles.freeze(
+                self.config.model, reference, ppo.frozen_dtype, ppo.frozen_memory
+            ),
             **reward.params,
         }
 
@@ -447,15 +449,15 @@ class PPO:
         ppo = self.config.ppo
         policy = self.abstract_state["policy"]
         value = self.abstract_state["value"]
-        shapes = {
-            "policy": policy,
-            "value": value,
-            "reference": roles.abstract_frozen(policy.params, ppo.frozen_dtype, ppo.frozen_memory),
-        }
+        freeze = functools.partial(
+            roles.abstract_frozen,
+            self.config.model,
+            dtype=ppo.frozen_dtype,
+            memory=ppo.frozen_memory,
+        )
+        shapes = {"policy": policy, "value": value, "reference": freeze(policy.params)}
         if "reward" in self.config.parents:  # its architecture is taken to be that of the others
-            shapes["reward"] = roles.abstract_frozen(
-                value.params, ppo.frozen_dtype, ppo.frozen_memory
-            )
+            shapes["reward"] = freeze(value.params)
         reading = abstract_reading(self.config, self.mesh)
         shapes["experience"] = Experience(
             rollout=abstract_rollout(self.config, self.mesh),

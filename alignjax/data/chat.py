@@ -8,22 +8,17 @@ Text in contents that looks like a control token is text, unless the tokenizer w
 """
 
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Otherwise transformers advises to install torch, which is not used here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignjax.config import UserError
-from alignjax.data import chat_format
+from alignjax.data import chat_format, tokenizer_files
 from alignjax.data.chat_format import EncodedConversation
-from alignjax.machine import workdir as workdirs
 
 START = "<|im_start|>"
 END = "<|im_end|>"
@@ -73,20 +68,10 @@ def load_tokenizer(directory: Path, template: str = "") -> PreTrainedTokenizerBa
     """Load a Hugging Face tokenizer, with its own chat template or, with "chatml", ChatML.
 
     Raises:
-      UserError: there is no tokenizer, it runs code of its own, or ChatML's tokens are not in its
-        vocabulary.
+      UserError: for files that are missing or damaged, for a tokenizer that needs code of its own,
+        and if ChatML's tokens are not in its vocabulary.
     """
-    if not (directory / "tokenizer_config.json").is_file():
-        raise UserError(f"{directory}: no tokenizer there (tokenizer_config.json is missing)")
-    try:
-        with workdirs.local_copy(directory) as local:
-            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
-    except (ValueError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{directory}: transformers can't load this tokenizer ({reason}); name another by "
-            "tokenizer=DIR, for the report's Qwen that of a Qwen2 model, whose tokens are the same"
-        ) from None
+    tokenizer = tokenizer_files.load(directory)
     if template == "chatml":
         use_chatml(tokenizer, directory)
     return tokenizer
