@@ -204,7 +204,7 @@ class LoadedModel:
         if len(prompts) != len(responses):
             raise UserError(f"score: {len(prompts)} prompts for {len(responses)} responses")
         sequences = []
-        encoded_responses = self.encode_responses(responses)
+        encoded_responses = self.encode_responses(prompts, responses)
         for prompt, response in zip(self.encode(prompts), encoded_responses, strict=True):
             sequences.append(prompt + response)
         longest = max(map(len, sequences), default=0)
@@ -253,7 +253,7 @@ class LoadedModel:
                 "messages need a chat template and a model that was trained with it; this model "
                 "takes plain text"
             )
-        return self.tokenizer(list(prompts))["input_ids"] if prompts else []
+        return chat.encode_texts(self.tokenizer, prompts, begin=True)
 
     def encode_to_fit(self, prompts: Sequence[Prompt], response_length: int) -> list[list[int]]:
         """Encode prompts; UserError if one is empty or leaves no space for the response."""
@@ -267,10 +267,17 @@ class LoadedModel:
                 )
         return encoded
 
-    def encode_responses(self, responses: Sequence[str | list[int]]) -> list[list[int]]:
+    def encode_responses(
+        self, prompts: Sequence[Prompt], responses: Sequence[str | list[int]]
+    ) -> list[list[int]]:
         """Return the tokens of responses; those that are text get the end token."""
         texts = [response for response in responses if isinstance(response, str)]
-        encoded_texts = iter(chat.encode_responses(self.tokenizer, texts))
+        their_prompts = [
+            as_messages(prompt)
+            for prompt, response in zip(prompts, responses, strict=True)
+            if isinstance(response, str)
+        ]
+        encoded_texts = iter(chat.encode_responses(self.tokenizer, their_prompts, texts))
         return [
             next(encoded_texts) if isinstance(response, str) else list(response)
             for response in responses

@@ -176,7 +176,8 @@ def test_what_ppo_sampled_and_its_scores_are_reproduced(chain, reward):
     prompt_of_each = [prompt for prompt in sampled_prompts for _ in range(2)]
     scored = reward.score(prompt_of_each, [tokens.tolist() for tokens in responses])
     np.testing.assert_allclose(scored, scores, atol=2e-5)
-    encoded_texts = chat.encode_responses(reward.tokenizer, texts)
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompt_of_each]
+    encoded_texts = chat.encode_responses(reward.tokenizer, messages, texts)
     assert reward.score(prompt_of_each, texts) == reward.score(prompt_of_each, encoded_texts)
     assert len(set(reward.score(["a"] * 3, ["cat", "box", "cat"]))) == 2
 

@@ -64,8 +64,9 @@ class TextRewardModel:
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the weighted scores of the responses to the prompts of the rows."""
-        prompts = chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
-        endings = chat.encode_responses(self.tokenizer, responses)
+        messages = [row["prompt"] for row in rows]
+        prompts = chat.encode_prompts(self.tokenizer, messages)
+        endings = chat.encode_responses(self.tokenizer, messages, responses)
         sequences = [
             (prompt + ending)[-self.max_tokens :]
             for prompt, ending in zip(prompts, endings, strict=True)
