@@ -23,6 +23,7 @@ import sys
 from alignjax import config as configs
 from alignjax.config import Config, Model
 from alignjax.machine import console, jsonl
+from alignjax.machine.arguments import Parser
 from alignjax.models import families
 from alignjax.planning.plans import Estimate, make_plan, plan_dict
 from alignjax.planning.printing import format_estimates, format_plan
@@ -35,15 +36,13 @@ DOES_NOT_FIT = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 if the run fits, 3 if it does not, 2 after a user error."""
-    arguments, overrides = argument_parser().parse_known_args(argv)
-    return console.run_command(functools.partial(run, arguments, overrides))
+    """Return the exit code: 0 if the run fits, 3 if not, or one of `machine.failures`."""
+    return console.run_command(functools.partial(run, argv))
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.plan",
-        allow_abbrev=False,
         description="Compile a run for machines that are not here.",
         epilog="any field of the config: --config.FIELD=VALUE",
     )
@@ -66,8 +65,9 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(argv: list[str] | None) -> int:
     """Plan the run that the arguments name, print the result, and return the exit code."""
+    arguments, rest = argument_parser().parse_known_args(argv)
     overrides = configs.parse_overrides(rest)
     config = configs.load(arguments.config, overrides)
     adopt_architecture(config, overrides, architecture)
