@@ -73,6 +73,7 @@ def report_failure(error: BaseException) -> int:
         return failures.CLOSED_OUTPUT
     several_processes = membership().client is not None
     failure = failures.failure_of(error, several_processes=several_processes)
+    print_details(error)
     print_error(failure.line)
     try:
         sys.stdout.flush()
@@ -120,6 +121,13 @@ def discard_output() -> None:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(null, stream.fileno())
     os.close(null)
+
+
+def print_details(error: BaseException) -> None:
+    """Print the details of an error, such as a traceback of the user's own code, if it has any."""
+    details = getattr(error, "details", "")
+    if details:
+        print(details.rstrip("\n"), file=sys.stderr)
 
 
 def print_error(text: str) -> None:

@@ -85,7 +85,7 @@ def architecture(directory: Path) -> Model:
     """Return the architecture of the model in a run or a Hugging Face checkpoint."""
     values = read_config(directory)
     if "stage" in values:
-        return model_from_json(values)
+        return model_from_json(values, str(directory / "config.json"))
     return families.model_from_hf(values, str(directory / "config.json"))
 
 
