@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax import config as configs
-from alignjax.algorithms import plugins, rewards
+from alignjax.algorithms import plugins, reward_functions, rewards
 from alignjax.config import Model, UserError
 from alignjax.data import chat, toy
 from alignjax.machine import sharding
@@ -32,7 +32,7 @@ ROWS = [
     },
 ]
 MODEL = Model(
-    vocab_size=400, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=256
+    vocab_size=520, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=256
 )
 
 
@@ -73,7 +73,7 @@ def test_a_function_gets_messages_texts_and_columns():
         seen.append((prompts, responses, columns))
         return [1, 2.5]
 
-    function = rewards.FunctionReward(spec="m:f", function=reward, weight=2.0)
+    function = reward_functions.FunctionReward(spec="m:f", function=reward, weight=2.0)
     scores = function(ROWS, ["4", "y"])
     assert scores.tolist() == [2.0, 5.0] and scores.dtype == np.float32
     assert seen == [
@@ -95,7 +95,7 @@ def test_a_function_gets_messages_texts_and_columns():
     ],
 )
 def test_scores_that_are_none_are_named(given, message):
-    function = rewards.FunctionReward(
+    function = reward_functions.FunctionReward(
         spec="m:f", function=lambda prompts, responses, **columns: given, weight=1.0
     )
     with pytest.raises(UserError, match=message):
@@ -191,7 +191,7 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
         assert (
             set(reward.params) == {"reward"}
             and reward.text_rewards == []
-            and reward.model.vocab_size == 400
+            and reward.model.vocab_size == 520
         )
         reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
         alone = text_reward(other, made["other"], mesh, 72, 4096)(ROWS, ["4", "y"])

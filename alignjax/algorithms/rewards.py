@@ -3,15 +3,8 @@
 A reward model with the policy's tokenizer and template reads the policy's own tokens, see
 `experience.read_roles`. One with another tokenizer reads text: the prompt's messages and the
 decoded response, tokenised as in its own training, with its own end token. A function reads
-text too:
-
-    def reward(prompts, responses, **columns) -> scores
-
-`prompts` are lists of messages, `responses` texts without their end token, `columns` the other
-fields of each prompt's row; all are lists of one length. The scores are as many numbers; a
-rollout with one that is not finite produces no update. The function must be pure: a run that
-resumes calls it again, and so does each of several processes. It must accept columns that it
-does not use. A response that does not end gets `ppo.truncated_score` whatever its score.
+text too, see `reward_functions`. A response that does not end gets `ppo.truncated_score`
+whatever its score.
 """
 
 import dataclasses
@@ -26,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.plugins import load_function
+from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
-from alignjax.data import chat, encoding, packing
+from alignjax.data import chat, encoding, packing, tokenizer_files
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
@@ -58,36 +52,6 @@ class Reward:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionReward:
-    """A user's function as a text-based reward."""
-
-    spec: str  # module:function, to name in errors
-    function: Callable[..., Any]
-    weight: float
-
-    def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
-        """Return the weighted scores of the function.
-
-        Raises:
-          UserError: for scores that are too few or too many, or not numbers.
-        """
-        prompts = [row["prompt"] for row in rows]
-        scores = list(self.function(prompts, responses, **columns_of(rows)))
-        if len(scores) != len(rows):
-            raise UserError(
-                f"ppo.reward_fn={self.spec}: {len(scores)} scores for {len(rows)} responses"
-            )
-        for row, response, score in zip(rows, responses, scores, strict=True):
-            if not np.isscalar(score) or isinstance(score, str):
-                where = row.get("where", "the embedded world")
-                raise UserError(
-                    f"ppo.reward_fn={self.spec}: score {score!r} for the response "
-                    f"{response[:80]!r} to the prompt of {where} is not a number"
-                )
-        return self.weight * np.asarray(scores, np.float32)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextRewardModel:
     """A reward model with a tokenizer of its own as a text-based reward."""
 
@@ -100,8 +64,9 @@ class TextRewardModel:
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the weighted scores of the responses to the prompts of the rows."""
-        prompts = chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
-        endings = chat.encode_responses(self.tokenizer, responses)
+        messages = [row["prompt"] for row in rows]
+        prompts = chat.encode_prompts(self.tokenizer, messages)
+        endings = chat.encode_responses(self.tokenizer, messages, responses)
         sequences = [
             (prompt + ending)[-self.max_tokens :]
             for prompt, ending in zip(prompts, endings, strict=True)
@@ -110,12 +75,6 @@ class TextRewardModel:
             self.score, sequences, self.max_tokens, self.microbatch_tokens, self.mesh
         )
         return self.weight * scores
-
-
-def columns_of(rows: list[dict]) -> dict[str, list]:
-    """Return each column of the rows as a list, with None where a row lacks it."""
-    names = dict.fromkeys(name for row in rows for name in row.get("columns", {}))
-    return {name: [row.get("columns", {}).get(name) for row in rows] for name in names}
 
 
 def build(
@@ -142,8 +101,9 @@ def build(
     directory = parents["reward"]
     model = reward_architecture(config, directory)
     params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
-    params = roles.freeze(params, ppo.frozen_dtype, ppo.frozen_memory)
+    params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
     reward_tokenizer = parent_tokenizer(config, directory)
+    tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)
     if same_tokens(reward_tokenizer, tokenizer):
         return Reward(model=model, params={"reward": params}, text_rewards=text_rewards)
     # Another tokenizer may make more tokens of a text: leave room for twice as many.

@@ -137,7 +137,7 @@ class Reader:
                 if not self.read_more():
                     raise self.error(self.place, CUT_OFF) from None
                 continue
-            # A number may go on where the text is cut off: "3." is 3 and a dot, or the start of 3.5.
+            # A number may go on where the text is cut off: "3." may be the start of 3.5.
             distance = end - self.place
             if end + LONGEST_LITERAL < len(self.text) or not self.read_more():
                 self.place += distance
