@@ -1,8 +1,9 @@
 """What commands print: errors, lines that keep a progress bar intact, the bar, and tables."""
 
+import contextlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from tqdm import tqdm
@@ -25,7 +26,7 @@ def run_command(
 
     An error that the user can mend is printed as one line on standard error:
 
-    - UserError, and the types in `errors`: exit code 2.
+    - UserError, below its details if it has any, and the types in `errors`: exit code 2.
     - Stopped, after a run has saved: 0 after SIGTERM, else 128 + the number of the signal.
     - KeyboardInterrupt, if `interrupted` is the text to print ("interrupted"): 130. Otherwise
       it passes through.
@@ -39,6 +40,7 @@ def run_command(
             print_error(str(stopped))
         return 0 if stopped.number == signal.SIGTERM else 128 + stopped.number
     except (UserError, *errors) as error:
+        print_details(error)
         print_error(str(error))
         return USER_ERROR
     except KeyboardInterrupt:
@@ -51,6 +53,27 @@ def run_command(
 def print_error(text: str) -> None:
     """Print a line of an error on standard error."""
     print(f"alignjax: {text}", file=sys.stderr)
+
+
+def print_details(error: BaseException) -> None:
+    """Print the details of an error, such as a traceback of the user's own code, if it has any."""
+    details = getattr(error, "details", "")
+    if details:
+        print(details.rstrip("\n"), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def bar_set_aside() -> Iterator[None]:
+    """Let code that we did not write print without breaking the progress bar of a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    # Without tqdm's lock, because the code may use tqdm in threads of its own.
+    with tqdm.external_write_mode(nolock=True):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
 
 
 def say(text: str) -> None:
