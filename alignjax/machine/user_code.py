@@ -11,7 +11,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 
-from alignjax.config import CONFIGS, PACKAGE, UserError
+from alignjax.config import CONFIGS, PACKAGE, UserError, one_line
 
 LONGEST_TEXT = 300  # characters of an exception's text in a line
 LONGEST_VALUE = 80  # characters of a value in a line
@@ -63,11 +63,6 @@ def describe_value(value: object) -> str:
     except Exception:
         return f"of type {type(value).__name__}"
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
-
-
-def one_line(text: str) -> str:
-    """Return a text with single spaces for all white space."""
-    return " ".join(text.split())
 
 
 def place(error: BaseException) -> str:
