@@ -20,6 +20,24 @@ class UserError(Exception):
     """A user's mistake: commands print it as one line, without a traceback, and exit with 2."""
 
 
+LONGEST_LINE = 2000  # characters of an error
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line of printable characters, shortened in the middle if very long."""
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    if len(line) > LONGEST_LINE:
+        half = LONGEST_LINE // 2
+        line = f"{line[:half]} ... {line[-half:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception as "TYPE: TEXT"."""
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 @dataclass(unsafe_hash=True)
 class Model:
     """A decoder."""
@@ -134,7 +152,7 @@ class PPO:
     # Devices along mesh.tensor in sampling, the others along mesh.data; 0 is the mesh as it is.
     rollout_tensor: int = 0
     cache_dtype: str = ""  # of keys and values in sampling; "" is model.dtype
-    frozen_dtype: str = ""  # of the reference's and reward model's parameters; "" is float32
+    frozen_dtype: str = ""  # of the reference's and reward model's matrices; "" is float32
     frozen_memory: str = "device"  # where they are kept: device, host (pinned, fetched on use)
     # Steps between evaluations on held-out prompts (evaluations.jsonl); 0 is only at the end.
     eval_every: int = 0
@@ -400,7 +418,7 @@ def check_ppo(config: Config) -> None:
             f"{key}={values[key]!r} must be module:function",
         )
     check_ppo_batches(config)
-    # A rounded reference would not be the policy at step 0, unless the policy computes so too.
+    # A rounded reference is the policy at step 0 only if the policy rounds its matrices too.
     rule(
         ppo.frozen_dtype != "bfloat16" or config.model.dtype == "bfloat16",
         f"ppo.frozen_dtype={ppo.frozen_dtype!r} needs model.dtype='bfloat16', "
