@@ -18,7 +18,14 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A user's mistake: commands print it as one line, without a traceback, and exit with 2."""
+    """A user's mistake: commands print it as one line, without a traceback, and exit with 2.
+
+    `details` are lines to print above it: the traceback of an error in code that the user wrote.
+    """
+
+    def __init__(self, text: str = "", details: str = ""):
+        super().__init__(text)
+        self.details = details
 
 
 LONGEST_LINE = 2000  # characters of an error
@@ -492,9 +499,9 @@ def check_ppo(config: Config) -> None:
 
 
 def is_function_spec(spec: str) -> bool:
-    """Return whether a text has the form module:function."""
+    """Return whether a text has the form module:function; both parts may have dots."""
     module, _, function = spec.partition(":")
-    return bool(module and function)
+    return all(name.isidentifier() for name in [*module.split("."), *function.split(".")])
 
 
 def check_ppo_batches(config: Config) -> None:
