@@ -124,13 +124,6 @@ def discard_output() -> None:
     os.close(null)
 
 
-def print_details(error: BaseException) -> None:
-    """Print the details of an error, such as a traceback of the user's own code, if it has any."""
-    details = getattr(error, "details", "")
-    if details:
-        print(details.rstrip("\n"), file=sys.stderr)
-
-
 def print_error(text: str) -> None:
     """Print an error as one line on standard error."""
     line = one_line(text)
