@@ -297,8 +297,7 @@ def test_public_sets_come_from_tfds_with_the_reports_figures_and_shp_by_ratio(
     assert run(*two_runs, "--sets", "shp,hh_harmless_base", *options) == 0
     expected = sources.ReadOptions(data_dir="somewhere", say=table4.say)
     assert loaded == [
-        (f"tfds/{name}", "comparisons", "train", expected)
-        for name in ("shp", "hh_harmless_base")
+        (f"tfds/{name}", "comparisons", "train", expected) for name in ("shp", "hh_harmless_base")
     ]
     results = json.loads(out.read_text())
     printed = capsys.readouterr().out
