@@ -64,17 +64,17 @@ def test_an_empty_rope_scaling_leaves_rope_parameters(empty):
     assert (model.rope_scaling, model.rope_factor, model.rope_theta) == ("linear", 3.0, 77.0)
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "yarn", **YARN}, LLAMA3])
-def test_the_original_length_at_the_top_comes_first(rope):
-    model = read(rope_parameters=rope, original_max_position_embeddings=200)
+@pytest.mark.parametrize("settings", [{"rope_type": "yarn", **YARN}, LLAMA3])
+def test_the_original_length_at_the_top_comes_first(settings):
+    model = read(rope_parameters=settings, original_max_position_embeddings=200)
     assert model.rope_original_length == 200
-    without = {key: value for key, value in rope.items() if not key.startswith("original")}
+    without = {key: value for key, value in settings.items() if not key.startswith("original")}
     assert read(rope_parameters=without).rope_original_length == read().max_length
 
 
 def test_yarn_without_a_factor_takes_the_ratio_of_the_lengths():
-    rope = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}
-    assert read(rope_parameters=rope, max_position_embeddings=64).rope_factor == 4.0
+    settings = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}
+    assert read(rope_parameters=settings, max_position_embeddings=64).rope_factor == 4.0
 
 
 @pytest.mark.parametrize(
