@@ -123,6 +123,6 @@ def report_faults(
         raise UserError(f"{where}: {faults[first]}; {advice}")
     if len(faults) == len(rows):
         raise UserError(f"all {len(rows)} {kind} are bad; the first: {where}: {faults[first]}")
-    count = f"{len(faults)} of {len(rows)} {kind} skipped"
-    rules.say(f"{count}: they cannot be encoded; the first: {where}: {faults[first]}")
+    count = f"{len(faults)} of {len(rows)} {kind} cannot be encoded and are skipped"
+    rules.say(f"{count}; the first: {where}: {faults[first]}")
     return np.array(sorted(faults))
