@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+from alignjax import claims
 from alignjax import config as configs
 from alignjax.claims import Study
 from alignjax.config import UserError
@@ -90,9 +91,7 @@ def load(name: str) -> Study:
     path = Path(name) if name.endswith(".py") else STUDIES / f"{name}.py"
     if not path.is_file():
         raise UserError(f"study {name}: no file {path}{configs.nearest(name, known())}")
-    study = configs.run_file(path).get("study")
-    if not isinstance(study, Study):
-        raise UserError(f"study {name}: {path} has no `study`, an alignjax.claims.Study")
+    study = claims.check(configs.run_file(path).get("study"), f"study {name}: {path}")
     study_runs.plan_trials(study, 1, Path())
     return study
 

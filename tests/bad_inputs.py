@@ -415,7 +415,12 @@ STUDY = (
     "from alignjax.claims import Study\n"
     "study = Study(title={title}, claim='c', arms={arms}, figures={figures}{more})\n"
 )
-GOOD_STUDY = {"title": "'t'", "arms": "{'a': {}}", "figures": "{'f': 'loss'}", "more": ""}
+GOOD_STUDY = {
+    "title": "'t'",
+    "arms": "{'a': {'config': 'lm.py:tiny'}}",
+    "figures": "{'f': 'loss'}",
+    "more": "",
+}
 STUDIES = {
     **{name: CONFIG_FILES[name] for name in ("syntax", "empty", "exit", "binary", "FIFO", "NULs")},
     "no study": "study = 3\n",
@@ -556,7 +561,9 @@ def damaged_runs() -> Iterator[BadInput]:
         for value in generator.sample(WRONG_VALUES, 4):
             reader = generator.choice(READ_BY["config.json"])
             content = functools.partial(with_value, key, value)
-            yield damaged(reader, run_for(reader, ""), "config.json", f"{key}={value!r:.20}", content)
+            yield damaged(
+                reader, run_for(reader, ""), "config.json", f"{key}={value!r:.20}", content
+            )
     for key in ("table", "name", "steps", "training_seconds", "nothing", "reward/after"):
         for value in generator.sample(WRONG_VALUES, 4):
             reader = generator.choice(READ_BY["summary.json"])

@@ -6,7 +6,6 @@ compile a program: what comes to that point has been read.
 
 import contextlib
 import io
-import os
 import signal
 import stat
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import bad_inputs
-import numpy as np
 import pytest
 from bad_inputs import BadInput, Fixtures
 
@@ -37,7 +35,7 @@ MAINS = {
     "study": study.main,
     "data.prepare": prepare.main,
 }
-LIMIT = 6  # seconds of a command that hangs
+LIMIT = 4  # seconds of a command that hangs
 AT_LEAST = 300  # inputs
 
 
@@ -81,9 +79,7 @@ def fixtures(chain, tmp_path_factory) -> Fixtures:
     for run, name in (("sft-tiny", "sft"), ("rm-tiny", "rm")):
         arguments = ["--to_hf", str(chain.runs / run), "--out", str(directory / name)]
         assert convert.main(arguments) == 0
-    return Fixtures(
-        runs=chain.runs, language_model=directory / "sft", classifier=directory / "rm"
-    )
+    return Fixtures(runs=chain.runs, language_model=directory / "sft", classifier=directory / "rm")
 
 
 def contents(directory: Path) -> dict[str, object]:

@@ -16,6 +16,9 @@ from etils import epath
 
 from alignjax.config import UserError
 
+# Endings of the files that a run or a model directory has.
+FILE_TYPES = (".json", ".jsonl", ".jinja", ".safetensors", ".model", ".txt")
+
 
 def resolve(spec: str | Path) -> Path:
     """Return the directory that `spec` names, or raise UserError if it cannot be reached.
@@ -35,6 +38,19 @@ def resolve(spec: str | Path) -> Path:
             "(the extra [gcs]) and the rights of gcloud auth application-default login"
         ) from error
     return epath.Path(spec)
+
+
+def check_files(directory: Path) -> None:
+    """Raise UserError if something that is no file has the name of a run's or a model's file.
+
+    Opening a FIFO would wait for ever, and a device has no end.
+    """
+    if not is_local(directory) or not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.suffix in FILE_TYPES and path.exists() and not path.is_file():
+            kind = "a directory" if path.is_dir() else "a pipe or a device"
+            raise UserError(f"{path}: expected a file, found {kind}")
 
 
 def is_local(directory: Path) -> bool:
