@@ -280,13 +280,13 @@ LINES = {
 
 def line_arguments(words: list[str], place: Path, fixtures: Fixtures) -> list[str]:
     names = {"RUNS": str(fixtures.runs), "HF": str(fixtures.language_model)}
-    return [
-        "/".join([names.get(word.partition("/")[0], word.partition("/")[0]), *rest])
-        if word.partition("/")[0] in names
-        else word
-        for word in words
-        for rest in [word.split("/")[1:]]
-    ]
+    for name, path in names.items():
+        words = [path + word.removeprefix(name) if is_below(word, name) else word for word in words]
+    return words
+
+
+def is_below(word: str, name: str) -> bool:
+    return word.partition("/")[0] == name
 
 
 def command_lines() -> Iterator[BadInput]:
@@ -469,13 +469,6 @@ def studies() -> Iterator[BadInput]:
 
 # --------------------------------------------------------------------------- damaged runs
 
-READERS = {
-    "report": ("lm-tiny", "rm-tiny", "ppo-tiny"),
-    "convert": ("sft-tiny",),
-    "chat": ("sft-tiny",),
-    "evaluate": ("rm-tiny",),
-    "train": ("lm-tiny",),
-}
 READ_BY = {
     "config.json": ("report", "convert", "chat", "evaluate", "train", "resume"),
     "summary.json": ("report", "resume"),
@@ -490,6 +483,13 @@ READ_BY = {
     "tokenizer/chat_template.jinja": ("chat", "convert"),
     "checkpoints": ("convert", "chat"),
 }
+
+
+CONFIG_KEYS = (
+    "stage", "parents", "name", "seed", "model.layers", "model.dtype", "model.family",
+    "model.vocab_size", "data.train", "data.max_length", "nothing", "model.nothing",
+    "model.norm_eps", "model.rope_scaling", "steps",
+)  # fmt: skip
 
 
 def reading(reader: str, run: Path) -> list[str]:
@@ -553,24 +553,18 @@ def damaged_runs() -> Iterator[BadInput]:
             reader = readers[number % len(readers)]
             if file == "checkpoints" and name == "half":
                 continue
-            run = run_for(reader, file)
+            run = run_for(reader)
             yield damaged(reader, run, file, name, content)
-    for key in ("stage", "parents", "name", "seed", "model.layers", "model.dtype", "model.family",
-                "model.vocab_size", "data.train", "data.max_length", "nothing", "model.nothing",
-                "model.norm_eps", "model.rope_scaling", "steps"):  # fmt: skip
+    for key in CONFIG_KEYS:
         for value in generator.sample(WRONG_VALUES, 4):
             reader = generator.choice(READ_BY["config.json"])
             content = functools.partial(with_value, key, value)
-            yield damaged(
-                reader, run_for(reader, ""), "config.json", f"{key}={value!r:.20}", content
-            )
+            yield damaged(reader, run_for(reader), "config.json", f"{key}={value!r:.20}", content)
     for key in ("table", "name", "steps", "training_seconds", "nothing", "reward/after"):
         for value in generator.sample(WRONG_VALUES, 4):
             reader = generator.choice(READ_BY["summary.json"])
             content = functools.partial(with_value, key, value)
-            yield damaged(
-                reader, run_for(reader, ""), "summary.json", f"{key}={value!r:.20}", content
-            )
+            yield damaged(reader, run_for(reader), "summary.json", f"{key}={value!r:.20}", content)
     keys = {
         "metrics.jsonl": ("step", "loss", "nothing"),
         "samples.jsonl": ("step", "responses", "prompt", "score", "tokens", "log_ratio", "kl"),
@@ -585,7 +579,7 @@ def damaged_runs() -> Iterator[BadInput]:
                 yield damaged("report", "ppo-tiny", file, f"{key}={value!r:.20}", content)
 
 
-def run_for(reader: str, file: str) -> str:
+def run_for(reader: str) -> str:
     if reader == "report":
         return "ppo-tiny"
     if reader == "evaluate":
@@ -594,6 +588,18 @@ def run_for(reader: str, file: str) -> str:
 
 
 # --------------------------------------------------------------- Hugging Face directories
+
+
+HUB_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "generation_config.json", "model.safetensors",
+)  # fmt: skip
+HUB_KEYS = (
+    "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "torch_dtype",
+    "tie_word_embeddings", "eos_token_id",
+)  # fmt: skip
 
 
 def hf_arguments(file: str, content: Any, place: Path, fixtures: Fixtures) -> list[str]:
@@ -610,21 +616,15 @@ def hf_arguments(file: str, content: Any, place: Path, fixtures: Fixtures) -> li
 def hub_directories() -> Iterator[BadInput]:
     """Yield exports with a file of rubbish, and with wrong values in config.json."""
     generator = random.Random(SEED)
-    files = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-             "generation_config.json", "model.safetensors")  # fmt: skip
     for number, (name, content) in enumerate(RUBBISH.items()):
-        for file in (files[number % len(files)], files[(number + 3) % len(files)]):
+        for file in (HUB_FILES[number % 6], HUB_FILES[(number + 3) % 6]):
             yield BadInput(
                 kind=f"hub directory, {file}",
                 name=name,
                 command="train",
                 arguments=functools.partial(hf_arguments, file, content),
             )
-    keys = ("architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-            "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "torch_dtype",
-            "tie_word_embeddings", "eos_token_id")  # fmt: skip
-    for key in keys:
+    for key in HUB_KEYS:
         for value in generator.sample(WRONG_VALUES, 3):
             content = functools.partial(with_value, key, value)
             yield BadInput(

@@ -35,7 +35,7 @@ MAINS = {
     "study": study.main,
     "data.prepare": prepare.main,
 }
-LIMIT = 4  # seconds of a command that hangs
+LIMIT = 20  # seconds of a command that hangs
 AT_LEAST = 300  # inputs
 
 

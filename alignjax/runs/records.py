@@ -74,7 +74,9 @@ def read_object(path: Path) -> Any:
     return jsonl.null(jsonl.parse(text, str(path)))
 
 
-def read_lines(path: Path, check: Callable[[Any, str], None]) -> list[dict]:
+def read_lines(
+    path: Path, check: Callable[[Any, str], None] = record_checks.check_step
+) -> list[dict]:
     """Return the rows of a JSON-lines file, none if there is no such file.
 
     An incomplete last line, which a running command is still writing, is left out.
