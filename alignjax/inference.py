@@ -23,14 +23,14 @@ from alignjax import config as configs
 from alignjax.algorithms import rewards
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, tokenizer_files
-from alignjax.data.ends import end_tokens, without_end
+from alignjax.data.ends import without_end
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
 from alignjax.sampling.prefill import Prefix
 from alignjax.sampling.types import Prompts, SamplingSettings
 from alignjax.weights import locations, roles
-from alignjax.weights.imported import read_imported
+from alignjax.weights.imported import ends_of
 
 # Prompts of a call of `generate` for each slot. With more, an interruption loses more responses;
 # with fewer, slots wait more often for the last responses of a call.
@@ -426,19 +426,6 @@ def uses_chat_template(stored: dict, tokenizer: chat.PreTrainedTokenizerBase) ->
     plain text.
     """
     return bool(tokenizer.chat_template) and stored.get("data.kind") != "text"
-
-
-def ends_of(
-    directory: Path, tokenizer: chat.PreTrainedTokenizerBase, vocab_size: int
-) -> tuple[int, ...]:
-    """Return the tokens that end a response of a run or a Hugging Face checkpoint."""
-    stored = locations.read_config(directory)
-    return end_tokens(
-        tokenizer,
-        read_imported(directory).declared_ends,
-        vocab_size,
-        plain_text=stored.get("data.kind") == "text",
-    )
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:
