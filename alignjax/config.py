@@ -20,6 +20,24 @@ class UserError(Exception):
     """A user's mistake: commands print it as one line, without a traceback, and exit with 2."""
 
 
+LONGEST_LINE = 2000  # characters of an error
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line of printable characters, shortened in the middle if very long."""
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    if len(line) > LONGEST_LINE:
+        half = LONGEST_LINE // 2
+        line = f"{line[:half]} ... {line[-half:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception as "TYPE: TEXT"."""
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 @dataclass(unsafe_hash=True)
 class Model:
     """A decoder."""

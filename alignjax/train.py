@@ -25,8 +25,10 @@ from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
 from alignjax.machine import console, jsonl, processes, sharding
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
+from alignjax.machine.failures import tracebacks_in
 from alignjax.machine.lock import exclusive_use
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals, watch_for_preemption
@@ -56,8 +58,8 @@ class Session:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    The code is 0, also after SIGTERM and a save; 2 after a user error; 130 after an interrupt
-    and a save. With several processes, an error in one ends all of them, with its code.
+    The code is 0, also after SIGTERM and a save, 130 after an interrupt and a save, or one of
+    `machine.failures`. With several processes, an error in one ends all of them, with its code.
     """
     return console.run_command(lambda: run_from_arguments(argv))
 
@@ -77,9 +79,8 @@ def parse_arguments(
     argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Return the arguments and the overrides {dotted field: text} of a command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.train",
-        allow_abbrev=False,
         description="Run a config, after its parents.",
         epilog="Set any field of the config by --config.FIELD=VALUE.",
     )
@@ -203,7 +204,10 @@ def train(
     session.say(f"{config.name}: {stage.num_steps} steps on {devices}, in {workdir}")
     # Only now, so that a mistake in config or data leaves no half-claimed directory.
     claim_workdir(config, tokenizer, imported, workdir)
-    with tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked:
+    with (
+        tracebacks_in(workdir),
+        tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked,
+    ):
         loop = Loop(
             config=config,
             workdir=workdir,

@@ -148,7 +148,7 @@ KINDS = {
 }
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """Stop a command once its own parser has accepted its arguments."""
 
     def __init__(self, arguments: argparse.Namespace, rest: list[str]):
