@@ -34,6 +34,7 @@ from alignjax.weights.imported import (
     read_imported,
 )
 from alignjax.weights.model_card import CARD_FILE, ExportedModel, model_card
+from alignjax.weights.score_place import MARK
 
 
 class Export(NamedTuple):
@@ -111,6 +112,8 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
     tokens = special_tokens(tokenizer, head, imported)
     model = model_from_json(config)
     content = exported_config(model, head, dtype, imported) | tokens
+    if head == "scalar":
+        content |= MARK
     ends = ends_of(run, tokenizer, model.vocab_size) if head == "lm" else ()
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
     exported = ExportedModel(

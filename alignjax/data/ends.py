@@ -75,3 +75,8 @@ def without_end(tokens: Sequence[int] | np.ndarray, ends: Sequence[int]) -> Sequ
     """Return the tokens of a response without the end token, if it has one."""
     has_end = len(tokens) > 0 and int(tokens[-1]) in ends
     return tokens[:-1] if has_end else tokens
+
+
+def replace_end(tokens: Sequence[int], ending: Sequence[int]) -> list[int]:
+    """Return a sequence with other tokens in the place of its end token, its last one."""
+    return [*tokens[:-1], *ending]

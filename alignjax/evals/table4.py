@@ -71,6 +71,7 @@ class PairScorer:
     score_pairs: Callable  # the compiled `ranking.score_pairs` of the model
     params: dict
     tokenizer: PreTrainedTokenizerBase
+    ending: tuple[int, ...]  # of what the model reads, see `weights.score_place`
     max_length: int  # longer pairs are left out
     microbatch_tokens: int
     mesh: jax.sharding.Mesh
@@ -94,7 +95,7 @@ class PairScorer:
     def read_chunk(self, rows: list[dict], chunk: int) -> FittingPairs:
         """Tokenise one chunk of the rows; a chunk after the last row has no pairs."""
         part = rows[chunk * CHUNK : (chunk + 1) * CHUNK]
-        return fitting_pairs(self.tokenizer, part, self.max_length)
+        return fitting_pairs(self.tokenizer, self.ending, part, self.max_length)
 
     def chunk_differences(self, pairs: list[Pair]) -> Float[np.ndarray, " pairs"]:
         """Score up to CHUNK pairs and return their differences; equal responses differ by 0."""
