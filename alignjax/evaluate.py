@@ -162,8 +162,8 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="with --sets: the file for the figures, with the calibration in FILE.png; default: "
         "DIR/evaluation.json and DIR/calibration.png, for a Hugging Face model "
-        "NAME.evaluation.json and NAME.calibration.png in the working directory; with --tasks: a directory; default: "
-        "DIR/benchmarks",
+        "NAME.evaluation.json and NAME.calibration.png in the working directory; with --tasks: "
+        "a directory; default: DIR/benchmarks",
     )
 
 
