@@ -110,7 +110,7 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
     tokenizer = chat.load_tokenizer(run / "tokenizer")
     imported = read_imported(run)
     tokens = special_tokens(tokenizer, head, imported)
-    model = model_from_json(config)
+    model = model_from_json(config, str(run / "config.json"))
     content = exported_config(model, head, dtype, imported) | tokens
     if head == "scalar":
         content |= MARK

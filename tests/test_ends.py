@@ -105,7 +105,7 @@ def test_a_declared_end_that_is_no_token_is_named(tokenizer, value, message):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("generation_config.json", "[1]", "a JSON object is wanted, list given"),
+        ("generation_config.json", "[1]", "a JSON object is wanted, not list"),
         ("generation_config.json", "{", "not JSON"),
         ("generation_config.json", '{"eos_token_id": 99999}', "eos_token_id=99999: 99999 is not"),
     ],

@@ -195,7 +195,7 @@ def check_reward_model(run: str, directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise UserError(f"--run {run}: no config.json there, so neither a run nor a checkpoint")
     stored = locations.read_config(directory)
-    if not inference.is_reward_model(stored):
+    if not inference.is_reward_model(directory):
         what = "is a language model"
         if locations.is_run(directory):
             what = f"run's stage is {stored['stage']!r}"

@@ -83,11 +83,14 @@ def read_imported(directory: Path) -> Imported:
             generation_file=str(directory / GENERATION_FILE),
         )
     path = directory / IMPORTED_FILE
-    content = read_object(path)
+    content = {"config": {}, "generation_config": {}, "source": ""} | read_object(path)
+    for name in ("config", "generation_config"):
+        if not isinstance(content[name], dict):
+            raise UserError(f"{path}: {name} must be an object, not {content[name]!r}")
     return Imported(
-        config=content.get("config", {}),
-        generation=content.get("generation_config", {}),
-        source=content.get("source", ""),
+        config=content["config"],
+        generation=content["generation_config"],
+        source=str(content["source"]),
         config_file=f"{path}: config",
         generation_file=f"{path}: generation_config",
     )
@@ -134,10 +137,10 @@ def read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is wanted, {type(content).__name__} given")
+        raise UserError(f"{path}: a JSON object is wanted, not {type(content).__name__}")
     return content
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.data import chat
+from alignjax.data import chat, templates
+from alignjax.data.chat_format import format_of
 
 CARD_FILE = "README.md"
 KINDS = {
@@ -71,16 +72,25 @@ score = model(torch.tensor([ids])).logits.item(){bias}
 {bias_note}In a batch, pad on the right with `{pad}`. alignjax reads text in a message that looks \
 like a control token as text; these lines read it as the control token.
 """
-# A tokenizer that encodes the continuation of a text as it encodes a text of its own: so does
-# training, which makes a prompt and its reply tokens one after the other.
-TOKENISE_PARTS = """\
-chat = tokenizer.apply_chat_template(messages, tokenize=False)
-prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-parts = [prompt, chat[len(prompt) : chat.rindex(end)] + end]
-ids = sum(tokenizer(parts, add_special_tokens=False)["input_ids"], [])"""
-TOKENISE_WHOLE = """\
-chat = tokenizer.apply_chat_template(messages, tokenize=False)
-ids = tokenizer(chat[: chat.rindex(end)] + end, add_special_tokens=False)["input_ids"]"""
+# Training makes tokens of a prompt, and then of the reply as the template writes it after the
+# prompt. With a tokenizer that encodes a continuation as it encodes a beginning, these are two
+# texts; with others, such as SentencePiece's, they are one.
+PROMPT = """\
+prompt = tokenizer.apply_chat_template(
+    messages[:-1], tokenize=False, add_generation_prompt=True{date}
+)
+"""
+CHAT = "chat = tokenizer.apply_chat_template(messages, tokenize=False{date})\n"
+PARTS = 'ids = sum(tokenizer(parts, add_special_tokens=False)["input_ids"], [])'
+TOKENISE_PARTS = f"""\
+{PROMPT}{CHAT}parts = [prompt, chat[len(prompt) : chat.rindex(end)] + end]
+{PARTS}"""
+TOKENISE_WHOLE = f"""\
+{CHAT}ids = tokenizer(chat[: chat.rindex(end)] + end, add_special_tokens=False)["input_ids"]"""
+# For a template whose prompt opens what a conversation with a reply does not have.
+TOKENISE_REPLY = f"""\
+{PROMPT}parts = [prompt, messages[-1]["content"] + end]
+{PARTS}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +153,24 @@ def score_use(exported: ExportedModel, tokenizer: PreTrainedTokenizerBase) -> st
         )
     return SCORE.format(
         end=tokenizer.decode([chat.end_token(tokenizer)]),
-        tokenise=TOKENISE_PARTS if encodes_alone(tokenizer) else TOKENISE_WHOLE,
+        tokenise=tokenising_lines(tokenizer),
         bias=bias,
         bias_note=bias_note,
         pad=tokenizer.pad_token,
     )
 
 
-def encodes_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a reply after a prompt has the tokens that it has alone."""
-    beginning, reply = tokenizer(["a\n", "Yes"], add_special_tokens=False)["input_ids"]
-    return tokenizer("a\nYes", add_special_tokens=False)["input_ids"] == beginning + reply
+def tokenising_lines(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the lines of Python that make the tokens of a conversation, through its end token."""
+    chat_format = format_of(tokenizer)
+    if chat_format.opened:
+        lines = TOKENISE_REPLY
+    elif chat_format.encodes_alone:
+        lines = TOKENISE_PARTS
+    else:
+        lines = TOKENISE_WHOLE
+    date = templates.date_of(tokenizer) if templates.asks_for_date(tokenizer) else ""
+    if not date:
+        return lines.format(date="")
+    day = f"import datetime\n\nday = datetime.date.fromisoformat({date!r})  # of the training\n"
+    return day + lines.format(date=f", {templates.DATE_FUNCTION}=day.strftime")
