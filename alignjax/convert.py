@@ -19,7 +19,7 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import UserError, model_from_json
-from alignjax.data import chat
+from alignjax.data import chat, templates
 from alignjax.data.ends import as_list
 from alignjax.machine import console
 from alignjax.machine import workdir as workdirs
@@ -201,11 +201,21 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, head: str, imported: Impo
 def write_tokenizer(
     run: Path, tokenizer: PreTrainedTokenizerBase, head: str, tokens: TokenIds, directory: Path
 ) -> None:
-    """Copy a run's tokenizer; save it anew if it would pad otherwise than a classifier must."""
+    """Copy a run's tokenizer; save it anew if a classifier needs another one.
+
+    A classifier must not pad with its end token. A template that writes today's date gets the
+    date of the run, which the classifier was trained to read.
+    """
     with workdirs.local_copy(run / "tokenizer") as source:
         shutil.copytree(source, directory)
-    if head == "scalar" and tokens["pad_token_id"] != tokenizer.pad_token_id:
+    if head == "lm":
+        return
+    template = tokenizer.chat_template
+    if templates.asks_for_date(tokenizer):
+        template = templates.with_date(template, templates.date_of(tokenizer))
+    if (tokens["pad_token_id"], template) != (tokenizer.pad_token_id, tokenizer.chat_template):
         tokenizer.pad_token_id = tokens["pad_token_id"]
+        tokenizer.chat_template = template
         tokenizer.save_pretrained(directory)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.data import chat, templates
+from alignjax.data import chat
 from alignjax.data.chat_format import format_of
 
 CARD_FILE = "README.md"
@@ -76,11 +76,9 @@ like a control token as text; these lines read it as the control token.
 # prompt. With a tokenizer that encodes a continuation as it encodes a beginning, these are two
 # texts; with others, such as SentencePiece's, they are one.
 PROMPT = """\
-prompt = tokenizer.apply_chat_template(
-    messages[:-1], tokenize=False, add_generation_prompt=True{date}
-)
+prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
 """
-CHAT = "chat = tokenizer.apply_chat_template(messages, tokenize=False{date})\n"
+CHAT = "chat = tokenizer.apply_chat_template(messages, tokenize=False)\n"
 PARTS = 'ids = sum(tokenizer(parts, add_special_tokens=False)["input_ids"], [])'
 TOKENISE_PARTS = f"""\
 {PROMPT}{CHAT}parts = [prompt, chat[len(prompt) : chat.rindex(end)] + end]
@@ -164,13 +162,5 @@ def tokenising_lines(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the lines of Python that make the tokens of a conversation, through its end token."""
     chat_format = format_of(tokenizer)
     if chat_format.opened:
-        lines = TOKENISE_REPLY
-    elif chat_format.encodes_alone:
-        lines = TOKENISE_PARTS
-    else:
-        lines = TOKENISE_WHOLE
-    date = templates.date_of(tokenizer) if templates.asks_for_date(tokenizer) else ""
-    if not date:
-        return lines.format(date="")
-    day = f"import datetime\n\nday = datetime.date.fromisoformat({date!r})  # of the training\n"
-    return day + lines.format(date=f", {templates.DATE_FUNCTION}=day.strftime")
+        return TOKENISE_REPLY
+    return TOKENISE_PARTS if chat_format.encodes_alone else TOKENISE_WHOLE
