@@ -6,6 +6,7 @@ A config file defines `config(variant)`, which returns a `Config`.
 import ast
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -203,6 +204,12 @@ class Config:
     # A directory or hf://ORG/NAME; "" is the parents', or without parents one trained on the text.
     tokenizer: str = ""
     chat_template: str = ""  # "" is the tokenizer's own; chatml
+    # Today for a chat template that writes the date, such as 2026-01-31; "" is the parents', else
+    # the day on which the run begins. config.json has the day that was used.
+    template_date: str = ""
+    # Whether special tokens in the texts of the data are special, as in apply_chat_template, rather
+    # than text. A child of a run does as its parent does.
+    special_tokens_in_content: bool = False
     microbatch_tokens: int = 4096  # a minibatch is packed into microbatches of about so many tokens
     model: Model = field(default_factory=Model)
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -404,7 +411,8 @@ def override(config: Config, key: str, text: str) -> None:
             target = getattr(target, name)
     kind = typing.get_type_hints(type(target))[last]
     if typing.get_origin(kind) is dict:
-        setattr(target, last, parse_names(text, f"--config.{key}"))
+        hint = f"; this is a group, and --config.{key}.FIELD=VALUE sets one of its fields"
+        setattr(target, last, parse_names(text, f"--config.{key}", hint))
         return
     if dataclasses.is_dataclass(kind):
         raise UserError(f"--config.{key}: this is a group; set one of its fields")
@@ -428,7 +436,7 @@ def parse_value(text: str, kind: type, name: str) -> Any:
     return value
 
 
-def parse_names(text: str, name: str) -> dict[str, str]:
+def parse_names(text: str, name: str, hint: str = "") -> dict[str, str]:
     """Return a dictionary of texts, written as a JSON object: {"prompt": "question"}."""
     try:
         value = json.loads(text)
@@ -436,8 +444,8 @@ def parse_names(text: str, name: str) -> dict[str, str]:
         value = None
     if not is_dictionary_of_texts(value):
         raise UserError(
-            f"{name}={text}: this is a group; expected a JSON object of texts, "
-            f"or one of its fields as {name}.FIELD=VALUE"
+            f"{name}={text}: expected a JSON object of texts, "
+            f'such as {{"prompt": "question"}}{hint}'
         )
     return value
 
@@ -535,11 +543,21 @@ def check_fields(config: Config) -> None:
         is_file_name(config.name),
         f"name={config.name!r} must be a file's name: it names the run's directory",
     )
+    check_date(config.template_date)
 
 
 def is_file_name(name: str) -> bool:
     """Return whether a text can name one directory within another."""
     return bool(name.strip(". ")) and name.isprintable() and "/" not in name
+
+
+def check_date(date: str) -> None:
+    """Check that a date is empty or in ISO format."""
+    try:
+        is_date = not date or datetime.date.fromisoformat(date).isoformat() == date
+    except ValueError:
+        is_date = False
+    rule(is_date, f"template_date={date!r} must be a date such as 2026-01-31")
 
 
 def check_model(config: Config) -> None:

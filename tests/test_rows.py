@@ -221,6 +221,7 @@ def test_options_of_a_public_set_are_its_own_and_nobody_elses():
         ("tfds/shp:a=1,b=2", None),
         ("x.jsonl", None),
     ]
+    assert sources.parse("shp:a=1,b=2,summarize") == [("shp:a=1,b=2", None), ("summarize", None)]
     assert sources.parse("x.jsonl,b=2.jsonl") == [("x.jsonl", None), ("b=2.jsonl", None)]
     for text in (",", ",,", " ", "a,,b", "0*x", "9" * 400 + "*x", "2*a,b"):
         with pytest.raises(UserError, match="data.train='"):
