@@ -16,7 +16,7 @@ from alignjax import train
 from alignjax.algorithms import experience, lm, optimisation, ppo_programs
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.optimisation import GradientSum
-from alignjax.algorithms.ppo import updates_of_step
+from alignjax.algorithms.ppo import PPO, updates_of_step
 from alignjax.config import Mesh, Optimiser
 from alignjax.data import mixture
 from alignjax.machine import sharding
@@ -236,7 +236,24 @@ def reward(prompts, responses, **columns):
     return scores
 
 
-def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
+class PoisonedPolicy:
+    """Takes the place of `PPO.role_params`: the policy of the second step overflows."""
+
+    def __init__(self):
+        self.role_params = PPO.role_params
+        self.calls = 0
+
+    def __call__(self, stage, state):
+        self.calls += 1
+        params = self.role_params(stage, state)
+        if self.calls != 2:
+            return params
+        overflowing = {"scale": np.inf * params["policy"]["norm"]["scale"]}
+        return params | {"policy": params["policy"] | {"norm": overflowing}}
+
+
+def test_a_rollout_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch, capsys):
+    """The logits of the policy are not finite in step 1, and a score in step 2."""
     make_experience = experience.make_experience
 
     def without_truncation(config, stats, rollout, reading):
@@ -245,17 +262,32 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
 
     monkeypatch.setattr(experience, "make_experience", without_truncation)
     monkeypatch.setattr(Calls, "count", 0)
+    poisoned = PoisonedPolicy()
+    monkeypatch.setattr(PPO, "role_params", lambda stage, state: poisoned(stage, state))
     run = with_parents("ppo-tiny", chain.runs, tmp_path) / "ppo-tiny"
     overrides = ["--config.ppo.reward_fn=test_nonfinite:reward"]
     overrides += ["--config.ppo.value_warmup_steps=0", *SAVE_EVERY_STEP]
     assert train.main(command("ppo-tiny", run.parent, *overrides)) == 0
     metrics = strict_rows(run / "metrics.jsonl")
-    assert [row["policy/skipped"] for row in metrics] == [0, 0, 1, 0]
-    assert [row["value/skipped"] for row in metrics] == [0, 0, 1, 0]
-    assert not {"objective/scores", "loss/policy_avg", "loss/value_avg"} & set(metrics[2])
-    assert set(metrics[3]) == set(metrics[1])
+    assert [row["policy/skipped"] for row in metrics] == [0, 1, 1, 0]
+    assert [row["value/skipped"] for row in metrics] == [0, 1, 1, 0]
+    for row, missing in ((metrics[1], "objective/entropy"), (metrics[2], "objective/scores")):
+        assert not {missing, "loss/policy_avg", "loss/value_avg"} & set(row)
+    assert "objective/scores" in metrics[1] and "objective/entropy" in metrics[2]
+    assert set(metrics[3]) == set(metrics[0])
+    printed = capsys.readouterr().out
+    assert "the policy's logits are not finite: objective/entropy is nan at step 1 (1 " in printed
+    assert "a score is not finite: objective/scores is nan at step 2 (2 skipped" in printed
+    # Such a response ends at its first token, which is one of the vocabulary.
+    kept = np.load(run / "skipped" / "1.npz")
+    assert np.isnan(kept["logprobs"][:, 0]).all() and (kept["lengths"] == 1).all()
+    assert (kept["tokens"] >= 0).all() and not kept["logprobs"][:, 1:].any()
     before = checkpoint_arrays(run, 2)
-    assert bits(before) == bits(checkpoint_arrays(run, 3))  # both models, and the statistics
+    models = ("policy", "value", "policy_optimiser", "value_optimiser")
+    for step in (1, 3):
+        other = checkpoint_arrays(run, step)
+        assert all(bits(before[name]) == bits(other[name]) for name in models)
+    assert bits(before["stats"]) == bits(checkpoint_arrays(run, 3)["stats"])
     scores = [row["score"] for row in strict_rows(run / "samples.jsonl")[4:]]
     (with_null,) = [pair for pair in scores if None in pair]
     assert with_null[1] is None and with_null[0] > 0
@@ -263,7 +295,7 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     (evaluation,) = strict_rows(run / "evaluations.jsonl")
     assert evaluation["score"] is None and evaluation["kl"] >= 0
     assert evaluation["samples"][2]["score"][1] is None
-    assert [path.name for path in (run / "skipped").iterdir()] == ["2.npz"]
+    assert sorted(path.name for path in (run / "skipped").iterdir()) == ["1.npz", "2.npz"]
     check_ppo_replay(run, before["value"])
 
 

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,7 +21,7 @@ from alignjax.machine.signals import Signals
 from alignjax.runs import advice, environment
 from alignjax.runs.log import TrainingLog
 from alignjax.runs.tracker import Tracker
-from alignjax.weights.checkpoint import Checkpoints
+from alignjax.weights.checkpoint import Checkpoints, NotFinite, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +121,21 @@ class Loop:
 
     def save(self, state: State, step: int, checkpoints: Checkpoints) -> None:
         """Save the state after a step, unless it is not finite."""
+        items = optimisation.to_checkpoint(state)
         if not compiled_all_finite(state):  # a step by finite gradients may still overflow
-            raise UserError(
-                f"{self.config.name}: parameters or optimiser state are not finite after step "
-                f"{step}; stopped, the last checkpoint is whole"
-            )
-        checkpoints.save(step + 1, optimisation.to_checkpoint(state))
+            self.stop_not_finite(items, step)
+        checkpoints.save(step + 1, items)
         self.phases.mark("save")
+
+    def stop_not_finite(self, items: dict[str, Any], step: int) -> None:
+        """Raise UserError with the name of the array that is not finite after a step."""
+        try:
+            check_finite(items)
+        except NotFinite as error:
+            raise UserError(
+                f"{self.config.name}: {error} after step {step}; stopped, the last checkpoint is "
+                "whole"
+            ) from None
 
     def costs(self, step: int) -> dict[str, float]:
         """Return what timing.jsonl says of a step beside its seconds."""

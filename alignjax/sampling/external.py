@@ -38,7 +38,7 @@ class ExternalSampler:
         return sharding.shard_batch(rollout, self.mesh)
 
     def check(self, rollout: Rollout, prompts: Prompts) -> None:
-        """Raise UserError if shapes, types or lengths of a rollout are wrong."""
+        """Raise UserError if shapes, types, lengths or tokens of a rollout are wrong."""
         settings = self.settings
         count = prompts.tokens.shape[0] * settings.samples_per_prompt
         width = prompts.tokens.shape[1] + settings.response_length
@@ -64,4 +64,10 @@ class ExternalSampler:
             raise UserError(
                 f"ppo.sampler={self.spec}: lengths from {shortest} to {longest} must lie in "
                 f"1 to {settings.response_length}"
+            )
+        tokens = rollout.tokens[np.asarray(rollout.segments) > 0]
+        if tokens.min() < 0 or tokens.max() >= settings.model.vocab_size:
+            raise UserError(
+                f"ppo.sampler={self.spec}: tokens from {tokens.min()} to {tokens.max()} must lie "
+                f"in 0 to {settings.model.vocab_size - 1}"
             )
