@@ -22,6 +22,7 @@ from alignjax.config import UserError, model_from_json
 from alignjax.data import chat
 from alignjax.machine import console
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.arguments import Parser
 from alignjax.weights import checkpoint, hf
 
 
@@ -44,26 +45,23 @@ TokenIds = dict[str, int | None]  # name in config.json -> id
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code.
+    """Run the command and return its exit code, 0 or one of `machine.failures`."""
+    return console.run_command(functools.partial(run, argv))
 
-    A user error, and a file that can't be read or written, is one line and exit code 2.
-    """
+
+def run(argv: Sequence[str] | None) -> None:
+    """Write the checkpoint that the arguments ask for."""
     arguments = parse_arguments(argv)
     # Nothing is computed, so leave an accelerator to other processes.
     jax.config.update("jax_platforms", "cpu")
-
-    def command() -> None:
-        run = workdirs.resolve(arguments.to_hf)
-        export(run, arguments.out, arguments.role, arguments.dtype)
-
-    return console.run_command(command, errors=(OSError,))
+    directory = workdirs.resolve(arguments.to_hf)
+    export(directory, arguments.out, arguments.role, arguments.dtype)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.convert",
-        allow_abbrev=False,
         description="Write a run's model as a Hugging Face checkpoint.",
     )
     parser.add_argument("--to_hf", required=True, metavar="RUN", help="a run's work directory")

@@ -18,25 +18,27 @@ from alignjax.config import UserError
 from alignjax.data import preferences
 from alignjax.evals import table4
 from alignjax.machine import console
+from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return 0, 2 after a user error, or 130 after an interrupt."""
+    """Run the command and return its exit code, 0 or one of `machine.failures`."""
     return console.run_command(functools.partial(evaluate, argv))
 
 
-def evaluate(argv: list[str] | None) -> int:
-    """Compute the table that the arguments ask for; return the exit code."""
+def evaluate(argv: list[str] | None) -> None:
+    """Compute the table that the arguments ask for."""
     arguments = parse_arguments(argv)
     keep_programs()
-    if arguments.tasks:
-        body = functools.partial(table5().evaluate, arguments)
+    if not arguments.tasks:
+        table4.evaluate(arguments)
+        return
+    try:
+        table5().evaluate(arguments)
+    except KeyboardInterrupt:
         message = "interrupted; the same command resumes the evaluation"
-    else:
-        body = functools.partial(table4.evaluate, arguments)
-        message = "interrupted"
-    return console.run_command(body, interrupted=message)
+        raise KeyboardInterrupt(message) from None
 
 
 def table5() -> ModuleType:
@@ -60,9 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.evaluate",
-        allow_abbrev=False,
         description="Evaluate ranking runs on comparisons, or language models on benchmarks.",
     )
     add_models_and_data(parser)

@@ -22,6 +22,7 @@ from alignjax.claims import Study
 from alignjax.config import UserError
 from alignjax.machine import console
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.arguments import Parser
 from alignjax.reports import study_picture, study_results, study_runs
 from alignjax.runs import records
 
@@ -29,17 +30,15 @@ STUDIES = configs.CONFIGS.parent / "studies"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0; 2 after a user error or a failed run; 130 after an interrupt."""
-    arguments = argument_parser().parse_args(argv)
+    """Return the exit code: 0, or one of `machine.failures`; a failed run gives 2."""
     return console.run_command(
-        functools.partial(run, arguments), interrupted="interrupted; the same command continues"
+        functools.partial(run, argv), interrupted="interrupted; the same command continues"
     )
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.study",
-        allow_abbrev=False,
         description="Test claims of the report over several seeds.",
     )
     parser.add_argument(
@@ -67,8 +66,9 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(argv: list[str] | None) -> None:
     """Run the studies that the arguments name; all of them are checked before the first starts."""
+    arguments = argument_parser().parse_args(argv)
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}={getattr(arguments, name)} must be at least 1")

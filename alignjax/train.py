@@ -20,13 +20,16 @@ from pathlib import Path
 import jax
 
 from alignjax import config as configs
+from alignjax.algorithms import ppo_plugins
 from alignjax.algorithms.registry import STAGES
 from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
 from alignjax.machine import console, jsonl, processes, sharding
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
+from alignjax.machine.failures import tracebacks_in
 from alignjax.machine.lock import exclusive_use
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals, watch_for_preemption
@@ -39,6 +42,7 @@ from alignjax.runs.loop import Loop
 from alignjax.runs.records import Records
 from alignjax.runs.tokenizers import choose_tokenizer
 from alignjax.weights import locations
+from alignjax.weights.imported import inherit
 
 __all__ = ["fit", "main", "parent_of"]
 
@@ -55,8 +59,8 @@ class Session:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    The code is 0, also after SIGTERM and a save; 2 after a user error; 130 after an interrupt
-    and a save. With several processes, an error in one ends all of them, with its code.
+    The code is 0, also after SIGTERM and a save, 130 after an interrupt and a save, or one of
+    `machine.failures`. With several processes, an error in one ends all of them, with its code.
     """
     return console.run_command(lambda: run_from_arguments(argv))
 
@@ -76,9 +80,8 @@ def parse_arguments(
     argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Return the arguments and the overrides {dotted field: text} of a command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.train",
-        allow_abbrev=False,
         description="Run a config, after its parents.",
         epilog="Set any field of the config by --config.FIELD=VALUE.",
     )
@@ -169,6 +172,9 @@ def run(
     if (workdir / "summary.json").exists():
         session.say(f"{config.name}: complete, in {workdir}")
     else:
+        if config.stage == "ppo" and any(map(is_config, config.parents.values())):
+            # Parents may train for hours before the run itself finds a mistake in such code.
+            ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
         with jax.set_mesh(mesh), Compilations() as compilations:
             train(config, workdir, mesh, parents, session, compilations, profile)
@@ -188,14 +194,24 @@ def train(
     attention.check(config.model)
     tokenizer = choose_tokenizer(config, workdir, parents, session.say)
     phases = Phases(config.name, profile, workdir / "profile", session.say)
-    inputs = RunInputs(parents=parents, tokenizer=tokenizer, say=session.say, phases=phases)
+    imported = inherit(workdir, parents)
+    inputs = RunInputs(
+        parents=parents,
+        tokenizer=tokenizer,
+        say=session.say,
+        phases=phases,
+        imported=imported,
+    )
     stage = STAGES[config.stage].load(config, mesh, inputs)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     devices = f"{mesh.size} {jax.default_backend()} device(s) ({axes})"
     session.say(f"{config.name}: {stage.num_steps} steps on {devices}, in {workdir}")
     # Only now, so that a mistake in config or data leaves no half-claimed directory.
-    claim_workdir(config, tokenizer, workdir)
-    with tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked:
+    claim_workdir(config, tokenizer, imported, workdir)
+    with (
+        tracebacks_in(workdir),
+        tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked,
+    ):
         loop = Loop(
             config=config,
             workdir=workdir,

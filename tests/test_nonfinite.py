@@ -2,22 +2,26 @@
 
 import dataclasses
 import functools
+import io
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import command, fails, files_of, with_parents
+from runs import STEPS, command, fails, files_of, with_parents
 
+from alignjax import chat, convert, evaluate, inference, train
 from alignjax import config as configs
-from alignjax import train
 from alignjax.algorithms import experience, lm, optimisation, ppo_programs
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.optimisation import GradientSum
 from alignjax.algorithms.ppo import PPO, updates_of_step
-from alignjax.config import Mesh, Optimiser
+from alignjax.config import Mesh, Optimiser, UserError
 from alignjax.data import mixture
 from alignjax.machine import sharding
 from alignjax.weights import checkpoint
@@ -227,9 +231,10 @@ class Calls:
 def reward(prompts, responses, **columns):
     """Return 1 for each response, but NaN for one of them in the third step.
 
-    The evaluation before that step is call 3, and gets a NaN too.
+    The evaluation before that step is call 3, and gets a NaN too. The call with one prompt before
+    the first rollout does not count.
     """
-    Calls.count += 1
+    Calls.count += len(responses) > 5
     scores = [1.0] * len(responses)
     if Calls.count in (3, 4):
         scores[5] = NAN
@@ -318,3 +323,57 @@ def check_ppo_replay(run: Path, value_params: object) -> None:
     assert np.isnan(replayed_loss(kept))
     exact = kept | {"returns": kept["old_values"]}
     assert replayed_loss(exact) == pytest.approx(0, abs=1e-4)
+
+
+def poisoned_copy(run: Path, copy: Path) -> Path:
+    """Copy a run, with a newest checkpoint that has a NaN in its model."""
+    shutil.copytree(run, copy)
+    items = {"model": checkpoint_arrays(run, STEPS)["model"]}
+    norm = items["model"]["layers"]["norm1"]
+    norm["scale"] = norm["scale"].at[-1, 2].set(NAN)
+    checkpoints = checkpoint.Checkpoints(copy / "checkpoints", 2)
+    checkpoints.save(STEPS + 1, items)
+    checkpoints.close()
+    return copy
+
+
+def test_a_run_that_is_not_finite_is_no_parent_and_is_not_used(chain, tmp_path, capsys):
+    """Training, inference and an export name the array."""
+    run = poisoned_copy(chain.runs / "lm-tiny", tmp_path / "lm")
+    expected = "model/layers/norm1/scale is not finite (NaN or infinity), so this model can't be"
+    parent = f"--config.parents.model={run}"
+    assert expected in fails(capsys, *command("sft-tiny", tmp_path, parent))
+    with pytest.raises(UserError, match=re.escape(expected)):
+        inference.load(run)
+    assert convert.main(["--to_hf", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "model: layers/norm1/scale is not finite" in capsys.readouterr().err
+
+
+def overflowing(model: inference.LoadedModel) -> inference.LoadedModel:
+    """Return a model whose parameters are finite and whose computation is not."""
+    model.params["norm"]["scale"] = model.params["norm"]["scale"] * np.float32(3e38)
+    return model
+
+
+def test_a_model_whose_logits_or_scores_overflow_is_one_line(chain, tmp_path, capsys, monkeypatch):
+    """In one response after another: no token and no figure comes out of it."""
+    policy = overflowing(inference.load(chain.runs / "sft-tiny"))
+    line = re.escape(f"{chain.runs / 'sft-tiny'}: the model's logits overflow in float32")
+    with pytest.raises(UserError, match=line):
+        policy.generate(["copy : cat"], temperature=0.0, max_tokens=10)
+    with pytest.raises(UserError, match=line):
+        list(policy.stream("copy : cat", max_tokens=10))
+    reward = overflowing(inference.load(chain.runs / "rm-tiny"))
+    with pytest.raises(UserError, match="the model's scores overflow in float32"):
+        reward.score(["copy : cat"], ["cat"])
+
+    load = inference.load
+    monkeypatch.setattr(inference, "load", lambda *args, **kw: overflowing(load(*args, **kw)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("copy : cat\n"))
+    assert chat.main([str(chain.runs / "sft-tiny"), "--max_tokens", "10"]) == 0
+    assert "sft-tiny: the model's logits overflow in float32" in capsys.readouterr().out
+    arguments = ["--run", str(chain.runs / "rm-tiny"), "--sets", "toy/comparisons-clean"]
+    out = tmp_path / "figures.json"
+    assert evaluate.main([*arguments, "--examples", "8", "--out", str(out)]) == 2
+    assert "the model's scores of toy/comparisons-clean overflow" in capsys.readouterr().err
+    assert not out.exists()

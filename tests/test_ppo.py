@@ -70,7 +70,7 @@ def make(budget=4096, dtype="float32", **changes):
 @functools.cache
 def programs_of(temperature, dtype):
     """Return the compiled functions of every World: budget and warm-up are no part of them."""
-    return PPO(make(temperature=temperature, dtype=dtype), MESH, end_token=END).compiled
+    return PPO(make(temperature=temperature, dtype=dtype), MESH, end_tokens=(END,)).compiled
 
 
 def prompt_batch() -> Prompts:
@@ -83,7 +83,7 @@ def prompt_batch() -> Prompts:
 @functools.cache
 def sampled_by(temperature, slots):
     """Return responses to the prompts by the policy of every World."""
-    stage = PPO(make(temperature=temperature, slots=slots), MESH, end_token=END)
+    stage = PPO(make(temperature=temperature, slots=slots), MESH, end_tokens=(END,))
     return stage.compiled.sample(tiny(0)[1], prompt_batch(), jax.random.key(0))
 
 
@@ -92,7 +92,7 @@ class World:
 
     def __init__(self, config, compiled=None):
         self.config = config
-        self.stage = PPO(config, MESH, end_token=END)
+        self.stage = PPO(config, MESH, end_tokens=(END,))
         # Compiled once for all Worlds of these settings.
         self.stage.compiled = compiled or programs_of(config.ppo.temperature, config.model.dtype)
         self.stage.text = SimpleNamespace(microbatches=lambda update: [])
@@ -156,7 +156,7 @@ class World:
         state = jax.tree.map(jnp.copy, self.state)
         stage = self.stage
         if text or learning_rate:
-            stage = PPO(self.config, MESH, end_token=END)
+            stage = PPO(self.config, MESH, end_tokens=(END,))
             rate = learning_rate or self.stage.compiled.learning_rate
             stage.compiled = dataclasses.replace(self.stage.compiled, learning_rate=rate)
             stage.text = SimpleNamespace(microbatches=text or (lambda update: []))
@@ -640,7 +640,7 @@ def test_the_self_check_stops_at_each_fault_with_its_figure(world):
     scored = world.scored
 
     def check(params=world.params, compiled=world.stage.compiled, scored=scored):
-        stage = PPO(world.config, MESH, end_token=END)
+        stage = PPO(world.config, MESH, end_tokens=(END,))
         stage.compiled = compiled
         stage.check(params, scored, world.minibatches)
 
@@ -704,7 +704,7 @@ def test_a_rollout_in_a_layout_of_its_own_gives_the_same_samples():
     mesh = sharding.make_mesh(configs.Mesh(fsdp=8))
     for tensor in (0, 2):
         with jax.set_mesh(mesh):
-            stage = PPO(make(slots=8, rollout_tensor=tensor), mesh, end_token=END)
+            stage = PPO(make(slots=8, rollout_tensor=tensor), mesh, end_tokens=(END,))
             params = jax.tree.map(
                 lambda x, s: jax.device_put(x, s.sharding),
                 tiny(0)[1],

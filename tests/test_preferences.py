@@ -734,11 +734,11 @@ class Dying:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
 
-def main():
+def prepare_and_report(argv):
     Dying()
     time.sleep(600)
 
-prepare.main = main
+prepare.prepare_and_report = prepare_and_report
 prepare.run()
 """
 

@@ -11,7 +11,16 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.algorithms import experience, heldout, lm, optimisation, ppo_checks, rewards
+from alignjax.algorithms import (
+    experience,
+    heldout,
+    lm,
+    optimisation,
+    ppo_checks,
+    ppo_plugins,
+    reward_functions,
+    rewards,
+)
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollout
 from alignjax.algorithms.ppo_data import (
@@ -39,7 +48,7 @@ from alignjax.algorithms.stage import (
     StepOutput,
 )
 from alignjax.config import Config, Model
-from alignjax.data import chat
+from alignjax.data import ends
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.sampling.types import Prompts, Rollout
@@ -49,7 +58,7 @@ Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
 
 SAMPLED_PROMPTS = 4  # prompts in an entry of samples.jsonl, and of evaluations.jsonl
-ANY_TOKEN = 0  # stands for the end token where nothing is sampled
+ANY_TOKEN = (0,)  # stands for the end tokens where nothing is sampled
 
 
 class Update(NamedTuple):
@@ -86,7 +95,7 @@ class PPO:
         config: Config,
         mesh: Mesh,
         *,
-        end_token: int = ANY_TOKEN,
+        end_tokens: tuple[int, ...] = ANY_TOKEN,
         reward_model: Model | None = None,
         phases: Phases | None = None,
     ):
@@ -99,19 +108,25 @@ class PPO:
         self.trained = trained_roles(config, mesh)
         self.abstract_state = self.trained.abstract_state
         self.compiled = compile_programs(
-            config, mesh, self.trained, end_token=end_token, reward_model=reward_model
+            config, mesh, self.trained, end_tokens=end_tokens, reward_model=reward_model
         )
 
     @classmethod
     def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
         """Read prompts, text and the frozen roles, and return a stage that can train."""
+        ppo_plugins.import_all(config)
         prompts = load_prompts(config, inputs)
+        function = reward_functions.load_and_try(
+            config.ppo, prompts.train_rows, prompts.heldout_rows
+        )
         text = load_pretraining_text(config, mesh, inputs)
-        reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer)
+        reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer, function)
         stage = cls(
             config,
             mesh,
-            end_token=chat.end_token(inputs.tokenizer),
+            end_tokens=ends.end_tokens(
+                inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
+            ),
             reward_model=reward.model,
             phases=inputs.phases,
         )

@@ -18,7 +18,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.experience import longest_sequence
-from alignjax.algorithms.plugins import load_function
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
 from alignjax.data import chat, encoding, packing, tokenizer_files
@@ -64,8 +63,9 @@ class TextRewardModel:
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the weighted scores of the responses to the prompts of the rows."""
-        prompts = chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
-        endings = chat.encode_responses(self.tokenizer, responses)
+        messages = [row["prompt"] for row in rows]
+        prompts = chat.encode_prompts(self.tokenizer, messages)
+        endings = chat.encode_responses(self.tokenizer, messages, responses)
         sequences = [
             (prompt + ending)[-self.max_tokens :]
             for prompt, ending in zip(prompts, endings, strict=True)
@@ -81,20 +81,16 @@ def build(
     mesh: jax.sharding.Mesh,
     parents: dict[str, Path],
     tokenizer: PreTrainedTokenizerBase,
+    function: FunctionReward | None = None,
 ) -> Reward:
-    """Build the rewards that the config asks for.
+    """Build the rewards that the config asks for; `function` is the one that it names, loaded.
 
     Raises:
-      UserError: for a function that does not exist, and for a reward model that cannot read
-        sequences as long as a prompt and its response.
+      UserError: for a reward model that cannot read sequences as long as a prompt and its
+        response.
     """
     ppo = config.ppo
-    text_rewards: list[TextReward] = []
-    if ppo.reward_fn:
-        function = load_function("ppo.reward_fn", ppo.reward_fn)
-        text_rewards.append(
-            FunctionReward(spec=ppo.reward_fn, function=function, weight=ppo.reward_fn_weight)
-        )
+    text_rewards: list[TextReward] = [function] if function else []
     if "reward" not in parents:
         return Reward(model=config.model, params={}, text_rewards=text_rewards)
     directory = parents["reward"]

@@ -11,9 +11,17 @@ from alignjax.config import Config, UserError
 from alignjax.machine import processes
 from alignjax.machine import workdir as workdirs
 from alignjax.weights import locations
+from alignjax.weights.imported import IMPORTED_FILE, Imported
 
 # What a run that was interrupted while it claimed the directory leaves: it may be claimed anew.
-CLAIM_FILES = {"lock", "tokenizer", "tokenizer.partial", "config.partial"}
+CLAIM_FILES = {
+    "lock",
+    "tokenizer",
+    "tokenizer.partial",
+    IMPORTED_FILE,
+    "imported.partial",
+    "config.partial",
+}
 # Fields that may change on a resume.
 FREE_FIELDS = ("mesh.", "keep_checkpoints", "max_skipped", "ppo.eval_")
 
@@ -41,14 +49,18 @@ def check_workdir(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -
         raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
 
 
-def claim_workdir(config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path) -> None:
-    """Write the run's own copy of the tokenizer, then config.json, unless they are there."""
+def claim_workdir(
+    config: Config, tokenizer: PreTrainedTokenizerBase, imported: Imported, workdir: Path
+) -> None:
+    """Write the run's own copy of what it begins with, then config.json, unless it is there."""
     if jax.process_index() == 0 and not (workdir / "config.json").exists():
         if workdirs.is_local(workdir):
             save_tokenizer(tokenizer, workdir)
         else:
             with workdirs.staging(workdir / "tokenizer") as staging:
                 tokenizer.save_pretrained(staging.local)
+        if imported.config or imported.generation:
+            workdirs.write_atomically(workdir / IMPORTED_FILE, imported.to_json())
         workdirs.write_atomically(workdir / "config.json", configs.to_json(config))
     processes.wait_for_all("claim")
 

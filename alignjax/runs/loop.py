@@ -13,7 +13,7 @@ from alignjax import config as configs
 from alignjax.algorithms import optimisation
 from alignjax.algorithms.stage import Stage, State
 from alignjax.config import Config, UserError
-from alignjax.machine import processes
+from alignjax.machine import failures, processes
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.processes import Stopped
 from alignjax.machine.profile import Compilations, Phases
@@ -51,6 +51,8 @@ class Loop:
             stack.enter_context(contextlib.closing(self.phases))
             staging = stack.enter_context(workdirs.staging(self.workdir))
             stack.enter_context(processes.reporting_errors())
+            # Within the report, which names the file of a traceback.
+            stack.enter_context(failures.tracebacks_in(self.workdir))
             first, state = self.restore_or_init(checkpoints)
             if jax.process_index() == 0:
                 environment.record(self.workdir)
@@ -68,7 +70,10 @@ class Loop:
             return 0, self.stage.init_state()
         step, items = restored
         self.say(f"{self.config.name}: resuming from step {step}")
-        return step, optimisation.from_checkpoint(items)
+        state = optimisation.from_checkpoint(items)
+        if not compiled_all_finite(state):
+            self.stop_not_finite(items, f"in the checkpoint {checkpoints.directory / str(step)}")
+        return step, state
 
     def open_log(self, directory: Path, first: int) -> TrainingLog:
         """Open the files of a run; rows of steps from `first` on are dropped."""
@@ -123,19 +128,16 @@ class Loop:
         """Save the state after a step, unless it is not finite."""
         items = optimisation.to_checkpoint(state)
         if not compiled_all_finite(state):  # a step by finite gradients may still overflow
-            self.stop_not_finite(items, step)
+            self.stop_not_finite(items, f"after step {step}; stopped, the last checkpoint is whole")
         checkpoints.save(step + 1, items)
         self.phases.mark("save")
 
-    def stop_not_finite(self, items: dict[str, Any], step: int) -> None:
-        """Raise UserError with the name of the array that is not finite after a step."""
+    def stop_not_finite(self, items: dict[str, Any], where: str) -> None:
+        """Raise UserError with the name of the first array that is not finite."""
         try:
             check_finite(items)
         except NotFinite as error:
-            raise UserError(
-                f"{self.config.name}: {error} after step {step}; stopped, the last checkpoint is "
-                "whole"
-            ) from None
+            raise UserError(f"{self.config.name}: {error} {where}") from None
 
     def costs(self, step: int) -> dict[str, float]:
         """Return what timing.jsonl says of a step beside its seconds."""

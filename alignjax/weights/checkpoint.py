@@ -130,11 +130,11 @@ class Checkpoints:
         collectives.true_in_all(True)
         self.manager.reload()
 
-    def read(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
+    def read(self, step: int, shapes: dict[str, Tree], finite: bool = False) -> dict[str, Tree]:
         """Read items of a checkpoint as arrays with the given shapes, types and shardings.
 
         Raises some exception if it is damaged, ValueError if an array is not the one that was
-        saved, and NotFinite if an array has numbers that are not finite.
+        saved, and, with `finite`, NotFinite if an array has numbers that are not finite.
         """
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         arguments[CHECKSUMS] = ocp.args.JsonRestore()
@@ -145,7 +145,8 @@ class Checkpoints:
         for name, inspection in jax.device_get(inspections).items():
             for path, number in by_path(inspection.checksums).items():
                 verify(saved_sums, name, path, number)
-            refuse_not_finite({name: inspection.finite})
+            if finite:
+                refuse_not_finite({name: inspection.finite})
         return items
 
     def latest(self) -> int | None:
@@ -271,7 +272,7 @@ def restore_role(workdir: Path, item: str, shapes: Tree) -> Tree:
             raise UserError(f"{workdir}: no checkpoint there")
         path = checkpoints.directory / str(step)
         try:
-            return checkpoints.read(step, {item: shapes})[item]
+            return checkpoints.read(step, {item: shapes}, finite=True)[item]
         except NotFinite as error:
             raise UserError(
                 f"{path}: {error} (NaN or infinity), so this model can't be used"
