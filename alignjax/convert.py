@@ -105,7 +105,9 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
     write_tokenizer(run, tokenizer, tokens, partial)
     if head == "lm":
         write_generation_config(tokenizer, tokens, partial)
-    size = hf.write_hf(model_from_json(config), head, read, partial, dtype, tokens=tokens)
+    size = hf.write_hf(
+        model_from_json(config, str(run / "config.json")), head, read, partial, dtype, tokens=tokens
+    )
     partial.replace(out)
 
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
