@@ -24,7 +24,7 @@ from alignjax.data.ends import as_list
 from alignjax.machine import console
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
-from alignjax.weights import checkpoint, hf
+from alignjax.weights import checkpoint, hf, locations
 from alignjax.weights.imported import (
     GENERATION_FILE,
     Imported,
@@ -154,13 +154,7 @@ def is_empty_directory(path: Path) -> bool:
 
 def read_run_config(run: Path) -> dict[str, Any]:
     """Return the config.json of a complete run; UserError for any other directory."""
-    path = run / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--to_hf {run}: no config.json there, so this is not a run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    config = locations.read_config(run)
     if "stage" not in config:
         raise UserError(
             f"--to_hf {run}: config.json names no stage, so this is not a run "

@@ -431,12 +431,7 @@ def load_params(
 ) -> dict:
     """Return parameters on the mesh, of a run or a Hugging Face checkpoint."""
     with jax.set_mesh(mesh):
-        if locations.is_run(directory) or head == "lm":
-            params = roles.load(architecture, head, mesh, jax.random.key(0), directory)
-        else:
-            params = roles.read_hf(architecture, head, mesh, directory)
-        if "head" not in params and head == "scalar":
-            raise UserError(f"{directory}: this sequence classifier has no score.weight")
+        params = roles.load_trained(architecture, head, mesh, directory)
         if architecture.dtype != "float32":
             round_params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)
             params = round_params(architecture, params)

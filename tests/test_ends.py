@@ -187,7 +187,8 @@ def exported(chain, tmp_path, checkpoint, *, generation=None, **fields):
 
 
 def test_an_export_keeps_what_was_imported(chain, checkpoint, tmp_path):
-    out = exported(chain, tmp_path, checkpoint, dtype="bfloat16", quantization_config={"bits": 4})
+    code = {"AutoConfig": "code.Config"}
+    out = exported(chain, tmp_path, checkpoint, dtype="bfloat16", auto_map=code)
     assert read_json(out / "generation_config.json") == GENERATION
     config = read_json(out / "config.json")
     assert config == read_json(checkpoint / "config.json")

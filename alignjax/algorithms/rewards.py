@@ -93,8 +93,8 @@ def build(
     """Build the rewards that the config asks for; `function` is the one that it names, loaded.
 
     Raises:
-      UserError: for a reward model that cannot read sequences as long as a prompt and its
-        response.
+      UserError: for a language model, and for a reward model that cannot read sequences as long as
+        a prompt and its response.
     """
     ppo = config.ppo
     text_rewards: list[TextReward] = [function] if function else []
@@ -104,7 +104,7 @@ def build(
     reward_tokenizer = parent_tokenizer(config, directory)
     ending = ending_of(directory, reward_tokenizer)
     model = reward_architecture(config, directory, ending)
-    params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
+    params = roles.load_trained(model, "scalar", mesh, directory)
     params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
     tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)
     if same_tokens(reward_tokenizer, tokenizer):
