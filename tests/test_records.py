@@ -22,7 +22,7 @@ def test_an_unfinished_run_is_read_without_its_incomplete_last_line(tmp_path):
 def test_an_error_names_the_file_and_the_line(tmp_path):
     with pytest.raises(UserError, match="no config.json there, so this is not a run"):
         records.read(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"stage": "lm"}')
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n{"step": 1\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"samples.jsonl:2: not JSON: "):
         records.read(tmp_path)
