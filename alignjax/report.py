@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def write_page(out: Path, page: str) -> None:
     try:
-        workdirs.write_atomically(out, page)
+        outputs.write_text(out, page)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from None
 

@@ -107,8 +107,8 @@ def write_results(name: str, study: Study, trials: list[study_runs.Trial], out: 
     (out / "study").mkdir(parents=True, exist_ok=True)
     picture = study_picture.draw_study(study, record, runs)
     picture.savefig(out / "study" / f"{name}.png", dpi=110)
-    workdirs.write_atomically(out / "study" / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    workdirs.write_atomically(out / "study.md", study_results.document(out))
+    outputs.write_text(out / "study" / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    outputs.write_text(out / "study.md", study_results.document(out))
     heading, *lines = [(row[0], row[1:]) for row in study_results.table_rows(record)]
     title = f"{name}: {record['seeds']} seeds, mean and half of the 95 % interval"
     print(console.grid(title, heading, lines))

@@ -23,7 +23,7 @@ from alignjax import config as configs
 from alignjax.algorithms.registry import STAGES
 from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
-from alignjax.machine import console, jsonl, processes, sharding
+from alignjax.machine import console, jsonl, outputs, processes, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
@@ -33,8 +33,14 @@ from alignjax.machine.signals import Signals, watch_for_preemption
 from alignjax.models import attention
 from alignjax.runs import advice, records, tracker
 from alignjax.runs import log as run_log
-from alignjax.runs.claim import check_workdir, claim_workdir
-from alignjax.runs.lineage import adopt_architecture, is_config, parent_of
+from alignjax.runs.claim import (
+    check_same_parents,
+    check_workdir,
+    claim_workdir,
+    is_complete,
+    prolong,
+)
+from alignjax.runs.lineage import adopt_architecture, check_parent, is_config, parent_of
 from alignjax.runs.loop import Loop
 from alignjax.runs.records import Records
 from alignjax.runs.tokenizers import choose_tokenizer
@@ -148,7 +154,7 @@ def fit(
         directory = workdirs.resolve(workdir or Path("runs") / config.name)
         watch_for_preemption(lambda: active_signals.remember(signal.SIGTERM))
         session = Session(signals=active_signals, say=say, wandb_project=wandb)
-        with exclusive_use(directory):
+        with exclusive_use(directory, read_only=is_complete(config, directory)):
             return run(config, directory, fixed, session, profile)
 
 
@@ -165,8 +171,8 @@ def run(
     """
     mesh = sharding.make_mesh(config.mesh)
     adopt_architecture(config, fixed)
-    check_workdir(config, workdir)
-    if (workdir / "summary.json").exists():
+    check_workdir(config, workdir, may_grow=True)
+    if is_complete(config, workdir):
         session.say(f"{config.name}: complete, in {workdir}")
     else:
         parents = prepare_parents(config, workdir, session)
@@ -194,7 +200,8 @@ def train(
     devices = f"{mesh.size} {jax.default_backend()} device(s) ({axes})"
     session.say(f"{config.name}: {stage.num_steps} steps on {devices}, in {workdir}")
     # Only now, so that a mistake in config or data leaves no half-claimed directory.
-    claim_workdir(config, tokenizer, workdir)
+    claim_workdir(config, tokenizer, workdir, parents)
+    prolong(config, workdir, session.say)
     with tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked:
         loop = Loop(
             config=config,
@@ -215,7 +222,7 @@ def train(
             tracked.summary(evaluation.figures)
     if jax.process_index() == 0:
         if evaluation.rows:
-            workdirs.write_atomically(workdir / "responses.jsonl", jsonl.dumps(evaluation.rows))
+            outputs.write_text(workdir / "responses.jsonl", jsonl.dumps(evaluation.rows))
         write_summary(config, workdir, stage, evaluation.figures)
     processes.wait_for_all("summary")
 
@@ -241,7 +248,7 @@ def write_summary(config: Config, workdir: Path, stage: Stage, figures: dict[str
         "training_seconds": round(sum(row["seconds"] for row in timing), 1),
     }
     summary = facts | figures | {"table": stage.table(figures)}
-    workdirs.write_atomically(workdir / "summary.json", json.dumps(summary, indent=1))
+    outputs.write_text(workdir / "summary.json", json.dumps(summary, indent=1))
 
 
 def report(workdir: Path, session: Session) -> Records:
@@ -265,16 +272,16 @@ def prepare_parents(config: Config, workdir: Path, session: Session) -> dict[str
     parents = {}
     for role, spec in config.parents.items():
         if not is_config(spec):
-            directory = locations.local_directory(spec)
-            if locations.is_run(directory) and not (directory / "summary.json").exists():
-                raise UserError(f"parents.{role}={spec}: this run is not complete")
-            parents[role] = directory
+            parents[role] = locations.local_directory(spec)
+            check_parent(config, role, spec, parents[role])
     complete = {}  # spec -> directory: several roles may have one parent
     for role, spec in config.parents.items():
         if is_config(spec):
             if spec not in complete:
                 complete[spec] = run_parent(config, spec, workdir, session)
             parents[role] = complete[spec]
+            check_parent(config, role, spec, parents[role])
+    check_same_parents(workdir, parents)
     return {role: parents[role] for role in config.parents}
 
 

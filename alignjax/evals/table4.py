@@ -368,7 +368,7 @@ def write_results(files: OutputFiles, settings: dict, figures: dict[str, dict]) 
         if name_without_options(name) in published_figures.TABLE_4
     }
     results = settings | {"figures": figures, "report": report}
-    workdirs.write_atomically(files.figures, json.dumps(results, indent=1))
+    outputs.write_text(files.figures, json.dumps(results, indent=1))
     curves = {
         name: {label: sets[name]["calibration"] for label, sets in figures.items()}
         for name in names

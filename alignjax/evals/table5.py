@@ -218,9 +218,9 @@ def write_results(directory: Path, results: Results) -> None:
     options = {"default": handle_non_serializable, "ensure_ascii": False}
     for task, rows in results.pop("samples").items():
         path = directory / f"samples_{task.replace('::', '_')}.jsonl"
-        workdirs.write_atomically(path, jsonl.dumps(rows, **options))
+        outputs.write_text(path, jsonl.dumps(rows, **options))
     text = json.dumps(results, indent=1, **options)
-    workdirs.write_atomically(directory / "results.json", text)
+    outputs.write_text(directory / "results.json", text)
 
 
 def uses_chat_template(

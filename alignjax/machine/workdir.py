@@ -94,16 +94,3 @@ def publish(local: Path, target: Path) -> None:
         if file.is_file():
             destination = target / file.relative_to(local).as_posix()
             epath.Path(file).copy(destination, overwrite=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, with a newline at its end.
-
-    An object in a bucket is always written that way.
-    """
-    if not is_local(path):
-        path.write_text(text + "\n")
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
