@@ -168,7 +168,7 @@ def load_speakers(arguments: argparse.Namespace) -> list[Speaker]:
 def load_speaker(run: str, name: str, arguments: argparse.Namespace) -> Speaker:
     """Load one language model, and report it."""
     model = load_model(run, arguments)
-    if not model.end_tokens:
+    if not model.ends:
         raise UserError(
             f"{run}: this is a reward model, but a language model is needed; use it with --reward"
         )
@@ -221,7 +221,7 @@ def load_reward(arguments: argparse.Namespace) -> inference.LoadedModel | None:
     if model is None:
         say("no scores: name a reward model with --reward")
         return None
-    if model.end_tokens:
+    if model.ends:
         raise UserError(f"--reward {run}: this is a language model, but a reward model is needed")
     say(f"score: by {run}{progress_of(run)}")
     return model

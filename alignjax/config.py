@@ -134,7 +134,7 @@ class PPO:
     # Devices along mesh.tensor in sampling, the others along mesh.data; 0 is the mesh as it is.
     rollout_tensor: int = 0
     cache_dtype: str = ""  # of keys and values in sampling; "" is model.dtype
-    frozen_dtype: str = ""  # of the reference's and reward model's parameters; "" is float32
+    frozen_dtype: str = ""  # of the reference's and reward model's matrices; "" is float32
     frozen_memory: str = "device"  # where they are kept: device, host (pinned, fetched on use)
     # Steps between evaluations on held-out prompts (evaluations.jsonl); 0 is only at the end.
     eval_every: int = 0
@@ -400,7 +400,7 @@ def check_ppo(config: Config) -> None:
             f"{key}={values[key]!r} must be module:function",
         )
     check_ppo_batches(config)
-    # A rounded reference would not be the policy at step 0, unless the policy computes so too.
+    # A rounded reference is the policy at step 0 only if the policy rounds its matrices too.
     rule(
         ppo.frozen_dtype != "bfloat16" or config.model.dtype == "bfloat16",
         f"ppo.frozen_dtype={ppo.frozen_dtype!r} needs model.dtype='bfloat16', "

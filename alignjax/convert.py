@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import UserError, model_from_json
 from alignjax.data import chat
-from alignjax.machine import console
+from alignjax.machine import console, outputs
 from alignjax.machine import workdir as workdirs
 from alignjax.weights import checkpoint, hf
 
@@ -40,6 +40,7 @@ EXPORTS = {
     ("ppo", "policy"): Export("policy", "lm"),
     ("ppo", "value"): Export("value", "scalar"),
 }
+COMMAND = "alignjax.convert"  # in the marker of an export
 TokenIds = dict[str, int | None]  # name in config.json -> id
 
 
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         run = workdirs.resolve(arguments.to_hf)
-        export(run, arguments.out, arguments.role, arguments.dtype)
+        out = workdirs.resolve(arguments.out)
+        export(run, out, arguments.role, arguments.dtype, arguments.overwrite)
 
     return console.run_command(command, errors=(OSError,))
 
@@ -67,8 +69,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Write a run's model as a Hugging Face checkpoint.",
     )
     parser.add_argument("--to_hf", required=True, metavar="RUN", help="a run's work directory")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="a new or empty directory"
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier export in DIR, if no other file is there",
     )
     parser.add_argument(
         "--role",
@@ -81,11 +86,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
-    """Write a complete run's model, tokenizer and chat template to `out`.
+def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool = False) -> None:
+    """Write a complete run's model, tokenizer and chat template to the local directory `out`.
 
-    `out` appears when it is complete; an interrupted export leaves `out` + ".partial" behind.
+    `out` appears when it is complete. An export that is killed leaves a hidden directory beside
+    it, which the next one to the same `out` removes.
     """
+    if not workdirs.is_local(out):
+        raise UserError(f"--out {out}: expected a local directory")
     out = out.absolute()
     config = read_run_config(run)
     if (config["stage"], role) not in EXPORTS:
@@ -93,22 +101,18 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
             f"--role {role}: {run} is of stage {config['stage']!r}, "
             "which has one model and no roles"
         )
-    if out.exists() and not is_empty_directory(out):
-        raise UserError(f"--out {out}: already exists; name a new or empty directory")
+    outputs.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
     item, head = EXPORTS[config["stage"], role]
     newest = checkpoint.newest(run)
     read = functools.partial(checkpoint.restore_array, newest / item)
     tokenizer = chat.load_tokenizer(run / "tokenizer")
     tokens = special_tokens(tokenizer, head)
 
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    write_tokenizer(run, tokenizer, tokens, partial)
-    if head == "lm":
-        write_generation_config(tokenizer, tokens, partial)
-    size = hf.write_hf(model_from_json(config), head, read, partial, dtype, tokens=tokens)
-    partial.replace(out)
+    with outputs.new_directory(out, "--out", command=COMMAND, overwrite=overwrite) as partial:
+        write_tokenizer(run, tokenizer, tokens, partial)
+        if head == "lm":
+            write_generation_config(tokenizer, tokens, partial)
+        size = hf.write_hf(model_from_json(config), head, read, partial, dtype, tokens=tokens)
 
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
@@ -117,11 +121,6 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
             f"score.bias={bias:.6g} is written, but transformers does not read it: "
             "its scores are lower by that"
         )
-
-
-def is_empty_directory(path: Path) -> bool:
-    """Return whether a path is a directory without entries."""
-    return path.is_dir() and not any(path.iterdir())
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def write_tokenizer(
 ) -> None:
     """Copy a run's tokenizer; save it anew if its pad is not the one that config.json names."""
     with workdirs.local_copy(run / "tokenizer") as source:
-        shutil.copytree(source, directory)
+        shutil.copytree(source, directory, dirs_exist_ok=True)
     if tokens["pad_token_id"] != tokenizer.pad_token_id:
         tokenizer.pad_token_id = tokens["pad_token_id"]
         tokenizer.save_pretrained(directory)

@@ -163,6 +163,11 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         "DIR/evaluation.json and DIR/calibration.png; with --tasks: a directory; default: "
         "DIR/benchmarks",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that are not earlier results of this command",
+    )
 
 
 if __name__ == "__main__":

@@ -22,13 +22,15 @@ import numpy as np
 from alignjax import config as configs
 from alignjax.algorithms import rewards
 from alignjax.config import UserError
-from alignjax.data import chat, encoding
+from alignjax.data import chat, encoding, tokenizer_files
+from alignjax.data.ends import end_tokens, without_end
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
 from alignjax.sampling.prefill import Prefix
 from alignjax.sampling.types import Prompts, SamplingSettings
 from alignjax.weights import locations, roles
+from alignjax.weights.imported import read_imported
 
 # Prompts of a call of `generate` for each slot. With more, an interruption loses more responses;
 # with fewer, slots wait more often for the last responses of a call.
@@ -57,7 +59,7 @@ class LoadedModel:
 
     Attributes:
         architecture: its `config.Model`.
-        end_tokens: the tokens that end a response; empty for a reward model.
+        ends: the tokens that end a response; empty for a reward model.
         uses_chat_template: whether prompts go through the tokenizer's chat template.
         max_length: how many tokens prompt and response may have together.
     """
@@ -68,14 +70,14 @@ class LoadedModel:
         params: dict,
         tokenizer: chat.PreTrainedTokenizerBase,
         mesh: jax.sharding.Mesh,
-        end_tokens: list[int],
+        ends: Sequence[int],
         uses_chat_template: bool = True,
     ):
         self.architecture = architecture
         self.params = params
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.end_tokens = end_tokens
+        self.ends = tuple(ends)
         self.uses_chat_template = uses_chat_template
         self.max_length = architecture.max_length
 
@@ -122,7 +124,6 @@ class LoadedModel:
                 most,
                 key=jax.random.key(seed),
                 settings=settings,
-                stops=self.end_stops(),
             )
             for place, number in enumerate(numbers):
                 rows_of_prompt = rows[place * samples : (place + 1) * samples]
@@ -159,7 +160,6 @@ class LoadedModel:
             "prompts": prompts,
             "key": jax.random.key(seed),
             "settings": settings,
-            "stops": self.end_stops(),
         }
         slots = begin(**constant)
         slots, upcoming = proceed(slots=slots, new_tokens=0, **constant)
@@ -173,7 +173,7 @@ class LoadedModel:
             (tokens,) = sharding.on_host(output.tokens)
             (length,) = sharding.on_host(output.lengths)
             (live,) = sharding.on_host(output.live)
-            text = chat.decode_response(self.tokenizer, tokens[:length])
+            text = self.text_of(tokens[:length])
             # The replacement character may stand for half a character: wait for the rest.
             complete = text.rstrip("\ufffd") if live else text
             if len(complete) > len(shown):
@@ -196,7 +196,7 @@ class LoadedModel:
 
         Raises UserError for a language model, and for sequences longer than `max_length`.
         """
-        if self.end_tokens:
+        if self.ends:
             raise UserError(
                 "score: this needs a reward model, a run of stage 'ranking', but this is a "
                 "language model"
@@ -204,7 +204,7 @@ class LoadedModel:
         if len(prompts) != len(responses):
             raise UserError(f"score: {len(prompts)} prompts for {len(responses)} responses")
         sequences = []
-        encoded_responses = self.encode_responses(responses)
+        encoded_responses = self.encode_responses(prompts, responses)
         for prompt, response in zip(self.encode(prompts), encoded_responses, strict=True):
             sequences.append(prompt + response)
         longest = max(map(len, sequences), default=0)
@@ -223,7 +223,7 @@ class LoadedModel:
         self, temperature: float, top_p: float, max_tokens: int | None, samples: int = 1
     ) -> SamplingSettings:
         """Return checked settings for the sampler; UserError if the model or a value is unfit."""
-        if not self.end_tokens:
+        if not self.ends:
             raise UserError(
                 "generate: this needs a language model, but this is a reward model, which scores"
             )
@@ -239,17 +239,8 @@ class LoadedModel:
             response_length=response_length,
             temperature=temperature,
             top_p=top_p,
-            end_token=self.end_tokens[0],
+            end_tokens=self.ends,
         )
-
-    def end_stops(self) -> np.ndarray:
-        """Return the stop table, [1 vocabulary], by which each of the end tokens ends a response.
-
-        The sampler itself knows only the first of them.
-        """
-        stops = np.zeros((1, self.architecture.vocab_size), np.int16)
-        stops[:, self.end_tokens] = 1
-        return stops
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the tokens of prompts, up to where the assistant's response begins."""
@@ -262,7 +253,7 @@ class LoadedModel:
                 "messages need a chat template and a model that was trained with it; this model "
                 "takes plain text"
             )
-        return self.tokenizer(list(prompts))["input_ids"] if prompts else []
+        return chat.encode_texts(self.tokenizer, prompts, begin=True)
 
     def encode_to_fit(self, prompts: Sequence[Prompt], response_length: int) -> list[list[int]]:
         """Encode prompts; UserError if one is empty or leaves no space for the response."""
@@ -276,10 +267,17 @@ class LoadedModel:
                 )
         return encoded
 
-    def encode_responses(self, responses: Sequence[str | list[int]]) -> list[list[int]]:
+    def encode_responses(
+        self, prompts: Sequence[Prompt], responses: Sequence[str | list[int]]
+    ) -> list[list[int]]:
         """Return the tokens of responses; those that are text get the end token."""
         texts = [response for response in responses if isinstance(response, str)]
-        encoded_texts = iter(chat.encode_responses(self.tokenizer, texts))
+        their_prompts = [
+            as_messages(prompt)
+            for prompt, response in zip(prompts, responses, strict=True)
+            if isinstance(response, str)
+        ]
+        encoded_texts = iter(chat.encode_responses(self.tokenizer, their_prompts, texts))
         return [
             next(encoded_texts) if isinstance(response, str) else list(response)
             for response in responses
@@ -293,7 +291,7 @@ class LoadedModel:
         *,
         key: jax.Array,
         settings: SamplingSettings,
-        stops: np.ndarray | jax.Array,
+        stops: np.ndarray | jax.Array | None = None,
         prefix: Prefix | None = None,
     ) -> list[np.ndarray]:
         """Return the tokens of the responses to encoded prompts, in one call of the sampler.
@@ -331,10 +329,14 @@ class LoadedModel:
     def make_response(self, tokens: np.ndarray) -> Response:
         """Return the Response that these tokens are."""
         return Response(
-            text=chat.decode_response(self.tokenizer, tokens),
+            text=self.text_of(tokens),
             tokens=tokens.tolist(),
-            truncated=int(tokens[-1]) not in self.end_tokens,
+            truncated=int(tokens[-1]) not in self.ends,
         )
+
+    def text_of(self, tokens: np.ndarray) -> str:
+        """Return the text of a response's tokens, without its end token."""
+        return chat.decode_response(self.tokenizer, without_end(tokens, self.ends))
 
     def run(self, program: Callable, *arguments: Any, **keywords: Any) -> Any:
         """Call a compiled program on the mesh; float32 is multiplied as such on any device."""
@@ -381,6 +383,7 @@ def load(
     architecture.max_length = int(max_length or architecture.max_length)
     tokenizer_directory = directory / "tokenizer" if is_run else directory
     tokenizer = chat.load_tokenizer(tokenizer_directory, chat_template)
+    tokenizer_files.check_fits(tokenizer, architecture.vocab_size)
     mesh = mesh or sharding.make_mesh(configs.Mesh())
     is_reward = is_reward_model(stored)
     return LoadedModel(
@@ -388,7 +391,7 @@ def load(
         load_params(architecture, "scalar" if is_reward else "lm", mesh, directory),
         tokenizer,
         mesh,
-        [] if is_reward else end_tokens(stored, tokenizer),
+        () if is_reward else ends_of(directory, tokenizer, architecture.vocab_size),
         uses_chat_template(stored, tokenizer),
     )
 
@@ -404,8 +407,7 @@ def load_params(
             params = roles.read_hf(architecture, head, mesh, directory)
         if "head" not in params and head == "scalar":
             raise UserError(f"{directory}: this sequence classifier has no score.weight")
-        # A reward model stays in float32, in which its score is computed, as in training.
-        if architecture.dtype != "float32" and head == "lm":
+        if architecture.dtype != "float32":
             round_params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)
             params = round_params(architecture, params)
     return params
@@ -426,23 +428,17 @@ def uses_chat_template(stored: dict, tokenizer: chat.PreTrainedTokenizerBase) ->
     return bool(tokenizer.chat_template) and stored.get("data.kind") != "text"
 
 
-def end_tokens(stored: dict, tokenizer: chat.PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a response.
-
-    These are the tokenizer's end of text, the end of the assistant's turn if there is a chat
-    template, and the token between documents if the run was trained on plain text.
-    """
-    candidates = [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        candidates.append(chat.end_token(tokenizer))
-    if stored.get("data.kind") == "text":
-        candidates.append(encoding.closing(tokenizer))
-    tokens = [token for token in dict.fromkeys(candidates) if token is not None]
-    if not tokens:
-        raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has neither an eos_token nor a chat template"
-        )
-    return tokens
+def ends_of(
+    directory: Path, tokenizer: chat.PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[int, ...]:
+    """Return the tokens that end a response of a run or a Hugging Face checkpoint."""
+    stored = locations.read_config(directory)
+    return end_tokens(
+        tokenizer,
+        read_imported(directory).declared_ends,
+        vocab_size,
+        plain_text=stored.get("data.kind") == "text",
+    )
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:

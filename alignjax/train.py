@@ -45,6 +45,7 @@ from alignjax.runs.loop import Loop
 from alignjax.runs.records import Records
 from alignjax.runs.tokenizers import choose_tokenizer
 from alignjax.weights import locations
+from alignjax.weights.imported import inherit
 
 __all__ = ["fit", "main", "parent_of"]
 
@@ -194,13 +195,20 @@ def train(
     attention.check(config.model)
     tokenizer = choose_tokenizer(config, workdir, parents, session.say)
     phases = Phases(config.name, profile, workdir / "profile", session.say)
-    inputs = RunInputs(parents=parents, tokenizer=tokenizer, say=session.say, phases=phases)
+    imported = inherit(workdir, parents)
+    inputs = RunInputs(
+        parents=parents,
+        tokenizer=tokenizer,
+        say=session.say,
+        phases=phases,
+        imported=imported,
+    )
     stage = STAGES[config.stage].load(config, mesh, inputs)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     devices = f"{mesh.size} {jax.default_backend()} device(s) ({axes})"
     session.say(f"{config.name}: {stage.num_steps} steps on {devices}, in {workdir}")
     # Only now, so that a mistake in config or data leaves no half-claimed directory.
-    claim_workdir(config, tokenizer, workdir, parents)
+    claim_workdir(config, inputs, workdir)
     prolong(config, workdir, session.say)
     with tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked:
         loop = Loop(

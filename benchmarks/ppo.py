@@ -77,7 +77,7 @@ class Iterations:
     def __init__(self, config: Config):
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh)
-        self.stage = PPO(config, self.mesh, end_token=END)
+        self.stage = PPO(config, self.mesh, end_tokens=(END,))
         self.stage.frozen = {
             "reference": shapes.parameters(config.model, "lm", 0),
             "reward": shapes.parameters(config.model, "scalar", 2),

@@ -63,7 +63,7 @@ def test_hugging_face_checkpoint_and_run_answer_alike(model, chain, tmp_path):
     requests = instances("loglikelihood", *((text, " box") for text in TEXTS))
     likelihoods = model.loglikelihood(requests, disable_tqdm=True)
     assert other.loglikelihood(requests, disable_tqdm=True) == likelihoods
-    assert other.requests.model.end_tokens == model.requests.model.end_tokens
+    assert other.requests.model.ends == model.requests.model.ends
     assert other.requests.slots == 64
 
 

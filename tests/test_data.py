@@ -242,7 +242,8 @@ def test_a_template_must_end_the_turns_of_the_assistant(tokenizer, tmp_path):
     )
     [conversation] = chat.encode_conversations(other, [turns("copy : red", "red")])
     assert chat.end_token(other) == other.pad_token_id != other.eos_token_id
-    assert trained_text(other, conversation) == "red<|endoftext|>"
+    # The template's prompts do not begin the assistant's turn, so the model learns to.
+    assert trained_text(other, conversation) == "assistant: red<|endoftext|>"
     other = chat.load_tokenizer(tmp_path)
     other.chat_template = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(UserError, match="no special token ends"):
@@ -265,7 +266,7 @@ def test_training_and_scoring_share_one_tokenisation(tokenizer):
         [comparison] = chat.encode_comparisons(tokenizer, [row])
         for side in ("chosen", "rejected"):
             tokens = getattr(comparison, side)
-            [response] = chat.encode_responses(tokenizer, [row[side]])
+            [response] = chat.encode_responses(tokenizer, [row["prompt"]], [row[side]])
             length = arrays[f"{side}_length"][i]
             assert response[-1] == chat.end_token(tokenizer)
             assert tokens == prompt + response == arrays[side][i][:length].tolist()

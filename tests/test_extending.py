@@ -339,7 +339,7 @@ SETTINGS = SamplingSettings(
     response_length=5,
     temperature=1.0,
     top_p=1.0,
-    end_token=1,
+    end_tokens=(1,),
 )
 
 
@@ -350,7 +350,7 @@ def test_a_sampler_returns_a_rollout(directory):
     assert rollout.tokens[:, :4].tolist() == np.repeat(PROMPTS.tokens, 2, axis=0).tolist()
     assert rollout.prompt_lengths.tolist() == [4, 4, 3, 3, 2, 2]
     for response, length in zip(rollout.tokens[:, 4:], rollout.lengths, strict=True):
-        assert (response == SETTINGS.end_token).tolist().index(True) == length - 1
+        assert (response == SETTINGS.end_tokens[0]).tolist().index(True) == length - 1
     assert (rollout.logprobs != 0).sum(axis=1).tolist() == rollout.lengths.tolist()
     assert not rollout.truncated.any()
 

@@ -15,6 +15,7 @@ import pytest
 from runs import ROOT, Chain, Crash, act_in_step, command, fails, files_of, rows, with_parents
 
 from alignjax import train
+from alignjax.machine import lock, marker, outputs
 from alignjax.runs import tensorboard
 from alignjax.runs.log import TrainingLog
 
@@ -113,7 +114,9 @@ def test_a_damaged_parent_is_named(chain, tmp_path, capsys):
     runs = with_parents("sft-tiny", chain.runs, tmp_path)
     last = runs / "lm-tiny" / "checkpoints" / "4"
     checksums = last / "checksums" / "metadata"
-    checksums.write_text(checksums.read_text().replace("1", "2"))
+    sums = json.loads(checksums.read_text())
+    sums["model"] = {path: number + 1 for path, number in sums["model"].items()}
+    checksums.write_text(json.dumps(sums))
     line = fails(capsys, *command("sft-tiny", runs))
     assert f"{last} is damaged (model/" in line and "checksum differs" in line
 
@@ -151,10 +154,12 @@ def fill_disk_of_tensorboard(log: TrainingLog, patch: pytest.MonkeyPatch) -> Non
 # An exception that a thread leaves uncaught would print a traceback.
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
-    "fill_disk", [fill_disk_of_metrics, fill_disk_of_tensorboard], ids=["metrics", "tensorboard"]
+    "fill_disk, name",
+    [(fill_disk_of_metrics, "metrics.jsonl"), (fill_disk_of_tensorboard, "tensorboard")],
+    ids=["metrics", "tensorboard"],
 )
 def test_a_disk_that_is_full_between_saves_is_one_line_too(
-    fill_disk, chain, tmp_path, monkeypatch, capfd
+    fill_disk, name, chain, tmp_path, monkeypatch, capfd
 ):
     run = copy_killed(chain, tmp_path)
     write = TrainingLog.write
@@ -168,7 +173,7 @@ def test_a_disk_that_is_full_between_saves_is_one_line_too(
         patch.setattr(TrainingLog, "write", write_to_full_disk)
         line = fails(capfd, *command("lm-tiny", tmp_path))
     reason = "No space left on device; fix that, and the same command resumes the run"
-    assert line == f"alignjax: {run}: {reason}"
+    assert line == f"alignjax: {run / name}: {reason}"
     assert train.main(command("lm-tiny", tmp_path)) == 0
     assert files_of(run) == files_of(chain.runs / "lm-tiny")
 
@@ -212,9 +217,13 @@ sys.exit(train.main(sys.argv[1:]))
 def test_clock_zone_locale_host_directory_and_hash_seed_change_nothing(chain, tmp_path):
     """Nor do the files of a process that was killed while it claimed the directory."""
     claimed = tmp_path / "some where" / "lm-tiny"
-    (claimed / "tokenizer.partial").mkdir(parents=True)
-    for name in ("lock", "config.partial", "tokenizer.partial/tokenizer.json"):
-        (claimed / name).write_text("{")
+    claimed.mkdir(parents=True)
+    (claimed / "lock").write_text("process 1 on elsewhere")
+    (claimed / marker.NAME).write_text(marker.dumps(lock.new_run()))
+    for name in ("tokenizer", "config.json"):
+        outputs.temporary_beside(claimed / name).write_text("{")
+    (claimed / "tokenizer").mkdir()
+    (claimed / "tokenizer" / "tokenizer.json").write_text("{")
     environment = os.environ | {
         "TZ": "Asia/Kathmandu",
         "LC_ALL": "C",
@@ -228,3 +237,4 @@ def test_clock_zone_locale_host_directory_and_hash_seed_change_nothing(chain, tm
     finished = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert files_of(claimed) == files_of(chain.runs / "lm-tiny")
+    assert names_in(claimed) == names_in(chain.runs / "lm-tiny")

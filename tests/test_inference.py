@@ -68,7 +68,7 @@ def test_responses_are_those_of_a_rollout(policy):
         response_length=10,
         temperature=1.3,
         top_p=0.9,
-        end_token=chat.end_token(policy.tokenizer),
+        end_tokens=(chat.end_token(policy.tokenizer),),
     )
     generate = jax.jit(rollout.generate, static_argnames="settings")
     sampled = generate(policy.params, prompts, jax.random.key(3), settings)
@@ -93,7 +93,7 @@ def test_no_piece_ends_within_a_character(policy, monkeypatch):
     for text, missing_bytes in ((texts[0], 0), (texts[1], 2)):
         tokens = [vocabulary[letters[byte]] for byte in text.encode()[: -missing_bytes or None]]
         if not missing_bytes:
-            tokens += policy.end_tokens
+            tokens += policy.ends
         lengths = iter(range(1, len(tokens) + 2))
 
         def run(program, *_, tokens=tokens, lengths=lengths, **__):
@@ -138,7 +138,7 @@ def test_streams_of_any_length_share_few_programs(policy, monkeypatch):
             return None
         programs.add(("proceed", prompts.tokens.shape, settings))
         output = StreamOutput(
-            tokens=np.array([policy.end_tokens]), lengths=np.array([1]), live=np.array([False])
+            tokens=np.array([policy.ends]), lengths=np.array([1]), live=np.array([False])
         )
         return None, output
 
@@ -170,14 +170,14 @@ def test_what_ppo_sampled_and_its_scores_are_reproduced(chain, reward):
         len(sampled_prompts),
         key=jax.random.fold_in(jax.random.key(0), 0),
         settings=dataclasses.replace(settings, slots=8),
-        stops=policy.end_stops(),
     )
     assert [policy.make_response(tokens).text for tokens in responses] == texts
     assert len(texts) >= 6
     prompt_of_each = [prompt for prompt in sampled_prompts for _ in range(2)]
     scored = reward.score(prompt_of_each, [tokens.tolist() for tokens in responses])
     np.testing.assert_allclose(scored, scores, atol=2e-5)
-    encoded_texts = chat.encode_responses(reward.tokenizer, texts)
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompt_of_each]
+    encoded_texts = chat.encode_responses(reward.tokenizer, messages, texts)
     assert reward.score(prompt_of_each, texts) == reward.score(prompt_of_each, encoded_texts)
     assert len(set(reward.score(["a"] * 3, ["cat", "box", "cat"]))) == 2
 
@@ -207,7 +207,7 @@ def test_a_model_of_plain_text_continues_it(chain):
     model = inference.load(chain.runs / "lm-tiny")
     assert not model.uses_chat_template
     assert model.encode(["cat box"]) == [model.tokenizer("cat box")["input_ids"]]
-    assert model.end_tokens == [model.tokenizer.eos_token_id, model.tokenizer.pad_token_id]
+    assert model.ends == (model.tokenizer.eos_token_id, model.tokenizer.pad_token_id)
     with pytest.raises(UserError, match="messages need a chat template"):
         model.generate(PROMPTS)
 
@@ -268,7 +268,7 @@ def test_what_cannot_be_loaded_is_a_user_error(chain, tmp_path):
     (tmp_path / "sft" / "summary.json").unlink()
     with pytest.raises(UserError, match="sft: this run is not complete"):
         inference.load(tmp_path / "sft")
-    assert inference.load(tmp_path / "sft", unfinished=True).end_tokens
+    assert inference.load(tmp_path / "sft", unfinished=True).ends
     convert.export(chain.runs / "sft-tiny", tmp_path / "hf", None, "float32")
     config_file = tmp_path / "hf" / "config.json"
     stored = json.loads(config_file.read_text())

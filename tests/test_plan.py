@@ -104,7 +104,7 @@ def test_the_state_and_the_frozen_roles_are_resident():
     mesh = sharding.make_mesh(configs.Mesh(fsdp=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         resident = work_of(config, mesh).resident
-        frozen = roles.abstract_frozen(resident["policy"].params, "bfloat16", "host")
+        frozen = roles.abstract_frozen(config.model, resident["policy"].params, "bfloat16", "host")
     model = config.model
     query_and_output = 2 * model.d_model * model.heads * model.head_size
     key_and_value = 2 * model.d_model * model.kv_heads * model.head_size

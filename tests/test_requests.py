@@ -131,9 +131,7 @@ def respond_alone(model, requests, prompt, stop_strings, max_tokens):
         text = requests.model.tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        if tokens[-1] in requests.model.end_tokens or any(
-            string in text for string in stop_strings
-        ):
+        if tokens[-1] in requests.model.ends or any(string in text for string in stop_strings):
             break
     return stops.cut_at_stop(text, stop_strings)
 
@@ -165,8 +163,7 @@ def test_a_stop_string_is_found_wherever_it_lies_in_the_tokens(tokenizer):
     assert texts[-1] == ""
     assert len(texts) == 304
     strings = ["Question", "\n\n", "stop", "opera", "", "<|im_start|>"]
-    end_tokens = [0]
-    table = stops.transition_table(strings, end_tokens, texts)
+    table = stops.transition_table(strings, texts)
     rng = np.random.default_rng(0)
     stops_met = 0
     for _ in range(3000):
@@ -175,10 +172,10 @@ def test_a_stop_string_is_found_wherever_it_lies_in_the_tokens(tokenizer):
         for token in rng.permutation(len(texts))[:30]:
             state = int(table[state, token])
             text += texts[token]
-            is_over = token in end_tokens or any(string in text for string in strings if string)
+            is_over = any(string in text for string in strings if string)
             assert (state == len(table)) == is_over, text
             if is_over:
-                stops_met += token not in end_tokens
+                stops_met += 1
                 break
     assert stops_met > 100
     for string in ("Question", "sstop", "ststop", "operopera"):  # letter by letter
@@ -194,10 +191,9 @@ def test_a_text_is_cut_before_the_first_stop_string():
     assert stops.cut_at_stop("none", strings) == "none"
 
 
-def test_without_stop_strings_end_tokens_still_end_a_response(tokenizer):
-    table = stops.transition_table([], [5, 7], stops.texts_of_tokens(tokenizer, 300))
-    assert table.shape == (1, 300)
-    assert np.flatnonzero(table[0]).tolist() == [5, 7]
+def test_without_stop_strings_the_table_stops_nothing(tokenizer):
+    table = stops.transition_table([], stops.texts_of_tokens(tokenizer, 300))
+    assert table.shape == (1, 300) and not table.any()
 
 
 def test_lengths_are_rounded_up_to_few_sizes():

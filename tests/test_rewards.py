@@ -32,7 +32,7 @@ ROWS = [
     },
 ]
 MODEL = Model(
-    vocab_size=400, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=256
+    vocab_size=520, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=64, max_length=256
 )
 
 
@@ -191,7 +191,7 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
         assert (
             set(reward.params) == {"reward"}
             and reward.text_rewards == []
-            and reward.model.vocab_size == 400
+            and reward.model.vocab_size == 520
         )
         reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
         alone = text_reward(other, made["other"], mesh, 72, 4096)(ROWS, ["4", "y"])

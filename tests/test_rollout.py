@@ -49,7 +49,7 @@ def make_settings(model=MODEL, **changes):
         response_length=RESPONSE_LENGTH,
         temperature=1.0,
         top_p=0.9,
-        end_token=END,
+        end_tokens=(END,),
     )
     return SamplingSettings(model=model, **(values | changes))
 

@@ -95,7 +95,7 @@ def ppo_stage(mesh):
     config.model = model_and("lm")[0]
     config.optimiser = RATE
     config.value_optimiser = RATE
-    stage = PPO(config, mesh, end_token=3)
+    stage = PPO(config, mesh, end_tokens=(3,))
 
     def text(update):
         parts = lm.pack_minibatch(lm_batch(update), 64, sharding.row_shards(mesh))

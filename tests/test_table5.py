@@ -220,7 +220,7 @@ def test_a_file_where_the_results_should_go_is_a_user_error(chain, tmp_path, cap
     out = tmp_path / "out"
     out.write_text("")
     assert run_one_example(chain, out) == 2
-    message = "out: the directory for results cannot be made (File exists)"
+    message = "out: this is a file; name a directory"
     assert message in capsys.readouterr().err
 
 

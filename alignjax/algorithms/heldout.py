@@ -26,7 +26,12 @@ LABELS = {
 
 def response_texts(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
     """Return the responses of a rollout as text, without their end tokens."""
-    return [chat.decode_response(tokenizer, tokens) for tokens in response_tokens(rollout)]
+    truncated = sharding.on_host(rollout.truncated)
+    contents = [
+        tokens if is_truncated else tokens[:-1]
+        for tokens, is_truncated in zip(response_tokens(rollout), truncated, strict=True)
+    ]
+    return [chat.decode_response(tokenizer, content) for content in contents]
 
 
 def response_tokens(rollout: Rollout) -> list[np.ndarray]:

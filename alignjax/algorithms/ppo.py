@@ -39,7 +39,7 @@ from alignjax.algorithms.stage import (
     StepOutput,
 )
 from alignjax.config import Config, Model
-from alignjax.data import chat
+from alignjax.data import ends
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.sampling.types import Prompts, Rollout
@@ -49,7 +49,7 @@ Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
 
 SAMPLED_PROMPTS = 4  # prompts in an entry of samples.jsonl, and of evaluations.jsonl
-ANY_TOKEN = 0  # stands for the end token where nothing is sampled
+ANY_TOKEN = (0,)  # stands for the end tokens where nothing is sampled
 
 
 class Update(NamedTuple):
@@ -86,7 +86,7 @@ class PPO:
         config: Config,
         mesh: Mesh,
         *,
-        end_token: int = ANY_TOKEN,
+        end_tokens: tuple[int, ...] = ANY_TOKEN,
         reward_model: Model | None = None,
         phases: Phases | None = None,
     ):
@@ -99,7 +99,7 @@ class PPO:
         self.trained = trained_roles(config, mesh)
         self.abstract_state = self.trained.abstract_state
         self.compiled = compile_programs(
-            config, mesh, self.trained, end_token=end_token, reward_model=reward_model
+            config, mesh, self.trained, end_tokens=end_tokens, reward_model=reward_model
         )
 
     @classmethod
@@ -111,7 +111,9 @@ class PPO:
         stage = cls(
             config,
             mesh,
-            end_token=chat.end_token(inputs.tokenizer),
+            end_tokens=ends.end_tokens(
+                inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
+            ),
             reward_model=reward.model,
             phases=inputs.phases,
         )
@@ -142,7 +144,9 @@ class PPO:
         reference = self.load_role("lm", "reference")
         ppo = self.config.ppo
         self.frozen = {
-            "reference": roles.freeze(reference, ppo.frozen_dtype, ppo.frozen_memory),
+            "reference": roles.freeze(
+                self.config.model, reference, ppo.frozen_dtype, ppo.frozen_memory
+            ),
             **reward.params,
         }
 
@@ -447,15 +451,15 @@ class PPO:
         ppo = self.config.ppo
         policy = self.abstract_state["policy"]
         value = self.abstract_state["value"]
-        shapes = {
-            "policy": policy,
-            "value": value,
-            "reference": roles.abstract_frozen(policy.params, ppo.frozen_dtype, ppo.frozen_memory),
-        }
+        freeze = functools.partial(
+            roles.abstract_frozen,
+            self.config.model,
+            dtype=ppo.frozen_dtype,
+            memory=ppo.frozen_memory,
+        )
+        shapes = {"policy": policy, "value": value, "reference": freeze(policy.params)}
         if "reward" in self.config.parents:  # its architecture is taken to be that of the others
-            shapes["reward"] = roles.abstract_frozen(
-                value.params, ppo.frozen_dtype, ppo.frozen_memory
-            )
+            shapes["reward"] = freeze(value.params)
         reading = abstract_reading(self.config, self.mesh)
         shapes["experience"] = Experience(
             rollout=abstract_rollout(self.config, self.mesh),

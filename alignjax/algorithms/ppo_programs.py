@@ -155,7 +155,7 @@ def rollout_mesh(config: Config, mesh: Mesh) -> Mesh:
     return sharding.with_tensor(mesh, config.ppo.rollout_tensor)
 
 
-def sampling_settings(config: Config, end_token: int) -> SamplingSettings:
+def sampling_settings(config: Config, end_tokens: tuple[int, ...]) -> SamplingSettings:
     """Return how a run samples."""
     ppo = config.ppo
     return SamplingSettings(
@@ -164,7 +164,7 @@ def sampling_settings(config: Config, end_token: int) -> SamplingSettings:
         response_length=ppo.response_length,
         temperature=ppo.temperature,
         top_p=ppo.top_p,
-        end_token=end_token,
+        end_tokens=end_tokens,
         slots=ppo.slots,
         cache_dtype=ppo.cache_dtype,
     )
@@ -186,7 +186,7 @@ def compile_programs(
     mesh: Mesh,
     trained: TrainedRoles,
     *,
-    end_token: int,
+    end_tokens: tuple[int, ...],
     reward_model: Model | None = None,
 ) -> Programs:
     """Return the compiled functions of a run on a mesh.
@@ -195,7 +195,7 @@ def compile_programs(
       config: of the run.
       mesh: of training; a rollout may have a layout of its own on the same devices.
       trained: optimisers, and the shapes that the updates keep the state in.
-      end_token: ends a response.
+      end_tokens: each of them ends a response.
       reward_model: architecture of the reward model, if it is not `config.model`.
     """
     abstract = trained.abstract_state
@@ -203,7 +203,7 @@ def compile_programs(
     text_loss = functools.partial(lm.loss_fn, config.model)
     read = functools.partial(experience.read_roles, config, reward_model or config.model)
     return Programs(
-        sample=make_sampler(config, mesh, sampling_settings(config, end_token)),
+        sample=make_sampler(config, mesh, sampling_settings(config, end_tokens)),
         place_params=params_placement(config, mesh, abstract["policy"].params),
         place_rollout=rollout_placement(config, mesh),
         read=jax.jit(read, donate_argnums=2),

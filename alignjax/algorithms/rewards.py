@@ -21,7 +21,7 @@ from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.plugins import load_function
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
-from alignjax.data import chat, encoding, packing
+from alignjax.data import chat, encoding, packing, tokenizer_files
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
@@ -64,8 +64,9 @@ class TextRewardModel:
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the weighted scores of the responses to the prompts of the rows."""
-        prompts = chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
-        endings = chat.encode_responses(self.tokenizer, responses)
+        messages = [row["prompt"] for row in rows]
+        prompts = chat.encode_prompts(self.tokenizer, messages)
+        endings = chat.encode_responses(self.tokenizer, messages, responses)
         sequences = [
             (prompt + ending)[-self.max_tokens :]
             for prompt, ending in zip(prompts, endings, strict=True)
@@ -100,8 +101,9 @@ def build(
     directory = parents["reward"]
     model = reward_architecture(config, directory)
     params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
-    params = roles.freeze(params, ppo.frozen_dtype, ppo.frozen_memory)
+    params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
     reward_tokenizer = parent_tokenizer(config, directory)
+    tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)
     if same_tokens(reward_tokenizer, tokenizer):
         return Reward(model=model, params={"reward": params}, text_rewards=text_rewards)
     # Another tokenizer may make more tokens of a text: leave room for twice as many.

@@ -5,7 +5,7 @@ to compute its losses again.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import Config
 from alignjax.machine.profile import Phases
+from alignjax.weights.imported import Imported
 
 # role -> TrainState, and whatever else a resume needs; its leaves are arrays on the mesh.
 State = dict[str, Any]
@@ -28,6 +29,9 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerBase
     say: Callable[[str], None]  # prints a line
     phases: Phases  # where the time of a step goes
+    imported: Imported = field(
+        default_factory=Imported
+    )  # from the checkpoint that the model came from
 
 
 @dataclass(frozen=True, kw_only=True)

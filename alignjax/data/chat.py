@@ -1,27 +1,24 @@
 """Tokens of conversations, prompts and responses: one path for training and scoring.
 
-A conversation is cut where the assistant's turns begin and end, and each piece is tokenised on its
-own, so no token straddles the edge of a turn: the ids of a prompt followed by those of a response
-are the ids of the conversation.
+`chat_format` makes all of them, a turn at a time, so the ids of a turn that SFT trains are those
+of the prompt that PPO presents, followed by those of the response.
+
+Text in contents that looks like a control token is text, unless the tokenizer was told otherwise
+(`templates.set_options`).
 """
 
-import functools
 import itertools
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Otherwise transformers advises to install torch, which is not used here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignjax.config import UserError
-from alignjax.machine import workdir as workdirs
+from alignjax.data import chat_format, tokenizer_files
+from alignjax.data.chat_format import EncodedConversation
 
 START = "<|im_start|>"
 END = "<|im_end|>"
@@ -35,16 +32,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Stands for the assistant's content while a template is rendered: a private character, in no text.
-HOLE = "\ue000"
 ROLES_IN_VOCABULARY = ["system\nuser\nassistant\n"] * 3000
-
-
-class EncodedConversation(NamedTuple):
-    """The tokens of a conversation, and 1 for each token that is trained on, 0 for the others."""
-
-    tokens: list[int]
-    trained: list[int]
 
 
 class EncodedComparison(NamedTuple):
@@ -80,20 +68,10 @@ def load_tokenizer(directory: Path, template: str = "") -> PreTrainedTokenizerBa
     """Load a Hugging Face tokenizer, with its own chat template or, with "chatml", ChatML.
 
     Raises:
-      UserError: there is no tokenizer, it runs code of its own, or ChatML's tokens are not in its
-        vocabulary.
+      UserError: for files that are missing or damaged, for a tokenizer that needs code of its own,
+        and if ChatML's tokens are not in its vocabulary.
     """
-    if not (directory / "tokenizer_config.json").is_file():
-        raise UserError(f"{directory}: no tokenizer there (tokenizer_config.json is missing)")
-    try:
-        with workdirs.local_copy(directory) as local:
-            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
-    except (ValueError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{directory}: transformers can't load this tokenizer ({reason}); name another by "
-            "tokenizer=DIR, for the report's Qwen that of a Qwen2 model, whose tokens are the same"
-        ) from None
+    tokenizer = tokenizer_files.load(directory)
     if template == "chatml":
         use_chatml(tokenizer, directory)
     return tokenizer
@@ -111,145 +89,93 @@ def use_chatml(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     tokenizer.chat_template = CHATML
 
 
-@functools.lru_cache(maxsize=8)
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token with which the chat template ends the assistant's turn.
 
     It is not always the tokenizer's own end token.
     """
-    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    [(_, after)] = split(tokenizer, [exchange], generate=False)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    if not ids or ids[0] not in tokenizer.all_special_ids:
-        raise UserError(
-            f"chat template of {tokenizer.name_or_path}: no special token ends the assistant's turn"
-        )
-    return ids[0]
+    return chat_format.format_of(tokenizer).end_token
 
 
-def split(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], generate: bool
-) -> list[list[str]]:
-    """Return what the chat template writes around the assistant's contents.
+def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the chat template writes after the end token of a conversation's last turn.
 
-    For each conversation there is one piece more than the assistant has turns. With `generate`,
-    the last piece ends where the assistant begins its next turn.
+    It is never trained on, and no prompt with a response has it. ChatML writes a line end.
     """
-    if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
-    hollow = [with_holes(messages) for messages in conversations]
-    try:
-        texts = tokenizer.apply_chat_template(
-            hollow, tokenize=False, add_generation_prompt=generate
-        )
-    except TemplateError as error:  # the template refuses something, such as a system message
-        raise UserError(f"chat template of {tokenizer.name_or_path}: {error}") from None
-    around = [text.split(HOLE) for text in texts]
-    for messages, parts in zip(conversations, around, strict=True):
-        turns = len(contents_of_assistant(messages))
-        if len(parts) != turns + 1:
-            raise UserError(
-                f"chat template of {tokenizer.name_or_path}: {turns} assistant turns in, "
-                f"{len(parts) - 1} out"
-            )
-    return around
+    return list(chat_format.format_of(tokenizer).closing_tokens)
 
 
-def with_holes(messages: list[dict]) -> list[dict]:
-    """Return messages with HOLE as the content of each of the assistant's."""
-    return [
-        {**message, "content": HOLE} if message["role"] == "assistant" else message
-        for message in messages
-    ]
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begin: bool = False
+) -> list[list[int]]:
+    """Return the tokens of plain texts; with `begin`, with those around a whole text."""
+    controls = chat_format.controls_of(tokenizer)
+    contents = [controls.of_content(text) for text in texts]
+    ids = controls.encode(contents, begin)
+    return [ids[text] for text in contents]
 
 
-def contents_of_assistant(messages: list[dict]) -> list[str]:
-    return [message["content"] for message in messages if message["role"] == "assistant"]
+def conversation_sequences(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]]
+) -> list[list[EncodedConversation]]:
+    """Return the sequences in which each conversation is trained.
 
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:
-    """Return {text: its ids}.
-
-    A text that comes several times, as many in a small world do, is encoded once.
+    All turns of the assistant, with their end tokens, are trained on. They share one sequence,
+    unless the template writes earlier turns otherwise than the last one: each turn is trained
+    after the tokens that `encode_prompts` gives for the messages before it.
     """
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return {}
-    ids = tokenizer(distinct, add_special_tokens=False)["input_ids"]
-    return dict(zip(distinct, ids, strict=True))
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], generate: bool
-) -> list[EncodedConversation]:
-    """Encode each conversation, with `generate` up to where the assistant begins its next turn."""
-    around = split(tokenizer, conversations, generate)
-    contents = [contents_of_assistant(messages) for messages in conversations]
-    ids = ids_of(tokenizer, itertools.chain(*around, *contents))
-    encoded = []
-    for pieces_around, turns in zip(around, contents, strict=True):
-        tokens = list(ids[pieces_around[0]])
-        trained = [0] * len(tokens)
-        for turn, after in zip(turns, pieces_around[1:], strict=True):
-            rest = ids[after]  # its first token is the end token
-            tokens += ids[turn] + rest
-            trained += [1] * (len(ids[turn]) + 1) + [0] * (len(rest) - 1)
-        encoded.append(EncodedConversation(tokens, trained))
-    return encoded
+    return chat_format.format_of(tokenizer).encode_conversations(conversations)
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]]
 ) -> list[EncodedConversation]:
-    """Encode each conversation; the assistant's tokens, with their end tokens, are trained on.
-
-    What the template writes after the last end token is left out: it is never a target.
-    """
-    # A template that does not close the assistant's turn would be trained on the wrong tokens.
-    end_token(tokenizer)
-    encoded = encode(tokenizer, conversations, generate=False)
-    return [up_to_last_trained(conversation) for conversation in encoded]
-
-
-def up_to_last_trained(conversation: EncodedConversation) -> EncodedConversation:
-    """Cut a conversation behind the last token that is trained on, if there is one."""
-    tokens, trained = conversation
-    if 1 not in trained:
-        return conversation
-    length = len(trained) - trained[::-1].index(1)
-    return EncodedConversation(tokens[:length], trained[:length])
+    """Return the sequences of all conversations, one conversation after the other."""
+    sequences = conversation_sequences(tokenizer, conversations)
+    return [sequence for part in sequences for sequence in part]
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]]
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]]
 ) -> list[list[int]]:
     """Return the tokens of each prompt, up to where the assistant begins."""
-    encoded = encode(tokenizer, conversations, generate=True)
-    return [prompt.tokens for prompt in encoded]
+    return chat_format.format_of(tokenizer).encode_prompts(conversations)
 
 
-def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the tokens of each response, with its end token."""
-    end = end_token(tokenizer)
-    ids = ids_of(tokenizer, texts)
-    return [ids[text] + [end] for text in texts]
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict]], texts: Sequence[str]
+) -> list[list[int]]:
+    """Return the tokens of each response to its prompt, with its end token.
+
+    They follow those that `encode_prompts` gives for the prompt.
+    """
+    chat = chat_format.format_of(tokenizer)
+    turns = [chat.turn(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return [encoded.response for encoded in chat.encode_turns(turns)]
 
 
 def encode_comparisons(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]
 ) -> list[EncodedComparison]:
     """Encode each comparison: the prompt's ids, then a response's, as PPO has them scored."""
-    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows])
-    chosen = encode_responses(tokenizer, [row["chosen"] for row in rows])
-    rejected = encode_responses(tokenizer, [row["rejected"] for row in rows])
+    chat = chat_format.format_of(tokenizer)
+    turns = []
+    for row in rows:
+        turns += [chat.turn(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+    encoded = [turn.prompt + turn.response for turn in chat.encode_turns(turns)]
     return [
-        EncodedComparison(prompt + better, prompt + worse)
-        for prompt, better, worse in zip(prompts, chosen, rejected, strict=True)
+        EncodedComparison(chosen, rejected)
+        for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True)
     ]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Return the text of a response's real tokens, without its end token."""
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        ends.add(end_token(tokenizer))
+    if len(tokens) and int(tokens[-1]) in ends:
+        tokens = tokens[:-1]
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

@@ -143,7 +143,7 @@ def closing(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def document_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
-    ids = tokenizer([row["text"] for row in rows], add_special_tokens=False)["input_ids"]
+    ids = chat.encode_texts(tokenizer, [row["text"] for row in rows])
     end = closing(tokenizer)
     return {"document": [[*tokens, end] for tokens in ids]}
 

@@ -64,7 +64,7 @@ class AlignJax(TemplateLM):
         model = inference.load(
             run, dtype=dtype, mesh=mesh, max_length=max_length, chat_template=chat_template
         )
-        if not model.end_tokens:
+        if not model.ends:
             raise UserError(f"{run}: expected a language model, but this is a reward model")
         automatic = str(batch_size).startswith("auto")
         slots = DEFAULT_SLOTS if automatic else int(batch_size)
@@ -76,8 +76,8 @@ class AlignJax(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Return the token that ends a response."""
-        return self.requests.model.end_tokens[0]
+        """Return the token that ends a text: the tokenizer's own, or else any end of a response."""
+        return self.requests.model.ends[0]
 
     @property
     def prefix_token_id(self) -> int:

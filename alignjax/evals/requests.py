@@ -177,7 +177,7 @@ class Requests:
             response_length=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            end_token=self.model.end_tokens[0],
+            end_tokens=self.model.ends,
             slots=round_up(-(-len(prompts) // rounds)),
         )
         ids = self.model.generate_tokens(
@@ -189,9 +189,7 @@ class Requests:
             stops=self.stop_table(settings.stop_strings),
             prefix=prefix,
         )
-        return self.model.tokenizer.batch_decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return [self.model.text_of(tokens) for tokens in ids]
 
     def read_prefix(self, tokens: Tokens) -> Prefix | None:
         """Read what all members of a family begin with."""
@@ -203,11 +201,9 @@ class Requests:
         )
 
     def stop_table(self, stop_strings: tuple[str, ...]) -> Int[Array, "states vocabulary"]:
-        """Return the transition table of stop strings and end tokens, made once."""
+        """Return the transition table of stop strings, made once."""
         if stop_strings not in self.stop_tables:
-            table = stops.transition_table(
-                list(stop_strings), self.model.end_tokens, self.token_texts
-            )
+            table = stops.transition_table(list(stop_strings), self.token_texts)
             self.stop_tables[stop_strings] = jnp.asarray(table)
         return self.stop_tables[stop_strings]
 

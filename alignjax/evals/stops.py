@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 
 def transition_table(
-    stop_strings: list[str], end_tokens: list[int], token_texts: list[str]
+    stop_strings: list[str], token_texts: list[str]
 ) -> Int[np.ndarray, "states vocabulary"]:
     """Return the next state for each state and token, as int16.
 
     A state is a beginning of some stop string; state 0 is the empty one. The number of states,
-    which is no row, is the final state: the response has met a stop string or an end token.
+    which is no row, is the final state: the response has met a stop string.
     """
     stop_strings = [string for string in stop_strings if string]
     states = prefixes_of(stop_strings)
@@ -32,7 +32,6 @@ def transition_table(
         tokens = longest_first[: (lengths > place).sum()]
         character_columns = [columns.get(token_texts[token][place], 0) for token in tokens]
         table[:, tokens] = steps[table[:, tokens], character_columns]
-    table[:, end_tokens] = final
     return table
 
 

@@ -14,7 +14,6 @@ import argparse
 import functools
 import glob
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,14 @@ from alignjax.algorithms import ranking
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, mixture, preferences, sources, toy
 from alignjax.evals import calibration, published_figures
-from alignjax.machine import console, sharding
+from alignjax.machine import console, outputs, pictures, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
 from alignjax.runs import lineage
 from alignjax.weights import locations
 
+# Of the file of results, by which one from an earlier evaluation is known.
+RESULT_KEYS = frozenset({"split", "max_length", "runs", "figures", "report"})
 CHUNK = 256  # pairs tokenised and scored at a time: enough to fill microbatches
 
 Pair = tuple[list[int], list[int]]  # tokens of prompt and chosen, of prompt and rejected response
@@ -110,7 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Print Table 4 and write its figures; report every user error before the first score."""
     given_runs = [workdirs.resolve(run) for run in arguments.run]
     runs = ranking_runs(given_runs)
-    files = output_files(arguments.out, given_runs[0])
+    files = output_files(arguments, given_runs[0])
     stored = locations.read_config(given_runs[0])
     max_length = arguments.max_length or stored["data.max_length"]
     sets = {
@@ -196,8 +197,9 @@ def pmp_parent(run: Path) -> Path | None:
     return parent
 
 
-def output_files(out: str | None, run: Path) -> OutputFiles:
-    """Return where the results go; raise UserError unless they can be written there."""
+def output_files(arguments: argparse.Namespace, run: Path) -> OutputFiles:
+    """Return where the results go; raise UserError unless they may be written there."""
+    out = arguments.out
     if out is None and not workdirs.is_local(run):
         raise UserError(
             f"--run {run}: the results go to a local file, so name one with --out FILE.json"
@@ -205,9 +207,16 @@ def output_files(out: str | None, run: Path) -> OutputFiles:
     path = run / "evaluation.json" if out is None else Path(out)
     if path.suffix != ".json" or not path.parent.is_dir():
         raise UserError(f"--out {out}: expected the name of a .json file in an existing directory")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: cannot be written there; name another file with --out FILE.json")
     picture = run / "calibration.png" if out is None else path.with_suffix(".png")
+    names = [source.name for source in sources.parse(arguments.sets)]
+    inputs = [Path(file) for name in names for file in glob.glob(name)]
+    is_own = {
+        path: functools.partial(outputs.has_keys, keys=RESULT_KEYS),
+        # Older versions left no mark of their own in the picture.
+        picture: functools.partial(pictures.is_picture, record=path, keys=RESULT_KEYS),
+    }
+    for file, test in is_own.items():
+        outputs.check_file(file, "--out", is_own=test, overwrite=arguments.overwrite, inputs=inputs)
     return OutputFiles(path, picture)
 
 
@@ -373,5 +382,6 @@ def write_results(files: OutputFiles, settings: dict, figures: dict[str, dict]) 
         name: {label: sets[name]["calibration"] for label, sets in figures.items()}
         for name in names
     }
-    calibration.calibration_figure(curves).savefig(files.picture, dpi=150)
+    picture = calibration.calibration_figure(curves)
+    pictures.write_picture(files.picture, picture, dpi=150)
     say(f"figures in {files.figures}, calibration in {files.picture}")

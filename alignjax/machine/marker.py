@@ -30,6 +30,7 @@ RUN_NAMES = frozenset(
         "tensorboard",
         "tokenizer",
         "profile",
+        "imported.json",
         "wandb-id",
         "wandb",
     }

@@ -8,7 +8,6 @@ can tell it from the files of processes that are still alive.
 import contextlib
 import errno
 import fcntl
-import io
 import os
 import re
 import secrets
@@ -20,7 +19,6 @@ from typing import BinaryIO
 
 from alignjax.config import UserError
 from alignjax.machine import marker
-from alignjax.machine.workdir import is_local
 
 # Errors of a disk that is full, over its quota, failing, read-only or not ours to write.
 UNWRITABLE = (
@@ -45,6 +43,11 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 BEGINNING = 4096  # bytes of a file that are enough to recognise it
+
+
+def is_local(path: Path) -> bool:
+    """Return whether a path is on this machine and not in a bucket."""
+    return isinstance(path, Path)
 
 
 class Unwritable(UserError):
@@ -180,6 +183,7 @@ def check_file(
     is_own: Callable[[Path], bool],
     overwrite: bool = False,
     inputs: Iterable[Path] = (),
+    make_parents: bool = False,
 ) -> None:
     """Check that a command may write its result to `path`, before it begins to work.
 
@@ -189,6 +193,7 @@ def check_file(
       is_own: whether an existing file is an earlier result of the same command.
       overwrite: replace a file that is not.
       inputs: what the command reads.
+      make_parents: whether the command makes the directory of the file, too.
 
     Raises:
       UserError: if the file may not be replaced, or cannot be written there.
@@ -202,6 +207,8 @@ def check_file(
     if kind not in ("", "a file"):
         raise UserError(f"{where}: this is {kind}; name a file")
     directory = path.parent
+    if make_parents:
+        directory = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not directory.is_dir():
         raise UserError(f"{where}: there is no directory {directory}")
     check_outside_runs(path, where)
@@ -251,10 +258,15 @@ def begins_with(path: Path, mark: bytes) -> bool:
         return False
 
 
+def has_keys(path: Path, keys: frozenset[str]) -> bool:
+    """Return whether a file holds a JSON object that has all these keys."""
+    return keys <= marker.read_object(path).keys()
+
+
 # --------------------------------------------------------------------------------- a directory
 
 
-def claim_directory(
+def check_directory(
     directory: Path,
     option: str,
     *,
@@ -262,37 +274,46 @@ def claim_directory(
     is_own: Callable[[Path], bool],
     overwrite: bool = False,
 ) -> None:
-    """Make a directory for results, and mark it as this command's.
+    """Check that a command may write results into a directory, before it begins to work.
 
     Args:
       directory: local; it may exist if it is empty or an earlier one of the same command.
       option: how the command line names it, such as "--out".
       command: the name in the marker, such as "alignjax.evaluate".
       is_own: whether a directory without a marker was made by an earlier version.
-      overwrite: claim a directory that holds other files. They stay, unless they have the name
+      overwrite: allow a directory that holds other files. They stay, unless they have the name
         of a result.
 
     Raises:
-      UserError: if the directory holds something else, or cannot be made.
+      UserError: if the directory holds something else, or cannot be one.
     """
     where = f"{option} {directory}"
-    if kind_of(directory, where) not in ("", "a directory") and not directory.is_dir():
-        raise UserError(f"{where}: this is {kind_of(directory, where)}; name a directory")
+    kind = kind_of(directory, where)
     check_outside_runs(directory, where)
+    if kind == "":
+        return
+    if not directory.is_dir():
+        raise UserError(f"{where}: this is {kind}; name a directory")
     if marker.is_run(directory):
         raise UserError(f"{where}: this is the directory of a run; name another")
+    owner = marker.read(directory).get("made_by")
+    if overwrite or owner == command:
+        return
     with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        owner = marker.read(directory).get("made_by")
-        if owner == command:
-            return
         is_used = any(not is_leftover(path) for path in directory.iterdir())
-    if is_used and not overwrite and (owner or not is_own(directory)):
+    if is_used and (owner or not is_own(directory)):
         raise UserError(
             f"{where}: this directory holds files that the command has not written; name another "
             "one, or write into it with --overwrite"
         )
-    write_text(directory / marker.NAME, marker.dumps({"made_by": command}))
+
+
+def claim_directory(directory: Path, command: str) -> None:
+    """Make a directory for results, if it does not exist, and mark it as this command's."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    if marker.read(directory).get("made_by") != command:
+        write_text(directory / marker.NAME, marker.dumps({"made_by": command}))
 
 
 @contextlib.contextmanager
@@ -397,10 +418,3 @@ def remove_listed(directory: Path) -> None:
                 path.unlink()
     with contextlib.suppress(OSError):
         directory.rmdir()
-
-
-def png_bytes(draw: Callable[[io.BytesIO], object]) -> bytes:
-    """Return the bytes that `draw` writes into a buffer."""
-    buffer = io.BytesIO()
-    draw(buffer)
-    return buffer.getvalue()

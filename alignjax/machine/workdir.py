@@ -15,6 +15,10 @@ import jax
 from etils import epath
 
 from alignjax.config import UserError
+from alignjax.machine.outputs import is_local
+from alignjax.machine.outputs import write_text as write_atomically
+
+__all__ = ["is_local", "local_copy", "publish", "resolve", "staging", "write_atomically"]
 
 
 def resolve(spec: str | Path) -> Path:
@@ -35,11 +39,6 @@ def resolve(spec: str | Path) -> Path:
             "(the extra [gcs]) and the rights of gcloud auth application-default login"
         ) from error
     return epath.Path(spec)
-
-
-def is_local(directory: Path) -> bool:
-    """Return whether a directory is on this machine and not in a bucket."""
-    return isinstance(directory, Path)
 
 
 @contextlib.contextmanager

@@ -150,16 +150,28 @@ def for_decoding(model: Model, params: Params) -> Params | list[Params]:
 
 
 def rounded(model: Model, params: Params) -> Params:
-    """Cast matrices to the type that they are computed in.
+    """Cast matrices to the type that they are computed in; this changes no result.
 
-    That halves the bytes that sampling reads for a token when the type has 16 bits.
+    Decoding then reads half of the bytes for a token if the type has 16 bits, and a role that is
+    only read takes half of the memory.
     """
+    return jax.tree.map(lambda x, dtype: x.astype(dtype), params, computed_types(model, params))
 
-    def cast(path, parameter):
+
+def computed_types(model: Model, params: Params) -> dict[str, Any]:
+    """Return for each parameter, or its shape, the type that it can be kept in without a loss.
+
+    Matrices are cast to `model.dtype` wherever they are used. Norms and a scalar head, with a
+    reward model's shift in its bias, are computed in float32.
+    """
+    has_scalar_head = "bias" in params.get("head", {})
+
+    def type_of(path, parameter):
         is_matrix = path[-1].key in ("kernel", "embedding")
-        return parameter.astype(model.dtype) if is_matrix else parameter
+        is_in_scalar_head = has_scalar_head and path[0].key == "head"
+        return jnp.dtype(model.dtype) if is_matrix and not is_in_scalar_head else parameter.dtype
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(type_of, params)
 
 
 def layer_of(stack: Any, layer: int | Int[Array, ""]) -> Any:

@@ -10,13 +10,15 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from alignjax import config as configs
+from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config, UserError
 from alignjax.machine import lock, marker, outputs, processes
 from alignjax.machine import workdir as workdirs
 from alignjax.weights import checkpoint, locations
+from alignjax.weights.imported import IMPORTED_FILE
 
 # What a run that was interrupted while it claimed a directory leaves: it may be claimed anew.
-CLAIM_FILES = {marker.NAME, lock.NAME, "tokenizer"}
+CLAIM_FILES = {marker.NAME, lock.NAME, "tokenizer", IMPORTED_FILE}
 # Fields that may change on a resume.
 FREE_FIELDS = ("mesh.", "keep_checkpoints", "max_skipped", "ppo.eval_")
 # What other commands make of a complete run, in its directory.
@@ -76,24 +78,26 @@ def is_complete(config: Config, workdir: Path) -> bool:
     return marker.read_object(workdir / "config.json").get("steps") == config.steps
 
 
-def claim_workdir(
-    config: Config, tokenizer: PreTrainedTokenizerBase, workdir: Path, parents: dict[str, Path]
-) -> None:
-    """Claim a new directory for a run, in one process: its marker, tokenizer and config.json.
+def claim_workdir(config: Config, inputs: RunInputs, workdir: Path) -> None:
+    """Claim a new directory for a run: its marker, what it begins with, and config.json.
 
-    A directory that the run has claimed before gets only what an older version did not write.
+    One process writes. A directory that the run has claimed before gets only what an older
+    version did not write.
     """
     if jax.process_index() == 0:
         is_new = not (workdir / "config.json").exists()
         entries = marker.read(workdir) or lock.new_run()
         if is_new:
-            entries["parents"] = ends_of(parents)
+            entries["parents"] = ends_of(inputs.parents)
         elif "run" not in marker.read(workdir):
             entries |= stored_id(workdir)
         if entries != marker.read(workdir):
             outputs.write_text(workdir / marker.NAME, marker.dumps(entries))
         if is_new:
-            save_tokenizer(tokenizer, workdir)
+            save_tokenizer(inputs.tokenizer, workdir)
+            imported = inputs.imported
+            if imported.config or imported.generation:
+                outputs.write_text(workdir / IMPORTED_FILE, imported.to_json())
             outputs.write_text(workdir / "config.json", configs.to_json(config))
     processes.wait_for_all("claim")
 
@@ -203,9 +207,7 @@ def prolong(config: Config, workdir: Path, say: Callable[[str], object]) -> None
     processes.wait_for_all("prolong")
 
 
-def report_results(
-    config: Config, workdir: Path, steps: int, say: Callable[[str], object]
-) -> None:
+def report_results(config: Config, workdir: Path, steps: int, say: Callable[[str], object]) -> None:
     """Name the files and the runs that were made of a run's end at `steps`."""
     names = [name for name in RESULTS if (workdir / name).exists()]
     names += [str(child) for child in children(workdir)]

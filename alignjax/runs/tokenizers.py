@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.rewards import parent_tokenizer
 from alignjax.config import Config, UserError
-from alignjax.data import chat, mixture, sources, toy
+from alignjax.data import chat, mixture, sources, tokenizer_files, toy
 from alignjax.weights import locations
 
 
@@ -37,11 +37,7 @@ def choose_tokenizer(
         tokenizer = chat.load_tokenizer(directory, config.chat_template)
     else:
         tokenizer = train_tokenizer(config, say)
-    if len(tokenizer) > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size}, "
-            f"but the tokenizer has {len(tokenizer)} tokens"
-        )
+    tokenizer_files.check_fits(tokenizer, config.model.vocab_size)
     return tokenizer
 
 

@@ -56,9 +56,9 @@ def generate(
 
     Args:
         prefix: the tokens that all prompts begin with, from `read_prefix`.
-        stops: an automaton that ends responses besides the end token: `stops[state, token]` is
+        stops: an automaton that ends responses besides the end tokens: `stops[state, token]` is
             the state after a token. A response starts in state 0, and ends in the state
-            `len(stops)`. `Rollout.truncated` considers the end token only.
+            `len(stops)`. `Rollout.truncated` considers the end tokens only.
         wanted: how many of the prompts, from the first on, are to be answered. It may be traced.
             None answers all.
     """
@@ -284,7 +284,7 @@ class Decoder:
         self, states: Int[Array, " rows"], tokens: Int[Array, " rows"]
     ) -> tuple[Int[Array, " rows"], Bool[Array, " rows"]]:
         """Return the states of the stop table after these tokens, and which responses they end."""
-        ended = tokens == self.settings.end_token
+        ended = is_one_of(tokens, self.settings.end_tokens)
         if self.stops is None:
             return states, ended
         states = self.stops[states, tokens].astype(jnp.int32)
@@ -301,7 +301,7 @@ class Decoder:
             prompt_lengths=jnp.repeat(self.prompts.lengths, samples, axis=0),
             lengths=finished.lengths,
             logprobs=finished.logprobs,
-            truncated=last != self.settings.end_token,
+            truncated=~is_one_of(last, self.settings.end_tokens),
         )
 
 
@@ -327,6 +327,11 @@ def make_decoder(
         stops=stops,
         wanted=num_prompts if wanted is None else wanted,
     )
+
+
+def is_one_of(tokens: Int[Array, " rows"], some: tuple[int, ...]) -> Bool[Array, " rows"]:
+    """Return which of the tokens are among some tokens, of which there is at least one."""
+    return functools.reduce(jnp.logical_or, [tokens == token for token in some])
 
 
 def has_more_live_than(enough: Int[Array, ""], slots: Slots) -> Bool[Array, ""]:

@@ -30,7 +30,7 @@ class SamplingSettings:
     """How to sample: hashable, so it can be a static argument of a compiled function.
 
     `model` must be a copy (`dataclasses.replace`) if the config that it comes from may change.
-    `end_token` ends a response. `slots` responses decode at once; 0 decodes all of them at once.
+    Each of `end_tokens` ends a response. `slots` responses decode at once; 0 decodes all of them.
     `cache_dtype` is the type of cached keys and values; "" is the type of the computation.
     """
 
@@ -39,7 +39,7 @@ class SamplingSettings:
     response_length: int
     temperature: float
     top_p: float
-    end_token: int
+    end_tokens: tuple[int, ...]
     slots: int = 0
     cache_dtype: str = ""
 
@@ -57,7 +57,7 @@ class Rollout:
     lengths: Int[Array, " responses"]  # of the responses, their end tokens included
     # Full-distribution log-probabilities as the sampler computed them; 0 after the end.
     logprobs: Float[Array, "responses response_tokens"]
-    truncated: Bool[Array, " responses"]  # no end token within the response's length
+    truncated: Bool[Array, " responses"]  # none of the end tokens within the response's length
 
     @property
     def mask(self) -> Bool[Array, "responses response_tokens"]:

@@ -1,9 +1,11 @@
 """A role's parameters: drawn from a key, or loaded from a run or a Hugging Face checkpoint."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignjax.config import Model, UserError
@@ -129,32 +131,36 @@ def place_view(view: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
     return array.block_until_ready()
 
 
-def freeze(params: Params, dtype: str, memory: str) -> Params:
+def freeze(model: Model, params: Params, dtype: str, memory: str) -> Params:
     """Prepare parameters that are only read.
 
-    `dtype` names another type for them, or is empty; `memory` is "device", or "host" for
-    pinned memory of the host.
+    Args:
+      model: their architecture.
+      params: as they were loaded.
+      dtype: the type that their matrices are rounded to, by the function that also rounds the
+        policy's (`transformer.rounded`); "" leaves them as they are.
+      memory: "device", or "host" for pinned memory of the host.
     """
+    if dtype:
+        params = transformer.rounded(dataclasses.replace(model, dtype=dtype), params)
+    if memory == "host":
+        return jax.tree.map(
+            lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), params
+        )
+    return params
 
-    def freeze_one(x: jax.Array) -> jax.Array:
-        x = x.astype(dtype or x.dtype)
-        if memory == "host":
-            return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
-        return x
 
-    return jax.tree.map(freeze_one, params)
-
-
-def abstract_frozen(params: Params, dtype: str, memory: str) -> Params:
+def abstract_frozen(model: Model, params: Params, dtype: str, memory: str) -> Params:
     """Return the shapes that `freeze` makes of shapes with shardings."""
+    kept = dataclasses.replace(model, dtype=dtype or "float32")
 
-    def freeze_one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def freeze_one(x: jax.ShapeDtypeStruct, kept_type: jnp.dtype) -> jax.ShapeDtypeStruct:
         layout = x.sharding
         if memory == "host":
             layout = layout.with_memory_kind("pinned_host")
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=layout)
+        return jax.ShapeDtypeStruct(x.shape, kept_type, sharding=layout)
 
-    return jax.tree.map(freeze_one, params)
+    return jax.tree.map(freeze_one, params, transformer.computed_types(kept, params))
 
 
 def copy_to_device(params: Params) -> Params:
