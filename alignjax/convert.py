@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import UserError, model_from_json
 from alignjax.data import chat
-from alignjax.machine import console, outputs
+from alignjax.machine import console, output_directories
 from alignjax.machine import workdir as workdirs
 from alignjax.weights import checkpoint, hf
 
@@ -101,14 +101,16 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
             f"--role {role}: {run} is of stage {config['stage']!r}, "
             "which has one model and no roles"
         )
-    outputs.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
+    output_directories.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
     item, head = EXPORTS[config["stage"], role]
     newest = checkpoint.newest(run)
     read = functools.partial(checkpoint.restore_array, newest / item)
     tokenizer = chat.load_tokenizer(run / "tokenizer")
     tokens = special_tokens(tokenizer, head)
 
-    with outputs.new_directory(out, "--out", command=COMMAND, overwrite=overwrite) as partial:
+    with output_directories.new_directory(
+        out, "--out", command=COMMAND, overwrite=overwrite
+    ) as partial:
         write_tokenizer(run, tokenizer, tokens, partial)
         if head == "lm":
             write_generation_config(tokenizer, tokens, partial)

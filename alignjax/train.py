@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import signal
 import sys
@@ -29,7 +30,7 @@ from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
 from alignjax.machine.lock import exclusive_use
 from alignjax.machine.profile import Compilations, Phases
-from alignjax.machine.signals import Signals, watch_for_preemption
+from alignjax.machine.signals import Signals, watch_for_preemption, watch_lifeline
 from alignjax.models import attention
 from alignjax.runs import advice, records, tracker
 from alignjax.runs import log as run_log
@@ -153,7 +154,9 @@ def fit(
     with contextlib.nullcontext(signals) if signals else Signals() as active_signals:
         keep_programs()
         directory = workdirs.resolve(workdir or Path("runs") / config.name)
-        watch_for_preemption(lambda: active_signals.remember(signal.SIGTERM))
+        stop = functools.partial(active_signals.remember, signal.SIGTERM)
+        watch_for_preemption(stop)
+        watch_lifeline(stop)
         session = Session(signals=active_signals, say=say, wandb_project=wandb)
         with exclusive_use(directory, read_only=is_complete(config, directory)):
             return run(config, directory, fixed, session, profile)

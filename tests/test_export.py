@@ -40,7 +40,7 @@ def make_run(directory, tokenizer, stage, model, items):
     (directory / "config.json").write_text(
         configs.to_json(configs.Config(stage=stage, model=model))
     )
-    (directory / "summary.json").write_text("{}")
+    (directory / "summary.json").write_text('{"steps": 7}')
     shutil.copytree(tokenizer, directory / "tokenizer")
     placed = {
         name: jax.tree.map(jax.device_put, x, sharding.param_shardings(x, MESH))
@@ -105,7 +105,7 @@ def test_a_run_goes_out_whole(family, tokenizer, tmp_path, capsys):
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= kept.keys()
     assert {name: (out / name).read_bytes() for name in kept} == kept
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*kept, "config.json", "generation_config.json", "model.safetensors"]
+        [*kept, "alignjax.json", "config.json", "generation_config.json", "model.safetensors"]
     )
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert "model of step 7 written to" in capsys.readouterr().out
@@ -269,4 +269,4 @@ def test_a_damaged_checkpoint_is_named(ppo, tmp_path, capsys):
     assert printed.count("\n") == 1
     shutil.rmtree(run / "checkpoints")
     assert to_hf(run, tmp_path / "out") == 2
-    assert "no checkpoint there" in capsys.readouterr().err
+    assert "checkpoints/7: the last checkpoint of this run is missing" in capsys.readouterr().err

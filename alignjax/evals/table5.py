@@ -31,7 +31,7 @@ from alignjax.config import UserError, nearest
 from alignjax.evals import calibration, published_figures, registry
 from alignjax.evals.adapter import AlignJax
 from alignjax.evals.benchmark import Benchmark, Figure
-from alignjax.machine import console, jsonl, outputs
+from alignjax.machine import console, jsonl, output_directories, outputs
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
 from alignjax.weights import checkpoint, locations, roles
@@ -75,7 +75,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     subjects = parse_tasks(arguments.tasks)
     directories = result_directories(arguments.run, arguments.out)
     for directory in directories.values():
-        outputs.check_directory(
+        output_directories.check_directory(
             directory,
             "--out",
             command=COMMAND,
@@ -197,7 +197,7 @@ def evaluate_model(
     run_directory = language_model_directory(spec)
     chat = uses_chat_template(arguments.template, run_directory, model.tokenizer, spec)
     say(f"{spec}: {len(groups)} groups of tasks, {'with' if chat else 'without'} the chat template")
-    outputs.claim_directory(directory, COMMAND)
+    output_directories.claim_directory(directory, COMMAND)
     results = lm_eval.simple_evaluate(
         model,
         tasks=groups,

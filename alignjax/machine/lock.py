@@ -1,4 +1,7 @@
-"""One process at a time in a work directory, which is marked as ours before anything is in it."""
+"""One process at a time in a work directory.
+
+The directory is marked as ours before anything else is written into it.
+"""
 
 import contextlib
 import fcntl

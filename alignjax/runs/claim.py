@@ -220,9 +220,9 @@ def children(workdir: Path) -> list[Path]:
     if not workdirs.is_local(workdir):
         return []
     end = dataclasses.asdict(end_of(workdir))
-    found = []
+    made = []
     for path in sorted(workdir.absolute().parent.glob(f"*/{marker.NAME}")):
         parents = marker.read(path.parent).get("parents", {})
         if path.parent != workdir.absolute() and end in parents.values():
-            found.append(path.parent)
-    return found
+            made.append(path.parent)
+    return made

@@ -296,14 +296,18 @@ def newest(workdir: Path) -> Path:
 
 
 def final_step(workdir: Path) -> int | None:
-    """Return the number of steps in a run's summary.json, None if the run is not complete."""
+    """Return the number of steps in a run's summary.json, None if it says nothing of them.
+
+    Raises UserError if the file is damaged.
+    """
     path = workdir / "summary.json"
     if not path.exists():
         return None
-    step = marker.read_object(path).get("steps")
-    if not isinstance(step, int):
-        raise UserError(f"{path}: no number of steps there: the file is damaged")
-    return step
+    try:
+        steps = json.loads(path.read_text(encoding="utf-8")).get("steps")
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{path}: expected a JSON object: the file is damaged") from None
+    return steps if isinstance(steps, int) else None
 
 
 def read_checksums(path: Path) -> dict[str, dict]:
