@@ -78,7 +78,7 @@ def locked(workdir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # A disk that is read-only, or has no locks.
             file = stack.enter_context(path.open("ab+", buffering=0))
             acquire(file, path)
-            stack.callback(path.unlink, missing_ok=True)
+            stack.callback(remove_lock, path)
         outputs.remove_leftovers(workdir)
         yield
 
@@ -97,6 +97,12 @@ def acquire(file: BinaryIO, path: Path) -> None:
     with contextlib.suppress(OSError):  # On a full disk, hold the lock without a name.
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def remove_lock(path: Path) -> None:
+    """Delete a lock that this process holds, unless its disk has become read-only."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def remove_marker(workdir: Path, is_new: bool) -> None:
