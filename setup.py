@@ -49,6 +49,15 @@ setup(
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "plan": ["libtpu"],  # the TPU compiler, for alignjax.plan on a machine without a TPU
+        # The CUDA compiler, for the same without a GPU. cuDNN and cuBLAS are for programs that call
+        # them.
+        "plan-gpu": [
+            "jax-cuda12-plugin",
+            "jax-cuda12-pjrt",
+            "nvidia-cuda-nvcc-cu12",
+            "nvidia-cudnn-cu12",
+            "nvidia-cublas-cu12",
+        ],
         "gcs": ["gcsfs"],  # work directories at gs://
         # lm-evaluation-harness, for alignjax.evaluate --tasks
         "eval": ["lm_eval>=0.4.13", "datasets"],

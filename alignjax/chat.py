@@ -30,6 +30,7 @@ from alignjax.algorithms import rewards
 from alignjax.config import UserError
 from alignjax.data import toy
 from alignjax.machine import sharding
+from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import run_command, say
 from alignjax.runs import lineage
@@ -86,9 +87,9 @@ class Speaker:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chat and return its exit code.
 
-    It is 0; 2 after a user error; 130 after an interrupt before the first prompt.
+    It is 0, or one of `machine.failures`; an interrupt after the first prompt gives 0.
     """
-    return run_command(functools.partial(run_chat, argv), interrupted="interrupted")
+    return run_command(functools.partial(run_chat, argv))
 
 
 def run_chat(argv: Sequence[str] | None) -> None:
@@ -102,9 +103,8 @@ def run_chat(argv: Sequence[str] | None) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.chat",
-        allow_abbrev=False,
         description="Talk to checkpoints, with a reward model's score beside each reply.",
     )
     parser.add_argument(

@@ -22,6 +22,7 @@ from alignjax.config import UserError, model_from_json
 from alignjax.data import chat
 from alignjax.machine import console, output_directories
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.arguments import Parser
 from alignjax.weights import checkpoint, hf
 
 
@@ -45,27 +46,24 @@ TokenIds = dict[str, int | None]  # name in config.json -> id
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code.
+    """Run the command and return its exit code, 0 or one of `machine.failures`."""
+    return console.run_command(functools.partial(run, argv))
 
-    A user error, and a file that can't be read or written, is one line and exit code 2.
-    """
+
+def run(argv: Sequence[str] | None) -> None:
+    """Write the checkpoint that the arguments ask for."""
     arguments = parse_arguments(argv)
     # Nothing is computed, so leave an accelerator to other processes.
     jax.config.update("jax_platforms", "cpu")
-
-    def command() -> None:
-        run = workdirs.resolve(arguments.to_hf)
-        out = workdirs.resolve(arguments.out)
-        export(run, out, arguments.role, arguments.dtype, arguments.overwrite)
-
-    return console.run_command(command, errors=(OSError,))
+    directory = workdirs.resolve(arguments.to_hf)
+    out = workdirs.resolve(arguments.out)
+    export(directory, out, arguments.role, arguments.dtype, arguments.overwrite)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.convert",
-        allow_abbrev=False,
         description="Write a run's model as a Hugging Face checkpoint.",
     )
     parser.add_argument("--to_hf", required=True, metavar="RUN", help="a run's work directory")
@@ -114,7 +112,8 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
         write_tokenizer(run, tokenizer, tokens, partial)
         if head == "lm":
             write_generation_config(tokenizer, tokens, partial)
-        size = hf.write_hf(model_from_json(config), head, read, partial, dtype, tokens=tokens)
+        model = model_from_json(config, str(run / "config.json"))
+        size = hf.write_hf(model, head, read, partial, dtype, tokens=tokens)
 
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0

@@ -18,25 +18,27 @@ from alignjax.config import UserError
 from alignjax.data import preferences
 from alignjax.evals import table4
 from alignjax.machine import console
+from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return 0, 2 after a user error, or 130 after an interrupt."""
+    """Run the command and return its exit code, 0 or one of `machine.failures`."""
     return console.run_command(functools.partial(evaluate, argv))
 
 
-def evaluate(argv: list[str] | None) -> int:
-    """Compute the table that the arguments ask for; return the exit code."""
+def evaluate(argv: list[str] | None) -> None:
+    """Compute the table that the arguments ask for."""
     arguments = parse_arguments(argv)
     keep_programs()
-    if arguments.tasks:
-        body = functools.partial(table5().evaluate, arguments)
+    if arguments.tasks is None:
+        table4.evaluate(arguments)
+        return
+    try:
+        table5().evaluate(arguments)
+    except KeyboardInterrupt:
         message = "interrupted; the same command resumes the evaluation"
-    else:
-        body = functools.partial(table4.evaluate, arguments)
-        message = "interrupted"
-    return console.run_command(body, interrupted=message)
+        raise KeyboardInterrupt(message) from None
 
 
 def table5() -> ModuleType:
@@ -55,14 +57,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
+    about_files = arguments.columns != "{}" or arguments.on_bad_row != "error"
+    if arguments.tasks is not None and about_files:
+        raise UserError("--columns and --on_bad_row are for the files of --sets, not for --tasks")
     return arguments
 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.evaluate",
-        allow_abbrev=False,
         description="Evaluate ranking runs on comparisons, or language models on benchmarks.",
     )
     add_models_and_data(parser)
@@ -88,6 +92,19 @@ def add_models_and_data(parser: argparse.ArgumentParser) -> None:
         metavar="SET,SET",
         help=f"sets of comparisons: {', '.join(preferences.SETS)} (with options as "
         "NAME:OPTION=VALUE), toy/comparisons-clean, or paths of JSON lines",
+    )
+    parser.add_argument(
+        "--columns",
+        default="{}",
+        metavar="JSON",
+        help="with --sets: names of fields in files, if they are others than the usual ones: "
+        '\'{"prompt": "question"}\'',
+    )
+    parser.add_argument(
+        "--on_bad_row",
+        default="error",
+        choices=("error", "skip"),
+        help="with --sets: what to do with a bad row of a file; default: error",
     )
     data.add_argument(
         "--tasks",

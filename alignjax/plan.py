@@ -2,14 +2,17 @@
 
 python -m alignjax.plan --config qwen_14b/ppo.py --topology v5:2x2x2
 python -m alignjax.plan --config qwen_7b/ppo.py --topology v5e --search
+python -m alignjax.plan --config qwen_7b/ppo.py --topology h100:8
 python -m alignjax.plan --config ppo.py
 
 The first plans for 8 TPU v5p chips, and ends with exit code 3 if the run does not fit. The second
-searches for the smallest slice of v5e that holds it. The third plans for the devices that are here.
+searches for the smallest slice of v5e that holds it. The third plans for 8 GPUs, the last for the
+devices that are here.
 
 The programs are those that training runs, compiled from shapes alone: no weights, no data, no
-network. The TPU compiler comes with `pip install alignjax[plan]` and needs no TPU. Every example
-is taken to be as long as it may be.
+network. The TPU compiler comes with `pip install alignjax[plan]` and needs no TPU, the CUDA
+compiler with `alignjax[plan-gpu]` and needs no GPU. Every example is taken to be as long as it may
+be.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import sys
 from alignjax import config as configs
 from alignjax.config import Config, Model
 from alignjax.machine import console, jsonl
+from alignjax.machine.arguments import Parser
 from alignjax.models import families
 from alignjax.planning.plans import Estimate, make_plan, plan_dict
 from alignjax.planning.printing import format_estimates, format_plan
@@ -32,15 +36,13 @@ DOES_NOT_FIT = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0 if the run fits, 3 if it does not, 2 after a user error."""
-    arguments, overrides = argument_parser().parse_known_args(argv)
-    return console.run_command(functools.partial(run, arguments, overrides))
+    """Return the exit code: 0 if the run fits, 3 if not, or one of `machine.failures`."""
+    return console.run_command(functools.partial(run, argv))
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.plan",
-        allow_abbrev=False,
         description="Compile a run for machines that are not here.",
         epilog="any field of the config: --config.FIELD=VALUE",
     )
@@ -50,7 +52,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--topology",
         default="",
-        help=f"one of {', '.join(PLATFORMS)} (v5 is v5p) with a slice, such as v5e:4x4; "
+        help=f"one of {', '.join(PLATFORMS)} (v5 is v5p) with a slice, such as v5e:4x4 or h100:8; "
         "default: the devices of this machine",
     )
     parser.add_argument(
@@ -63,8 +65,9 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(argv: list[str] | None) -> int:
     """Plan the run that the arguments name, print the result, and return the exit code."""
+    arguments, rest = argument_parser().parse_known_args(argv)
     overrides = configs.parse_overrides(rest)
     config = configs.load(arguments.config, overrides)
     adopt_architecture(config, overrides, architecture)

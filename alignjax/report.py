@@ -25,6 +25,7 @@ from pathlib import Path
 
 from alignjax.machine import console, outputs
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.arguments import Parser
 from alignjax.reports.content import page_content, run_title
 from alignjax.reports.html_file import html_page
 from alignjax.runs import records
@@ -34,15 +35,13 @@ MARKS = (b'<meta name="generator" content="alignjax.report">', b": alignjax repo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0, or 2 after a user error."""
-    arguments = argument_parser().parse_args(argv)
-    return console.run_command(functools.partial(run, arguments))
+    """Return the exit code: 0, or one of `machine.failures`."""
+    return console.run_command(functools.partial(run, argv))
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.report",
-        allow_abbrev=False,
         description="Write one or more runs as an HTML file.",
     )
     parser.add_argument(
@@ -55,8 +54,9 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(argv: list[str] | None) -> None:
     """Read the runs that the arguments name and write their page."""
+    arguments = argument_parser().parse_args(argv)
     runs = [records.read(workdirs.resolve(directory)) for directory in arguments.runs]
     out = workdirs.resolve(arguments.out) if arguments.out else runs[0].workdir / "report.html"
     outputs.check_file(out, "--out", is_own=is_report, overwrite=arguments.overwrite)

@@ -13,7 +13,6 @@ OUT/study/NAME.json has every figure, NAME.png the picture, and OUT/study.md all
 import argparse
 import functools
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from alignjax import config as configs
 from alignjax.claims import Study
 from alignjax.config import UserError
 from alignjax.machine import console, outputs, pictures
+from alignjax.machine.arguments import Parser
 from alignjax.reports import study_picture, study_results, study_runs
 from alignjax.runs import records
 
@@ -28,17 +28,15 @@ STUDIES = configs.CONFIGS.parent / "studies"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 0; 2 after a user error or a failed run; 130 after an interrupt."""
-    arguments = argument_parser().parse_args(argv)
+    """Return the exit code: 0, or one of `machine.failures`; a failed run gives 2."""
     return console.run_command(
-        functools.partial(run, arguments), interrupted="interrupted; the same command continues"
+        functools.partial(run, argv), interrupted="interrupted; the same command continues"
     )
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.study",
-        allow_abbrev=False,
         description="Test claims of the report over several seeds.",
     )
     parser.add_argument(
@@ -71,8 +69,9 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(argv: list[str] | None) -> None:
     """Run the studies that the arguments name; all of them are checked before the first starts."""
+    arguments = argument_parser().parse_args(argv)
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}={getattr(arguments, name)} must be at least 1")
@@ -98,7 +97,7 @@ def load(name: str) -> Study:
     path = Path(name) if name.endswith(".py") else STUDIES / f"{name}.py"
     if not path.is_file():
         raise UserError(f"study {name}: no file {path}{configs.nearest(name, known())}")
-    study = runpy.run_path(str(path)).get("study")
+    study = configs.run_file(path).get("study")
     if not isinstance(study, Study):
         raise UserError(f"study {name}: {path} has no `study`, an alignjax.claims.Study")
     study_runs.plan_trials(study, 1, Path())

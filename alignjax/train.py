@@ -21,13 +21,16 @@ from pathlib import Path
 import jax
 
 from alignjax import config as configs
+from alignjax.algorithms import ppo_plugins
 from alignjax.algorithms.registry import STAGES
 from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
 from alignjax.machine import console, jsonl, outputs, processes, sharding
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
+from alignjax.machine.failures import tracebacks_in
 from alignjax.machine.lock import exclusive_use
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals, watch_for_preemption, watch_lifeline
@@ -63,8 +66,8 @@ class Session:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    The code is 0, also after SIGTERM and a save; 2 after a user error; 130 after an interrupt
-    and a save. With several processes, an error in one ends all of them, with its code.
+    The code is 0, also after SIGTERM and a save, 130 after an interrupt and a save, or one of
+    `machine.failures`. With several processes, an error in one ends all of them, with its code.
     """
     return console.run_command(lambda: run_from_arguments(argv))
 
@@ -84,9 +87,8 @@ def parse_arguments(
     argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Return the arguments and the overrides {dotted field: text} of a command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m alignjax.train",
-        allow_abbrev=False,
         description="Run a config, after its parents.",
         epilog="Set any field of the config by --config.FIELD=VALUE.",
     )
@@ -179,6 +181,9 @@ def run(
     if is_complete(config, workdir):
         session.say(f"{config.name}: complete, in {workdir}")
     else:
+        if config.stage == "ppo" and any(map(is_config, config.parents.values())):
+            # Parents may train for hours before the run itself finds a mistake in such code.
+            ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
         with jax.set_mesh(mesh), Compilations() as compilations:
             train(config, workdir, mesh, parents, session, compilations, profile)
@@ -213,7 +218,10 @@ def train(
     # Only now, so that a mistake in config or data leaves no half-claimed directory.
     claim_workdir(config, inputs, workdir)
     prolong(config, workdir, session.say)
-    with tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked:
+    with (
+        tracebacks_in(workdir),
+        tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked,
+    ):
         loop = Loop(
             config=config,
             workdir=workdir,
@@ -305,6 +313,8 @@ def run_parent(config: Config, spec: str, workdir: Path, session: Session) -> Pa
     parent.seed = config.seed
     parent.mesh = config.mesh
     parent.model = dataclasses.replace(config.model)
+    parent.template_date = config.template_date
+    parent.special_tokens_in_content = config.special_tokens_in_content
     if (directory / "config.json").exists():
         parent.seed = locations.read_config(directory).get("seed", config.seed)
     configs.check(parent)

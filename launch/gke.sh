@@ -4,7 +4,7 @@
 #   launch/gke.sh [--dry-run] tail|delete CLUSTER WORKLOAD ZONE
 # `run` gives the cluster the command and the code, which is the working tree without what
 # .dockerignore names. The cluster starts the command again after a preemption, but not after a
-# user error (exit code 2). XPK is the path of xpk, which needs an environment of its own (pipx
+# user error (exit code 2) or an unforeseen one (70). XPK is the path of xpk, which needs an environment of its own (pipx
 # install xpk).
 set -eo pipefail
 . "$(dirname "$0")/common.sh"

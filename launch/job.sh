@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The command that a cluster runs, in the repository's root: launch/job.sh WORKDIR TRAIN_ARGUMENTS
 # Exit code 0 means that the run is complete. A run that was stopped and has saved gives 42: xpk
-# then starts it again, and under SLURM the job returns to the queue.
+# then starts it again, and under SLURM the job returns to the queue. Every other code is the run's
+# own: 1 means that a machine was lost, and xpk starts the run again; 2 (a user error), 70 (an
+# unforeseen error) and all others end the job.
 set -o pipefail
 workdir=$1 && shift
 . launch/environment.sh || exit

@@ -4,12 +4,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
-# The TPU compiler, which needs no TPU. It has a directory of its own, because JAX looks for TPUs
-# wherever it can import libtpu.
-if [ ! -d .venv/tpu-compiler/libtpu ]; then
+# The compilers for TPUs and GPUs, which need neither. Each has a directory of its own, because JAX
+# looks for devices wherever it can import a compiler.
+install_compiler() { # DIRECTORY PACKAGE...
+  [ -e ".venv/$1/installed" ] && return
   python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
-    --target .venv/tpu-compiler libtpu
-fi
+    --target ".venv/$1" --upgrade "${@:2}"
+  touch ".venv/$1/installed"
+}
+install_compiler tpu-compiler libtpu
+install_compiler gpu-compiler jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 ruff check .
 ruff format --check .
 # Two processes, each with one file at a time, in the order of tests/conftest.py.

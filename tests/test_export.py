@@ -221,9 +221,9 @@ def test_an_interrupted_export_does_not_look_whole(ppo, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return restore(item, path)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "restore_array", interrupted)
-        to_hf(ppo.directory, tmp_path / "out")
+        assert to_hf(ppo.directory, tmp_path / "out") == 130
     assert list(tmp_path.iterdir()) == []
     assert to_hf(ppo.directory, tmp_path / "out") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -254,8 +254,9 @@ def test_mistakes_on_the_command_line_are_one_line(ppo, tokenizer, tmp_path, cap
     assert "this run is not complete" in fails(other, tmp_path / "out")
     (other / "config.json").write_text("{")
     assert "config.json: not JSON" in fails(other, tmp_path / "out")
-    with pytest.raises(SystemExit, match="2"):
-        to_hf(run, tmp_path / "out", "--dtype=float16")
+    assert "argument --dtype: invalid choice: 'float16'" in fails(
+        run, tmp_path / "out", "--dtype=float16"
+    )
 
 
 def test_a_damaged_checkpoint_is_named(ppo, tmp_path, capsys):

@@ -227,14 +227,18 @@ def test_a_process_that_is_gone_or_fails_ends_all_and_both_go_on_exactly(pair, t
     assert not (tmp_path / "sft-tiny" / "summary.json").exists()
 
     first, second = run_pair("resume", tmp_path)
-    assert first.code == second.code == 1 and "sft-tiny: resuming from step 2" in first.out
+    assert first.code == second.code == 70 and "sft-tiny: resuming from step 2" in first.out
     undisturbed = pair.runs / "sft-tiny"
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "sft-tiny" / file).read_bytes() == (undisturbed / file).read_bytes()
     arrays = last_arrays(tmp_path / "sft-tiny")
     assert len(arrays) > 20 and arrays == last_arrays(undisturbed)
-    assert first.error_lines() == [f"alignjax: {name}: ValueError: a crash"]
-    assert "ValueError: a crash" in second.err
+    (line,) = first.error_lines()
+    assert line.startswith(f"alignjax: {name}: unforeseen ValueError: a crash at ")
+    assert second.error_lines() == [] and "Traceback" not in first.err + second.err
+    (file,) = (tmp_path / "crashed" / "sft-tiny").glob("error-*.txt")
+    assert line.endswith(f"; the traceback is in {file}")
+    assert "ValueError: a crash" in file.read_text()
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):

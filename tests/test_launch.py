@@ -219,7 +219,8 @@ while :; do sleep 0.05; done"""
 
 
 @pytest.mark.parametrize(
-    "run_code, complete, code", [(0, True, 0), (0, False, 42), (143, False, 42), (2, False, 2)]
+    "run_code, complete, code",
+    [(0, True, 0), (0, False, 42), (143, False, 42), (1, False, 1), (2, False, 2), (70, False, 70)],
 )
 def test_a_job_ends_well_only_when_the_run_is_complete(run_code, complete, code, tmp_path):
     """The job forwards SIGTERM to its run, and waits until the run has saved."""

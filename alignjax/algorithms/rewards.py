@@ -18,10 +18,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.experience import longest_sequence
-from alignjax.algorithms.plugins import load_function
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
-from alignjax.data import chat, encoding, packing, tokenizer_files
+from alignjax.data import chat, encoding, packing, templates, tokenizer_files
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
@@ -82,20 +81,16 @@ def build(
     mesh: jax.sharding.Mesh,
     parents: dict[str, Path],
     tokenizer: PreTrainedTokenizerBase,
+    function: FunctionReward | None = None,
 ) -> Reward:
-    """Build the rewards that the config asks for.
+    """Build the rewards that the config asks for; `function` is the one that it names, loaded.
 
     Raises:
-      UserError: for a function that does not exist, and for a reward model that cannot read
-        sequences as long as a prompt and its response.
+      UserError: for a reward model that cannot read sequences as long as a prompt and its
+        response.
     """
     ppo = config.ppo
-    text_rewards: list[TextReward] = []
-    if ppo.reward_fn:
-        function = load_function("ppo.reward_fn", ppo.reward_fn)
-        text_rewards.append(
-            FunctionReward(spec=ppo.reward_fn, function=function, weight=ppo.reward_fn_weight)
-        )
+    text_rewards: list[TextReward] = [function] if function else []
     if "reward" not in parents:
         return Reward(model=config.model, params={}, text_rewards=text_rewards)
     directory = parents["reward"]
@@ -153,14 +148,17 @@ def bind_scorer(model: Model, params: dict) -> ScoreFunction:
 def parent_tokenizer(config: Config, directory: Path) -> PreTrainedTokenizerBase:
     """Load a parent's tokenizer.
 
-    A run has kept its own. For a Hugging Face checkpoint the config may name another.
+    A run has kept its own. For a Hugging Face checkpoint the config may name another, and it says
+    how the chat template is used.
     """
     if locations.is_run(directory):
         return chat.load_tokenizer(directory / "tokenizer")
     source = directory
     if config.tokenizer:
         source = locations.local_directory(config.tokenizer, weights=False)
-    return chat.load_tokenizer(source, config.chat_template)
+    tokenizer = chat.load_tokenizer(source, config.chat_template)
+    templates.set_options(tokenizer, config.template_date, config.special_tokens_in_content)
+    return tokenizer
 
 
 def score_sequences(
@@ -195,6 +193,10 @@ def score_sequences(
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Return whether two tokenizers make the same tokens of a conversation.
 
-    They do if both the vocabulary and the chat template are the same.
+    They do if the vocabulary, the chat template and how it is used are the same.
     """
-    return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
+    return (
+        one.get_vocab() == other.get_vocab()
+        and one.chat_template == other.chat_template
+        and templates.options_of(one) == templates.options_of(other)
+    )

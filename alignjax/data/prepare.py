@@ -27,7 +27,8 @@ from tensorflow_datasets.core.download import downloader
 from alignjax.config import UserError
 from alignjax.data import preferences
 from alignjax.data.preferences.base import Comparisons, instructions
-from alignjax.machine.console import run_command
+from alignjax.machine.arguments import Parser
+from alignjax.machine.console import print_error, run_command
 
 RETRIES = 3  # of a download; TFDS's 10 take minutes to find that there is no network
 # Names that TFDS gives to the directories that it fills, of a set and of a download.
@@ -36,11 +37,15 @@ SECOND_TRY = 1.0  # seconds until an interrupt that was lost is raised again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, or 2 after a user error."""
-    parser = argparse.ArgumentParser(
+    """Return the exit code: 0, or one of `machine.failures`."""
+    return run_command(functools.partial(prepare_and_report, argv))
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = Parser(
         prog="python -m alignjax.data.prepare",
         description=__doc__,
-        allow_abbrev=False,
         epilog=options(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -54,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data_dir", default="", help="default: $TFDS_DATA_DIR, or ~/tensorflow_datasets"
     )
-    return run_command(functools.partial(prepare_and_report, parser.parse_args(argv)))
+    return parser
 
 
 def options() -> str:
@@ -68,8 +73,9 @@ def options() -> str:
     return "\n".join(lines)
 
 
-def prepare_and_report(arguments: argparse.Namespace) -> None:
+def prepare_and_report(argv: Sequence[str] | None) -> None:
     """Prepare a set, unless it is prepared, and print its report."""
+    arguments = argument_parser().parse_args(argv)
     prepare(arguments.name, arguments.manual_dir, arguments.data_dir)
     print(table(arguments.name, arguments.data_dir), flush=True)
 
@@ -110,8 +116,12 @@ def only_process(directory: Path, spec: str) -> Iterator[None]:
 
     Whatever is half made there then belongs to nobody.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "a") as lock:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock_file = open(directory / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"{spec}: cannot write to {directory}: {error.strerror}") from None
+    with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -182,14 +192,15 @@ def run() -> int:
     """Run the command until it ends or a signal stops it; after a signal, exit at once."""
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    return run_command(prepare_or_exit)
+
+
+def prepare_or_exit() -> None:
+    """Run the command on the arguments of this process; exit at once after a signal."""
     try:
-        return main()
+        prepare_and_report(None)
     except KeyboardInterrupt as stopped:
-        print(
-            "alignjax: stopped, and nothing is half made; the same command starts again",
-            file=sys.stderr,
-            flush=True,
-        )
+        print_error("stopped, and nothing is half made; the same command starts again")
         # A plain exit would wait for the threads of a download.
         os._exit(128 + stopped.args[0])
 

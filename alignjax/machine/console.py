@@ -1,56 +1,156 @@
 """What commands print: errors, lines that keep a progress bar intact, the bar, and tables."""
 
+import contextlib
+import os
+import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 import jax
 from tqdm import tqdm
 
-from alignjax.config import UserError
-from alignjax.machine.processes import Stopped
+from alignjax.config import UserError, one_line
+from alignjax.machine import failures
+from alignjax.machine.arguments import Finished
+from alignjax.machine.processes import Stopped, membership
 
-USER_ERROR = 2  # exit code
-INTERRUPTED = 128 + signal.SIGINT  # exit code
+LAST_STREAM = 2  # the number of standard error
 TERMINAL_REFRESH = 0.5  # seconds between two updates of a bar on a terminal
 LOG_REFRESH = 15.0  # the same where each update is a new line, in a file or a pipe
 
 
-def run_command(
-    command: Callable[[], int | None],
-    errors: tuple[type[Exception], ...] = (),
-    interrupted: str | None = None,
-) -> int:
+def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run the body of a command and return its exit code.
 
-    An error that the user can mend is printed as one line on standard error:
+    Every error is one line on standard error, below its details if it has any; `failures` has the
+    exit codes. A body that returns
+    nothing gives 0, and so does a run that SIGTERM has stopped and that is saved. After another
+    signal and a save the code is 128 + its number. Output that nobody reads any more, as in
+    `command | head`, ends the command without a line.
 
-    - UserError, and the types in `errors`: exit code 2.
-    - Stopped, after a run has saved: 0 after SIGTERM, else 128 + the number of the signal.
-    - KeyboardInterrupt, if `interrupted` is the text to print ("interrupted"): 130. Otherwise
-      it passes through.
-
-    The exit code of a body that returns nothing is 0.
+    Args:
+      command: the body, which parses its arguments too.
+      interrupted: what to print after an interrupt that brings no text of its own.
     """
+    open_missing_streams()
     try:
-        return command() or 0
+        code = exit_code_of(command)
+        flush_output()
+        return code
     except Stopped as stopped:
         if jax.process_index() == 0:
             print_error(str(stopped))
         return 0 if stopped.number == signal.SIGTERM else 128 + stopped.number
-    except (UserError, *errors) as error:
-        print_error(str(error))
-        return USER_ERROR
-    except KeyboardInterrupt:
-        if interrupted is None:
-            raise
-        print_error(interrupted)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        return report_failure(interrupt if interrupt.args else KeyboardInterrupt(interrupted))
+    except (Exception, SystemExit) as error:
+        return report_failure(error)
+
+
+def exit_code_of(command: Callable[[], int | None]) -> int:
+    """Run the body of a command whose parser may end it."""
+    try:
+        return command() or 0
+    except Finished as finished:
+        return finished.code
+
+
+def flush_output() -> None:
+    """Write what is left in the buffer of standard output, while errors can be reported."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"standard output: {error.strerror}") from None
+
+
+def report_failure(error: BaseException) -> int:
+    """Print the line of an error, and return its exit code."""
+    if isinstance(error, BrokenPipeError) and output_is_closed():
+        discard_output()
+        return failures.CLOSED_OUTPUT
+    several_processes = membership().client is not None
+    failure = failures.failure_of(error, several_processes=several_processes)
+    print_details(error)
+    print_error(failure.line)
+    try:
+        sys.stdout.flush()
+    except OSError:  # A full disk: Python would try once more, and print a traceback.
+        discard_output()
+    return failure.code
+
+
+def open_missing_streams() -> None:
+    """Open the null device in place of standard streams that the caller has closed.
+
+    Otherwise the next file that is opened would take the place of a stream, and what a library
+    prints would end up in it.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= LAST_STREAM:
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def output_is_closed() -> bool:
+    """Return whether nobody reads standard output or standard error any more."""
+    return any(is_closed(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def is_closed(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe or socket whose reader is gone."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def discard_output() -> None:
+    """Send what is left in the buffers of the standard streams to the null device."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def print_error(text: str) -> None:
-    """Print a line of an error on standard error."""
-    print(f"alignjax: {text}", file=sys.stderr)
+    """Print an error as one line on standard error."""
+    line = one_line(text)
+    with contextlib.suppress(OSError):
+        print(f"alignjax: {line}", file=sys.stderr, flush=True)
+
+
+def print_details(error: BaseException) -> None:
+    """Print the details of an error, such as a traceback of the user's own code, if it has any."""
+    details = getattr(error, "details", "")
+    if details:
+        with contextlib.suppress(OSError):
+            print(details.rstrip("\n"), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def bar_set_aside() -> Iterator[None]:
+    """Let code that we did not write print without breaking the progress bar of a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    # Without tqdm's lock, because the code may use tqdm in threads of its own.
+    with tqdm.external_write_mode(nolock=True):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
 
 
 def say(text: str) -> None:

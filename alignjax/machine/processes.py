@@ -17,7 +17,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from alignjax.config import UserError
+from alignjax.machine.failures import MACHINE_LOST, Failure, failure_of, first_line
 
 BEAT = 1.0  # seconds between two signs of life of a process
 SILENT = 5.0  # after an error, seconds without a sign of life that mean a process is gone
@@ -66,14 +66,6 @@ def membership() -> Membership:
     return Membership(client=state.client, index=state.process_id, count=state.num_processes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """An error that ends the run: its text, and the exit code of all processes."""
-
-    text: str
-    code: int
-
-
 def start(address: str) -> None:
     """Join the other processes of the run and watch over them.
 
@@ -87,7 +79,7 @@ def start(address: str) -> None:
             shutdown_timeout_seconds=HEARTBEAT,
         )
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed={address}: {first_line(error)}") from None
+        raise UserError(f"--distributed={address}: {first_line(str(error))}") from None
     leaving = threading.Event()
     end_together = watch_over_all if membership().index == 0 else wait_for_end
     threads = [
@@ -140,12 +132,10 @@ def one_run(address: str | None) -> Iterator[None]:
         if member.client is None:
             raise
         report_error(error)
-        if not isinstance(error, UserError):
-            traceback.print_exc()
         member.client.key_value_set(f"{CLOSED}{member.index}", "")
         # `watch_over_all` or `wait_for_end` ends this process in the meantime.
         time.sleep(PATIENCE + HEARTBEAT)
-        os._exit(1)
+        os._exit(MACHINE_LOST)
 
 
 @contextlib.contextmanager
@@ -170,22 +160,8 @@ def report_error(error: BaseException) -> None:
         return
     # The store refuses a second value of a key, so the first error of a process stays.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        failure = json.dumps(dataclasses.asdict(failure_of(error)))
+        failure = json.dumps(dataclasses.asdict(failure_of(error, several_processes=True)))
         member.client.key_value_set(f"{ERRORS}{member.index}", failure)
-
-
-def failure_of(error: BaseException) -> Failure:
-    """Describe an error in one line, with the exit code that it gives."""
-    if isinstance(error, UserError):
-        return Failure(str(error), 2)
-    text = f"{type(error).__name__}: {first_line(error)}"
-    return Failure(text, 130 if isinstance(error, KeyboardInterrupt) else 1)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, shortened."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else ""
 
 
 def send_beats(leaving: threading.Event) -> None:
@@ -299,7 +275,7 @@ class Watch:
             for process in self.beats
             if process not in self.failures and self.silence(process) > SILENT
         ]
-        code = 1 if gone else next(iter(self.failures.values())).code
+        code = MACHINE_LOST if gone else next(iter(self.failures.values())).code
         # A progress bar that is still open has not ended its line.
         end_of_bar = "" if 0 in self.closed else "\n"
         lines = [f"alignjax: {line}" for line in self.reasons(gone)]
@@ -320,8 +296,8 @@ class Watch:
         first, failure = next(iter(self.failures.items()))
         texts = {failure.text for failure in self.failures.values()}
         if len(self.failures) == self.count and len(texts) == 1:
-            return [*lines, failure.text]
-        return [*lines, f"{self.describe(first)}: {failure.text}"]
+            return [*lines, failure.line]
+        return [*lines, f"{self.describe(first)}: {failure.line}"]
 
     def wait_for_goodbyes(self, count: int) -> None:
         """Wait until `count` processes have read the decision: the store ends with this one."""

@@ -1,5 +1,6 @@
 """What one device can do: published figures, or figures measured on this machine."""
 
+import math
 import os
 import statistics
 import time
@@ -23,19 +24,24 @@ class Chip:
     flops: float  # bfloat16 operations a second
     bandwidth: float  # bytes a second to and from its memory
     link: float  # bytes a second that it can send to its neighbours, over all links together
+    # Bytes a second to other hosts, where they are not neighbours like all others: a slice of TPUs
+    # has one network of links.
+    network: float = math.inf
 
 
 # By the beginning of JAX's `device_kind`. Sources: cloud.google.com/tpu/docs (system architecture)
-# and NVIDIA's data sheets (dense rates).
+# and NVIDIA's data sheets (dense rates; of a DGX, a network interface for each GPU).
 CHIPS = {
     # JAX's device is one of the two cores of a v4 chip.
     "TPU v4": Chip(memory=15.25, flops=137.5e12, bandwidth=614e9, link=150e9),
     "TPU v5 lite": Chip(memory=15.75, flops=197e12, bandwidth=819e9, link=200e9),
     "TPU v5": Chip(memory=95.74, flops=459e12, bandwidth=2765e9, link=600e9),
     "TPU v6 lite": Chip(memory=31.25, flops=918e12, bandwidth=1640e9, link=448e9),
-    "NVIDIA A100-SXM4-80GB": Chip(memory=80.0, flops=312e12, bandwidth=2039e9, link=300e9),
-    "NVIDIA H100": Chip(memory=79.1, flops=989e12, bandwidth=3350e9, link=450e9),
-    "NVIDIA H200": Chip(memory=140.0, flops=989e12, bandwidth=4800e9, link=450e9),
+    "NVIDIA A100-SXM4-80GB": Chip(
+        memory=79.25, flops=312e12, bandwidth=2039e9, link=300e9, network=25e9
+    ),
+    "NVIDIA H100": Chip(memory=79.1, flops=989e12, bandwidth=3350e9, link=450e9, network=50e9),
+    "NVIDIA H200": Chip(memory=139.8, flops=989e12, bandwidth=4800e9, link=450e9, network=50e9),
 }
 
 

@@ -42,7 +42,7 @@ class ProgramCost:
     moved: float = 0.0  # bytes of a device to and from its memory, in one call
     sent: float = 0.0  # bytes that a device sends, in one call
     floor: float = 0.0  # the least seconds of a call, at the chip's rates
-    bound: str = ""  # what sets the floor: "products", "memory" or "links"
+    bound: str = ""  # what sets the floor: "products", "memory", "links" or "network"
 
 
 def program_costs(
@@ -123,21 +123,27 @@ def priced_rows(
 
     Decoding costs what the rollout costs beyond one without any decode steps.
     """
+    hosts = hosts_on_a_network(chip)
+    flops = count_operations(traced.jaxpr.jaxpr, loops)
+    traffic = count_traffic(module, loops, hosts)
     if row.program != ROLLOUT:
-        flops = count_operations(traced.jaxpr.jaxpr, loops)
-        return [priced(row, flops, count_traffic(module, loops), chip)]
+        return [priced(row, flops, traffic, chip)]
     no_steps = loops._replace(steps=0)
     prefill_flops = count_operations(traced.jaxpr.jaxpr, no_steps)
-    prefill_traffic = count_traffic(module, no_steps)
-    decode_flops = count_operations(traced.jaxpr.jaxpr, loops) - prefill_flops
-    whole = count_traffic(module, loops)
-    decode_traffic = Traffic(whole.moved - prefill_traffic.moved, whole.sent - prefill_traffic.sent)
+    prefill_traffic = count_traffic(module, no_steps, hosts)
     prefill = dataclasses.replace(row, program=f"{ROLLOUT}: prefill")
     decode = dataclasses.replace(row, program=f"{ROLLOUT}: decode")
     return [
         priced(prefill, prefill_flops, prefill_traffic, chip),
-        priced(decode, decode_flops, decode_traffic, chip),
+        priced(decode, flops - prefill_flops, traffic - prefill_traffic, chip),
     ]
+
+
+def hosts_on_a_network(chip: Chip) -> tuple[int, ...]:
+    """Return the host of each device of the mesh that is set, if only a network joins hosts."""
+    if math.isinf(chip.network):
+        return ()
+    return tuple(device.process_index for device in jax.sharding.get_mesh().devices.flat)
 
 
 def priced(row: ProgramCost, flops: float, traffic: Traffic, chip: Chip) -> ProgramCost:
@@ -147,6 +153,7 @@ def priced(row: ProgramCost, flops: float, traffic: Traffic, chip: Chip) -> Prog
         "products": flops / devices / chip.flops,
         "memory": traffic.moved / chip.bandwidth,
         "links": traffic.sent / chip.link,
+        "network": traffic.network / chip.network,
     }
     bound = max(seconds, key=seconds.get)
     return dataclasses.replace(

@@ -14,6 +14,8 @@ import jax
 from jax.experimental import topologies as jax_topologies
 
 from alignjax.config import UserError
+from alignjax.planning import gpus
+from alignjax.planning.gpus import Gpu
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,13 @@ def tpu(name: str, slices: tuple[str, ...]) -> Platform:
     return Platform(name, slices, functools.partial(tpu_devices, name))
 
 
+def gpu(name: str, kind: Gpu) -> Platform:
+    return Platform(name, GPU_SLICES, functools.partial(gpus.gpu_devices, kind, name))
+
+
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+GPU_SLICES = ("1", "2", "4", "8", "2x8", "4x8", "8x8")
 PLATFORMS = {
     platform.name: platform
     for platform in (
@@ -64,6 +71,9 @@ PLATFORMS = {
         tpu("v6e", FLAT),
         tpu("v4", CUBIC),
         tpu("v5", CUBIC),  # v5p
+        gpu("h100", gpus.H100),
+        gpu("h200", gpus.H200),
+        gpu("a100", gpus.A100),
     )
 }
 
@@ -80,7 +90,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     if name not in PLATFORMS or not size:
         raise UserError(
             f"--topology {topology}: must be {', '.join(PLATFORMS)}, a colon and a slice, such as "
-            "v5e:4x4 or v5:2x2x2; with --search, a name alone tries its slices"
+            "v5e:4x4, v5:2x2x2, h100:8 or h100:2x8; with --search, a name alone tries its slices"
         )
     return PLATFORMS[name].devices(size)
 

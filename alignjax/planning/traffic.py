@@ -5,11 +5,22 @@ instructions. What it keeps in the chip's own memory, which the TPU compiler mar
 Loops count as often as they run, while XLA's own cost analysis takes each as one turn.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from alignjax.algorithms.stage import Loops
-from alignjax.planning.hlo import FREE, Computation, Instruction, Module, type_bytes
+from alignjax.planning.hlo import (
+    FREE,
+    Computation,
+    Instruction,
+    Module,
+    parse_sizes,
+    type_bytes,
+)
 from alignjax.planning.operations import ONCE
 
 # Collective -> how often its bytes travel.
@@ -22,38 +33,65 @@ COLLECTIVES = {
     "ragged-all-to-all": 1,
     "collective-broadcast": 1,
 }
+# [4,2]T(1,0): sizes, and in which order the axes stand.
+ARRANGEMENT = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Traffic:
     """Bytes of one device."""
 
     moved: float = 0.0  # read from and written to the device's memory
     sent: float = 0.0  # sent to other devices
+    network: float = 0.0  # what of it has to leave the host, at least
     # Channel -> bytes sent by a collective that the TPU compiler has fused with products, a piece
     # with each of them. The iterations of a product in windows are such pieces; the iterations of
     # any other loop are a collective each.
     fused: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.moved + other.moved, self.sent + other.sent, self.fused | other.fused)
+        return Traffic(
+            moved=self.moved + other.moved,
+            sent=self.sent + other.sent,
+            network=self.network + other.network,
+            fused=self.fused | other.fused,
+        )
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            moved=self.moved - other.moved,
+            sent=self.sent - other.sent,
+            network=self.network - other.network,
+        )
 
     def repeated(self, times: float) -> "Traffic":
         """Return the traffic of so many repetitions, each with its own fused collectives."""
-        return Traffic(times * self.moved, times * (self.sent + sum(self.fused.values())))
+        return Traffic(
+            moved=times * self.moved,
+            sent=times * (self.sent + sum(self.fused.values())),
+            network=times * self.network,
+        )
 
     def in_windows(self, times: float) -> "Traffic":
         """Return the traffic of so many windows of one product, which share its collectives."""
-        return Traffic(times * self.moved, times * self.sent, self.fused)
+        return Traffic(
+            moved=times * self.moved,
+            sent=times * self.sent,
+            network=times * self.network,
+            fused=self.fused,
+        )
 
 
-def count_traffic(module: Module, loops: Loops = ONCE) -> Traffic:
+def count_traffic(module: Module, loops: Loops = ONCE, hosts: Sequence[int] = ()) -> Traffic:
     """Count the bytes that a program moves and sends.
 
-    `loops` says how often the loops run whose ends depend on the data.
+    Args:
+      module: the compiled program.
+      loops: how often the loops run whose ends depend on the data.
+      hosts: the host of each device, in the order of the mesh, where a network connects them.
     """
-    return TrafficCounter(module, loops).computation(module.entry).repeated(1)
+    return TrafficCounter(module, loops, tuple(hosts)).computation(module.entry).repeated(1)
 
 
 @dataclass(frozen=True)
@@ -62,6 +100,7 @@ class TrafficCounter:
 
     module: Module
     loops: Loops
+    hosts: tuple[int, ...] = ()
 
     def computation(self, name: str) -> Traffic:
         """Count the traffic of a computation, with what it calls."""
@@ -86,17 +125,18 @@ class TrafficCounter:
         computation = self.module.computations[computation_name]
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return collective_traffic(instruction, computation)
+            return collective_traffic(instruction, computation, self.hosts)
         if opcode in ("copy-start", "slice-start"):
             return async_copy_traffic(instruction)
         made = type_bytes(instruction.type)
         if kind in SLICES:
-            return Traffic(2.0 * made)
+            return Traffic(moved=2.0 * made)
         if kind == "dynamic-update-slice":
-            return Traffic(2.0 * type_bytes(computation[instruction.operands[1]].type))
+            update = computation[instruction.operands[1]]
+            return Traffic(moved=2.0 * type_bytes(update.type))
         if kind == "fusion":
             return self.fusion(instruction, computation)
-        return Traffic(float(sum(operand_bytes(instruction, computation)) + made))
+        return Traffic(moved=float(sum(operand_bytes(instruction, computation)) + made))
 
     def while_loop(self, instruction: Instruction, computation_name: str) -> Traffic:
         body_name = instruction.called("body")
@@ -133,7 +173,7 @@ class TrafficCounter:
             )
         else:
             moved += written
-        return Traffic(moved, 0.0, fused_collectives(fused))
+        return Traffic(moved=moved, fused=fused_collectives(fused))
 
     def bytes_read(self, name: str, number: int, whole: float) -> float:
         """Return the bytes that a fused computation reads of its parameter of this number.
@@ -205,7 +245,9 @@ def operand_bytes(
     ]
 
 
-def collective_traffic(instruction: Instruction, computation: Computation) -> Traffic:
+def collective_traffic(
+    instruction: Instruction, computation: Computation, hosts: Sequence[int] = ()
+) -> Traffic:
     """Count what a collective moves and sends.
 
     A gather makes more than what travels, and a scatter is given more: there, the larger side
@@ -222,7 +264,81 @@ def collective_traffic(instruction: Instruction, computation: Computation) -> Tr
     elif kind == "reduce-scatter":
         travels = given - made
     moved = sum(operand_bytes(instruction, computation)) + type_bytes(instruction.type)
-    return Traffic(moved, COLLECTIVES[kind] * max(travels, 0))
+    sent = COLLECTIVES[kind] * max(travels, 0)
+    network = sent * share_between_hosts(instruction, hosts)
+    return Traffic(moved=moved, sent=sent, network=network)
+
+
+def share_between_hosts(instruction: Instruction, hosts: Sequence[int]) -> float:
+    """Return the least share of a collective's bytes that has to leave a device's host.
+
+    Of n devices on h hosts, each host receives what the other h - 1 have, over the network
+    interfaces of its n / h devices together: (h - 1) / (n - 1) of what each device sends in all.
+    """
+    if not hosts:
+        return 0.0
+    shares = [0.0]
+    for group in device_groups(instruction.attributes, len(hosts)):
+        involved = {hosts[device] for device in group}
+        if len(involved) > 1:
+            shares.append((len(involved) - 1) / (len(group) - 1))
+    return max(shares)
+
+
+def device_groups(attributes: str, devices: int) -> list[list[int]]:
+    """Return the groups of devices of a collective, or the pairs of a permutation.
+
+    XLA has three notations: it lists them; it arranges all numbers, so that [2,4]<=[4,2]T(1,0) are
+    two groups of four from the transpose of four rows of two; or it names axes of a mesh. What is
+    in none of them counts as one group of all devices.
+    """
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
+    if listed:
+        return [list(parse_sizes(group)) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
+    arranged = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={ARRANGEMENT}", attributes)
+    if arranged:
+        numbers = arrangement(arranged[3], arranged[4])
+        return numbers.reshape(int(arranged[1]), int(arranged[2])).tolist()
+    named = re.search(
+        rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({ARRANGEMENT}\))? ?\{{(.*?)\}}", attributes
+    )
+    if not named:
+        return [list(range(devices))]
+    return groups_along_axes(named[1], named[4], arrangement(named[2] or str(devices), named[3]))
+
+
+def arrangement(sizes: str, order: str | None) -> np.ndarray:
+    """Return the numbers from 0 in an array of these sizes, transposed to an order of axes."""
+    shape = parse_sizes(sizes)
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose(parse_sizes(order)) if order else numbers
+
+
+def groups_along_axes(mesh: str, axes: str, numbers: np.ndarray) -> list[list[int]]:
+    """Return the groups of devices that differ only in some axes of a mesh.
+
+    Args:
+      mesh: names and sizes of all axes, such as 'a'=2,'b'=4.
+      axes: those of a group, such as 'a','b':(2)2, where the latter is the part of an axis: of
+        its numbers as [2, 2, ...], the second place.
+      numbers: the devices in the order of the mesh.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    parts = {
+        name: (int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    shape = []
+    varying = []
+    for name, size in sizes.items():
+        before, inside = parts.get(name, (size, 1))
+        if name in parts:
+            varying.append(len(shape) + 1)
+        shape += [before, inside, size // (before * inside)]
+    fixed = [axis for axis in range(len(shape)) if axis not in varying]
+    group_size = math.prod(shape[axis] for axis in varying)
+    by_group = numbers.reshape(shape).transpose(*fixed, *varying)
+    return by_group.reshape(-1, group_size).tolist()
 
 
 def async_copy_traffic(instruction: Instruction) -> Traffic:
@@ -231,7 +347,7 @@ def async_copy_traffic(instruction: Instruction) -> Traffic:
     Its type is (destination, source, ...) or the other way round; only one lies in main memory.
     """
     arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", instruction.type)[:2]
-    return Traffic(float(min(filter(None, map(type_bytes, arrays)), default=0)))
+    return Traffic(moved=float(min(filter(None, map(type_bytes, arrays)), default=0)))
 
 
 def fused_collectives(computation: Computation) -> dict[str, float]:

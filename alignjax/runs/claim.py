@@ -21,6 +21,8 @@ from alignjax.weights.imported import IMPORTED_FILE
 CLAIM_FILES = {marker.NAME, lock.NAME, "tokenizer", IMPORTED_FILE}
 # Fields that may change on a resume.
 FREE_FIELDS = ("mesh.", "keep_checkpoints", "max_skipped", "ppo.eval_")
+# Fields that need not be repeated on a resume: unless they are set, the run's own values count.
+KEPT_FIELDS = ("template_date", "special_tokens_in_content")
 # What other commands make of a complete run, in its directory.
 RESULTS = ("evaluation.json", "calibration.png", "benchmarks", "report.html")
 
@@ -52,7 +54,8 @@ def check_workdir(
     if may_grow and "steps" in stored and config.steps != stored["steps"]:
         check_longer(config, workdir, stored["steps"])
         ignore = (*ignore, "steps")
-    differences = configs.difference(config, stored, (*FREE_FIELDS, *ignore))
+    unset = tuple(name for name in KEPT_FIELDS if not getattr(config, name))
+    differences = configs.difference(config, stored, (*FREE_FIELDS, *unset, *ignore))
     if differences:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(differences)}); "

@@ -12,7 +12,7 @@ from alignjax import config as configs
 from alignjax.algorithms import optimisation
 from alignjax.algorithms.stage import Stage, State
 from alignjax.config import Config, UserError
-from alignjax.machine import processes
+from alignjax.machine import failures, processes
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.processes import Stopped
 from alignjax.machine.profile import Compilations, Phases
@@ -50,6 +50,8 @@ class Loop:
             stack.enter_context(contextlib.closing(self.phases))
             staging = stack.enter_context(workdirs.staging(self.workdir))
             stack.enter_context(processes.reporting_errors())
+            # Within the report, which names the file of a traceback.
+            stack.enter_context(failures.tracebacks_in(self.workdir))
             first, state = self.restore_or_init(checkpoints)
             if jax.process_index() == 0:
                 environment.record(self.workdir)

@@ -1,0 +1,134 @@
+"""Plans for GPUs that are not here, by the CUDA compiler, and what leaves a host."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT
+
+from alignjax.config import UserError
+from alignjax.planning import gpus, topologies
+from alignjax.planning.hlo import parse_module
+from alignjax.planning.traffic import count_traffic, device_groups
+
+COMPILER = ROOT / ".venv" / "gpu-compiler"  # where run.sh installs it
+PLAN = """
+import json, sys
+from alignjax import plan
+for arguments in json.loads(sys.argv[1]):
+    print(plan.main([*arguments, "--json"]), file=sys.stderr)
+"""
+SMALL = [
+    "--config.model.dtype=bfloat16",
+    # The plain one: cuDNN is a gigabyte, which the tests do not install.
+    "--config.model.attention=xla",
+    "--config.model.d_model=256",
+    "--config.model.heads=4",
+    "--config.model.kv_heads=4",
+    "--config.model.head_size=64",
+    "--config.model.d_ff=512",
+    "--config.model.layers=2",
+    "--config.model.vocab_size=16384",
+    "--config.model.max_length=256",
+    "--config.data.max_length=128",
+    "--config.model.remat=everything",
+    "--config.ppo.response_length=64",
+    "--config.microbatch_tokens=256",
+]
+MODULE = """
+HloModule m
+
+ENTRY %main (x: f32[1024]) -> f32[4096] {{
+  %x = f32[1024]{{0}} parameter(0)
+  ROOT %all-gather = f32[4096]{{0}} all-gather(%x), channel_id=1, {groups}, dimensions={{0}}
+}}
+"""
+
+
+def plans_of(command_lines):
+    """Return the plans of these command lines, made by a process that has the CUDA compiler."""
+    # XLA_FLAGS and the cache of compiled programs are meant for the tests' CPU devices.
+    for_cpu = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in for_cpu}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{COMPILER}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN, json.dumps(command_lines)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(text) for text in done.stdout.replace("}\n{", "}\0{").split("\0")]
+
+
+def test_a_run_compiles_for_gpus_that_are_not_here():
+    """PPO on two of them; a language model on two hosts, whose gradients cross a network."""
+    if not (COMPILER / "jax_cuda12_plugin").exists():
+        pytest.skip("needs the CUDA compiler, which tests/run.sh installs")
+    ppo, lm = plans_of(
+        [
+            ["--config", "ppo.py", *SMALL, "--topology", "h100:2"],
+            ["--config", "lm.py", *SMALL, "--topology", "h100:2x1"],
+        ]
+    )
+    assert ppo["kind"] == lm["kind"] == "NVIDIA H100 80GB HBM3"
+    assert ppo["devices"] == lm["devices"] == 2
+    assert ppo["fits"] and lm["fits"]
+    for row in ppo["rows"]:
+        assert row["logits"] is None
+        assert row["peak"] >= row["arguments"] > 0
+        assert row["bound"] != "network"
+    gradient = next(row for row in lm["rows"] if row["program"] == "gradient")
+    assert gradient["bound"] == "network"
+    assert gradient["floor"] == pytest.approx(gradient["sent"] / 50e9)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,4]<=[8], use_global_device_ids=true", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=4], device_ids=([2,2]T(1,0)) {'a':(2)2}", [[0, 2], [1, 3]]),
+        ("dimensions={0}", [[0, 1, 2, 3]]),
+    ],
+)
+def test_the_groups_of_a_collective_are_read(attributes, groups):
+    devices = 1 + max(max(group) for group in groups)
+    assert device_groups(attributes, devices) == groups
+
+
+@pytest.mark.parametrize(
+    ("groups", "share"),
+    [
+        ("replica_groups={{0,1,2,3}}", 1 / 3),  # two hosts of two: one of three parts comes over
+        ("replica_groups={{0,1},{2,3}}", 0),
+        ("replica_groups={{0,2},{1,3}}", 1),
+    ],
+)
+def test_what_leaves_a_host_is_the_least_that_has_to(groups, share):
+    module = parse_module(MODULE.format(groups=groups))
+    traffic = count_traffic(module, hosts=(0, 0, 1, 1))
+    assert traffic.sent == 3 * 4096
+    assert traffic.network == pytest.approx(share * traffic.sent)
+    assert count_traffic(module).network == 0  # the same links everywhere
+
+
+@pytest.mark.parametrize("size", ["0", "8x", "x8", "2x4x4", "all", "16", "-1"])
+def test_a_number_of_gpus_that_is_none_is_refused(size):
+    with pytest.raises(UserError, match=f"--topology h100:{size}: "):
+        topologies.devices_of(f"h100:{size}")
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(gpus, "PLUGINS", ("no_such_package.plugin",))
+    with pytest.raises(UserError, match=r"pip install 'alignjax\[plan-gpu\]'"):
+        topologies.devices_of("h100:8")
