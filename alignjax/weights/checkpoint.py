@@ -139,6 +139,8 @@ class Checkpoints:
         Raises some exception if it is damaged, ValueError if an array is not the one that was
         saved, and `Misplaced` if another run or another step was.
         """
+        # First, because a checkpoint of another run may have other arrays, which is no damage.
+        check_origin(read_checksums(self.directory / str(step)), self.run, step)
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         arguments[CHECKSUMS] = ocp.args.JsonRestore()
         composite = ocp.args.Composite(**arguments)
@@ -148,7 +150,6 @@ class Checkpoints:
         for name, item_sums in sums.items():
             for path, number in by_path(item_sums).items():
                 verify(saved_sums, name, path, number)
-        check_origin(saved_sums, self.run, step)
         return items
 
     def latest(self) -> int | None:
