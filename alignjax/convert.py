@@ -23,7 +23,7 @@ from alignjax.data import chat
 from alignjax.machine import console, output_directories
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
-from alignjax.weights import checkpoint, hf
+from alignjax.weights import checkpoint, hf, locations
 
 
 class Export(NamedTuple):
@@ -126,13 +126,7 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
 
 def read_run_config(run: Path) -> dict[str, Any]:
     """Return the config.json of a complete run; UserError for any other directory."""
-    path = run / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--to_hf {run}: no config.json there, so this is not a run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    config = locations.read_config(run)
     if "stage" not in config:
         raise UserError(
             f"--to_hf {run}: config.json names no stage, so this is not a run "

@@ -80,7 +80,7 @@ def test_the_world_before_and_after_ppo(chain, tmp_path, printed, monkeypatch):
         for n in (0, 1)
         for task in ("sampled", "greedy", "choice")
     }
-    assert set(kept) == tasks | {"results.json"}
+    assert set(kept) == tasks | {"alignjax.json", "results.json"}
     results = json.loads(kept["results.json"])
     assert results["groups"]["world-1shot"]["sample_count"]["acc,none"] == 5
     assert results["config"]["run"] == str(ppo)

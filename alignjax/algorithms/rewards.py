@@ -86,8 +86,8 @@ def build(
     """Build the rewards that the config asks for; `function` is the one that it names, loaded.
 
     Raises:
-      UserError: for a reward model that cannot read sequences as long as a prompt and its
-        response.
+      UserError: for a language model, and for a reward model that cannot read sequences as long as
+        a prompt and its response.
     """
     ppo = config.ppo
     text_rewards: list[TextReward] = [function] if function else []
@@ -95,7 +95,7 @@ def build(
         return Reward(model=config.model, params={}, text_rewards=text_rewards)
     directory = parents["reward"]
     model = reward_architecture(config, directory)
-    params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
+    params = roles.load_trained(model, "scalar", mesh, directory)
     params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
     reward_tokenizer = parent_tokenizer(config, directory)
     tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)

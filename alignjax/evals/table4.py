@@ -312,6 +312,8 @@ def figures_of_run(label: str, scorer: PairScorer, sets: dict[str, list[dict]]) 
     for name, rows in sets.items():
         with console.progress_bar(len(rows), f"{label}: {name}", "pair") as progress:
             scored = scorer.differences(rows, progress)
+        if not np.isfinite(scored.differences).all():
+            raise UserError(f"{label}: the model's scores of {name} overflow; try --dtype float32")
         ratios = np.array([row.get("ratio", 0.0) for row in rows])
         figures[name] = figures_of_set(scored, ratios)
     return figures
