@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import runpy
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,14 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A user's mistake: commands print it as one line, without a traceback, and exit with 2."""
+    """A user's mistake: commands print it as one line, without a traceback, and exit with 2.
+
+    `details` are lines to print above it: the traceback of an error in code that the user wrote.
+    """
+
+    def __init__(self, text: str = "", details: str = ""):
+        super().__init__(text)
+        self.details = details
 
 
 LONGEST_LINE = 2000  # characters of an error
@@ -100,6 +108,8 @@ class Data:
     # Share of prompts, by their hash, to hold out of a file that train and heldout both name.
     heldout_share: float = 0.0
     on_bad_row: str = "error"  # in a user's file: error, or skip (and count)
+    # field of a row -> the name that it has in the files of train and heldout, if it is another
+    columns: dict[str, str] = field(default_factory=dict)
     data_dir: str = ""  # where public sets were prepared; "" is the default of TFDS
     batch: int = 64  # examples (pairs, prompts) of an optimiser step (of a rollout, for PPO)
     max_length: int = 64  # tokens of an example; longer ones are dropped and counted, never cut
@@ -242,6 +252,8 @@ AT_LEAST_ONE = (
     "ppo.eval_prompts",
 )
 MAY_BE_NEGATIVE = ("ppo.truncated_score", "mesh.data", "mesh.fsdp", "mesh.tensor")
+# A source with its weight, or what follows the comma between two options of a public set.
+BUILT_IN_SOURCE = re.compile(r"(?:[\d.]+\*)?(?:toy|tfds)/.*|[a-z_]+=.*")
 FUNCTIONS = ("ppo.reward_fn", "ppo.sampler")  # module:function, or ""
 
 # A checkout has configs/ and studies/ beside the package; an installed package has them inside.
@@ -318,7 +330,10 @@ def override(config: Config, key: str, text: str) -> None:
         if depth < len(groups):
             target = getattr(target, name)
     kind = typing.get_type_hints(type(target))[last]
-    if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
+    if typing.get_origin(kind) is dict:
+        setattr(target, last, parse_names(text, f"--config.{key}"))
+        return
+    if dataclasses.is_dataclass(kind):
         raise UserError(f"--config.{key}: this is a group; set one of its fields")
     setattr(target, last, parse_value(text, kind, f"--config.{key}"))
 
@@ -336,6 +351,27 @@ def parse_value(text: str, kind: type, name: str) -> Any:
     if type(value) is not kind:
         raise UserError(f"{name}={text}: {kind.__name__} wanted, {type(value).__name__} given")
     return value
+
+
+def parse_names(text: str, name: str) -> dict[str, str]:
+    """Return a dictionary of texts, written as a JSON object: {"prompt": "question"}."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not is_dictionary_of_texts(value):
+        raise UserError(
+            f"{name}={text}: this is a group; expected a JSON object of texts, "
+            f"or one of its fields as {name}.FIELD=VALUE"
+        )
+    return value
+
+
+def is_dictionary_of_texts(value: Any) -> bool:
+    """Return whether a value is a dictionary whose keys and values are texts, none empty."""
+    return isinstance(value, dict) and all(
+        isinstance(text, str) and text for item in value.items() for text in item
+    )
 
 
 def check(config: Config) -> None:
@@ -399,6 +435,31 @@ def check_stage(config: Config) -> None:
         f"data.kind={data.kind!r} must be one of {kinds} for stage={config.stage!r}",
     )
     rule(data.heldout_share < 1, f"data.heldout_share={data.heldout_share} must be below 1")
+    check_sources(data)
+
+
+def check_sources(data: Data) -> None:
+    """Check that there is something to train on and to hold out, and that `columns` is of use."""
+    for key in ("train", "heldout"):
+        source = getattr(data, key)
+        rule(
+            isinstance(source, str) and bool(source.strip(" ,")),
+            f"data.{key}={source!r} must name a source: toy/NAME, tfds/NAME or a file",
+        )
+    rule(
+        is_dictionary_of_texts(data.columns),
+        f"data.columns={data.columns!r} must map names of fields to names of columns",
+    )
+    rule(
+        not data.columns or names_files(data.train) or names_files(data.heldout),
+        f"data.columns={data.columns!r} has a meaning for files only, but "
+        f"data.train={data.train!r} and data.heldout={data.heldout!r} name none",
+    )
+
+
+def names_files(sources: str) -> bool:
+    """Return whether sources, separated by commas, are not all built in."""
+    return not all(BUILT_IN_SOURCE.fullmatch(part.strip()) for part in sources.split(","))
 
 
 def check_ppo(config: Config) -> None:
@@ -418,6 +479,10 @@ def check_ppo(config: Config) -> None:
             f"{key}={values[key]!r} must be module:function",
         )
     check_ppo_batches(config)
+    rule(
+        not ppo.pretrain_coef or bool(ppo.pretrain_data.strip(" ,")),
+        f"ppo.pretrain_coef={ppo.pretrain_coef} needs ppo.pretrain_data, which is empty",
+    )
     # A rounded reference is the policy at step 0 only if the policy rounds its matrices too.
     rule(
         ppo.frozen_dtype != "bfloat16" or config.model.dtype == "bfloat16",
@@ -434,9 +499,9 @@ def check_ppo(config: Config) -> None:
 
 
 def is_function_spec(spec: str) -> bool:
-    """Return whether a text has the form module:function."""
+    """Return whether a text has the form module:function; both parts may have dots."""
     module, _, function = spec.partition(":")
-    return bool(module and function)
+    return all(name.isidentifier() for name in [*module.split("."), *function.split(".")])
 
 
 def check_ppo_batches(config: Config) -> None:

@@ -29,7 +29,7 @@ from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
 from alignjax.sampling.prefill import Prefix
 from alignjax.sampling.types import Prompts, SamplingSettings
-from alignjax.weights import locations, roles
+from alignjax.weights import hf, locations, roles
 from alignjax.weights.imported import read_imported
 
 # Prompts of a call of `generate` for each slot. With more, an interruption loses more responses;
@@ -385,7 +385,7 @@ def load(
     tokenizer = chat.load_tokenizer(tokenizer_directory, chat_template)
     tokenizer_files.check_fits(tokenizer, architecture.vocab_size)
     mesh = mesh or sharding.make_mesh(configs.Mesh())
-    is_reward = is_reward_model(stored)
+    is_reward = is_reward_model(directory)
     return LoadedModel(
         architecture,
         load_params(architecture, "scalar" if is_reward else "lm", mesh, directory),
@@ -413,10 +413,11 @@ def load_params(
     return params
 
 
-def is_reward_model(stored: dict) -> bool:
-    """Return whether this content of a config.json is a reward model's."""
-    kinds = stored.get("architectures") or [""]
-    return stored.get("stage") == "ranking" or kinds[0].endswith("ForSequenceClassification")
+def is_reward_model(directory: Path) -> bool:
+    """Return whether a run or a Hugging Face checkpoint is a reward model."""
+    if locations.is_run(directory):
+        return locations.read_config(directory)["stage"] == "ranking"
+    return hf.head_of(directory) == "scalar"
 
 
 def uses_chat_template(stored: dict, tokenizer: chat.PreTrainedTokenizerBase) -> bool:

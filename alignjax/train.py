@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 
 from alignjax import config as configs
+from alignjax.algorithms import ppo_plugins
 from alignjax.algorithms.registry import STAGES
 from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
@@ -171,6 +172,9 @@ def run(
     if (workdir / "summary.json").exists():
         session.say(f"{config.name}: complete, in {workdir}")
     else:
+        if config.stage == "ppo" and any(map(is_config, config.parents.values())):
+            # Parents may train for hours before the run itself finds a mistake in such code.
+            ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
         with jax.set_mesh(mesh), Compilations() as compilations:
             train(config, workdir, mesh, parents, session, compilations, profile)

@@ -20,6 +20,7 @@ from runs import act_in_step, command
 
 from alignjax import train
 from alignjax.data import files
+from alignjax.data.raw_rows import RawRow
 from alignjax.machine import processes
 
 # JAX's key of a compiled program has a fingerprint of the CPU topology, which differs between
@@ -52,9 +53,9 @@ def read_shares(runs: Path) -> None:
         places = []
         lines = []
 
-        def read_and_note(value: object, where: str, kind: str, places: list = places) -> object:
-            places.append(where)
-            return read_row(value, where, kind)
+        def read_and_note(raw: RawRow, options: files.RowOptions, places: list = places) -> dict:
+            places.append(raw.where)
+            return read_row(raw, options)
 
         with mock.patch.object(files, "read_row", read_and_note):
             rows = files.read(runs / name, "text", True, lines.append)

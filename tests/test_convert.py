@@ -236,7 +236,6 @@ def test_reading_holds_the_part_that_is_asked_for(tmp_path):
     "name, field, value",
     [
         ("qwen2", "model_type", "mistral"),
-        ("qwen2", "use_sliding_window", True),
         ("qwen2", "hidden_act", "gelu"),
         ("qwen2", "layer_types", ["sliding_attention"]),
         ("llama", "attention_bias", True),

@@ -334,7 +334,7 @@ PROMPTS = Prompts(
     tokens=np.arange(12).reshape(3, 4), lengths=np.array([4, 3, 2]), index=np.arange(3)
 )
 SETTINGS = SamplingSettings(
-    model=Model(vocab_size=6),
+    model=Model(vocab_size=12),
     samples_per_prompt=2,
     response_length=5,
     temperature=1.0,
@@ -360,6 +360,10 @@ def test_a_sampler_returns_a_rollout(directory):
     [
         ("tokens", np.zeros((6, 8), np.int32), r"tokens is int32\[6, 8\], not integer\[6, 9\]"),
         ("lengths", np.full(6, 6), "lengths from 6 to 6 must lie in 1 to 5"),
+        ("lengths", None, r"lengths is object\[\], not integer\[6\]"),
+        ("tokens", np.full((6, 9), 99), "tokens from 99 to 99 must lie in 0 to "),
+        ("tokens", np.zeros((6, 9), np.int32), r"tokens\[0\] does not begin with the tokens"),
+        ("prompt_lengths", np.full(6, 4), r"prompt_lengths\[2\] is 4, the prompt has 3 tokens"),
     ],
 )
 def test_a_wrong_rollout_is_a_user_error_that_names_the_field(directory, field, value, message):
@@ -376,6 +380,19 @@ def test_a_wrong_rollout_is_a_user_error_that_names_the_field(directory, field, 
     )
     with pytest.raises(UserError, match=f"ppo.sampler=random_words:sample: {message}"):
         sampler({}, PROMPTS, jax.random.key(0))
+
+
+def test_an_exception_of_a_sampler_shows_its_own_frames():
+    sampler = ExternalSampler(
+        spec="m:f",
+        function=lambda *arguments: [][0],
+        settings=SETTINGS,
+        mesh=sharding.make_mesh(Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1]),
+    )
+    expected = r"ppo.sampler=m:f: IndexError: list index out of range \(test_extending.py:"
+    with pytest.raises(UserError, match=expected) as caught:
+        sampler({}, PROMPTS, jax.random.key(0))
+    assert caught.value.details.count("  File ") == 1
 
 
 # ------------------------------------------------------------------------------------- all in PPO

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax import config as configs
-from alignjax.algorithms import plugins, reward_functions, rewards
+from alignjax.algorithms import reward_functions, rewards
 from alignjax.config import Model, UserError
 from alignjax.data import chat, toy
 from alignjax.machine import sharding
@@ -64,49 +64,6 @@ def tokenizers(tmp_path_factory):
 )
 def test_the_last_number_is_the_answer(response, right, score):
     assert arithmetic.reward(None, [response], answer=[right], other=[1]) == [score]
-
-
-def test_a_function_gets_messages_texts_and_columns():
-    seen = []
-
-    def reward(prompts, responses, **columns):
-        seen.append((prompts, responses, columns))
-        return [1, 2.5]
-
-    function = reward_functions.FunctionReward(spec="m:f", function=reward, weight=2.0)
-    scores = function(ROWS, ["4", "y"])
-    assert scores.tolist() == [2.0, 5.0] and scores.dtype == np.float32
-    assert seen == [
-        (
-            [row["prompt"] for row in ROWS],
-            ["4", "y"],
-            {"answer": ["4", "#### 1,000"], "level": [None, 2]},
-        )
-    ]
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ([1.0], "m:f: 1 scores for 2 responses"),
-        (["1", 2], "score '1' for the response '4' to the prompt of sums.jsonl:1 is not a number"),
-        ([1.0, None], "score None for the response 'y'"),
-        ([[1], [2]], r"score \[1\] for the response"),
-    ],
-)
-def test_scores_that_are_none_are_named(given, message):
-    function = reward_functions.FunctionReward(
-        spec="m:f", function=lambda prompts, responses, **columns: given, weight=1.0
-    )
-    with pytest.raises(UserError, match=message):
-        function(ROWS, ["4", "y"])
-
-
-@pytest.mark.parametrize("spec", ["configs.arithmetics:reward", "configs.arithmetic:rewards"])
-def test_a_function_that_is_not_there_is_named(spec):
-    with pytest.raises(UserError, match=f"ppo.reward_fn={spec}: .*arithmetic"):
-        plugins.load_function("ppo.reward_fn", spec)
-    assert plugins.load_function("ppo.reward_fn", "configs.arithmetic:reward") is not None
 
 
 def test_config_takes_a_function_as_the_whole_reward():
@@ -197,11 +154,12 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
         alone = text_reward(other, made["other"], mesh, 72, 4096)(ROWS, ["4", "y"])
         np.testing.assert_allclose(reward.score_texts(ROWS, ["4", "y"]), 0.5 * alone, rtol=1e-6)
         config.ppo.reward_fn, config.ppo.reward_fn_weight = "configs.arithmetic:reward", 3.0
-        reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
+        function = reward_functions.load(config.ppo, ROWS)
+        reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy, function)
         np.testing.assert_allclose(
             reward.score_texts(ROWS, ["4", "y"]), 0.5 * alone + [3.0, 0.0], rtol=1e-6
         )
-        reward = rewards.build(config, mesh, {}, policy)
+        reward = rewards.build(config, mesh, {}, policy, function)
         assert reward.params == {} and reward.score_texts(ROWS, ["5", "1000"]).tolist() == [
             0.0,
             3.0,

@@ -438,7 +438,7 @@ def test_no_steps_are_one_pass(chain, tmp_path):
         (["--config", "lm.py", "--profiles"], "--profiles: no such argument"),
         (
             ["--config", "rm.py", "--config.parents.model=nowhere"],
-            "parent nowhere: no config.json there",
+            "nowhere: no config.json there",
         ),
     ],
 )

@@ -11,7 +11,16 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.algorithms import experience, heldout, lm, optimisation, ppo_checks, rewards
+from alignjax.algorithms import (
+    experience,
+    heldout,
+    lm,
+    optimisation,
+    ppo_checks,
+    ppo_plugins,
+    reward_functions,
+    rewards,
+)
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollout
 from alignjax.algorithms.ppo_data import (
@@ -105,9 +114,13 @@ class PPO:
     @classmethod
     def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
         """Read prompts, text and the frozen roles, and return a stage that can train."""
+        ppo_plugins.import_all(config)
         prompts = load_prompts(config, inputs)
+        function = reward_functions.load_and_try(
+            config.ppo, prompts.train_rows, prompts.heldout_rows
+        )
         text = load_pretraining_text(config, mesh, inputs)
-        reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer)
+        reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer, function)
         stage = cls(
             config,
             mesh,

@@ -354,7 +354,7 @@ def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingDa
     )
     demonstrations = None
     if config.ranking.demonstrations:
-        options = sources.read_options(config, inputs.say)
+        options = sources.read_options(config, "conversations", inputs.say)
         rows = sources.load(config.ranking.demonstrations, "conversations", "heldout", options)
         demonstrations = encode(rows, "conversations")
     row_shards = sharding.row_shards(mesh)

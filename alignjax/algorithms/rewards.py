@@ -18,7 +18,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.experience import longest_sequence
-from alignjax.algorithms.plugins import load_function
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
 from alignjax.data import chat, encoding, packing, tokenizer_files
@@ -82,20 +81,16 @@ def build(
     mesh: jax.sharding.Mesh,
     parents: dict[str, Path],
     tokenizer: PreTrainedTokenizerBase,
+    function: FunctionReward | None = None,
 ) -> Reward:
-    """Build the rewards that the config asks for.
+    """Build the rewards that the config asks for; `function` is the one that it names, loaded.
 
     Raises:
-      UserError: for a function that does not exist, and for a reward model that cannot read
-        sequences as long as a prompt and its response.
+      UserError: for a reward model that cannot read sequences as long as a prompt and its
+        response.
     """
     ppo = config.ppo
-    text_rewards: list[TextReward] = []
-    if ppo.reward_fn:
-        function = load_function("ppo.reward_fn", ppo.reward_fn)
-        text_rewards.append(
-            FunctionReward(spec=ppo.reward_fn, function=function, weight=ppo.reward_fn_weight)
-        )
+    text_rewards: list[TextReward] = [function] if function else []
     if "reward" not in parents:
         return Reward(model=config.model, params={}, text_rewards=text_rewards)
     directory = parents["reward"]

@@ -1,29 +1,29 @@
-"""A user's own examples: JSON lines, plain or gzipped, or Parquet.
+"""A user's own examples: JSON lines, a JSON array (each plain or gzipped), or Parquet.
 
 An error names the file and the line (or the row). Of several processes each parses its share of
 every file, and all of them get all the rows.
 """
 
-import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import pyarrow
-import pyarrow.parquet
 
 from alignjax.config import UserError
-from alignjax.data import formats, shares
+from alignjax.data import formats, paths, raw_rows, shares
+from alignjax.data.raw_rows import RawRow
 from alignjax.machine import jsonl
 
 
-class RawRow(NamedTuple):
-    """A row as a file holds it: JSON text, or the columns of a Parquet file."""
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """How the rows of files become examples."""
 
-    number: int  # in the file, from 1
-    where: str  # "FILE:LINE" or "FILE: row NUMBER", with which error messages begin
-    value: str | dict
+    kind: str  # text, conversations, comparisons or prompts
+    skip: bool = False  # leave bad rows out
+    # {field: the name that it has in the rows}
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,50 +36,67 @@ class Share:
 
 
 def read(
-    pattern: str, kind: str, skip: bool = False, say: Callable[[str], None] = print
+    pattern: str,
+    kind: str,
+    skip: bool = False,
+    say: Callable[[str], None] = print,
+    columns: Mapping[str, str] | None = None,
 ) -> list[dict]:
-    """Return the examples in all files that match a pattern, each with `where` it stands.
+    """Return the examples in all files of a path or pattern, each with `where` it stands.
 
     `formats` has the fields of an example of each kind, and how a row becomes one. With `skip`, bad
-    rows are left out, and their number and the first of them are printed.
+    rows are left out, and their number and the first of them are printed. `columns` is
+    {field: the name that it has in the rows}.
 
     Raises:
       UserError: a row is bad (without `skip`), a file cannot be read or has no good row.
     """
-    paths = sorted(glob.glob(str(pattern)))
-    check_paths(pattern, paths)
+    options = RowOptions(kind=kind, skip=skip, columns=columns or {})
+    formats.check_columns(options.columns, kind)
     examples = []
-    for path in paths:
-        examples += read_file(path, kind, skip, say)
+    for path in common_paths(str(pattern)):
+        examples += read_file(path, options, say)
     return examples
 
 
-def check_paths(pattern: str, paths: list[str]) -> None:
-    """Raise UserError if no file matches, or not the same files for every process."""
-    if not paths:
-        raise UserError(f"{pattern}: no such file")
-    for process, other_paths in enumerate(shares.exchange(paths)):
-        if other_paths != paths:
+def common_paths(pattern: str) -> list[str]:
+    """Return the files that a pattern names, which must be the same for all processes.
+
+    An error of one process is exchanged too, because the others would wait for it.
+    """
+    files = []
+    problem = ""
+    try:
+        files = paths.find(pattern)
+    except UserError as error:
+        problem = str(error)
+    for process, (other_files, other_problem) in enumerate(shares.exchange([files, problem])):
+        if problem:
+            raise UserError(problem)
+        if other_files != files:
             raise UserError(
-                f"{pattern}: process {process} finds {other_paths}, process "
-                f"{jax.process_index()} finds {paths}; all processes must see the same files"
+                f"{pattern}: process {process} finds {other_problem or other_files}, process "
+                f"{jax.process_index()} finds {files}; all processes must see the same files"
             )
+    return files
 
 
-def read_file(path: str, kind: str, skip: bool, say: Callable[[str], None]) -> list[dict]:
+def read_file(path: str, options: RowOptions, say: Callable[[str], None]) -> list[dict]:
     """Return the examples of one file, in order, from the shares of all processes."""
-    share = read_share(path, kind, skip)
+    share = read_share(path, options)
     all_shares = shares.exchange([share.examples, share.bad_rows, share.fatal])
     examples = sorted_by_number(part[0] for part in all_shares)
     bad_rows = sorted_by_number(part[1] for part in all_shares)
     fatal = sorted_by_number(part[2] for part in all_shares)
     if fatal:
         raise UserError(fatal[0])
+    if not examples and bad_rows:
+        raise UserError(f"{path}: all {len(bad_rows)} rows are bad; the first: {bad_rows[0]}")
+    if not examples:
+        raise UserError(f"{path}: empty, there are no {options.kind} in it")
     if bad_rows:
         total = len(bad_rows) + len(examples)
         say(f"{path}: {len(bad_rows)} bad rows skipped of {total}; the first: {bad_rows[0]}")
-    if not examples:
-        raise UserError(f"{path}: empty, there are no {kind} in it")
     return examples
 
 
@@ -93,68 +110,35 @@ def number_of(entry: tuple[int, Any]) -> int:
     return entry[0]
 
 
-def read_share(path: str, kind: str, skip: bool) -> Share:
+def read_share(path: str, options: RowOptions) -> Share:
     """Read this process's share of a file; without `skip`, the first bad row ends the reading."""
     share = Share()
-    raw_rows = parquet_rows(path) if path.endswith(".parquet") else json_rows(path)
     try:
-        for raw in raw_rows:
+        for raw in raw_rows.read(path):
             try:
-                share.examples.append((raw.number, read_row(raw.value, raw.where, kind)))
+                share.examples.append((raw.number, read_row(raw, options)))
             except UserError as error:
                 share.bad_rows.append((raw.number, str(error)))
-                if not skip:
+                if not options.skip:
                     advice = 'data.on_bad_row="skip" leaves such rows out'
                     share.fatal.append((raw.number, f"{error}; {advice}"))
                     break
     except jsonl.Unreadable as error:
         share.fatal.append((error.line, str(error)))
+    except OSError as error:
+        share.fatal.append((0, f"{path}: cannot be read: {error.strerror or error}"))
     return share
 
 
-def read_row(value: str | dict, where: str, kind: str) -> dict:
-    """Return the example in a row, given as JSON text or as an object, and where it stands."""
-    row = jsonl.parse(value, where) if isinstance(value, str) else value
+def read_row(raw: RawRow, options: RowOptions) -> dict:
+    """Return the example in a row, and where it stands."""
+    if raw.fault:
+        raise UserError(raw.fault)
     try:
-        example = formats.example_of(row, kind)
+        example = formats.example_of(raw.value, options.kind, options.columns)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{raw.where}: {error}") from None
     except Exception as error:
-        error.add_note(f"while a row format read {where}")
+        error.add_note(f"while a row format read {raw.where}")
         raise
-    return {"where": where} | example
-
-
-def json_rows(path: str) -> Iterator[RawRow]:
-    """Yield this process's share of the lines that are not blank."""
-    lines = jsonl.lines(path, process=jax.process_index(), processes=jax.process_count())
-    for line in lines:
-        yield RawRow(line.number, line.where, line.text)
-
-
-def parquet_rows(path: str) -> Iterator[RawRow]:
-    """Yield this process's share of the rows, without the columns that are null."""
-    process = jax.process_index()
-    processes = jax.process_count()
-    rows_before = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                # As for lines: the rows whose number, from 1, is `process` modulo `processes`.
-                first = (process - rows_before - 1) % processes
-                indices = range(first, len(batch), processes)
-                if processes > 1:
-                    batch_share = batch.take(pyarrow.array(indices, pyarrow.int32()))
-                else:
-                    batch_share = batch
-                for index, columns in zip(indices, batch_share.to_pylist(), strict=True):
-                    number = rows_before + index + 1
-                    yield RawRow(number, f"{path}: row {number}", without_nulls(columns))
-                rows_before += len(batch)
-    except (OSError, pyarrow.ArrowException) as error:
-        message = f"{path}: expected Parquet: {error}"
-        raise jsonl.Unreadable(message, rows_before + 1) from None
-
-
-def without_nulls(columns: dict) -> dict:
-    return {name: value for name, value in columns.items() if value is not None}
+    return {"where": raw.where} | example

@@ -9,20 +9,18 @@ A row format is one function, registered by `row_format`, here or in a config fi
 It takes the rows that have these fields. The examples of each kind are:
 
     text           text: a document
-    conversations  messages: a list of {"role": ..., "content": ...}
+    conversations  messages: a list of {"role": ..., "content": ...}, see `messages`
     comparisons    prompt: messages, or a text, which is one message of the user;
                    chosen and rejected: texts; margin: a number, 0 by default
     prompts        prompt: the same; columns: what else the reward function can read, {} by default
 """
 
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from alignjax.config import UserError, nearest
-from alignjax.data import transcripts
+from alignjax.data import messages, transcripts, values
 from alignjax.machine import jsonl
 
 KINDS = ("text", "conversations", "comparisons", "prompts")
@@ -34,6 +32,7 @@ class RowFormat:
 
     kind: str
     fields: tuple[str, ...]  # a row must have all of them
+    optional: tuple[str, ...]  # what else the reader reads
     condition: Callable[[dict], bool] | None  # what else must hold of a row
     read: Callable[[dict], dict]
 
@@ -58,20 +57,26 @@ FORMATS: list[RowFormat] = []
 
 
 def row_format(
-    kind: str, *fields: str, condition: Callable[[dict], bool] | None = None
+    kind: str,
+    *fields: str,
+    optional: Sequence[str] = (),
+    condition: Callable[[dict], bool] | None = None,
 ) -> Callable[[Callable[[dict], dict]], Callable[[dict], dict]]:
     """Register a function as the reader of rows that have these fields, and meet the condition.
 
     The function takes a row and returns an example of the kind. If it raises UserError, the row is
     bad: the text should name the field, and the caller puts the file and the line before it.
     Of several formats that take a row, the one with the most fields reads it; among equals one
-    with a condition, then the one that was registered last.
+    with a condition, then the one that was registered last. `data.columns` can give names of
+    their own to the fields, and to those that are `optional`.
     """
     if kind not in KINDS:
         raise UserError(f"row_format({kind!r}): there is no such kind{nearest(kind, KINDS)}")
 
     def register(read: Callable[[dict], dict]) -> Callable[[dict], dict]:
-        new = RowFormat(kind=kind, fields=fields, condition=condition, read=read)
+        new = RowFormat(
+            kind=kind, fields=fields, optional=tuple(optional), condition=condition, read=read
+        )
         FORMATS[:] = [known for known in FORMATS if known.identity != new.identity]
         FORMATS.append(new)
         return read
@@ -79,14 +84,53 @@ def row_format(
     return register
 
 
-def example_of(row: Any, kind: str) -> dict:
+def example_of(row: Any, kind: str, columns: Mapping[str, str] | None = None) -> dict:
     """Return the example in a row, with exactly the fields of its kind, checked.
 
     The text of a UserError names the field, but not the file.
+
+    Args:
+      row: the row.
+      kind: one of KINDS.
+      columns: {field: the name that it has in the row}, for the fields with a name of their own.
     """
     if not isinstance(row, dict):
         raise UserError(f"expected an object, found {jsonl.describe(row)}")
-    return complete(format_of(row, kind).read(row), kind)
+    renamed = rename(row, columns) if columns else row
+    example = format_of(renamed, kind).read(renamed)
+    if not isinstance(example, dict):
+        raise UserError(f"the row format returned no example: {jsonl.describe(example)}")
+    return complete(example, kind)
+
+
+def rename(row: dict, columns: Mapping[str, str]) -> dict:
+    """Return a row with fields under their usual names; each of these columns must be there."""
+    for field, column in columns.items():
+        if column not in row:
+            raise UserError(
+                f"data.columns says that {field} is in the column {column!r}, which the row lacks"
+                f"{nearest(column, row)}"
+            )
+    others = {
+        name: value
+        for name, value in row.items()
+        if name not in columns and name not in columns.values()
+    }
+    return others | {field: row[column] for field, column in columns.items()}
+
+
+def check_columns(columns: Mapping[str, str], kind: str) -> None:
+    """Raise UserError if a field is given a name that no format of the kind reads.
+
+    A reward function may read any column of a prompt.
+    """
+    formats = [entry for entry in FORMATS if entry.kind == kind]
+    known = dict.fromkeys(name for entry in formats for name in (*entry.fields, *entry.optional))
+    for field in columns:
+        if field not in known and kind != "prompts":
+            raise UserError(
+                f"data.columns: rows of {kind} have no field {field!r}{nearest(field, known)}"
+            )
 
 
 def format_of(row: dict, kind: str) -> RowFormat:
@@ -99,88 +143,38 @@ def format_of(row: dict, kind: str) -> RowFormat:
     closest = min(known, key=lambda entry: len(entry.missing(row)))
     missing = closest.missing(row)
     if not missing:
-        raise UserError(f"{kind}: no row format takes a row with the fields {', '.join(row)}")
-    raise UserError(
-        f"a row of {kind} needs a field {missing[0]!r}{nearest(missing[0], sorted(row))}"
-    )
+        names = ", ".join(name if name.isprintable() else repr(name) for name in row)
+        raise UserError(f"{kind}: no row format takes a row with the fields {names}")
+    hint = nearest(missing[0], sorted(row)) if row else "; there are none"
+    raise UserError(f"a row of {kind} needs a field {missing[0]!r}{hint}")
 
 
 def specificity(entry: RowFormat) -> tuple[int, bool]:
     return len(entry.fields), entry.condition is not None
 
 
-# ------------------------------------------------------------------------- examples of each kind
-
-
 def complete(example: dict, kind: str) -> dict:
     """Check an example that a reader returned, and fill in what may be left out."""
     if kind == "text":
-        return {"text": checked_text(example.get("text"), "text")}
+        return {"text": values.checked_text(example.get("text"), "text")}
     if kind == "conversations":
-        return {"messages": conversation(example.get("messages"))}
-    prompt = to_messages(example.get("prompt"), "prompt")
+        return {"messages": messages.conversation(example.get("messages"))}
+    prompt = messages.prompt(example.get("prompt"), "prompt")
     if kind == "prompts":
-        return {"prompt": prompt, "columns": json_values(example.get("columns", {}))}
+        return {"prompt": prompt, "columns": checked_columns(example.get("columns", {}))}
     return {
         "prompt": prompt,
-        "chosen": checked_text(example.get("chosen"), "chosen"),
-        "rejected": checked_text(example.get("rejected"), "rejected"),
-        "margin": checked_number(example.get("margin", 0.0), "margin"),
+        "chosen": values.checked_text(example.get("chosen"), "chosen"),
+        "rejected": values.checked_text(example.get("rejected"), "rejected"),
+        "margin": values.checked_number(example.get("margin", 0.0), "margin"),
     }
 
 
-def checked_text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{field}: expected text, found {jsonl.describe(value)}")
-    return value
-
-
-def checked_number(value: Any, field: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise UserError(f"{field}: expected a number, found {jsonl.describe(value)}")
-    return float(value)
-
-
-def checked_messages(value: Any, field: str, expected: str = "a list of messages") -> list[dict]:
-    """Return a list of messages, each with a role and a content."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{field}: expected {expected}, found {jsonl.describe(value)}")
-    for index, message in enumerate(value):
-        for part in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(part), str):
-                raise UserError(
-                    f"{field}[{index}]: expected an object with {part} as text, "
-                    f"found {jsonl.describe(message)}"
-                )
-    return value
-
-
-def to_messages(value: Any, field: str) -> list[dict]:
-    """Return checked messages; a text is one message of the user."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    return checked_messages(value, field, expected="text or a list of messages")
-
-
-def conversation(value: Any) -> list[dict]:
-    """Return checked messages, of which the assistant says at least one."""
-    messages = checked_messages(value, "messages")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(
-            "messages: expected a message with the role assistant, "
-            f"found the roles {roles_of(messages)}"
-        )
-    return messages
-
-
-def roles_of(messages: list[dict]) -> str:
-    return ", ".join(message["role"] for message in messages)
-
-
-def json_values(columns: dict) -> dict:
-    """Return columns in JSON's types: Parquet has more, and a time, say, becomes text."""
-    return json.loads(json.dumps(columns, default=str))
+def checked_columns(columns: Any) -> dict:
+    """Return the columns of a prompt in JSON's types."""
+    if not isinstance(columns, dict):
+        raise UserError(f"columns: expected an object, found {jsonl.describe(columns)}")
+    return values.checked_object(columns)
 
 
 # --------------------------------------------------------------------------- the built-in formats
@@ -198,6 +192,24 @@ def messages_alone(row: dict) -> dict:
     return {"messages": row["messages"]}
 
 
+def has_no_messages(row: dict) -> bool:
+    return "messages" not in row
+
+
+@row_format("conversations", "conversations", optional=["system"], condition=has_no_messages)
+def sharegpt(row: dict) -> dict:
+    """Read {"conversations": [{"from": ..., "value": ...}]}, and a system message beside it."""
+    return {"messages": sharegpt_turns(row)}
+
+
+@row_format("conversations", "prompt", "completion", condition=has_no_messages)
+def prompt_and_completion(row: dict) -> dict:
+    """Read a prompt and the reply to it, each text or messages."""
+    prompt = messages.prompt(row["prompt"], "prompt")
+    answer = reply_message(row["completion"], prompt, "completion")
+    return {"messages": [*prompt, answer]}
+
+
 @row_format("prompts", "prompt")
 def prompt_and_columns(row: dict) -> dict:
     """Read {"prompt": ..., any other field: what the reward function can read}."""
@@ -205,10 +217,42 @@ def prompt_and_columns(row: dict) -> dict:
     return {"prompt": row["prompt"], "columns": columns}
 
 
-@row_format("comparisons", "prompt", "chosen", "rejected")
+@row_format("comparisons", "prompt", "chosen", "rejected", optional=["margin"])
 def prompt_and_replies(row: dict) -> dict:
     """Read an explicit prompt with two replies, each text or messages, as TRL takes them."""
-    prompt = to_messages(row["prompt"], "prompt")
+    return comparison(messages.prompt(row["prompt"], "prompt"), row)
+
+
+def has_no_prompt(row: dict) -> bool:
+    return "prompt" not in row
+
+
+@row_format(
+    "comparisons",
+    "conversations",
+    "chosen",
+    "rejected",
+    optional=["margin", "system"],
+    condition=has_no_prompt,
+)
+def sharegpt_and_replies(row: dict) -> dict:
+    """Read a prompt in ShareGPT's form with two replies, each a turn or text."""
+    return comparison(sharegpt_turns(row), row)
+
+
+def sharegpt_turns(row: dict) -> list[dict]:
+    """Return the messages in a row of ShareGPT's form."""
+    turns = messages.from_value(row["conversations"], "conversations")
+    system = row.get("system")
+    if system is None or system == "":
+        return turns
+    if turns[0]["role"] == "system":
+        raise UserError("system: expected one system message, but conversations begins with one")
+    return [{"role": "system", "content": values.checked_text(system, "system")}, *turns]
+
+
+def comparison(prompt: list[dict], row: dict) -> dict:
+    """Return the comparison of the two replies in a row."""
     return {
         "prompt": prompt,
         "chosen": reply(row["chosen"], prompt, "chosen"),
@@ -218,26 +262,45 @@ def prompt_and_replies(row: dict) -> dict:
 
 
 def reply(value: Any, prompt: list[dict], field: str) -> str:
-    """Return the text of a reply: a text, or one message, which may repeat the prompt before it."""
+    """Return the text of a reply."""
+    return text_alone(reply_message(value, prompt, field), field)
+
+
+def reply_message(value: Any, prompt: list[dict], field: str) -> dict:
+    """Return a reply: a text, or one message, which may repeat the prompt before it."""
     if isinstance(value, str):
-        return value
-    messages = to_messages(value, field)
-    repeats_prompt = messages[: len(prompt)] == prompt
-    answer = messages[len(prompt) :] if repeats_prompt else messages
+        return {"role": "assistant", "content": values.checked_text(value, field)}
+    if isinstance(value, dict):
+        turns = [messages.message_of(value, field)]
+    else:
+        turns = messages.from_prompt(value, field)
+    repeats_prompt = turns[: len(prompt)] == prompt
+    answer = turns[len(prompt) :] if repeats_prompt else turns
     if [message["role"] for message in answer] != ["assistant"]:
         raise UserError(
             f"{field}: expected one message with the role assistant after the prompt, "
-            f"found the roles {roles_of(messages)}"
+            f"found the roles {messages.roles_of(turns)}"
         )
-    return answer[0]["content"]
+    return answer[0]
 
 
-@row_format("comparisons", "chosen", "rejected")
+def text_alone(message: dict, field: str) -> str:
+    """Return the content of a reply; UserError if it says more than its content."""
+    for name in ("tool_calls", "reasoning_content"):
+        if message.get(name):
+            raise UserError(
+                f"{field}: {name}: only the text of a compared reply is scored; write it into "
+                "the content, as the model writes it"
+            )
+    return message["content"]
+
+
+@row_format("comparisons", "chosen", "rejected", optional=["margin"])
 def two_conversations(row: dict) -> dict:
     """Read two conversations that differ only in their last messages, as TRL takes them."""
     return last_messages(
-        checked_messages(row["chosen"], "chosen"),
-        checked_messages(row["rejected"], "rejected"),
+        messages.from_value(row["chosen"], "chosen"),
+        messages.from_value(row["rejected"], "rejected"),
         row.get("margin", 0.0),
     )
 
@@ -246,11 +309,11 @@ def are_texts(row: dict) -> bool:
     return isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
 
 
-@row_format("comparisons", "chosen", "rejected", condition=are_texts)
+@row_format("comparisons", "chosen", "rejected", optional=["margin"], condition=are_texts)
 def two_transcripts(row: dict) -> dict:
     """Read two conversations as text, in the form of Anthropic's HH."""
-    chosen = transcripts.parse(row["chosen"])
-    rejected = transcripts.parse(row["rejected"])
+    chosen = transcripts.parse(values.checked_text(row["chosen"], "chosen"))
+    rejected = transcripts.parse(values.checked_text(row["rejected"], "rejected"))
     if chosen is None or rejected is None:
         raise UserError(
             "comparisons without a prompt need whole conversations as chosen and rejected: "
@@ -270,7 +333,7 @@ def last_messages(chosen: list[dict], rejected: list[dict], margin: Any) -> dict
         )
     return {
         "prompt": chosen[:-1],
-        "chosen": chosen[-1]["content"],
-        "rejected": rejected[-1]["content"],
+        "chosen": text_alone(chosen[-1], "chosen"),
+        "rejected": text_alone(rejected[-1], "rejected"),
         "margin": margin,
     }

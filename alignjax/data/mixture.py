@@ -37,7 +37,11 @@ def sets(config: Config, kind: str, train: str, heldout: str, say: Callable[[str
     other example of `train` whose prompt is held out is dropped, and counted.
     """
     train_sources = data_sources.parse(train)
-    heldout_names = [source.name for source in data_sources.parse(heldout)]
+    heldout_names = []
+    for source in data_sources.parse(heldout):
+        if source.weight is not None:
+            raise UserError(f"{heldout}: weights are for training; a held-out source has none")
+        heldout_names.append(source.name)
     split_files = {
         source.name
         for source in train_sources
@@ -48,7 +52,7 @@ def sets(config: Config, kind: str, train: str, heldout: str, say: Callable[[str
             f"{min(split_files)} is to be trained on and held out: name another file, or set "
             "data.heldout_share (0 now) to the share of its prompts that is held out"
         )
-    options = data_sources.read_options(config, say)
+    options = data_sources.read_options(config, kind, say)
     share = config.data.heldout_share
 
     heldout_examples = {}

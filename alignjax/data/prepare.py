@@ -113,8 +113,12 @@ def only_process(directory: Path, spec: str) -> Iterator[None]:
 
     Whatever is half made there then belongs to nobody.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as lock:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock_file = open(directory / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"{spec}: cannot write to {directory}: {error.strerror}") from None
+    with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

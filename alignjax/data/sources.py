@@ -5,17 +5,20 @@ A source is one of:
 - "toy/NAME": the embedded world.
 - "tfds/NAME": a public set that `alignjax.data.prepare` has prepared; with options if wanted,
   "tfds/shp:min_score_ratio=3", and a split of its own, "tfds/shp/validation".
-- the path of a user's files.
+- the path of a user's files, or a pattern of paths.
 
 Several are joined by commas. With weights, "0.7*tfds/shp,0.3*mine.jsonl", each example is drawn
-from one of them with that chance.
+from one of them with that chance. An existing file comes first: its name may contain commas and
+whatever else has a meaning here.
 """
 
 import json
+import math
 import re
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from alignjax.config import Config, UserError
@@ -23,9 +26,8 @@ from alignjax.data import files, preferences, toy
 
 WORLD = "toy/"
 PUBLIC_SET = "tfds/"
-# Options of a set are joined by commas too: a comma before OPTION= separates no sources.
-SEPARATOR = re.compile(r",(?![a-z_]+=)")
-WEIGHT_AND_NAME = re.compile(r"(?:(\d+\.?\d*|\.\d+)\*)?(.*)")
+OPTION = re.compile(r"[a-z_]+=")
+WEIGHT_AND_NAME = re.compile(r"(?:\s*(\d+\.?\d*|\.\d+)\*)?(.*)", re.DOTALL)
 
 
 class Source(NamedTuple):
@@ -43,36 +45,93 @@ class ReadOptions:
     limit: int = 0  # examples of each source; 0 is all of them
     data_dir: str = ""  # where public sets were prepared; "" is the default of TFDS
     skip_bad_rows: bool = False  # of a user's files, instead of an error
+    # {field: the name that it has in the rows of a user's files}
+    columns: Mapping[str, str] = field(default_factory=dict)
     say: Callable[[str], None] = print
 
 
-def read_options(config: Config, say: Callable[[str], None]) -> ReadOptions:
-    """Return the options that a run's config gives."""
+def read_options(config: Config, kind: str, say: Callable[[str], None]) -> ReadOptions:
+    """Return the options that a run's config gives for reading examples of a kind.
+
+    `data.columns` is meant for the rows that `data.kind` names, not for a run's other data.
+    """
     return ReadOptions(
         seed=config.seed,
         limit=config.data.examples,
         data_dir=config.data.data_dir,
         skip_bad_rows=config.data.on_bad_row == "skip",
+        columns=config.data.columns if kind == config.data.kind else {},
         say=say,
     )
 
 
-def parse(text: str) -> list[Source]:
-    """Return the sources that a text names; either all of them have a weight or none has."""
+def parse(text: str, field_name: str = "data") -> list[Source]:
+    """Return the sources that a text names; either all of them have a weight or none has.
+
+    Args:
+      text: see the head of this module; "" names none.
+      field_name: where the text stands, for error messages.
+    """
     if not text:
         return []
-    sources = []
-    for part in SEPARATOR.split(text):
-        weight, name = WEIGHT_AND_NAME.fullmatch(part.strip()).groups()
-        if not name or (weight is not None and float(weight) <= 0):
-            raise UserError(
-                f"data {text!r}: expected sources separated by commas, either each with a positive "
-                "WEIGHT* before it or none"
-            )
-        sources.append(Source(name, None if weight is None else float(weight)))
+    sources = [parse_source(part, text, field_name) for part in split(text)]
     if len({source.weight is None for source in sources}) > 1:
-        raise UserError(f"data {text!r}: put WEIGHT* before each source or before none")
+        raise UserError(f"{field_name}={text!r}: put WEIGHT* before each source or before none")
     return sources
+
+
+def parse_source(part: str, text: str, field_name: str) -> Source:
+    """Return the source that a part of a text names."""
+    if is_existing_file(part):
+        return Source(part, None)
+    weight, name = WEIGHT_AND_NAME.fullmatch(part).groups()
+    if not is_existing_file(name):
+        name = name.strip()
+    if not name or (weight is not None and not 0 < float(weight) < math.inf):
+        raise UserError(
+            f"{field_name}={text!r}: expected sources separated by commas, either each with a "
+            "positive WEIGHT* before it or none"
+        )
+    return Source(name, None if weight is None else float(weight))
+
+
+def split(text: str) -> list[str]:
+    """Return the parts of a text that name a source each.
+
+    A comma separates no sources within the name of an existing file, and before an option of a
+    public set, because commas join these too.
+    """
+    pieces = text.split(",")
+    parts = []
+    while pieces:
+        count = length_of_file(pieces)
+        name = WEIGHT_AND_NAME.fullmatch(pieces[0])[2]
+        if not count and name.strip().startswith(PUBLIC_SET):
+            count = 1
+            while count < len(pieces) and OPTION.match(pieces[count]):
+                count += 1
+        count = count or 1
+        parts.append(",".join(pieces[:count]))
+        del pieces[:count]
+    return parts
+
+
+def length_of_file(pieces: list[str]) -> int:
+    """Return how many pieces, joined by commas, name an existing file; 0 if they do not."""
+    for count in range(len(pieces), 0, -1):
+        part = ",".join(pieces[:count])
+        name = WEIGHT_AND_NAME.fullmatch(part)[2]
+        if is_existing_file(part) or is_existing_file(name):
+            return count
+    return 0
+
+
+def is_existing_file(name: str) -> bool:
+    """Return whether a path names anything as it is, without being read as a pattern."""
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):  # too long, or not a name at all
+        return False
 
 
 def is_file(source: str) -> bool:
@@ -94,7 +153,7 @@ def load(source: str, kind: str, split: str, options: ReadOptions | None = None)
         return load_public_set(source.removeprefix(PUBLIC_SET), kind, split, options)
     if source.startswith(WORLD):
         return load_world(source, kind, split, options)
-    examples = files.read(source, kind, options.skip_bad_rows, options.say)
+    examples = files.read(source, kind, options.skip_bad_rows, options.say, options.columns)
     return examples[: options.limit or None]
 
 

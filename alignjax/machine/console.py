@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 import jax
@@ -24,7 +24,8 @@ LOG_REFRESH = 15.0  # the same where each update is a new line, in a file or a p
 def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run the body of a command and return its exit code.
 
-    Every error is one line on standard error; `failures` has the exit codes. A body that returns
+    Every error is one line on standard error, below its details if it has any; `failures` has the
+    exit codes. A body that returns
     nothing gives 0, and so does a run that SIGTERM has stopped and that is saved. After another
     signal and a save the code is 128 + its number. Output that nobody reads any more, as in
     `command | head`, ends the command without a line.
@@ -73,6 +74,7 @@ def report_failure(error: BaseException) -> int:
         return failures.CLOSED_OUTPUT
     several_processes = membership().client is not None
     failure = failures.failure_of(error, several_processes=several_processes)
+    print_details(error)
     print_error(failure.line)
     try:
         sys.stdout.flush()
@@ -127,6 +129,28 @@ def print_error(text: str) -> None:
     line = one_line(text)
     with contextlib.suppress(OSError):
         print(f"alignjax: {line}", file=sys.stderr, flush=True)
+
+
+def print_details(error: BaseException) -> None:
+    """Print the details of an error, such as a traceback of the user's own code, if it has any."""
+    details = getattr(error, "details", "")
+    if details:
+        with contextlib.suppress(OSError):
+            print(details.rstrip("\n"), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def bar_set_aside() -> Iterator[None]:
+    """Let code that we did not write print without breaking the progress bar of a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    # Without tqdm's lock, because the code may use tqdm in threads of its own.
+    with tqdm.external_write_mode(nolock=True):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
 
 
 def say(text: str) -> None:

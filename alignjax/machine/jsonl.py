@@ -3,19 +3,22 @@
 Every error names the file, the line and the reason.
 """
 
+import codecs
 import gzip
 import json
 import math
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
 from alignjax.config import UserError
 
 LINES_PER_REPORT = 256  # lines between two reports of progress
+GZIP_MAGIC = b"\x1f\x8b"  # with which gzipped files begin
+DAMAGES = (OSError, EOFError, zlib.error)  # what reading a file that is cut off or damaged raises
 
 
 class Unreadable(UserError):
@@ -34,25 +37,54 @@ class Line(NamedTuple):
     text: str
 
 
+class StoredLine(NamedTuple):
+    """One line of a file that is not blank, before it is decoded."""
+
+    number: int  # counted from 1
+    where: str  # "FILE:NUMBER", with which error messages begin
+    content: bytes
+
+
 def lines(
+    path: str | Path, *, gzipped: bool | None = None, progress: Callable[[int], None] | None = None
+) -> Iterator[Line]:
+    """Yield the lines of a file that are not blank, without parsing them.
+
+    Args:
+      path: a file in UTF-8, with or without a byte order mark; it may be in a bucket.
+      gzipped: whether the file is compressed; by default, whether its name ends in ".gz".
+      progress: called now and then with the number of bytes read of the file as it is stored.
+
+    Raises:
+      Unreadable: the file cannot be opened, is cut off, damaged or not in UTF-8.
+    """
+    for line in stored_lines(path, gzipped=gzipped, progress=progress):
+        try:
+            text = line.content.decode()
+        except UnicodeDecodeError as error:
+            raise unreadable(path, line.number, error) from None
+        yield Line(line.number, line.where, text)
+
+
+def stored_lines(
     path: str | Path,
     *,
     gzipped: bool | None = None,
     process: int = 0,
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[Line]:
-    """Yield the lines of a file that are not blank, without parsing them.
+) -> Iterator[StoredLine]:
+    """Yield the lines of a file that are not blank, without decoding them.
 
     Args:
-      path: a file in UTF-8; it may be in a bucket.
+      path: a file; it may be in a bucket.
       gzipped: whether the file is compressed; by default, whether its name ends in ".gz".
       process, processes: yield only the lines whose number is `process` modulo `processes`, so
         that several processes can share a file.
       progress: called now and then with the number of bytes read of the file as it is stored.
 
     Raises:
-      Unreadable: the file cannot be opened, is cut off, damaged or not in UTF-8.
+      Unreadable: the file cannot be opened, is cut off or damaged.
     """
     if gzipped is None:
         gzipped = str(path).endswith(".gz")
@@ -60,32 +92,62 @@ def lines(
     try:
         with epath.Path(path).open("rb") as stored:
             for number, data in enumerate(gzip.open(stored) if gzipped else stored, 1):
-                if number % processes == process and data.strip():
-                    text = decoded(data, path, number)
-                    yield Line(number, f"{path}:{number}", text)
+                if number % processes == process:
+                    # Files that were joined have a mark in front of each part.
+                    content = data.removeprefix(codecs.BOM_UTF8)
+                    if content.strip():
+                        yield StoredLine(number, f"{path}:{number}", content)
                 if progress and number % LINES_PER_REPORT == 0:
                     progress(stored.tell())
-    except (OSError, EOFError, zlib.error) as error:
+    except DAMAGES as error:
         raise unreadable(path, number + 1, error) from None
 
 
-def decoded(data: bytes, path: str | Path, number: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise unreadable(path, number, error) from None
+def opened(stored: BinaryIO) -> BinaryIO:
+    """Return a file's content without its compression, which its first bytes tell."""
+    is_gzipped = stored.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    stored.seek(0)
+    return gzip.open(stored) if is_gzipped else stored
 
 
 def unreadable(path: str | Path, number: int, error: Exception) -> Unreadable:
     return Unreadable(f"{path}:{number}: expected JSON lines in UTF-8: {error}", number)
 
 
+class DuplicateField(ValueError):
+    """An object has a field twice."""
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict:
+    """Return an object of its fields; Python would keep the last of two values without a word."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise DuplicateField(f"the field {duplicate!r} is there twice")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=object_of)
+
+
 def parse(text: str, where: str) -> Any:
     """Return the value of a JSON text; the UserError for anything else begins with `where`."""
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {fault(error)}") from None
+
+
+def fault(error: ValueError | RecursionError) -> str:
+    """Return why a text could not be decoded."""
+    if isinstance(error, RecursionError):
+        return "objects or lists are nested too deeply"
+    if isinstance(error, DuplicateField):
+        return str(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
+    return "a whole number has too many digits"  # the only other reason that Python has
 
 
 def read(path: str | Path, *, unfinished: bool = False) -> list[Any]:
@@ -119,6 +181,9 @@ def null(value: Any) -> Any:
 
 def describe(value: Any) -> str:
     """Return the type of a JSON value and its beginning, for error messages: 'int: 3'."""
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):  # fields that are no text, too deep
+        return type(value).__name__
     beginning = text[:80] + ("..." if len(text) > 80 else "")
     return f"{type(value).__name__}: {beginning}"

@@ -49,7 +49,8 @@ def yarn_frequencies(
     half = model.head_size // 2
     low = max(math.floor(yarn_dimension(model, model.rope_high_factor)), 0)
     high = min(math.ceil(yarn_dimension(model, model.rope_low_factor)), model.head_size - 1)
-    ramp = jnp.clip((jnp.arange(half) - low) / max(high - low, 0.001), 0.0, 1.0)
+    width = high - low or 0.001
+    ramp = jnp.clip((jnp.arange(half) - low) / width, 0.0, 1.0)
     return frequencies * (1 - ramp) + frequencies / model.rope_factor * ramp
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from alignjax.config import Model, UserError
 from alignjax.machine.sharding import path_name
 from alignjax.models import families
+from alignjax.weights import locations
 from alignjax.weights.hf_layout import FileTensor, Layout, join_parts, layout_of
 from alignjax.weights.hf_views import ParameterView, Readable, Zeros, views_of
 from alignjax.weights.safetensors import (
@@ -32,6 +34,10 @@ from alignjax.weights.safetensors import (
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # the config's name of a type -> the file's
 SHARD_BYTES = 5 * 10**9  # most bytes of a file, unless one tensor has more
+SCORE = "score.weight"
+LM_HEAD = "lm_head.weight"
+HEADS = (SCORE, "score.bias", LM_HEAD)
+CLASSIFIER = "ForSequenceClassification"  # the end of such a class's name
 COMPARED_ROWS = 1024  # rows of two tensors that are compared at a time
 
 ReadParameter = Callable[[str], np.ndarray]  # path -> the whole parameter
@@ -46,72 +52,120 @@ def open_hf(directory: str | Path, head: str) -> tuple[Model, dict[str, Paramete
     a model that we can't run, and for a missing, extra or misshapen tensor.
     """
     directory = Path(directory)
-    model = read_model(directory)
-    tensors = open_tensors(directory)
+    config = locations.read_config(directory)
+    model = families.model_from_hf(config, str(directory / locations.CONFIG))
+    files = CheckpointFiles(
+        directory=directory,
+        tensors=with_prefix(open_tensors(directory), model),
+        defaulted=families.defaulted_sizes(config),
+    )
     layout = layout_of(model, head)
+    if head == "scalar" and SCORE in files.tensors:
+        check_labels(config, directory)
     stored: dict[FileTensor, Readable] = {}
     for tensor in layout.tensors:
         is_score = tensor.name.startswith("score.")
-        if is_score and "score.weight" not in tensors:
+        if is_score and SCORE not in files.tensors:
             continue
         shape = layout.file_shape(tensor)
-        if is_score and tensor.name not in tensors:
+        if is_score and tensor.name not in files.tensors:
             stored[tensor] = Zeros(shape)
             continue
-        stored[tensor] = checked_tensor(directory, tensors, tensor.name, shape)
+        stored[tensor] = checked_tensor(files, tensor.name, shape)
     known = {tensor.name for tensor in layout.tensors}
-    check_extra(directory, tensors, known, model, head)
+    check_extra(files, known, model, head)
     return model, views_of(layout, stored)
 
 
-def read_model(directory: Path) -> Model:
-    """Return the model that a checkpoint's config.json describes."""
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
-    return families.model_from_hf(config, str(path))
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFiles:
+    """The mapped tensors of a checkpoint, and what its errors name."""
+
+    directory: Path
+    tensors: Mapping[str, StoredTensor]
+    defaulted: Mapping[str, int]  # sizes that config.json lacks, by field
 
 
-def checked_tensor(
-    directory: Path, tensors: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...]
-) -> StoredTensor:
+def head_of(directory: Path) -> str:
+    """Return the head of a Hugging Face checkpoint: "scalar" for a sequence classifier, or "lm".
+
+    `architectures` says it or, where that is absent, whether there is a tensor score.weight.
+    Raises UserError if `architectures` is not a list of texts.
+    """
+    kinds = locations.read_config(directory).get("architectures")
+    if not kinds and kinds in (None, []):
+        return "scalar" if SCORE in open_tensors(directory) else "lm"
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise UserError(
+            f"{directory / locations.CONFIG}: architectures={kinds!r} must be a list of texts"
+        )
+    return "scalar" if kinds[0].endswith(CLASSIFIER) else "lm"
+
+
+def with_prefix(tensors: Mapping[str, StoredTensor], model: Model) -> Mapping[str, StoredTensor]:
+    """Return the tensors by the names that a model with a head gives them.
+
+    A model without a head is saved without the prefix of its parameters, "model." for most.
+    """
+    embedding = families.weight_names(model, "lm")["embed/embedding"]
+    prefix = embedding.partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in tensors):
+        return tensors
+    return {name if name in HEADS else prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def check_labels(config: Mapping[str, Any], directory: Path) -> None:
+    """Raise UserError for a classifier that says to have another number of labels than one."""
+    where = directory / locations.CONFIG
+    labels = config.get("id2label")
+    if labels is None:
+        count = config.get("num_labels", 1)
+        if count != 1:
+            raise UserError(f"{where}: num_labels={count!r}, but a reward model has 1 label")
+    elif len(labels) != 1:
+        raise UserError(
+            f"{where}: id2label has {len(labels)} labels, but a reward model has 1 label"
+        )
+
+
+def checked_tensor(files: CheckpointFiles, name: str, shape: tuple[int, ...]) -> StoredTensor:
     """Return a tensor of the files; UserError if it is missing or has another shape."""
-    if name not in tensors:
-        raise UserError(f"{directory}: there is no tensor {name} {list(shape)}")
-    tensor = tensors[name]
+    if name not in files.tensors:
+        note = ""
+        if name == LM_HEAD and SCORE in files.tensors:
+            note = f", but {SCORE}: this is a sequence classifier"
+        raise UserError(f"{files.directory}: there is no tensor {name} {list(shape)}{note}")
+    tensor = files.tensors[name]
     if tensor.shape != shape:
-        raise UserError(f"{directory}: tensor {name} is {list(tensor.shape)}, {list(shape)} wanted")
+        note = ""
+        if files.defaulted:
+            absent = ", ".join(f"{field}={size}" for field, size in files.defaulted.items())
+            note = f" (config.json lacks fields, whose defaults are {absent})"
+        raise UserError(
+            f"{files.directory}: tensor {name} is {list(tensor.shape)}, {list(shape)} wanted{note}"
+        )
     return tensor
 
 
-def check_extra(
-    directory: Path,
-    tensors: Mapping[str, StoredTensor],
-    known: set[str],
-    model: Model,
-    head: str,
-) -> None:
+def check_extra(files: CheckpointFiles, known: set[str], model: Model, head: str) -> None:
     """Raise UserError for a tensor that we would leave unread.
 
     A stored copy of a tied head is allowed, if it is a copy.
     """
     embedding = families.weight_names(model, head)["embed/embedding"]
-    for name in tensors:
+    for name, tensor in files.tensors.items():
         if name in known or HARMLESS.search(name):
             continue
-        if name == "lm_head.weight" and head == "scalar":
+        if name == LM_HEAD and head == "scalar":
             continue
-        if name != "lm_head.weight" or not model.tied:
+        if name != LM_HEAD or not model.tied:
             raise UserError(
-                f"{directory}: tensor {name} {list(tensors[name].shape)} has no place in "
+                f"{files.directory}: tensor {name} {list(tensor.shape)} has no place in "
                 f"{model.family!r}, head {head!r}"
             )
-        if not equal_tensors(tensors[name], tensors[embedding]):
+        if not equal_tensors(tensor, files.tensors[embedding]):
             raise UserError(
-                f"{directory}: lm_head.weight differs from {embedding}, "
-                "but tie_word_embeddings=True"
+                f"{files.directory}: {name} differs from {embedding}, but tie_word_embeddings=True"
             )
 
 

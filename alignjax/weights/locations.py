@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -18,6 +20,7 @@ RUNTIME_FIELDS = ("dtype", "remat", "attention", "max_length")
 # another format.
 HUB_FILES = (
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "model.safetensors",
     "model-*.safetensors",
@@ -31,7 +34,10 @@ HUB_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 HUB_NAME = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>\S+))?")
 
 
@@ -63,30 +69,53 @@ def local_directory(spec: str, weights: bool = True) -> Path:
     return Path(snapshot)
 
 
-def read_config(directory: Path) -> dict:
-    """Read the config.json of a run or of a Hugging Face checkpoint."""
-    path = directory / "config.json"
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read the config.json of a run or of a Hugging Face checkpoint.
+
+    Raises UserError if it is absent or not an object, and for an adapter, which is neither.
+    """
+    path = directory / CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        check_not_adapter(directory)
         raise UserError(
-            f"parent {directory}: no config.json there, so neither a run nor a checkpoint"
+            f"{directory}: no {CONFIG} there, so neither a run nor a checkpoint"
         ) from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a JSON object is wanted, not {type(values).__name__}")
+    if not is_run_config(values):
+        check_not_adapter(directory)
+    return values
+
+
+def check_not_adapter(directory: Path) -> None:
+    """Raise UserError for a PEFT adapter, which transformers would add to a model elsewhere."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{directory}: a PEFT adapter ({ADAPTER_CONFIG}), which cannot be read yet; merge it "
+            "into its base model with peft: merge_and_unload(), then save_pretrained(DIR)"
+        )
+
+
+def is_run_config(values: Mapping[str, Any]) -> bool:
+    """Return whether this content of a config.json is a run's."""
+    return "stage" in values
 
 
 def is_run(directory: Path) -> bool:
     """Return whether a directory holds a training run and not a Hugging Face checkpoint."""
-    return "stage" in read_config(directory)
+    return is_run_config(read_config(directory))
 
 
 def architecture(directory: Path) -> Model:
     """Return the architecture of the model in a run or a Hugging Face checkpoint."""
     values = read_config(directory)
-    if "stage" in values:
+    if is_run_config(values):
         return model_from_json(values)
-    return families.model_from_hf(values, str(directory / "config.json"))
+    return families.model_from_hf(values, str(directory / CONFIG))
 
 
 def check_architecture(model: Model, directory: Path) -> None:

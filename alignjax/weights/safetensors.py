@@ -8,7 +8,7 @@ eight bytes with the header's length, a JSON header, then the bytes of the tenso
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,21 +28,61 @@ DTYPES = {
 }
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+FINITE_BLOCK = 2**17  # numbers that are checked at a time, so that they stay in the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatBits:
+    """A type of floats as whole numbers: those that are not finite have all exponent bits set."""
+
+    words: type[np.unsignedinteger]
+    exponent: int
+
+
+FLOAT_BITS = {
+    "F32": FloatBits(words=np.uint32, exponent=0x7F800000),
+    "F16": FloatBits(words=np.uint16, exponent=0x7C00),
+    "BF16": FloatBits(words=np.uint16, exponent=0x7F80),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """A tensor of a mapped file. Nothing is read from the file until `read`."""
 
+    name: str
+    path: Path  # of the file
+    dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
     lazy_slice: Any  # the library's handle, which keeps the file mapped
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """Copy a part of the tensor, in the file's type; no other part is read.
 
-        The slices must have step 1 and end within the tensor.
+        The slices must have step 1 and end within the tensor. Raises UserError if a number of the
+        part is not finite.
         """
-        return self.lazy_slice[index]
+        part = self.lazy_slice[index]
+        if not is_finite(part, FLOAT_BITS[self.dtype]):
+            count = np.count_nonzero(~np.isfinite(part.astype(np.float32)))
+            raise UserError(
+                f"{self.path}: {count:,} of {part.size:,} numbers read of tensor {self.name} are "
+                "NaN or infinite"
+            )
+        return part
+
+
+def is_finite(part: np.ndarray, bits: FloatBits) -> bool:
+    """Return whether all numbers are finite; several times faster than converting them."""
+    words = np.ascontiguousarray(part).reshape(-1).view(bits.words)
+    exponent = bits.words(bits.exponent)
+    block = np.empty(min(FINITE_BLOCK, words.size), bits.words)
+    for start in range(0, words.size, FINITE_BLOCK):
+        numbers = words[start : start + FINITE_BLOCK]
+        exponents = np.bitwise_and(numbers, exponent, out=block[: numbers.size])
+        if exponents.max() == exponent:
+            return False
+    return True
 
 
 class TensorSpec(NamedTuple):
@@ -59,30 +99,59 @@ class TensorSpec(NamedTuple):
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Map all safetensors files of a checkpoint; return tensor name -> tensor.
+    """Map the safetensors files of a checkpoint; return tensor name -> tensor.
 
-    Raises UserError for a file that is missing or damaged.
+    As in transformers, `model.safetensors` comes before an index, which may be an older one.
+    Raises UserError for a file that is missing or damaged, and for a tensor that is in two files,
+    because only one of them can be meant.
     """
-    tensors = {}
-    for file in file_names(directory):
+    if (directory / SINGLE_FILE).is_file():
+        return open_file(directory / SINGLE_FILE)
+    if not (directory / INDEX).is_file():
+        raise UserError(missing_file(directory, SINGLE_FILE))
+    file_of = read_index(directory / INDEX)
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(file_of.values())):
         # An index comes from a stranger: no name in it may lead out of the directory.
         if Path(file).name != file or not (directory / file).is_file():
-            raise UserError(
-                f"{directory}: there is no file {file} (pickled .bin files are not read)"
-            )
-        tensors |= open_file(directory / file)
+            raise UserError(missing_file(directory, file))
+        for name, tensor in open_file(directory / file).items():
+            if name in tensors:
+                raise UserError(
+                    f"{directory}: tensor {name} is both in {tensors[name].path.name} and in {file}"
+                )
+            tensors[name] = tensor
+    for name, file in file_of.items():
+        if name not in tensors:
+            raise UserError(f"{directory / INDEX}: tensor {name} should be in {file}, but is not")
     return tensors
 
 
-def file_names(directory: Path) -> list[str]:
-    """Return the names of a checkpoint's files: those of its index, or of a single file."""
-    index = directory / INDEX
-    if not index.is_file():
-        return [SINGLE_FILE]
+def missing_file(directory: Path, file: str) -> str:
+    """Return the error for a file of weights that is not there."""
+    text = f"{directory}: there is no file {file} (pickled .bin files are not read"
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles:
+        text += (
+            f", and there is {pickles[0]}: load it with transformers and save it with "
+            "save_pretrained, which writes safetensors"
+        )
+    return f"{text})"
+
+
+def read_index(path: Path) -> Mapping[str, str]:
+    """Return tensor name -> file of an index; UserError if it has another form."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: no weight_map of names to files there ({error!r})") from error
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    file_of = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(file_of, dict):
+        raise UserError(f"{path}: no weight_map of names to files there")
+    for name, file in file_of.items():
+        if not isinstance(file, str):
+            raise UserError(f"{path}: weight_map.{name}={file!r} must be the name of a file")
+    return file_of
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:
@@ -97,9 +166,14 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
                     raise UserError(
                         f"{path}: tensor {name} is of type {dtype}, one of {sorted(DTYPES)} wanted"
                     )
-                shape = tuple(lazy_slice.get_shape())
-                tensors[name] = StoredTensor(shape=shape, lazy_slice=lazy_slice)
-    except SafetensorError as error:
+                tensors[name] = StoredTensor(
+                    name=name,
+                    path=path,
+                    dtype=dtype,
+                    shape=tuple(lazy_slice.get_shape()),
+                    lazy_slice=lazy_slice,
+                )
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
     return tensors
 

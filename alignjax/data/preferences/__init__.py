@@ -101,7 +101,24 @@ def report(spec: str, data_dir: str = "") -> dict | None:
      "splits": {split: {"rows": number, "pairs": number, "dropped": {reason: rows}}}}
     """
     path = directory(spec, data_dir) / "metadata.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        counted = json.loads(path.read_text())
+        names = sorted(counted["splits"])
+        is_complete = all(
+            {"rows", "pairs", "dropped"} <= set(counted["splits"][name]) for name in names
+        )
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        is_complete = False
+    if not is_complete:
+        raise UserError(f"{path}: damaged; {repair(spec, data_dir)}")
+    return counted
+
+
+def repair(spec: str, data_dir: str) -> str:
+    """Return what a user does if the files of a prepared set are damaged."""
+    return f"remove {directory(spec, data_dir)} and prepare {spec} again"
 
 
 def read(spec: str, split: str, data_dir: str = "", limit: int = 0) -> list[dict]:
@@ -118,12 +135,18 @@ def read(spec: str, split: str, data_dir: str = "", limit: int = 0) -> list[dict
     """
     check_prepared(spec, split, data_dir)
     name = SPLITS.get(split, split)
-    source = tfds.builder_from_directory(directory(spec, data_dir)).as_data_source(name)
-    count = min(limit or len(source), len(source))
-    local_numbers = shares.local(range(count))
-    local_rows = [
-        from_disk(example, f"{spec}/{name}") for example in examples_at(source, local_numbers)
-    ]
+    try:
+        source = tfds.builder_from_directory(directory(spec, data_dir)).as_data_source(name)
+        count = min(limit or len(source), len(source))
+        local_numbers = shares.local(range(count))
+        local_rows = [
+            from_disk(example, f"{spec}/{name}") for example in examples_at(source, local_numbers)
+        ]
+    except Exception as error:  # TFDS and its readers raise all kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{spec}: its prepared files cannot be read ({reason}); {repair(spec, data_dir)}"
+        ) from None
     return shares.whole(shares.exchange(local_rows))
 
 

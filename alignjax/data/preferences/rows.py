@@ -1,7 +1,6 @@
 """Rows of published files: reading them with a progress bar, and checking their fields."""
 
 import functools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from alignjax.config import UserError, nearest
+from alignjax.data import values
 from alignjax.machine import console, jsonl
 
 EXPECTED = {
@@ -105,6 +105,8 @@ def field(row: Row, path: str, kind: type, optional: bool = False) -> Any:
         raise UserError(
             f"{row.where}: {path}: expected {EXPECTED[kind]}, found {jsonl.describe(value)}"
         )
+    if kind is str:
+        values.checked_text(value, f"{row.where}: {path}")
     return value
 
 
@@ -113,7 +115,8 @@ def is_of_kind(value: Any, kind: type) -> bool:
     if isinstance(value, bool) != (kind is bool):
         return False
     if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        number = values.as_float(value)
+        return number is not None and abs(number) <= values.LARGEST_FLOAT32
     return isinstance(value, kind)
 
 

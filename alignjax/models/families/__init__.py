@@ -10,7 +10,8 @@ from typing import Any
 
 from alignjax import config as configs
 from alignjax.config import Model, UserError
-from alignjax.models.families.family import Family, HFConfig
+from alignjax.models.families.family import Family
+from alignjax.models.families.hf_config import HFConfig, shown
 from alignjax.models.families.llama import LLAMA
 from alignjax.models.families.qwen import QWEN
 from alignjax.models.families.qwen2 import QWEN2
@@ -21,6 +22,7 @@ __all__ = [
     "PRESETS",
     "Family",
     "HFConfig",
+    "defaulted_sizes",
     "family_of",
     "hf_from_model",
     "model_from_hf",
@@ -30,6 +32,16 @@ __all__ = [
 
 BUILT_IN = (QWEN, QWEN2, QWEN3, LLAMA)
 FAMILIES: dict[str, Family] = {}
+# Fields of config.json on which the shapes of tensors depend.
+SIZES = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
 PRESETS: dict[str, Model] = {}  # released models, to copy with `dataclasses.replace`
 
 
@@ -50,12 +62,13 @@ for built_in in BUILT_IN:
     register(built_in)
 
 
-def family_of(name: str, where: str) -> Family:
+def family_of(name: Any, where: str) -> Family:
     """Return the family with this name; UserError if there is none, after `where`."""
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(map(repr, FAMILIES))
         raise UserError(
-            f"{where}={name!r} must be one of {known}; docs/extending.md shows how to add a family"
+            f"{where}={shown(name)} must be one of {known}; docs/extending.md shows how to add a "
+            "family"
         )
     return FAMILIES[name]
 
@@ -72,6 +85,16 @@ def model_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
     """
     family = family_of(config.get("model_type"), f"{where}: model_type")
     return family.from_hf(config, where)
+
+
+def defaulted_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes that a config.json lacks, by field, as transformers completes them."""
+    family = family_of(config.get("model_type"), "model_type")
+    return {
+        name: default
+        for name, default in family.defaults.items()
+        if name in SIZES and name not in config
+    }
 
 
 def hf_from_model(model: Model, head: str, dtype: str = "float32") -> dict[str, Any]:

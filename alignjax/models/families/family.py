@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignjax.config import Model, UserError
+from alignjax.models.families.hf_config import (
+    LARGEST_SIZE,
+    MOST_LAYERS,
+    HFConfig,
+    check_any_family,
+)
 
 # Parameter path -> tensor name, for each role's head. Hugging Face's sequence classifiers have no
 # bias, so they do not read `score.bias`, which holds a reward model's shift.
@@ -12,33 +18,6 @@ HEAD_TENSORS = {
     "lm": {"head/kernel": "lm_head.weight"},
     "scalar": {"head/kernel": "score.weight", "head/bias": "score.bias"},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class HFConfig:
-    """The content of a config.json; `where` names the file in errors."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    def get(self, field: str, default: Any = None) -> Any:
-        """Return a field, or the default if it is absent or null."""
-        value = self.values.get(field)
-        return default if value is None else value
-
-    def require(self, field: str) -> Any:
-        """Return a field; UserError if it is absent or null."""
-        if self.values.get(field) is None:
-            raise UserError(f"{self.where}: {field} is missing")
-        return self.values[field]
-
-    def allow(self, field: str, *supported: Any) -> None:
-        """Refuse a field that is present with a value other than these."""
-        if field in self.values and self.values[field] not in supported:
-            raise UserError(
-                f"{self.where}: {field}={self.values[field]!r} is not supported, "
-                f"only {supported[0]!r}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +37,7 @@ class Family:
         written those that all families share. Raises UserError if the format can't express it.
     head_tensors: as `tensors`, for each head.
     presets: name -> the fields of a released model, without the flags.
+    defaults: what transformers takes for a field that config.json lacks, see `HFConfig`.
     """
 
     name: str
@@ -68,6 +48,7 @@ class Family:
     write_config: Callable[[Model], dict[str, Any]]
     head_tensors: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: HEAD_TENSORS)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor_names(self, model: Model, head: str) -> dict[str, str]:
         """Return parameter path -> tensor name for a model with a head, "lm" or "scalar"."""
@@ -78,8 +59,11 @@ class Family:
 
     def from_hf(self, config: Mapping[str, Any], where: str) -> Model:
         """Return the model that a config.json describes; UserError if we can't run it."""
-        fields = self.read_config(HFConfig(values=config, where=where))
-        return Model(family=self.name, **self.flags, **fields)
+        hf_config = HFConfig(values=config, where=where, defaults=self.defaults)
+        check_any_family(hf_config)
+        model = Model(family=self.name, **self.flags, **self.read_config(hf_config))
+        check_heads(model, where)
+        return model
 
     def to_hf(self, model: Model, head: str, dtype: str) -> dict[str, Any]:
         """Return the content of config.json; UserError if the family can't express the model."""
@@ -119,8 +103,26 @@ def common_config(model: Model, architecture: str, dtype: str) -> dict[str, Any]
 def common_fields(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model` that all families name alike."""
     return {
-        "vocab_size": config.require("vocab_size"),
-        "d_model": config.require("hidden_size"),
-        "layers": config.require("num_hidden_layers"),
-        "heads": config.require("num_attention_heads"),
+        "vocab_size": config.size("vocab_size"),
+        "d_model": config.size("hidden_size"),
+        "layers": config.size("num_hidden_layers", MOST_LAYERS),
+        "heads": config.size("num_attention_heads"),
     }
+
+
+def check_heads(model: Model, where: str) -> None:
+    """Raise UserError for heads that attention can't have."""
+    if model.heads % model.kv_heads:
+        raise UserError(
+            f"{where}: num_key_value_heads={model.kv_heads} must divide "
+            f"num_attention_heads={model.heads}"
+        )
+    if model.head_size % 2 or model.head_size == 0:
+        raise UserError(
+            f"{where}: the size of a head is {model.head_size} (hidden_size={model.d_model}, "
+            f"num_attention_heads={model.heads}), but RoPE needs an even one"
+        )
+    if model.heads * model.head_size > LARGEST_SIZE:
+        raise UserError(
+            f"{where}: {model.heads} heads of {model.head_size} are more than {LARGEST_SIZE}"
+        )

@@ -3,7 +3,8 @@
 from typing import Any
 
 from alignjax.config import Model, UserError
-from alignjax.models.families.family import HFConfig, common_fields
+from alignjax.models.families.family import common_fields
+from alignjax.models.families.hf_config import HFConfig
 from alignjax.models.families.rope_scaling import read_rope, write_rope
 
 TENSORS = {
@@ -30,33 +31,77 @@ QK_NORM_TENSORS = {
 }
 
 
+# What transformers takes for a field that config.json lacks.
+COMMON_DEFAULTS = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+ACTIVATIONS = ("silu", "swish")  # two names of one function
+
+
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`, except the family's flags."""
     fields = common_fields(config)
-    config.allow("use_sliding_window", False, None)
-    config.allow("hidden_act", "silu")
-    config.allow("attention_dropout", 0.0)
-    config.allow("mlp_bias", False, None)
-    layer_types = config.get("layer_types", [])
-    if set(layer_types) - {"full_attention"}:
-        raise UserError(
-            f"{config.where}: layer_types={layer_types!r} is not supported, only 'full_attention'"
-        )
+    config.allow("hidden_act", *ACTIVATIONS)
+    config.allow("mlp_bias", False)
+    check_layer_types(config, fields["layers"])
+    check_window(config, fields["layers"])
     return {
         **fields,
-        "kv_heads": config.get("num_key_value_heads") or fields["heads"],
-        "head_size": config.get("head_dim") or fields["d_model"] // fields["heads"],
-        "d_ff": config.require("intermediate_size"),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-        "norm_eps": config.require("rms_norm_eps"),
-        "max_length": config.require("max_position_embeddings"),
+        "kv_heads": config.size_or("num_key_value_heads", fields["heads"]),
+        "head_size": config.size_or("head_dim", fields["d_model"] // fields["heads"]),
+        "d_ff": config.size("intermediate_size"),
+        "tied": config.flag("tie_word_embeddings"),
+        "norm_eps": config.number("rms_norm_eps"),
+        "max_length": config.size("max_position_embeddings"),
         **read_rope(config),
     }
 
 
+def check_layer_types(config: HFConfig, layers: int) -> None:
+    """Raise UserError for layers that do not attend to everything before them."""
+    types = config.get("layer_types")
+    if types is None:
+        return
+    is_list = isinstance(types, list) and all(isinstance(kind, str) for kind in types)
+    config.expect("layer_types", is_list, "a list of texts or null")
+    odd = sorted(set(types) - {"full_attention"})
+    if odd:
+        raise UserError(
+            f"{config.where}: layer_types has {odd[0]!r}, but only 'full_attention' is supported"
+        )
+    if len(types) != layers:
+        raise UserError(
+            f"{config.where}: num_hidden_layers={layers}, but layer_types has {len(types)}"
+        )
+
+
+def check_window(config: HFConfig, layers: int) -> None:
+    """Raise UserError if any layer attends to a window only.
+
+    With `use_sliding_window`, layers from `max_window_layers` on do, unless there is no window.
+    """
+    config.allow("use_sliding_window", False, True)
+    window = config.get("sliding_window")
+    is_used = config.get("use_sliding_window", False) and window is not None
+    if not is_used or config.get("layer_types") is not None:
+        return
+    first = config.size("max_window_layers")
+    if first < layers:
+        raise UserError(
+            f"{config.where}: use_sliding_window=True is not supported: with "
+            f"sliding_window={window!r}, max_window_layers={first} and "
+            f"num_hidden_layers={layers} it has an effect"
+        )
+
+
 def read_config_without_bias(config: HFConfig) -> dict[str, Any]:
     """Read the config of a family whose `attention_bias` must be off, because it adds biases."""
-    config.allow("attention_bias", False, None)
+    config.allow("attention_bias", False)
     return read_config(config)
 
 

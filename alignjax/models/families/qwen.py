@@ -3,7 +3,8 @@
 from typing import Any
 
 from alignjax.config import Model, UserError
-from alignjax.models.families.family import Family, HFConfig, common_fields
+from alignjax.models.families.family import Family, common_fields
+from alignjax.models.families.hf_config import HFConfig
 
 TENSORS = {
     "embed/embedding": "transformer.wte.weight",
@@ -75,14 +76,16 @@ def read_config(config: HFConfig) -> dict[str, Any]:
     fields = common_fields(config)
     for field, value in FIXED_CONFIG.items():
         config.allow(field, value)
+    d_ff = config.size("intermediate_size")
+    config.expect("intermediate_size", d_ff % 2 == 0, "an even number")
     return {
         **fields,
         "kv_heads": fields["heads"],
-        "head_size": config.require("kv_channels"),
-        "d_ff": config.require("intermediate_size") // 2,
-        "norm_eps": config.require("layer_norm_epsilon"),
-        "rope_theta": float(config.values.get("rotary_emb_base", 10000)),
-        "max_length": config.require("seq_length"),
+        "head_size": config.size("kv_channels"),
+        "d_ff": d_ff // 2,
+        "norm_eps": config.number("layer_norm_epsilon"),
+        "rope_theta": config.positive("rotary_emb_base"),
+        "max_length": config.size("seq_length"),
     }
 
 
@@ -119,4 +122,5 @@ QWEN = Family(
     read_config=read_config,
     write_config=write_config,
     presets=PRESETS,
+    defaults={"rotary_emb_base": 10000.0},
 )

@@ -1,7 +1,11 @@
 """Qwen3: Llama's format with norms on queries and keys."""
 
+from typing import Any
+
 from alignjax.models.families.family import Family
+from alignjax.models.families.hf_config import HFConfig
 from alignjax.models.families.llama_like import (
+    COMMON_DEFAULTS,
     QK_NORM_TENSORS,
     TENSORS,
     read_config_without_bias,
@@ -22,12 +26,31 @@ PRESETS = {
         "tied": True,
     },
 }
+# What transformers takes for a field that config.json lacks.
+DEFAULTS = COMMON_DEFAULTS | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "sliding_window": 4096,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+}
+
+
+def read_config(config: HFConfig) -> dict[str, Any]:
+    """Return the fields of `config.Model`; the size of a head is a number of its own."""
+    config.require("head_dim")
+    return read_config_without_bias(config)
+
+
 QWEN3 = Family(
     name="qwen3",
     flags={"qkv_bias": False, "qk_norm": True},
     tensors=TENSORS | QK_NORM_TENSORS,
     classes={"lm": "Qwen3ForCausalLM", "scalar": "Qwen3ForSequenceClassification"},
-    read_config=read_config_without_bias,
+    read_config=read_config,
     write_config=write_config,
     presets=PRESETS,
+    defaults=DEFAULTS,
 )

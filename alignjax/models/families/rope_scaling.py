@@ -1,69 +1,145 @@
 """Scaled rotary embeddings in config.json: transformers 5 and the versions before it."""
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 from alignjax.config import Model, UserError
-from alignjax.models.families.family import HFConfig
+from alignjax.models.families.hf_config import HFConfig, is_real, shown
+from alignjax.models.rope import yarn_magnitude
 
+DEFAULT_THETA = 10000.0
 KINDS = ("default", "linear", "llama3", "yarn")
-# Older configs have some of these fields at their defaults. Other values change the result.
+# Settings that change the result if they have any other value than these.
 UNSUPPORTED_UNLESS = {
-    "partial_rotary_factor": 1.0,
-    "attention_factor": None,
-    "mscale": None,
-    "mscale_all_dim": None,
-    "truncate": True,
+    "partial_rotary_factor": (1.0, None),
+    "mrope_section": (None,),
 }
+RopeFields = dict[str, Any]  # the rope_* fields of `config.Model`
 
 
-def read_rope(config: HFConfig) -> dict[str, Any]:
+def read_rope(config: HFConfig) -> RopeFields:
     """Return the rope_* fields of `config.Model`.
 
-    transformers 5 has all of them in `rope_parameters`; before, `rope_theta` stood beside
-    `rope_scaling`.
+    transformers 5 has all of them in `rope_parameters`; before, `rope_theta` was beside
+    `rope_scaling`. Where a file has both, transformers takes `rope_scaling` alone, because it is
+    what a user adds by hand.
     """
-    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(field) or {}
-    refuse_unsupported(config, field, rope)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.values.get("rope_theta", 10000.0))
-    fields = {"rope_theta": float(theta)}
-    if kind == "default":
-        return fields
+    added = config.object("rope_scaling")
+    rope = added if added.values else config.object("rope_parameters")
+    refuse_unsupported(config, rope)
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind not in KINDS:
         raise UserError(
-            f"{config.where}: {field}.rope_type={kind!r} must be one of "
+            f"{config.where}: {rope.prefix}rope_type={shown(kind)} is not supported, only "
             f"{', '.join(map(repr, KINDS))}"
         )
-
-    def require(key: str) -> float:
-        if rope.get(key) is None:
-            raise UserError(f"{config.where}: {field}.{key} is missing, which {kind!r} needs")
-        return float(rope[key])
-
-    fields |= {"rope_scaling": kind, "rope_factor": require("factor")}
-    if kind == "linear":
+    fields: RopeFields = {"rope_theta": read_theta(config, rope)}
+    if kind == "default":
         return fields
-    original = rope.get("original_max_position_embeddings")
-    fields["rope_original_length"] = int(original or config.require("max_position_embeddings"))
+    fields["rope_scaling"] = kind
+    if kind == "linear":
+        return fields | {"rope_factor": rope.positive("factor")}
+    fields["rope_original_length"] = read_original_length(config, rope)
     if kind == "llama3":
-        fields["rope_low_factor"] = require("low_freq_factor")
-        fields["rope_high_factor"] = require("high_freq_factor")
+        return fields | read_llama3(rope)
+    return fields | read_yarn(config, rope, fields)
+
+
+def refuse_unsupported(config: HFConfig, rope: HFConfig) -> None:
+    """Raise UserError for a setting of RoPE that we don't compute."""
+    for name, supported in UNSUPPORTED_UNLESS.items():
+        source = rope if name in rope.values else config
+        source.allow(name, *supported)
+    for name, value in rope.values.items():
+        if isinstance(value, dict):
+            raise UserError(
+                f"{config.where}: {rope.prefix}{name}={shown(value)} is not supported: "
+                "all layers must rotate alike"
+            )
+
+
+def read_theta(config: HFConfig, rope: HFConfig) -> float:
+    """Return the base of the wavelengths, which may be beside the other settings."""
+    for source in (rope, config):
+        if "rope_theta" in source.values:
+            return source.positive("rope_theta")
+    return DEFAULT_THETA
+
+
+def read_original_length(config: HFConfig, rope: HFConfig) -> int:
+    """Return the length before scaling; as in transformers, one at the top comes first."""
+    name = "original_max_position_embeddings"
+    for source in (config, rope):
+        if name in source.values:
+            value = source.positive(name)
+            source.expect(name, value == int(value), "a whole number")
+            return int(value)
+    return config.size("max_position_embeddings")
+
+
+def read_llama3(rope: HFConfig) -> RopeFields:
+    """Return the fields of llama3's scaling."""
+    low = rope.positive("low_freq_factor")
+    high = rope.positive("high_freq_factor")
+    if low >= high:
+        raise UserError(
+            f"{rope.where}: {rope.prefix}low_freq_factor={low:g} must be below "
+            f"high_freq_factor={high:g}"
+        )
+    return {
+        "rope_factor": rope.positive("factor"),
+        "rope_low_factor": low,
+        "rope_high_factor": high,
+    }
+
+
+def read_yarn(config: HFConfig, rope: HFConfig, common: RopeFields) -> RopeFields:
+    """Return the fields of YaRN's scaling; `common` has the others."""
+    rope.allow("truncate", True)
+    # transformers takes an explicit null as the ratio of the lengths, and 0 as not given.
+    if rope.values.get("factor", "absent") is None:
+        factor = config.size("max_position_embeddings") / common["rope_original_length"]
     else:
-        fields["rope_low_factor"] = float(rope.get("beta_slow") or 1)
-        fields["rope_high_factor"] = float(rope.get("beta_fast") or 32)
+        factor = rope.positive("factor")
+    fields = {
+        "rope_factor": factor,
+        "rope_low_factor": rope.number("beta_slow") if rope.get("beta_slow") else 1.0,
+        "rope_high_factor": rope.number("beta_fast") if rope.get("beta_fast") else 32.0,
+    }
+    theta = common["rope_theta"]
+    if theta == 1.0:
+        raise UserError(f"{rope.where}: rope_theta={theta:g} leaves YaRN without wavelengths")
+    check_magnitude(rope, Model(**common, **fields))
     return fields
 
 
-def refuse_unsupported(config: HFConfig, field: str, rope: Mapping[str, Any]) -> None:
-    """Raise UserError for a setting of RoPE that we don't compute."""
-    for key, supported in UNSUPPORTED_UNLESS.items():
-        value = rope.get(key, config.values.get(key, supported))
-        if value != supported:
-            raise UserError(
-                f"{config.where}: {field}.{key}={value!r} is not supported, only {supported!r}"
-            )
+def check_magnitude(rope: HFConfig, model: Model) -> None:
+    """Raise UserError if settings ask for another factor on cosine and sine than we compute."""
+    ours = yarn_magnitude(model)
+    given = rope.get("attention_factor")
+    scale = rope.get("mscale")
+    scale_of_all = rope.get("mscale_all_dim")
+    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        value = rope.get(name)
+        rope.expect(name, value is None or is_real(value), "a number or null")
+    if given is not None:
+        name = "attention_factor"
+        wanted = given
+    elif scale and scale_of_all:
+        name = "mscale"
+        wanted = magnitude(model.rope_factor, scale) / magnitude(model.rope_factor, scale_of_all)
+    else:
+        return
+    if not math.isclose(wanted, ours, rel_tol=1e-6):
+        raise UserError(
+            f"{rope.where}: {rope.prefix}{name}={shown(rope.get(name))} is not supported: it asks "
+            f"for a factor of {wanted:.6g}, and only {ours:.6g} is computed"
+        )
+
+
+def magnitude(factor: float, scale: float) -> float:
+    """Return YaRN's factor on cosine and sine with a scale of its logarithm."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def write_rope(model: Model) -> dict[str, Any]:
