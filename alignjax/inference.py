@@ -407,9 +407,9 @@ def load_params(
             params = roles.read_hf(architecture, head, mesh, directory)
         if "head" not in params and head == "scalar":
             raise UserError(f"{directory}: this sequence classifier has no score.weight")
-        if architecture.dtype != "float32":
-            round_params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)
-            params = round_params(architecture, params)
+        if architecture.dtype != "float32" or transformer.joins_products():
+            lay_out = jax.jit(transformer.for_sampling, static_argnums=0, donate_argnums=1)
+            params = lay_out(architecture, params)
     return params
 
 

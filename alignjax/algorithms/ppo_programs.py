@@ -232,16 +232,18 @@ def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Calla
     """Return the function that casts and lays out the policy's parameters for a rollout.
 
     Decoding reads every matrix for every token: half of the bytes if they are cast once before,
-    and no transfers over fsdp if they are laid out anew.
+    no transfers over fsdp if they are laid out anew, and fewer products if they are joined.
     """
     has_own_layout = config.ppo.rollout_tensor > 0
-    if not has_own_layout and config.model.dtype == "float32":
+    joins = transformer.joins_products()
+    if not (has_own_layout or joins) and config.model.dtype == "float32":
         return unchanged
+    place = functools.partial(transformer.for_sampling, config.model)
     layout = None
-    if has_own_layout:
-        layout = sharding.param_shardings(abstract_params, rollout_mesh(config, mesh))
-    cast = functools.partial(transformer.rounded, config.model)
-    return jax.jit(cast, out_shardings=layout)
+    if has_own_layout or joins:
+        shapes = jax.eval_shape(place, abstract_params)
+        layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
+    return jax.jit(place, out_shardings=layout)
 
 
 def rollout_placement(config: Config, mesh: Mesh) -> Callable[[Rollout], Rollout]:

@@ -28,7 +28,7 @@ REMAT = {
 }
 Params = dict[str, Any]  # nested dicts of arrays
 # attend(cache, layer, queries [batch heads head_size], keys [batch kv_heads head_size], values)
-# -> (what the queries see [batch heads head_size], what is kept of this token: see `sampling.cache`)
+# -> (what the queries see [batch heads head_size], what is kept of this token or of its rows)
 AttendCache = Callable[..., tuple[Array, KeyValues]]
 
 

@@ -42,9 +42,22 @@ class RingCache:
 
     def empty(self) -> Cache:
         """Return a cache of zeros."""
-        return empty_cache(
-            self.model, self.slots, self.prompt_width, self.response_length, self.dtype
-        )
+        part_width = -(-self.response_length // RING_PARTS)
+        num_parts = -(-self.response_length // part_width)
+        widths = [self.prompt_width] + [part_width] * num_parts
+        if transformer.unrolled(self.model):
+            return [self.empty_blocks((), widths) for _ in range(self.model.layers)]
+        return self.empty_blocks((self.model.layers,), widths)
+
+    def empty_blocks(self, layers: tuple[int, ...], widths: list[int]) -> list[KeyValues]:
+        """Return blocks of zeros of these widths, with the axes `layers` in front."""
+        blocks = []
+        for width in widths:
+            shape = (*layers, self.slots, self.model.kv_heads, width, self.model.head_size)
+            keys = empty_block(shape, self.dtype)
+            values = empty_block(shape, self.dtype)
+            blocks.append(KeyValues(keys=keys, values=values))
+        return blocks
 
     def fill(
         self,
@@ -55,16 +68,28 @@ class RingCache:
     ) -> Cache:
         """Return the cache with prompts in the slots `where`, or in all of them."""
         num_filled = self.slots if where is None else len(where)
-        return fill_cache(cache, where, key_values, num_filled // len(real))
+        samples = num_filled // len(real)
+        if not is_by_layer(cache):
+            return fill_blocks(cache, where, key_values, samples)
+        return [
+            fill_blocks(blocks, where, transformer.layer_of(key_values, layer), samples)
+            for layer, blocks in enumerate(cache)
+        ]
 
     def reader(
         self,
         real: Bool[Array, "slots prompt_width"],
         clock: Int[Array, ""],
         lengths: Int[Array, " slots"],
-    ) -> "CacheReader":
-        """Return what each slot sees in the step at `clock`."""
-        return make_reader(real, clock, lengths, self.response_length)
+    ) -> "RingReader":
+        """Return what each slot sees in the step at `clock`.
+
+        A slot sees as many of the last places of the ring as its response has tokens there: all
+        of them but the one in hand.
+        """
+        age = (clock - 1 - jnp.arange(self.response_length)) % self.response_length
+        ring_mask = age < lengths[:, None] - 1
+        return RingReader(prompt_mask=real, ring_mask=ring_mask, clock=clock)
 
     def write(
         self,
@@ -73,33 +98,15 @@ class RingCache:
         kept: KeyValues | list[KeyValues],
         tokens: Int[Array, " slots"],
     ) -> Cache:
-        """Return the cache after a step that kept these keys and values, and drew these tokens."""
-        return write_token(cache, clock, after_drawing(kept, tokens), self.response_length)
-
-
-def empty_cache(
-    model: Model, slots: int, prompt_width: int, response_length: int, dtype: str = ""
-) -> Cache:
-    """Return a cache of zeros; `dtype` "" means the model's."""
-    part_width = -(-response_length // RING_PARTS)
-    num_parts = -(-response_length // part_width)
-    widths = [prompt_width] + [part_width] * num_parts
-    if transformer.unrolled(model):
-        return [empty_blocks(model, (), slots, widths, dtype) for _ in range(model.layers)]
-    return empty_blocks(model, (model.layers,), slots, widths, dtype)
-
-
-def empty_blocks(
-    model: Model, layers: tuple[int, ...], slots: int, widths: list[int], dtype: str
-) -> list[KeyValues]:
-    """Return blocks of zeros of these widths, with the axes `layers` in front."""
-    blocks = []
-    for width in widths:
-        shape = (*layers, slots, model.kv_heads, width, model.head_size)
-        keys = empty_block(shape, dtype or model.dtype)
-        values = empty_block(shape, dtype or model.dtype)
-        blocks.append(KeyValues(keys=keys, values=values))
-    return blocks
+        """Return the cache with the keys and values of one step, in their place of the ring."""
+        place = clock % self.response_length
+        kept = after_drawing(kept, tokens)
+        if not is_by_layer(cache):
+            return write_blocks(cache, place, kept)
+        return [
+            write_blocks(blocks, place, of_layer)
+            for blocks, of_layer in zip(cache, kept, strict=True)
+        ]
 
 
 def empty_block(shape: tuple[int, ...], dtype: str) -> Stored:
@@ -132,32 +139,13 @@ def keep_axis_order(stored: Stored) -> Stored:
     return on_each_device(stored)
 
 
-def fill_cache(
-    cache: Cache,
-    where: Int[Array, " filled"] | None,
-    key_values: KeyValues,
-    samples_per_prompt: int,
-) -> Cache:
-    """Return the cache with prompts in the slots `where`, or in all slots if that is None.
-
-    `key_values` are the prompts' keys and values in all layers, [layers prompts kv_heads width
-    head_size]. A prompt fills `samples_per_prompt` slots, which are adjacent in `where`.
-    """
-    if not is_by_layer(cache):
-        return fill_blocks(cache, where, key_values, samples_per_prompt)
-    return [
-        fill_blocks(blocks, where, transformer.layer_of(key_values, layer), samples_per_prompt)
-        for layer, blocks in enumerate(cache)
-    ]
-
-
 def fill_blocks(
     blocks: list[KeyValues],
     where: Int[Array, " filled"] | None,
     key_values: KeyValues,
     samples_per_prompt: int,
 ) -> list[KeyValues]:
-    """Return the blocks with prompts in the first of them, see `fill_cache`."""
+    """Return the blocks with prompts in the first of them, see `RingCache.fill`."""
     stored_keys, stored_values = blocks[0]
     new_keys, new_values = key_values
     prompts = KeyValues(
@@ -185,25 +173,6 @@ def fill_stored(
     by_slot = constrain(by_slot, stored.ndim - 4, stored.ndim - 3)
     is_filled = (source >= 0)[:, None, None, None]
     return keep_axis_order(jnp.where(is_filled, by_slot, stored))
-
-
-def write_token(
-    cache: Cache,
-    clock: Int[Array, ""],
-    key_values: KeyValues | list[KeyValues],
-    response_length: int,
-) -> Cache:
-    """Return the cache with the keys and values of one step, in their place of the ring.
-
-    `key_values` are as `transformer.decode` returns them.
-    """
-    place = clock % response_length
-    if not is_by_layer(cache):
-        return write_blocks(cache, place, key_values)
-    return [
-        write_blocks(blocks, place, of_layer)
-        for blocks, of_layer in zip(cache, key_values, strict=True)
-    ]
 
 
 def write_blocks(
@@ -236,7 +205,7 @@ def write_stored(stored: Stored, part: int, place: Int[Array, ""], new: Array) -
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CacheReader:
+class RingReader:
     """What each slot sees of the cache in one step of decoding."""
 
     prompt_mask: Bool[Array, "slots prompt_width"]
@@ -253,8 +222,9 @@ class CacheReader:
     ) -> tuple[Float[Array, "slots heads head_size"], KeyValues]:
         """Attend to the cache and to the token in hand, whose key and value are kept.
 
-        Nothing is written to the cache here: XLA would then copy it in every layer. This reads only the filled part of the cache: the prompts' block and as many parts of the
-        ring as the clock has reached. `layer` is None if the blocks are a layer's own.
+        Nothing is written to the cache here: XLA would then copy it in every layer. This reads only
+        the filled part of the cache: the prompts' block and as many parts of the ring as the clock
+        has reached. `layer` is None if the blocks are a layer's own.
         """
         num_parts = len(blocks) - 1
         part_width = blocks[-1].keys.shape[-2]
@@ -292,22 +262,6 @@ def read_blocks(
     """Attend to blocks of a layer and to the token in hand."""
     of_layer = blocks if layer is None else transformer.layer_of(blocks, layer)
     return cached_attention(query, [*of_layer, in_hand], masks)
-
-
-def make_reader(
-    prompt_mask: Bool[Array, "slots prompt_width"],
-    clock: Int[Array, ""],
-    lengths: Int[Array, " slots"],
-    response_length: int,
-) -> CacheReader:
-    """Return the reader for the step at `clock`, of responses that have these lengths.
-
-    A slot sees as many of the last places of the ring as its response has tokens there: all of
-    them but the one in hand.
-    """
-    age = (clock - 1 - jnp.arange(response_length)) % response_length
-    ring_mask = age < lengths[:, None] - 1
-    return CacheReader(prompt_mask=prompt_mask, ring_mask=ring_mask, clock=clock)
 
 
 def after_drawing(
