@@ -31,6 +31,7 @@ from alignjax.config import Config, Model
 from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
+from alignjax.models.attention import decode_attention
 from alignjax.sampling import rollout as default_sampler
 from alignjax.sampling.external import ExternalSampler
 from alignjax.sampling.slots import plan_slots
@@ -453,6 +454,8 @@ def rollout_loops(config: Config) -> Loops:
     refills = -(-prompts // plan.prompts_per_fill)
     rounds = -(-prompts * ppo.samples_per_prompt // plan.slots)
     steps = rounds * (ppo.response_length - 1)
+    longest = config.data.max_length + ppo.response_length
+    filled = (longest - ppo.response_length / 2) / decode_attention.round_up(longest)
     if plan.prompts_per_fill == prompts:
-        return Loops(0, steps)
-    return Loops(refills, -(-steps // refills))
+        return Loops(0, steps, filled)
+    return Loops(refills, -(-steps // refills), filled)

@@ -184,10 +184,10 @@ def for_sampling(model: Model, params: Params) -> Params:
 
     The result serves `apply` and `decode` as the parameters themselves do.
     """
-    params = rounded(model, params)
     if not joins_products():
-        return params
-    return params | {"layers": for_decoding(model, params)}
+        return rounded(model, params)
+    # Joined before they are rounded: XLA would round the whole stack to take one layer of it.
+    return rounded(model, params | {"layers": for_decoding(model, params)})
 
 
 def rounded(model: Model, params: Params) -> Params:

@@ -114,7 +114,7 @@ class RowReader:
         arguments = (queries, keys, values, *rows, self.first, self.place)
         spec = spec_of(rows.keys.shape, SLOT_AXIS, HEAD_AXIS)
         if spec is None:
-            seen, *written = write_and_attend(*arguments)
+            seen, written = write_and_attend(*arguments)
         else:
             # Each device writes and reads its own slots and heads: GSPMD would gather the cache.
             by_slot = P(spec[SLOT_AXIS])
@@ -122,11 +122,11 @@ class RowReader:
             call = jax.shard_map(
                 write_and_attend,
                 in_specs=(heads, heads, heads, spec, spec, by_slot, by_slot),
-                out_specs=(heads, spec, spec),
+                out_specs=(heads, KeyValues(keys=spec, values=spec)),
                 check_vma=False,
             )
-            seen, *written = call(*arguments)
-        return seen, KeyValues(*written)
+            seen, written = call(*arguments)
+        return seen, written
 
 
 def write_and_attend(
@@ -137,13 +137,13 @@ def write_and_attend(
     value_rows: Float[Array, "slots places kv_heads head_size"],
     first: Int[Array, " slots"],
     place: Int[Array, " slots"],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Float[Array, "slots heads head_size"], KeyValues]:
     """Return what the queries see, and the rows with the token in hand at its place."""
     slots = jnp.arange(len(place))
     key_rows = key_rows.at[slots, place].set(keys.astype(key_rows.dtype))
     value_rows = value_rows.at[slots, place].set(values.astype(value_rows.dtype))
     seen = decode_attention.attend_rows(queries, key_rows, value_rows, first, place + 1)
-    return seen, key_rows, value_rows
+    return seen, KeyValues(keys=key_rows, values=value_rows)
 
 
 def fill_rows(

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from alignjax.models.attention.devices import platform
 from alignjax.models.attention.plain import masked_softmax
 
+KERNEL = "mha_forward"  # the name that JAX gives the kernel
 BLOCK = 128  # keys that the kernel reads at a time
 # Programs that the kernel should have at least, so that all multiprocessors of a GPU read.
 LEAST_PROGRAMS = 512
@@ -14,9 +15,9 @@ MOST_SPLITS = 16
 
 
 def round_up(places: int) -> int:
-    """Return the places of a row that the kernel takes: whole blocks, and a power of two of them.
+    """Return how many places a row needs for the kernel to take so many.
 
-    Then the row divides into any smaller power of two of parts.
+    They are whole blocks; beyond `MOST_SPLITS` blocks, a multiple of so many.
     """
     blocks = -(-places // BLOCK)
     if blocks <= MOST_SPLITS:
