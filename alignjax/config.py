@@ -4,13 +4,18 @@ A config file defines `config(variant)`, which returns a `Config`.
 """
 
 import ast
+import contextlib
 import dataclasses
+import datetime
 import difflib
 import json
 import math
+import os
 import re
-import runpy
+import traceback
+import types
 import typing
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +34,7 @@ class UserError(Exception):
 
 
 LONGEST_LINE = 2000  # characters of an error
+LONGEST_VALUE = 80  # characters of a value in it
 
 
 def one_line(text: str) -> str:
@@ -38,6 +44,11 @@ def one_line(text: str) -> str:
         half = LONGEST_LINE // 2
         line = f"{line[:half]} ... {line[-half:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def short(text: str) -> str:
+    """Return a user's value as an error shows it: its beginning."""
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def describe_error(error: BaseException) -> str:
@@ -193,6 +204,12 @@ class Config:
     # A directory or hf://ORG/NAME; "" is the parents', or without parents one trained on the text.
     tokenizer: str = ""
     chat_template: str = ""  # "" is the tokenizer's own; chatml
+    # Today for a chat template that writes the date, such as 2026-01-31; "" is the parents', else
+    # the day on which the run begins. config.json has the day that was used.
+    template_date: str = ""
+    # Whether special tokens in the texts of the data are special, as in apply_chat_template, rather
+    # than text. A child of a run does as its parent does.
+    special_tokens_in_content: bool = False
     microbatch_tokens: int = 4096  # a minibatch is packed into microbatches of about so many tokens
     model: Model = field(default_factory=Model)
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -252,6 +269,8 @@ AT_LEAST_ONE = (
     "ppo.eval_prompts",
 )
 MAY_BE_NEGATIVE = ("ppo.truncated_score", "mesh.data", "mesh.fsdp", "mesh.tensor")
+LARGEST_INT = 2**31 - 1
+LARGEST_SEED = 2**32 - 1  # JAX drops higher bits without a word
 # A source with its weight, or what follows the comma between two options of a public set.
 BUILT_IN_SOURCE = re.compile(r"(?:[\d.]+\*)?(?:toy|tfds)/.*|[a-z_]+=.*")
 FUNCTIONS = ("ppo.reward_fn", "ppo.sampler")  # module:function, or ""
@@ -279,17 +298,73 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> Config:
         raise UserError(
             f"--config {spec}: no file {name} here or in {CONFIGS}{nearest(name, known)}"
         )
-    module = runpy.run_path(str(candidates[0]))
-    variants = module.get("VARIANTS", ("",))
-    if variant not in variants:
-        raise UserError(
-            f"--config {spec}: {name} has no variant {variant!r}{nearest(variant, variants)}"
-        )
-    config = module["config"](variant)
+    config = config_of_file(candidates[0], variant)
     for key, value in (overrides or {}).items():
         override(config, key, value)
     check(config)
     return config
+
+
+def config_of_file(path: Path, variant: str) -> Config:
+    """Return the config of a variant that a file defines; its fields are not checked."""
+    namespace = run_file(path)
+    variants = namespace.get("VARIANTS", ("",))
+    is_list = isinstance(variants, tuple | list | set | frozenset | dict)
+    if not is_list or not all(isinstance(name, str) for name in variants):
+        raise UserError(f"{path}: VARIANTS must be a tuple of texts, not {variants!r}")
+    if variant not in variants:
+        raise UserError(f"{path} has no variant {variant!r}{nearest(variant, variants)}")
+    make_config = namespace.get("config")
+    if not callable(make_config):
+        raise UserError(f"{path}: there is no function config(variant), which returns a Config")
+    with errors_of_file(path):
+        config = make_config(variant)
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise UserError(f"{path}: config({variant!r}) must return a Config, not {kind}")
+    try:
+        check_types(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config
+
+
+def run_file(path: Path) -> dict[str, Any]:
+    """Run a user's file of Python code, and return what it defines.
+
+    Unlike `runpy`, this runs neither directories nor archives.
+
+    Raises:
+      UserError: if the file cannot be read, or its code raises an exception or exits; it names
+        the line.
+    """
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    with errors_of_file(path):
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    return module.__dict__
+
+
+@contextlib.contextmanager
+def errors_of_file(path: Path) -> Iterator[None]:
+    """Raise UserError, with the file and the line, for what the code of a user's file raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        line = line_of_error(path, error)
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"{path}{line}: {type(error).__name__}: {reason}") from error
+
+
+def line_of_error(path: Path, error: BaseException) -> str:
+    """Return ":LINE" of the last line of a file that an error went through, "" for none."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f":{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f":{lines[-1]}" if lines else ""
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -310,7 +385,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             if not remaining:
                 raise UserError(f"{name}: a value is missing")
             value = remaining.pop(0)
-        overrides[name.removeprefix("--config.")] = value
+        if value.startswith("--config."):
+            raise UserError(f"{name}: a value is missing before {value}")
+        key = name.removeprefix("--config.")
+        if overrides.get(key, value) != value:
+            raise UserError(f"{name}={value}: it is also given as {overrides[key]}")
+        overrides[key] = value
     return overrides
 
 
@@ -331,7 +411,8 @@ def override(config: Config, key: str, text: str) -> None:
             target = getattr(target, name)
     kind = typing.get_type_hints(type(target))[last]
     if typing.get_origin(kind) is dict:
-        setattr(target, last, parse_names(text, f"--config.{key}"))
+        hint = f"; this is a group, and --config.{key}.FIELD=VALUE sets one of its fields"
+        setattr(target, last, parse_names(text, f"--config.{key}", hint))
         return
     if dataclasses.is_dataclass(kind):
         raise UserError(f"--config.{key}: this is a group; set one of its fields")
@@ -343,17 +424,19 @@ def parse_value(text: str, kind: type, name: str) -> Any:
     if kind is str:
         return text
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in the text
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        if kind is float and type(value) is int:
+            value = float(value)
+    except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
         value = text
-    if kind is float and type(value) is int:
-        value = float(value)
     if type(value) is not kind:
-        raise UserError(f"{name}={text}: {kind.__name__} wanted, {type(value).__name__} given")
+        kind_given = type(value).__name__
+        raise UserError(f"{name}={short(text)}: {kind.__name__} wanted, {kind_given} given")
     return value
 
 
-def parse_names(text: str, name: str) -> dict[str, str]:
+def parse_names(text: str, name: str, hint: str = "") -> dict[str, str]:
     """Return a dictionary of texts, written as a JSON object: {"prompt": "question"}."""
     try:
         value = json.loads(text)
@@ -361,8 +444,8 @@ def parse_names(text: str, name: str) -> dict[str, str]:
         value = None
     if not is_dictionary_of_texts(value):
         raise UserError(
-            f"{name}={text}: this is a group; expected a JSON object of texts, "
-            f"or one of its fields as {name}.FIELD=VALUE"
+            f"{name}={text}: expected a JSON object of texts, "
+            f'such as {{"prompt": "question"}}{hint}'
         )
     return value
 
@@ -380,6 +463,7 @@ def check(config: Config) -> None:
     Raises:
       UserError: for the first rule that is broken; it names the fields and both values.
     """
+    check_types(config)
     check_fields(config)
     check_model(config)
     check_stage(config)
@@ -393,6 +477,54 @@ def rule(holds: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_types(group: Any, kind: type = Config, prefix: str = "") -> None:
+    """Check that a config, or a group of its fields, has its fields and values of their types."""
+    rule(
+        isinstance(group, kind),
+        f"{prefix.rstrip('.') or 'config'} must be of type {kind.__name__}, "
+        f"not {type(group).__name__}",
+    )
+    kinds = typing.get_type_hints(kind)
+    names = [name for name, _ in flatten(group, prefix)]
+    known = {item.name for item in dataclasses.fields(group)}
+    for name, value in vars(group).items():
+        rule(name in known, f"{prefix}{name}: there is no such field{nearest(name, names)}")
+        if dataclasses.is_dataclass(kinds.get(name)):
+            check_types(value, kinds[name], f"{prefix}{name}.")
+        elif name in kinds:
+            check_type(f"{prefix}{name}", value, kinds[name])
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Check that a value has the type of its field; an int may stand for a float."""
+    if typing.get_origin(kind) is dict:
+        rule(isinstance(value, dict), f"{name}={value!r} must be a dict")
+        key_kind, value_kind = typing.get_args(kind)
+        for key, item in value.items():
+            check_type(f"a key of {name}", key, key_kind)
+            check_type(f"{name}.{key}", item, value_kind)
+        return
+    allowed = {float: (float, int)}.get(kind, kind)
+    is_right = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+    rule(
+        is_right,
+        f"{name}={value!r} must be of type {kind.__name__}, not {type(value).__name__}",
+    )
+    if isinstance(value, str):
+        rule(is_encodable(value), f"{name}={value!r} has a NUL or half of a surrogate pair")
+    elif isinstance(value, int):
+        largest = LARGEST_SEED if name == "seed" else LARGEST_INT
+        rule(abs(value) <= largest, f"{name} must be at most {largest}")
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text can be a file's name."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def check_fields(config: Config) -> None:
     """Check the values that a single field may take."""
     values = dict(flatten(config))
@@ -402,8 +534,30 @@ def check_fields(config: Config) -> None:
     for key in AT_LEAST_ONE:
         rule(values[key] >= 1, f"{key}={values[key]} must be at least 1")
     for key, value in values.items():
-        if isinstance(value, int | float) and key not in MAY_BE_NEGATIVE:
-            rule(0 <= value < math.inf, f"{key}={value} must be finite and not below 0")
+        if isinstance(value, int | float):
+            rule(
+                math.isfinite(value) and (value >= 0 or key in MAY_BE_NEGATIVE),
+                f"{key}={value} must be finite and not below 0",
+            )
+    rule(
+        is_file_name(config.name),
+        f"name={config.name!r} must be a file's name: it names the run's directory",
+    )
+    check_date(config.template_date)
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a text can name one directory within another."""
+    return bool(name.strip(". ")) and name.isprintable() and "/" not in name
+
+
+def check_date(date: str) -> None:
+    """Check that a date is empty or in ISO format."""
+    try:
+        is_date = not date or datetime.date.fromisoformat(date).isoformat() == date
+    except ValueError:
+        is_date = False
+    rule(is_date, f"template_date={date!r} must be a date such as 2026-01-31")
 
 
 def check_model(config: Config) -> None:
@@ -571,8 +725,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there are: {', '.join(map(repr, names))}"
 
 
-def model_from_json(stored: dict) -> Model:
-    """Return the model of a config that `to_json` wrote."""
-    prefix = "model."
-    fields = {key: value for key, value in stored.items() if key.startswith(prefix)}
-    return Model(**{key.removeprefix(prefix): value for key, value in fields.items()})
+def model_from_json(stored: dict, where: str = "config.json") -> Model:
+    """Return the model of a config that `to_json` wrote.
+
+    Args:
+      stored: {dotted field: value}.
+      where: the file, with which errors begin.
+
+    Raises:
+      UserError: for a field that does not exist, and for a value that cannot be right.
+    """
+    model = Model()
+    for key, value in stored.items():
+        if key.startswith("model."):
+            setattr(model, key.removeprefix("model."), value)
+    try:
+        check_types(model, Model, "model.")
+        check_fields(Config(model=model))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return model

@@ -23,7 +23,7 @@ from alignjax.data import chat
 from alignjax.machine import console
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
-from alignjax.weights import checkpoint, hf
+from alignjax.weights import checkpoint, hf, locations
 
 
 class Export(NamedTuple):
@@ -105,7 +105,9 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
     write_tokenizer(run, tokenizer, tokens, partial)
     if head == "lm":
         write_generation_config(tokenizer, tokens, partial)
-    size = hf.write_hf(model_from_json(config), head, read, partial, dtype, tokens=tokens)
+    size = hf.write_hf(
+        model_from_json(config, str(run / "config.json")), head, read, partial, dtype, tokens=tokens
+    )
     partial.replace(out)
 
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
@@ -124,13 +126,7 @@ def is_empty_directory(path: Path) -> bool:
 
 def read_run_config(run: Path) -> dict[str, Any]:
     """Return the config.json of a complete run; UserError for any other directory."""
-    path = run / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--to_hf {run}: no config.json there, so this is not a run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    config = locations.read_config(run)
     if "stage" not in config:
         raise UserError(
             f"--to_hf {run}: config.json names no stage, so this is not a run "

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from alignjax import config as configs
 from alignjax.algorithms import rewards
@@ -58,6 +59,7 @@ class LoadedModel:
     """A model with its parameters on a mesh, as `load` returns it.
 
     Attributes:
+        name: what errors call it: the run or checkpoint as the caller named it.
         architecture: its `config.Model`.
         ends: the tokens that end a response; empty for a reward model.
         uses_chat_template: whether prompts go through the tokenizer's chat template.
@@ -72,7 +74,9 @@ class LoadedModel:
         mesh: jax.sharding.Mesh,
         ends: Sequence[int],
         uses_chat_template: bool = True,
+        name: str = "the model",
     ):
+        self.name = name
         self.architecture = architecture
         self.params = params
         self.tokenizer = tokenizer
@@ -173,6 +177,7 @@ class LoadedModel:
             (tokens,) = sharding.on_host(output.tokens)
             (length,) = sharding.on_host(output.lengths)
             (live,) = sharding.on_host(output.live)
+            self.check_finite("logits", sharding.on_host(output.logprobs))
             text = self.text_of(tokens[:length])
             # The replacement character may stand for half a character: wait for the rest.
             complete = text.rstrip("\ufffd") if live else text
@@ -217,7 +222,18 @@ class LoadedModel:
         scores = rewards.score_sequences(
             score, sequences, round_up(longest), microbatch_tokens, self.mesh
         )
+        self.check_finite("scores", scores)
         return scores.tolist()
+
+    def check_finite(self, what: str, figures: float | Float[np.ndarray, "..."]) -> None:
+        """Raise UserError if a figure that the model computed is not finite.
+
+        A model whose parameters are not finite cannot be loaded, so the computation overflows.
+        """
+        if not np.isfinite(figures).all():
+            dtype = self.architecture.dtype
+            advice = "" if dtype == "float32" else "; try float32"
+            raise UserError(f"{self.name}: the model's {what} overflow in {dtype}{advice}")
 
     def sampling_settings(
         self, temperature: float, top_p: float, max_tokens: int | None, samples: int = 1
@@ -321,6 +337,7 @@ class LoadedModel:
         responses = sharding.on_host(sampled.tokens)[:, batch.tokens.shape[1] :]
         response_lengths = sharding.on_host(sampled.lengths)
         wanted = len(prompts) * settings.samples_per_prompt
+        self.check_finite("logits", sharding.on_host(sampled.logprobs)[:wanted])
         return [
             response[:length]
             for response, length in zip(responses[:wanted], response_lengths[:wanted], strict=True)
@@ -393,6 +410,7 @@ def load(
         mesh,
         () if is_reward else ends_of(directory, tokenizer, architecture.vocab_size),
         uses_chat_template(stored, tokenizer),
+        name=str(run),
     )
 
 
@@ -401,12 +419,7 @@ def load_params(
 ) -> dict:
     """Return parameters on the mesh, of a run or a Hugging Face checkpoint."""
     with jax.set_mesh(mesh):
-        if locations.is_run(directory) or head == "lm":
-            params = roles.load(architecture, head, mesh, jax.random.key(0), directory)
-        else:
-            params = roles.read_hf(architecture, head, mesh, directory)
-        if "head" not in params and head == "scalar":
-            raise UserError(f"{directory}: this sequence classifier has no score.weight")
+        params = roles.load_trained(architecture, head, mesh, directory)
         if architecture.dtype != "float32" or transformer.joins_products():
             lay_out = jax.jit(transformer.for_sampling, static_argnums=0, donate_argnums=1)
             params = lay_out(architecture, params)

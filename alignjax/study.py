@@ -13,7 +13,6 @@ OUT/study/NAME.json has every figure, NAME.png the picture, and OUT/study.md all
 import argparse
 import functools
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def load(name: str) -> Study:
     path = Path(name) if name.endswith(".py") else STUDIES / f"{name}.py"
     if not path.is_file():
         raise UserError(f"study {name}: no file {path}{configs.nearest(name, known())}")
-    study = runpy.run_path(str(path)).get("study")
+    study = configs.run_file(path).get("study")
     if not isinstance(study, Study):
         raise UserError(f"study {name}: {path} has no `study`, an alignjax.claims.Study")
     study_runs.plan_trials(study, 1, Path())

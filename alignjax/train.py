@@ -303,6 +303,8 @@ def run_parent(config: Config, spec: str, workdir: Path, session: Session) -> Pa
     parent.seed = config.seed
     parent.mesh = config.mesh
     parent.model = dataclasses.replace(config.model)
+    parent.template_date = config.template_date
+    parent.special_tokens_in_content = config.special_tokens_in_content
     if (directory / "config.json").exists():
         parent.seed = locations.read_config(directory).get("seed", config.seed)
     configs.check(parent)

@@ -142,7 +142,9 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
     for name, tokenizer in (("same", policy), ("other", other)):
         (tmp_path / name).mkdir()
         made[name] = saved(tmp_path / name, MODEL, tokenizer, 256)
-    monkeypatch.setattr(rewards.roles, "load", lambda model, head, mesh, key, path: made[path.name])
+    monkeypatch.setattr(
+        rewards.roles, "load_trained", lambda model, head, mesh, path: made[path.name]
+    )
     with jax.set_mesh(mesh):
         reward = rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
         assert (

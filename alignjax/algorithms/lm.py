@@ -187,7 +187,12 @@ def load_text(config: Config, mesh: Mesh, inputs: RunInputs) -> TextData:
     sets = mixture.sets(config, data.kind, data.train, data.heldout, inputs.say)
     heldout_rows = sets.heldout_rows
     heldout = encoding.encode(
-        heldout_rows, data.kind, data.max_length, inputs.tokenizer, inputs.say
+        heldout_rows,
+        data.kind,
+        data.max_length,
+        inputs.tokenizer,
+        inputs.say,
+        skip=data.on_bad_row == "skip",
     )
     batches = mixture.batches(
         config, sets, data.kind, data.max_length, data.batch, inputs.tokenizer, inputs.say

@@ -202,6 +202,7 @@ class PPO:
             metrics=metrics,
             details=functools.partial(self.details, step, batch["index"], scored),
             batch=functools.partial(self.learned_from, step, batch["index"], scored),
+            causes=ppo_checks.CAUSES,
         )
         return state, output
 

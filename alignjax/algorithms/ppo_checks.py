@@ -10,12 +10,21 @@ from jaxtyping import Array, Float
 from alignjax.algorithms import optimisation
 from alignjax.algorithms.experience import ResponseMicrobatch, ScoredRollout
 from alignjax.algorithms.optimisation import Accumulate
-from alignjax.config import Config, Model
+from alignjax.config import Config, Model, UserError
 from alignjax.models import scoring
 from alignjax.sampling.types import Rollout
 from alignjax.weights import roles
 
 CHECKED_RESPONSES = 8  # which are scored once more, each alone
+
+# Metric -> what is wrong if it is not finite, what spoils the others first.
+CAUSES = {
+    "objective/entropy": "the policy's logits are not finite",
+    "sampler/drift_max": "the logits that the policy samples from are not finite",
+    "objective/kl": "the reference's logits are not finite",
+    "objective/scores": "a score is not finite",
+    "value/explained_variance": "the value model's values are not finite",
+}
 
 
 def check_first_rollout(
@@ -29,12 +38,13 @@ def check_first_rollout(
 ) -> None:
     """Check ratio, KL and packing before the first update.
 
-    The ratio is 1; the KL to the reference is 0 if the policy starts there; and a response scores
-    alone as it scored among its neighbours.
+    All logits are finite; the ratio is 1; the KL to the reference is 0 if the policy starts there;
+    and a response scores alone as it scored among its neighbours.
 
     Raises:
       UserError: with the figure that is not as it must be.
     """
+    check_finite(config, scored)
     check_ratio(config, policy_gradient, params["policy"], scored, minibatch)
     if config.parents["policy"] == config.parents["reference"]:
         largest = jnp.abs(scored.responses["kl"]).max()
@@ -43,6 +53,20 @@ def check_first_rollout(
         )
     if "reward" in params:
         check_scores(config, reward_model, params["reward"], scored, texts)
+
+
+def check_finite(config: Config, scored: ScoredRollout) -> None:
+    """Check that the logits of policy and reference are finite.
+
+    Parameters that are not finite cannot be loaded, so the computation overflows. A score that is
+    not finite is reported elsewhere: the rollout is skipped.
+    """
+    for name in ("objective/entropy", "objective/kl"):
+        if not np.isfinite(float(scored.metrics[name])):
+            raise UserError(
+                f"self-check at step 0: {CAUSES[name]}: they overflow in model.dtype="
+                f"{config.model.dtype!r}; stopped"
+            )
 
 
 def check_ratio(

@@ -59,7 +59,12 @@ def load_prompts(config: Config, inputs: RunInputs) -> PromptData:
     train_rows = [row for rows in sets.train for row in rows]
     heldout_rows = sets.heldout_rows
     heldout = encoding.encode(
-        heldout_rows, "prompts", data.max_length, inputs.tokenizer, inputs.say
+        heldout_rows,
+        "prompts",
+        data.max_length,
+        inputs.tokenizer,
+        inputs.say,
+        skip=data.on_bad_row == "skip",
     )
     batches = mixture.batches(
         config, sets, "prompts", data.max_length, data.batch, inputs.tokenizer, inputs.say
@@ -83,7 +88,14 @@ def load_pretraining_text(config: Config, mesh: Mesh, inputs: RunInputs) -> Pret
     heldout = None
     if ppo.pretrain_heldout:
         heldout_rows = sets.heldout_rows
-        heldout = encoding.encode(heldout_rows, "text", length, inputs.tokenizer, inputs.say)
+        heldout = encoding.encode(
+            heldout_rows,
+            "text",
+            length,
+            inputs.tokenizer,
+            inputs.say,
+            skip=config.data.on_bad_row == "skip",
+        )
     if not ppo.pretrain_coef:
         return PretrainingText(heldout=heldout)
     batches = mixture.batches(

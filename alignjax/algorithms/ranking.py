@@ -346,7 +346,11 @@ def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingDa
     data = config.data
     sets = mixture.sets(config, "comparisons", data.train, data.heldout, inputs.say)
     encode = functools.partial(
-        encoding.encode, length=data.max_length, tokenizer=inputs.tokenizer, say=inputs.say
+        encoding.encode,
+        length=data.max_length,
+        tokenizer=inputs.tokenizer,
+        say=inputs.say,
+        skip=data.on_bad_row == "skip",
     )
     heldout = {source: encode(rows, "comparisons") for source, rows in sets.heldout.items()}
     batches = mixture.batches(

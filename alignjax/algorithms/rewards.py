@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
-from alignjax.data import chat, encoding, packing, tokenizer_files
+from alignjax.data import chat, encoding, packing, templates, tokenizer_files
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
@@ -86,8 +86,8 @@ def build(
     """Build the rewards that the config asks for; `function` is the one that it names, loaded.
 
     Raises:
-      UserError: for a reward model that cannot read sequences as long as a prompt and its
-        response.
+      UserError: for a language model, and for a reward model that cannot read sequences as long as
+        a prompt and its response.
     """
     ppo = config.ppo
     text_rewards: list[TextReward] = [function] if function else []
@@ -95,7 +95,7 @@ def build(
         return Reward(model=config.model, params={}, text_rewards=text_rewards)
     directory = parents["reward"]
     model = reward_architecture(config, directory)
-    params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
+    params = roles.load_trained(model, "scalar", mesh, directory)
     params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
     reward_tokenizer = parent_tokenizer(config, directory)
     tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)
@@ -148,14 +148,17 @@ def bind_scorer(model: Model, params: dict) -> ScoreFunction:
 def parent_tokenizer(config: Config, directory: Path) -> PreTrainedTokenizerBase:
     """Load a parent's tokenizer.
 
-    A run has kept its own. For a Hugging Face checkpoint the config may name another.
+    A run has kept its own. For a Hugging Face checkpoint the config may name another, and it says
+    how the chat template is used.
     """
     if locations.is_run(directory):
         return chat.load_tokenizer(directory / "tokenizer")
     source = directory
     if config.tokenizer:
         source = locations.local_directory(config.tokenizer, weights=False)
-    return chat.load_tokenizer(source, config.chat_template)
+    tokenizer = chat.load_tokenizer(source, config.chat_template)
+    templates.set_options(tokenizer, config.template_date, config.special_tokens_in_content)
+    return tokenizer
 
 
 def score_sequences(
@@ -190,6 +193,10 @@ def score_sequences(
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Return whether two tokenizers make the same tokens of a conversation.
 
-    They do if both the vocabulary and the chat template are the same.
+    They do if the vocabulary, the chat template and how it is used are the same.
     """
-    return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
+    return (
+        one.get_vocab() == other.get_vocab()
+        and one.chat_template == other.chat_template
+        and templates.options_of(one) == templates.options_of(other)
+    )

@@ -170,13 +170,15 @@ def encode_comparisons(
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text of a response's real tokens, without its end token."""
+    """Return the text of a response's real tokens, without its end token and special ones."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         ends.add(end_token(tokenizer))
     if len(tokens) and int(tokens[-1]) in ends:
         tokens = tokens[:-1]
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    special = chat_format.controls_of(tokenizer).special_ids
+    kept = [int(token) for token in tokens if int(token) not in special]
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:

@@ -30,6 +30,7 @@ class ControlTokens:
 
     Attributes:
         ids: the id of each control token by its name.
+        special_ids: those of the tokens that the tokenizer marks as special, which are no text.
         secret_names: its secret name by its name.
         allowed_in_content: whether control tokens in contents stay control tokens.
     """
@@ -44,6 +45,7 @@ class ControlTokens:
         state = json.loads(backend_of(tokenizer).to_str())
         self.allowed_in_content = allowed_in_content
         self.ids = control_ids(tokenizer, state, markers)
+        self.special_ids = set(control_ids(tokenizer, state, ()).values())
         # Digits: no normaliser changes them, and no letter case of a template does.
         secret = f"{secrets.randbelow(10**SECRET_DIGITS):0{SECRET_DIGITS}d}"
         self.shield_mark = f"{secret}99999"
@@ -83,6 +85,12 @@ class ControlTokens:
     def secret_name(self, match: re.Match) -> str:
         return self.secret_names[match[0]]
 
+    def without_secrets(self, text: str) -> str:
+        """Return a text with the control tokens' own names, to show it."""
+        for name, secret_name in self.secret_names.items():
+            text = text.replace(secret_name, name)
+        return text
+
     def of_content(self, text: str) -> str:
         """Return a text of the user's, without a template, as `encode` takes it."""
         return self.with_secrets(text) if self.allowed_in_content else text
@@ -96,7 +104,8 @@ class ControlTokens:
         try:
             encoded = self.copy.encode_batch_fast(distinct, add_special_tokens=begin)
         except (TypeError, UnicodeEncodeError):
-            raise UserError(describe_surrogate(distinct)) from None
+            texts = [self.without_secrets(text) for text in distinct]
+            raise UserError(describe_surrogate(texts)) from None
         return {text: part.ids for text, part in zip(distinct, encoded, strict=True)}
 
 

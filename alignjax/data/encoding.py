@@ -1,5 +1,8 @@
 """From examples to arrays of tokens. An example over the length limit is dropped, never cut.
 
+A row that the chat template refuses, or that cannot be encoded, is an error that names its place,
+or is skipped and counted.
+
 In shapes, n is the number of examples and t the number of tokens.
 """
 
@@ -10,10 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import UserError
-from alignjax.data import chat, packing, shares
-
-# Rows that are tokenised at a time: lists of ids take many times the memory of arrays.
-CHUNK = 4096
+from alignjax.data import chat, packing
+from alignjax.data.tokenising import DEFAULT_RULES, IdColumns, RowRules, tokenise
 
 
 class Ragged:
@@ -50,7 +51,6 @@ class Ragged:
 
 
 Arrays = dict[str, np.ndarray | Ragged]
-IdColumns = dict[str, list[list[int]]]  # named columns, each with the ids of every row
 
 
 class Encoded(NamedTuple):
@@ -116,30 +116,15 @@ def lengths_of(sequences: Iterable[Sequence[int]]) -> np.ndarray:
     return np.array([len(ids) for ids in sequences], np.int32)
 
 
-def tokenise(
-    to_columns: Callable[[PreTrainedTokenizerBase, list[dict]], IdColumns],
-    names: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
-) -> shares.Columns:
-    """Return the columns of these names that a function makes of rows, as arrays.
-
-    The function gets CHUNK rows at a time. Of several processes each tokenises its share.
-    """
-    columns = {name: [] for name in names}
-    local_rows = shares.local(rows)
-    for first in range(0, len(local_rows), CHUNK):
-        encoded = to_columns(tokenizer, local_rows[first : first + CHUNK])
-        for name in names:
-            columns[name] += [np.asarray(ids, np.int32) for ids in encoded[name]]
-    return shares.whole_columns(columns)
-
-
 def closing(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that ends a document of plain text."""
-    if tokenizer.pad_token_id is None:
-        return tokenizer.eos_token_id
-    return tokenizer.pad_token_id
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError(
+        f"{tokenizer.name_or_path}: the tokenizer has neither a pad_token nor an eos_token, which "
+        "ends documents"
+    )
 
 
 def document_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
@@ -148,7 +133,12 @@ def document_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> Id
     return {"document": [[*tokens, end] for tokens in ids]}
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int) -> Encoded:
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    length: int,
+    rules: RowRules = DEFAULT_RULES,
+) -> Encoded:
     """Return tokens, mask and segments, each [n length]: documents cut into windows.
 
     The documents are joined end to end, each closed by the pad token. Segments number the documents
@@ -156,7 +146,9 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: in
     document in the window, because the first token has no context. The few tokens after the
     last whole window are left out; no document is dropped.
     """
-    documents = tokenise(document_columns, ("document",), tokenizer, rows)["document"]
+    closing(tokenizer)
+    tokenised = tokenise(document_columns, ("document",), tokenizer, rows, "text", rules)
+    documents = tokenised.columns["document"]
     stream = np.concatenate(documents)
     document_numbers = np.arange(len(documents), dtype=np.int32)
     document_of_token = np.repeat(document_numbers, lengths_of(documents))
@@ -172,27 +164,53 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: in
 
 
 def conversation_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
-    encoded = chat.encode_conversations(tokenizer, [row["messages"] for row in rows])
-    return {
-        "tokens": [conversation.tokens for conversation in encoded],
-        "mask": [conversation.trained for conversation in encoded],
-    }
+    """Return the sequences of each row, one behind the other, and their lengths."""
+    messages = [row["messages"] for row in rows]
+    columns: IdColumns = {"tokens": [], "mask": [], "lengths": []}
+    for sequences in chat.conversation_sequences(tokenizer, messages):
+        columns["tokens"].append([token for one in sequences for token in one.tokens])
+        columns["mask"].append([flag for one in sequences for flag in one.trained])
+        columns["lengths"].append([len(one.tokens) for one in sequences])
+    return columns
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    length: int,
+    rules: RowRules = DEFAULT_RULES,
 ) -> Encoded:
-    """Return tokens, mask (1 on the targets: the assistant's tokens) and segments, [n length]."""
-    columns = tokenise(conversation_columns, ("tokens", "mask"), tokenizer, rows)
-    kept, dropped = fitting(lengths_of(columns["tokens"]), length, "conversations")
-    tokens = [columns["tokens"][i] for i in kept]
-    mask = [columns["mask"][i] for i in kept]
+    """Return tokens, mask (1 on the targets: the assistant's tokens) and segments, [n length].
+
+    A conversation may take several sequences, see `chat.conversation_sequences`; each is an
+    example of its own.
+    """
+    names = ("tokens", "mask", "lengths")
+    columns = tokenise(conversation_columns, names, tokenizer, rows, "conversations", rules).columns
+    tokens = split_sequences(columns["tokens"], columns["lengths"])
+    mask = split_sequences(columns["mask"], columns["lengths"])
+    if len(tokens) > len(columns["tokens"]):
+        rules.say(
+            f"{len(columns['tokens'])} conversations take {len(tokens)} sequences, because the "
+            "chat template writes earlier turns otherwise than the last one"
+        )
+    kept, dropped = fitting(lengths_of(tokens), length, "conversations")
+    kept_tokens = [tokens[i] for i in kept]
     arrays = {
-        "tokens": Ragged(tokens, length),
-        "mask": Ragged(mask, length),
-        "segments": Ragged(map(np.ones_like, tokens), length),
+        "tokens": Ragged(kept_tokens, length),
+        "mask": Ragged([mask[i] for i in kept], length),
+        "segments": Ragged(map(np.ones_like, kept_tokens), length),
     }
     return Encoded(arrays, dropped)
+
+
+def split_sequences(rows: list[np.ndarray], lengths: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the sequences of all rows, each row's one behind the other in an array."""
+    return [
+        sequence
+        for row, row_lengths in zip(rows, lengths, strict=True)
+        for sequence in np.split(row, np.cumsum(row_lengths)[:-1])
+    ]
 
 
 def comparison_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
@@ -204,13 +222,17 @@ def comparison_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> 
 
 
 def encode_comparisons(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    length: int,
+    rules: RowRules = DEFAULT_RULES,
 ) -> Encoded:
     """Return chosen and rejected [n length], their lengths [n], and margin [n] float32."""
-    sides = tokenise(comparison_columns, ("chosen", "rejected"), tokenizer, rows)
+    names = ("chosen", "rejected")
+    sides, numbers = tokenise(comparison_columns, names, tokenizer, rows, "comparisons", rules)
     longer = np.maximum(lengths_of(sides["chosen"]), lengths_of(sides["rejected"]))
     kept, dropped = fitting(longer, length, "comparisons")
-    margins = [rows[i].get("margin", 0.0) for i in kept]
+    margins = [rows[number].get("margin", 0.0) for number in numbers[kept]]
     arrays: Arrays = {"margin": np.array(margins, np.float32)}
     for side, sequences in sides.items():
         ids = [sequences[i] for i in kept]
@@ -223,15 +245,21 @@ def prompt_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdCo
     return {"prompt": chat.encode_prompts(tokenizer, [row["prompt"] for row in rows])}
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int) -> Encoded:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    length: int,
+    rules: RowRules = DEFAULT_RULES,
+) -> Encoded:
     """Return prompts [n length], left-padded, lengths [n], and index [n], the row's number."""
-    prompts = tokenise(prompt_columns, ("prompt",), tokenizer, rows)["prompt"]
+    columns, numbers = tokenise(prompt_columns, ("prompt",), tokenizer, rows, "prompts", rules)
+    prompts = columns["prompt"]
     kept, dropped = fitting(lengths_of(prompts), length, "prompts")
     ids = [prompts[i] for i in kept]
     arrays = {
         "prompts": Ragged(ids, length, left=True),
         "lengths": lengths_of(ids),
-        "index": kept.astype(np.int32),
+        "index": numbers[kept].astype(np.int32),
     }
     return Encoded(arrays, dropped)
 
@@ -259,9 +287,14 @@ def encode(
     length: int,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
+    skip: bool = False,
 ) -> Arrays:
-    """Return examples as arrays of one width; prints how many were dropped as too long, if any."""
-    encoded = ENCODERS[kind](tokenizer, rows, length)
+    """Return examples as arrays of one width; prints how many were dropped as too long, if any.
+
+    With `skip`, rows that cannot be encoded are left out and counted too.
+    """
+    rules = RowRules(skip=skip, say=say)
+    encoded = ENCODERS[kind](tokenizer, rows, length, rules)
     if encoded.dropped:
         say(f"{encoded.dropped} of {len(rows)} {kind} dropped: over {length} tokens")
     return encoded.arrays

@@ -160,8 +160,9 @@ def batches(
     """
     parts = []
     examples_before = 0
+    skip = config.data.on_bad_row == "skip"
     for source_examples in examples.train:
-        part = encoding.encode(source_examples, kind, length, tokenizer, say)
+        part = encoding.encode(source_examples, kind, length, tokenizer, say, skip)
         if "index" in part:
             part["index"] += examples_before
         parts.append(part)

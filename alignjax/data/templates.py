@@ -9,7 +9,7 @@ import functools
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.config import UserError
+from alignjax.config import UserError, check_date
 
 # The function by which a template asks for the date, and all that may follow "%" in its format.
 DATE_FUNCTION = "strftime_now"
@@ -36,12 +36,26 @@ def asks_for_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def date_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the date that the tokenizer's template writes, in ISO format; "" is today's."""
-    return tokenizer.init_kwargs.get(DATE, "")
+    date = tokenizer.init_kwargs.get(DATE, "")
+    try:
+        check_date(date)
+    except (TypeError, UserError):
+        raise UserError(
+            f"{tokenizer.name_or_path}: in tokenizer_config.json, {DATE}={date!r} must be a date "
+            "such as 2026-01-31"
+        ) from None
+    return date
 
 
 def allows_tokens_in_content(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether special tokens in contents are special tokens, rather than text."""
     return tokenizer.init_kwargs.get(CONTENT_TOKENS, False) is True
+
+
+def options_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """Return the date if the template writes one, and whether contents may have special tokens."""
+    date = date_of(tokenizer) if asks_for_date(tokenizer) else ""
+    return date, allows_tokens_in_content(tokenizer)
 
 
 def set_options(tokenizer: PreTrainedTokenizerBase, date: str, tokens_in_content: bool) -> None:
@@ -60,7 +74,7 @@ def with_date(template: str, date: str) -> str:
     """Return a template that writes this date wherever it asks for today's."""
     if DATE_FUNCTION not in template or not date:
         return template
-    day = datetime.datetime.combine(parse_date(date), datetime.time())
+    day = datetime.datetime.fromisoformat(date)
     text = "format | replace('%%', '\\0')"
     for directive in DIRECTIVES:
         for padding in ("-", ""):
@@ -69,14 +83,6 @@ def with_date(template: str, date: str) -> str:
     text += " | replace('\\0', '%')"
     # The template's own first line begins a line, as it did: Jinja drops the line end.
     return f"{{% macro {DATE_FUNCTION}(format) -%}}{{{{ {text} }}}}{{%- endmacro %}}\n{template}"
-
-
-def parse_date(date: str) -> datetime.date:
-    """Return an ISO date; UserError for any other text."""
-    try:
-        return datetime.date.fromisoformat(date)
-    except (TypeError, ValueError):
-        raise UserError(f"template_date={date!r} must be a date such as 2026-01-31") from None
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: bool) -> str:

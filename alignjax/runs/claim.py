@@ -24,6 +24,8 @@ CLAIM_FILES = {
 }
 # Fields that may change on a resume.
 FREE_FIELDS = ("mesh.", "keep_checkpoints", "max_skipped", "ppo.eval_")
+# Fields that need not be repeated on a resume: unless they are set, the run's own values count.
+KEPT_FIELDS = ("template_date", "special_tokens_in_content")
 
 
 def check_workdir(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -> None:
@@ -39,7 +41,8 @@ def check_workdir(config: Config, workdir: Path, ignore: tuple[str, ...] = ()) -
     """
     if (workdir / "config.json").exists():
         stored = locations.read_config(workdir)
-        differences = configs.difference(config, stored, (*FREE_FIELDS, *ignore))
+        unset = tuple(name for name in KEPT_FIELDS if not getattr(config, name))
+        differences = configs.difference(config, stored, (*FREE_FIELDS, *unset, *ignore))
         if differences:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(differences)}); "

@@ -1,5 +1,6 @@
 """Which tokenizer a run uses: all roles but the reward share it."""
 
+import datetime
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.rewards import parent_tokenizer
 from alignjax.config import Config, UserError
-from alignjax.data import chat, mixture, sources, tokenizer_files, toy
+from alignjax.data import chat, mixture, shares, sources, templates, tokenizer_files, toy
 from alignjax.weights import locations
 
 
@@ -26,6 +27,8 @@ def choose_tokenizer(
 
     Raises:
       UserError: if the parents' tokenizers differ, or the vocabulary is larger than the model's.
+
+    The config's `template_date` and `special_tokens_in_content` become what the run uses.
     """
     directories = {role: directory for role, directory in parents.items() if role != "reward"}
     if (workdir / "config.json").exists():
@@ -38,7 +41,56 @@ def choose_tokenizer(
     else:
         tokenizer = train_tokenizer(config, say)
     tokenizer_files.check_fits(tokenizer, config.model.vocab_size)
+    settle_template(config, workdir, parents, tokenizer, say)
     return tokenizer
+
+
+def settle_template(
+    config: Config,
+    workdir: Path,
+    parents: dict[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> None:
+    """Fix which day is today for chat templates, and what special tokens in contents are.
+
+    Both are what the run, or its parent, began with; else what the config says; else the day on
+    which the run begins, and text. The config and the tokenizer then hold them.
+    """
+    if (workdir / "config.json").exists():
+        stored = locations.read_config(workdir)
+        config.template_date = config.template_date or stored.get("template_date", "")
+    readers = [tokenizer]
+    if "reward" in parents and not locations.is_run(parents["reward"]):
+        readers.append(parent_tokenizer(config, parents["reward"]))
+    if any(templates.asks_for_date(reader) for reader in readers):
+        date = config.template_date or templates.date_of(tokenizer) or first_process_day()
+        config.template_date = date
+    elif config.template_date:
+        say(f"template_date={config.template_date}: the chat template does not write the date")
+    tokens_in_content = config.special_tokens_in_content
+    config.special_tokens_in_content |= templates.allows_tokens_in_content(tokenizer)
+    templates.set_options(tokenizer, config.template_date, tokens_in_content)
+
+
+def first_process_day() -> str:
+    """Return the day that it is for the first process, in ISO format."""
+    today = datetime.datetime.now().date().isoformat()
+    return shares.exchange(today)[0]
+
+
+def check_inherited(config: Config, tokenizer: PreTrainedTokenizerBase, parent: Path) -> None:
+    """Raise UserError if the config contradicts what a parent, a run, did with its template."""
+    date = templates.date_of(tokenizer)
+    if date and config.template_date not in ("", date):
+        raise UserError(
+            f"template_date={config.template_date!r}, but the parent {parent} was trained with "
+            f"{date!r}"
+        )
+    if config.special_tokens_in_content and not templates.allows_tokens_in_content(tokenizer):
+        raise UserError(
+            f"special_tokens_in_content=True, but the parent {parent} was trained with False"
+        )
 
 
 def shared_tokenizer(config: Config, directories: dict[str, Path]) -> PreTrainedTokenizerBase:
@@ -53,6 +105,8 @@ def shared_tokenizer(config: Config, directories: dict[str, Path]) -> PreTrained
     first_role = next(iter(directories))
     tokenizers = {role: parent_tokenizer(config, source) for role, source in directories.items()}
     tokenizer = tokenizers[first_role]
+    if locations.is_run(directories[first_role]):
+        check_inherited(config, tokenizer, directories[first_role])
     for role, other in tokenizers.items():
         if other.get_vocab() != tokenizer.get_vocab():
             raise UserError(

@@ -114,7 +114,7 @@ def architecture(directory: Path) -> Model:
     """Return the architecture of the model in a run or a Hugging Face checkpoint."""
     values = read_config(directory)
     if is_run_config(values):
-        return model_from_json(values)
+        return model_from_json(values, str(directory / CONFIG))
     return families.model_from_hf(values, str(directory / CONFIG))
 
 
