@@ -63,7 +63,8 @@ def decode_operations(equation: JaxprEqn) -> float:
 
     Where the rows end, it finds in its data. Its first operands are queries [... head_size] and keys [... parts places head_size].
     """
-    queries, keys = (variable.aval.shape for variable in equation.invars[:2])
+    queries = equation.invars[0].aval.shape
+    keys = equation.invars[1].aval.shape
     return 4.0 * math.prod(queries) * math.prod(keys[-3:-1])
 
 
