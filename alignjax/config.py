@@ -411,7 +411,8 @@ def override(config: Config, key: str, text: str) -> None:
             target = getattr(target, name)
     kind = typing.get_type_hints(type(target))[last]
     if typing.get_origin(kind) is dict:
-        setattr(target, last, parse_names(text, f"--config.{key}"))
+        hint = f"; this is a group, and --config.{key}.FIELD=VALUE sets one of its fields"
+        setattr(target, last, parse_names(text, f"--config.{key}", hint))
         return
     if dataclasses.is_dataclass(kind):
         raise UserError(f"--config.{key}: this is a group; set one of its fields")
@@ -435,7 +436,7 @@ def parse_value(text: str, kind: type, name: str) -> Any:
     return value
 
 
-def parse_names(text: str, name: str) -> dict[str, str]:
+def parse_names(text: str, name: str, hint: str = "") -> dict[str, str]:
     """Return a dictionary of texts, written as a JSON object: {"prompt": "question"}."""
     try:
         value = json.loads(text)
@@ -443,8 +444,8 @@ def parse_names(text: str, name: str) -> dict[str, str]:
         value = None
     if not is_dictionary_of_texts(value):
         raise UserError(
-            f"{name}={text}: this is a group; expected a JSON object of texts, "
-            f"or one of its fields as {name}.FIELD=VALUE"
+            f"{name}={text}: expected a JSON object of texts, "
+            f'such as {{"prompt": "question"}}{hint}'
         )
     return value
 

@@ -31,7 +31,7 @@ def evaluate(argv: list[str] | None) -> None:
     """Compute the table that the arguments ask for."""
     arguments = parse_arguments(argv)
     keep_programs()
-    if not arguments.tasks:
+    if arguments.tasks is None:
         table4.evaluate(arguments)
         return
     try:
@@ -57,6 +57,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
+    about_files = arguments.columns != "{}" or arguments.on_bad_row != "error"
+    if arguments.tasks is not None and about_files:
+        raise UserError("--columns and --on_bad_row are for the files of --sets, not for --tasks")
     return arguments
 
 
@@ -89,6 +92,19 @@ def add_models_and_data(parser: argparse.ArgumentParser) -> None:
         metavar="SET,SET",
         help=f"sets of comparisons: {', '.join(preferences.SETS)} (with options as "
         "NAME:OPTION=VALUE), toy/comparisons-clean, or paths of JSON lines",
+    )
+    parser.add_argument(
+        "--columns",
+        default="{}",
+        metavar="JSON",
+        help="with --sets: names of fields in files, if they are others than the usual ones: "
+        '\'{"prompt": "question"}\'',
+    )
+    parser.add_argument(
+        "--on_bad_row",
+        default="error",
+        choices=("error", "skip"),
+        help="with --sets: what to do with a bad row of a file; default: error",
     )
     data.add_argument(
         "--tasks",

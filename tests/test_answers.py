@@ -264,7 +264,9 @@ def test_programs_that_work(reply):
 
 def run_solution(reply) -> subprocess.CompletedProcess:
     """Run the program of a reply in an interpreter without installed packages."""
-    program = programs.with_tests(programs.solution(PROMPT, "total", reply), TEST, "total")
+    code = programs.solution(PROMPT, "total", reply)
+    tests = programs.tests_of(PROMPT, TEST, "total")
+    program = f"{code}\nprogram_function = globals().get\n{tests}"
     command = [sys.executable, "-S", "-E", "-c", program]
     return subprocess.run(command, capture_output=True, text=True)
 

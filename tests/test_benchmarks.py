@@ -65,10 +65,12 @@ class Verdict(NamedTuple):
     output: str = ""
 
 
-def run_unprotected(program, limits=None):
+def run_unprotected(program, limits=None, *, tests=""):
     """Stands in for the sandbox: these programs are our own."""
+    namespace = {}
     try:
-        exec(program, {})
+        exec(program, namespace)
+        exec(tests, {"program_function": namespace.get})
     except Exception as error:
         return Verdict(False, type(error).__name__)
     return Verdict(True, "passed")

@@ -45,6 +45,7 @@ SOURCES = [
 COMMANDS = sorted(
     {(line, str(path.relative_to(ROOT))) for path in [*PAGES, *SOURCES] for line in commands(path)}
 )
+FILE_TYPES = (".py", ".jsonl", ".json", ".safetensors")  # ends of what is no name of ours
 # Tools of others, which a command may call; we do not check their arguments.
 OTHER_TOOLS = {"tensorboard", "gcloud", "tail", "scancel"}
 # (pattern of a command, file and name of the test that runs such a command): first match counts.
@@ -352,7 +353,7 @@ def test_functions_classes_and_fields_that_a_page_names_exist(path):
     groups = {name.partition(".")[0] for name in known}
     dotted = re.findall(r"`(\w+(?:\.[A-Za-z_]+)+)(?:=[^`]*)?`", without_fences(path))
     for name in dotted:
-        if name.partition(".")[0] in groups and not name.endswith((".py", ".jsonl", ".json")):
+        if name.partition(".")[0] in groups and not name.endswith(FILE_TYPES):
             assert name in known, name
     for name in re.findall(r"--config\.([\w.]+)=", path.read_text()):
         assert name in fields or name.startswith(("parents.", "data.columns.")), name

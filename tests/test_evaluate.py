@@ -295,9 +295,9 @@ def test_public_sets_come_from_tfds_with_the_reports_figures_and_shp_by_ratio(
     two_runs = ("--run", runs / "pmp-tiny", runs / "rm-tiny")
     options = ("--data_dir", "somewhere", "--split", "train", "--out", out)
     assert run(*two_runs, "--sets", "shp,hh_harmless_base", *options) == 0
+    expected = sources.ReadOptions(data_dir="somewhere", say=table4.say)
     assert loaded == [
-        (f"tfds/{name}", "comparisons", "train", sources.ReadOptions(data_dir="somewhere"))
-        for name in ("shp", "hh_harmless_base")
+        (f"tfds/{name}", "comparisons", "train", expected) for name in ("shp", "hh_harmless_base")
     ]
     results = json.loads(out.read_text())
     printed = capsys.readouterr().out
@@ -355,6 +355,10 @@ def test_a_run_whose_parent_is_gone_is_evaluated_alone_with_a_notice(runs, tmp_p
             "did you mean 'comparisons-clean'?",
         ),
         ("rm-tiny", {"--sets": "toy/text"}, "this stage takes comparisons"),
+        ("rm-tiny", {"--sets": ""}, "--sets is empty: expected the names of sets"),
+        ("rm-tiny", {"--sets": ",,"}, "--sets=',,': expected sources separated by commas"),
+        ("rm-tiny", {"--sets": f"0.5*{CLEAN}"}, "weights are for training"),
+        ("rm-tiny", {"--columns": "question"}, "--columns=question: expected a JSON object"),
         (
             "rm-tiny",
             {"--sets": "empty.jsonl"},

@@ -465,6 +465,27 @@ def test_the_order_of_options_and_the_spelling_of_numbers_do_not_matter(tmp_path
     assert directory("shp:min_score_ratio=2") == tmp_path / "shp/default/1.0.0"
 
 
+def test_a_damaged_set_is_named_with_what_to_do(hh_files, tmp_path):
+    out = tmp_path / "out"
+    prepared("hh_helpful_base", hh_files, out)
+    directory = prefs.directory("hh_helpful_base", str(out))
+    message = f"remove {directory} and prepare hh_helpful_base again"
+    [data] = directory.glob("*train*")
+    data.write_bytes(data.read_bytes()[:40])
+    with pytest.raises(UserError, match=message):
+        prefs.read("hh_helpful_base", "train", str(out))
+    for text in ("", "[]", "{}", '{"splits": {"train": 3}}', '{"splits": {"train": {}}}'):
+        (directory / "metadata.json").write_text(text)
+        with pytest.raises(UserError, match=f"metadata.json: damaged; {message}"):
+            prefs.read("hh_helpful_base", "train", str(out))
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(hh_files, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="hh_helpful_base: cannot write to .*Not a directory"):
+        prepare.prepare("hh_helpful_base", str(hh_files), str(tmp_path / "file"))
+
+
 def test_reading_a_set_that_is_not_prepared_names_the_command(hh_files, tmp_path):
     with pytest.raises(
         UserError,

@@ -136,10 +136,16 @@ WRONG = {
     "numpy digits": (np.array(["1", "2"]), "score .*'1'.* for the response '4'"),
     "none": ([1.0, None], "score None for the response 'y' to the prompt of the embedded world"),
     "lists": ([[1], [2]], r"score \[1\] for the response"),
-    "column of an array": (np.ones((2, 1)), r"list or an array of 2 numbers, .* of shape \[2, 1\]"),
+    "column of an array": (
+        np.ones((2, 1)),
+        r"an array of numbers for 2 responses, .* of shape \[2, 1\]",
+    ),
     "0-d": (np.array(1.0), r"found an array of shape \[\]"),
     "0-d jax": (jnp.array(1.0), r"found an array of shape \[\]"),
-    "single": (1.0, "expected a list or an array of 2 numbers, found float 1.0"),
+    "single": (
+        1.0,
+        "expected a list .* for 2 responses, the first to the prompt of sums.jsonl:1, found float",
+    ),
     "nothing": (None, "found NoneType None"),
     "text": ("12", "found str '12'"),
     "dict": ({0: 1.0, 1: 2.0}, "found dict {0: 1.0, 1: 2.0}"),
@@ -242,7 +248,7 @@ def test_columns_may_have_any_names_even_those_of_parameters(function):
     columns = {"responses": "x", "a b": "y", "self": 1, "scale": 2}
     named = [{"prompt": ROWS[0]["prompt"], "columns": columns}, ROWS[0]]
     reward = reward_of(function, list(columns))
-    reward_functions.check_signature(reward)
+    reward_functions.check_signature(reward, named)
     assert reward(named, RESPONSES).tolist() == [4, 4]
 
 
@@ -261,13 +267,14 @@ def test_a_column_with_the_name_of_a_parameter_gets_an_underscore():
     [
         ("def reward(prompts, responses): pass", "got an unexpected keyword argument 'answer'"),
         ("def reward(prompts, **columns): pass", "too many positional arguments"),
-        ("def reward(prompts, responses, anser, **columns): pass", "argument: 'anser'; .*'answer'"),
+        ("def reward(prompts, responses, anser, **columns): pass", "a required argument: 'anser'"),
         ("def reward(*, prompts, responses, **columns): pass", "too many positional arguments"),
     ],
 )
 def test_a_function_that_does_not_accept_its_arguments_is_one_line(module, source, message):
     ppo = PPO(reward_fn=module(source))
-    with pytest.raises(UserError, match=f"ppo.reward_fn={ppo.reward_fn}: .*{message}"):
+    expected = f"ppo.reward_fn={ppo.reward_fn}: .*{message}.*sums.jsonl:1"
+    with pytest.raises(UserError, match=expected):
         reward_functions.load(ppo, ROWS)
 
 

@@ -3,27 +3,34 @@
 No program runs without isolation.
 """
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from alignjax.config import UserError
 from alignjax.evals import jail, sandbox
+from alignjax.evals.jail import system_calls, values
 from alignjax.evals.sandbox import Limits
 
 ROOT = Path(__file__).resolve().parent.parent
-JAIL = Path(jail.__file__)
-MACHINE = jail.MACHINES.get(os.uname().machine, {"clone": 0, "refused": {}})
+JAIL = Path(jail.__file__).parent
+X86 = os.uname().machine == "x86_64"
 # A program's beginning: `attempt` makes a call and prints it if the kernel lets it through.
 SYSTEM_CALLS = """
 import ctypes, os
@@ -62,6 +69,16 @@ def holds_soon(condition, seconds=5.0) -> bool:
     return condition()
 
 
+def copy_of_jail(directory: Path) -> Path:
+    """Copy the jail's modules into a directory, and return the file to start."""
+    for package in ("alignjax", "alignjax/evals", "alignjax/evals/jail"):
+        (directory / package).mkdir()
+        (directory / package / "__init__.py").touch()
+    for module in JAIL.glob("*.py"):
+        (directory / "alignjax/evals/jail" / module.name).write_text(module.read_text())
+    return directory / "alignjax/evals/jail/__main__.py"
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Return `sandbox.run` with limits as keywords; no process may be left at the end.
@@ -72,15 +89,14 @@ def run(tmp_path, monkeypatch):
         sandbox.check()
     except UserError as error:
         pytest.skip(str(error))
-    copy = tmp_path / "jail.py"
-    copy.write_text(JAIL.read_text())
+    copy = copy_of_jail(tmp_path)
     monkeypatch.setattr(sandbox, "COMMAND", [*sandbox.COMMAND[:-1], str(copy)])
 
-    def run_with_limits(program, **limits):
-        return sandbox.run(program, Limits(**limits))
+    def run_with_limits(program, tests="", **limits):
+        return sandbox.run(program, Limits(**limits), tests=tests)
 
     yield run_with_limits
-    assert processes(str(copy)) == []
+    assert holds_soon(lambda: processes(str(copy)) == [])
 
 
 RIGHT = {
@@ -134,68 +150,332 @@ def test_a_program_that_is_wrong_fails_with_a_reason(run, program, reason):
     assert not verdict.passed and re.fullmatch(reason, verdict.reason), verdict
 
 
-WIRE = """
-import os
-def is_open(fd):
-    try: os.fstat(fd)
-    except OSError: return False
-    return True
-wire = next(fd for fd in range(3, 64) if is_open(fd))
+# --------------------------------------------------------------------------- tests and verdicts
+
+# Tests in the form of HumanEval's.
+TESTS = """
+f = program_function("f")
+
+def check(candidate):
+    assert candidate(2, 3) == 5
+    assert candidate(y=7, x=[1][0]) == 8
+    assert abs(candidate(0.1, 0.2) - 0.3) < 1e-6
+    assert candidate([1], [2, "x"]) == [1, 2, "x"]
+
+check(f)
 """
-EARLY = {
+F = "def f(x, y):\n    return x + y\n"
+WRONG_F = "def f(x, y):\n    return 0\n"
+
+
+def test_tests_call_the_functions_of_a_program(run):
+    assert run(F, TESTS) == (True, "passed", "")
+    assert run("print('loads')\n" + WRONG_F, TESTS) == (False, "AssertionError", "loads\n")
+    assert run("g = 1\n", TESTS).reason == "NameError: name 'f' is not defined"
+    assert run("def f(x, y):\n    return x / 0\n", TESTS).reason == (
+        "ZeroDivisionError: division by zero"
+    )
+    assert run("def f(x, y):\n    raise Own('x')\nclass Own(Exception): pass", TESTS).reason == (
+        "Own: x"
+    )
+    assert run("import os\ndef f(x, y):\n    os._exit(0)\n", TESTS).reason == (
+        "left before its end, with exit 0"
+    )
+    assert run("def f(x, y):\n    while True: pass\n", TESTS, seconds=0.3).reason == (
+        "timed out after 0.3 s"
+    )
+
+
+def test_tests_may_expect_exceptions_and_change_their_lists(run):
+    program = "def f(x):\n    x.sort()\n    return [*x, x.index(9)]\n"
+    tests = """
+f = program_function("f")
+values = [3, 1]
+try: f(values)
+except ValueError as error: assert str(error) == "9 is not in list", error
+else: assert False
+assert values == [3, 1]
+try: f(print)
+except AttributeError: pass
+else: assert False
+"""
+    assert run(program, tests).passed
+
+
+VALUES = [
+    None,
+    True,
+    [0, 1, -1, 255, -256, 10**4000, -(2**63)],
+    (0.0, -0.0, 1e300, float("inf"), 1j),
+    ["", "é\U0001f600", "\ud800", b"\0", bytearray(b"x")],
+    {"a": [1, (2,)], 3: {4, 5}, frozenset([6]): ...},
+    [[], (), {}, set(), range(3, 9, 2)],
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_value_is_the_same_on_the_other_side(value):
+    again = values.decode(values.encode(value))
+    assert repr(again) == repr(value) and type(again) is type(value)
+
+
+def test_what_equals_anything_is_built_anew_of_pythons_own_types():
+    class Always:
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    class List(list):
+        def __eq__(self, other):
+            return True
+
+    class Integer(int):
+        def __eq__(self, other):
+            return True
+
+        def __sub__(self, other):
+            return 0
+
+    class Number(float):
+        __sub__ = __abs__ = lambda *arguments: 0.0
+
+    assert values.decode(values.encode(Always())) != 5
+    assert repr(values.decode(values.encode(Always()))) == "<Always>"
+    assert values.decode(values.encode(List([1]))) == [1]
+    assert type(values.decode(values.encode([List(), Integer(3)]))[1]) is int
+    assert abs(values.decode(values.encode(Number(2))) - 1) == 1
+    assert list(values.decode(values.encode(x for x in (1, 2)))) == [1, 2]
+    assert values.decode(values.encode(Fraction(1, 2))) == 0.5
+    assert values.decode(values.encode(Decimal("0.5"))) == 0.5
+    assert values.decode(values.encode(Counter("aab"))) == {"a": 2, "b": 1}
+
+
+def test_bytes_that_are_no_value_are_refused():
+    whole = values.encode([1, {"a": (2.5, "é")}])
+    for end in range(len(whole)):
+        with pytest.raises((ValueError, struct.error)):
+            values.decode(whole[:end])
+    generator = random.Random(0)
+    for _ in range(2000):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] = generator.randrange(256)
+        with contextlib.suppress(Exception):
+            values.decode(bytes(damaged))
+    with pytest.raises(ValueError):
+        values.decode(whole + whole)
+    with pytest.raises(ValueError):
+        values.decode(b"L" + (1 << 60).to_bytes(8, "little"))
+
+
+# A program's beginning: everything that a process can reach from its own frames and objects.
+REACH = """
+import gc, os, sys
+def reach():
+    frame = sys._getframe()
+    while frame:
+        yield frame
+        yield from frame.f_locals.values()
+        yield from frame.f_globals.values()
+        frame = frame.f_back
+    yield from gc.get_objects()
+    yield from list(sys.modules.values())
+"""
+# Programs that answer wrongly and try to pass all the same.
+ATTACKS = {
     "exit": "import sys\nsys.exit(0)",
-    "raise": "raise SystemExit(0)",
     "_exit": "import os\nos._exit(0)",
-    "printing": "import os\nprint('passed')\nos.write(2, b'exit 0\\n')\nos._exit(0)",
-    "replaced": "import os, sys\nos._exit = sys.exit = os.write = lambda *x: b''\n"
-    "raise SystemExit(0)",
-    "atexit": "import atexit, os, sys\natexit.register(os._exit, 0)\nsys.exit(0)",
-    "closing": "import os\nos.closerange(0, 64)\nos._exit(0)",
-    "closing and raising": "import os\nos.closerange(0, 64)\nraise SystemExit(0)",
-    "writing to all": "import os\nfor fd in range(64):\n"
-    "    try: os.write(fd, b'exit 0' + bytes(10))\n    except OSError: pass\nos._exit(0)",
-    "echo": "import os\nos.set_blocking(0, False)\nfor fd in range(3, 64):\n"
-    "    try:\n        os.set_blocking(fd, False)\n        os.write(fd, os.read(fd, 64))\n"
-    "    except OSError: pass\nos._exit(0)",
-    "thread": "import os, threading\nthreading.Thread(target=os._exit, args=[0]).start()\n"
-    "while True: pass",
-    "fork": "import os\nif os.fork(): os.wait()\nos._exit(0)",
-    "runner": "import sys\nmain = sys.modules['__main__']\nmain.run_to_end = lambda *x: b''\n"
-    + WIRE
-    + "os.set_blocking(wire, False)\nmain.run_program(b'', wire)\nraise SystemExit",
-    "exception": "class E(Exception):\n    def __str__(self): return 'passed'\nraise E",
+    "printing": "import os\nprint('passed')\nos.write(2, b'tests exit 0\\n')\nos._exit(0)",
+    "a thread": "import os, threading\nthreading.Thread(target=os._exit, args=[0]).start()\n",
+    "a fork": "import os\nif os.fork(): os.wait()\n",
+    "atexit": "import atexit, os\natexit.register(os._exit, 0)\n",
+    "a decorator that replaces check": """
+import sys
+def replace(function):
+    for name in ("program", "tests", "__main__"):
+        if name in sys.modules: sys.modules[name].check = lambda candidate: None
+    globals()["check"] = lambda candidate: None
+    return function
+@replace
+def g(): pass
+""",
+    "a metaclass of check": "class check:\n    def __init__(self, *x): pass\n"
+    "import builtins\nbuiltins.check = check\n",
+    "equal to anything": """
+class Same(int):
+    __eq__ = lambda *x: True
+    __ne__ = lambda *x: False
+    __sub__ = __rsub__ = __abs__ = lambda *x: 0
+    __lt__ = lambda *x: True
+def f(x, y): return Same()
+""",
+    "a list equal to anything": "class L(list):\n    __eq__ = lambda *x: True\n"
+    "    __sub__ = lambda *x: 0\ndef f(x, y): return L()\n",
+    "an object that reduces to a call": """
+class Call:
+    def __reduce__(self): return (exec, ("import os; os._exit(0)",))
+    __eq__ = lambda *x: True
+def f(x, y): return Call()
+""",
+    "other builtins": """
+import builtins
+builtins.abs = builtins.len = lambda *x: 0
+builtins.AssertionError = type("E", (BaseException,), {})
+builtins.isinstance = lambda *x: True
+builtins.__import__ = lambda *x: None
+""",
+    "tracing": """
+import sys, threading
+def trace(frame, event, argument):
+    if frame.f_code.co_name in ("check", "run_tests"): frame.f_lineno = 10**6
+    return trace
+sys.settrace(trace)
+sys.setprofile(trace)
+threading.settrace(trace)
+""",
+    "frames and objects": REACH
+    + """
+import types
+for x in list(reach()):
+    if isinstance(x, types.FunctionType) and x.__name__ in ("check", "run_tests", "describe"):
+        x.__code__ = (lambda *arguments: None).__code__
+    if isinstance(x, types.ModuleType) and x.__name__.endswith("exchange"):
+        x.send = lambda *x: None
+""",
+    "every descriptor": """
+import os
+for message in (b"passed", b"exit 0", b"tests exit 0\\n"):
+    for fd in range(64):
+        try: os.write(fd, message)
+        except OSError: pass
+""",
+    "answers before the questions": REACH
+    + """
+exchange = next(m for name, m in sys.modules.items() if name.endswith("exchange"))
+for fd in range(3, 64):
+    for value in None, 5, 8, 0.3:
+        try: exchange.send(fd, {"value": value})
+        except OSError: pass
+""",
+    "the verdict as an exception": "def f(x, y):\n    raise SystemExit(0)\n",
+    "an exception's own text": "class passed(BaseException):\n    __str__ = lambda x: 'passed'\n"
+    "def f(x, y): raise passed\n",
+    "the end of the program as an exception": """
+import sys
+exchange = next(m for name, m in sys.modules.items() if name.endswith("exchange"))
+def f(x, y): raise exchange.ProgramEnded
+""",
+    "the process's memory": """
+import os
+for path in ("/proc/self/mem", "/proc/1/mem", f"/proc/{os.getppid()}/mem", "/dev/mem"):
+    try: open(path, "r+b").write(b"passed")
+    except OSError: pass
+""",
+    "raw memory": """
+import ctypes, sys
+frame = sys._getframe()
+names = []
+while frame:
+    names.append(frame.f_code.co_name)
+    frame = frame.f_back
+assert "run_tests" not in names
+ctypes.pythonapi.PyRun_SimpleString(b"check = lambda candidate: None")
+""",
+    "tracing processes": """
+import ctypes, os
+libc = ctypes.CDLL(None)
+for pid in range(1, 60):
+    for request in (16, 0x4206):
+        libc.ptrace(request, pid, 0, 0)
+""",
+    "ending other processes": """
+import os, signal
+for pid in (-1, os.getppid(), 1, 2, 3, 4, 5):
+    for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM):
+        if pid != os.getpid():
+            try: os.kill(pid, number)
+            except OSError: pass
+""",
+    "when it is destroyed": """
+import os
+class Last:
+    def __del__(self): os._exit(0)
+last = Last()
+def f(x, y): return Last()
+""",
+    "threads that outlive": """
+import threading, time, os
+def work():
+    while True:
+        for fd in range(3, 9):
+            try: os.write(fd, b"passed")
+            except OSError: pass
+        time.sleep(0.001)
+threading.Thread(target=work, daemon=True).start()
+""",
+    "files that tests could import": """
+for name in ("math", "typing", "random", "sitecustomize"):
+    open(f"/tmp/{name}.py", "w").write("import os; os._exit(0)")
+""",
+    "a load below the stack": """
+import types
+def template():
+    x = None
+    return x
+code = template.__code__
+found = []
+for oparg in range(1, 4):
+    try: body = bytes([151, 0, 144, 255, 144, 255, 144, 255, 124, 256 - oparg, 83, 0])
+    except ValueError: continue
+    lower = code.replace(co_code=body, co_stacksize=9)
+    try: found.append(types.FunctionType(lower, {})())
+    except BaseException: pass
+for thing in found:
+    try: [thing].index(b"passed")
+    except Exception: pass
+""",
 }
 
 
-@pytest.mark.parametrize("program", EARLY.values(), ids=EARLY)
-def test_leaving_early_is_not_passing(run, program):
-    assert not run(program, seconds=1).passed
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_no_program_passes_by_anything_but_right_answers(run, attack):
+    program = attack if "def f(" in attack else f"{WRONG_F}\n{attack}"
+    verdict = run(program, TESTS, seconds=2)
+    assert not verdict.passed, verdict
 
 
-def test_the_token_is_in_no_frame_and_no_object(run):
-    program = """
-import gc, os, sys
-seen, found = set(), []
-def look(x, depth=0):
-    if id(x) in seen or depth > 40: return
-    seen.add(id(x))
-    if isinstance(x, (bytes, bytearray)) and len(x) == 16: found.append(bytes(x))
-    for y in gc.get_referents(x): look(y, depth + 1)
-frame = sys._getframe()
-while frame:
-    for y in (*frame.f_locals.values(), *frame.f_code.co_consts): look(y)
-    look(frame)
-    frame = frame.f_back
-for x in gc.get_objects(): look(x)
-print(len(seen) > 10_000, flush=True)
-for wire in range(3, 10):
-    for x in found:
-        try: os.write(wire, x)
-        except OSError: break
-os._exit(0)
+def test_the_program_cannot_find_the_tests(run):
+    """Not in its frames, its objects, or the memory of its process."""
+    program = (
+        REACH
+        + """
+import ctypes
+def f(x, y):
+    return any(isinstance(x, (str, bytes)) and "SECRET"[::-1] in str(x) for x in reach())
+def g(start, size):
+    try: return bytes(ctypes.string_at(start, size)).count(b"ANSWER"[::-1])
+    except ValueError: return 0
 """
-    verdict = run(program)
-    assert verdict.output == "True\n" and not verdict.passed
+    )
+    tests = """
+# TERCES REWSNA
+assert program_function("f")(0, 0) is False
+"""
+    assert run(program, tests).passed
+
+
+def test_tests_and_program_have_their_own_processes_and_files(run):
+    program = (
+        "import os\nopen('/tmp/x', 'w').close()\ndef f():\n    return os.getpid(), os.listdir()\n"
+    )
+    tests = """
+import os
+processes, files = program_function("f")()
+assert files == ["x"] and os.listdir("/tmp") == []
+open("/tmp/y", "w").close()
+assert program_function("f")()[1] == ["x"]
+"""
+    assert run(program, tests) == (True, "passed", "")
 
 
 def test_a_fork_bomb_stays_small_and_none_of_it_is_left(run, tmp_path):
@@ -213,7 +493,7 @@ def test_a_fork_bomb_stays_small_and_none_of_it_is_left(run, tmp_path):
     is_over.set()
     counter.join()
     assert verdict.reason == "timed out after 0.5 s"
-    assert 5 <= max(counts) <= 7  # including the keeper and process 1
+    assert 9 <= max(counts) <= 11  # including the other six of the sandbox
     program = "import os\nfor _ in range(9):\n    if os.fork() == 0:\n        while True: pass"
     assert run(program).reason.startswith("Blocking")
 
@@ -407,7 +687,7 @@ for pid in (os.getppid(), -1, {os.getpid()}, {os.getppid()}, {victim.pid}):
         except OSError: pass
 assert os.getppid() != 1, "it lives"
 """
-        assert run(program).reason == "AssertionError: it lives"
+        assert run(program, seconds=1).reason == "AssertionError: it lives"
         assert victim.poll() is None
         victim.stdin.close()
         assert victim.wait() == 1
@@ -446,10 +726,9 @@ def test_flooding_output_fills_no_memory_and_blocks_nothing(run):
     assert verdict == (False, "timed out after 0.4 s", "x" * 1000)
     assert peak_memory() - before < 64 << 10  # KiB
     assert run("print('y' * 1_000_000)", output=10) == (True, "passed", "y" * 10)
-    assert (
-        run(WIRE + "while True: os.write(wire, b'x' * 65536)", seconds=0.3).reason
-        == "timed out after 0.3 s"
-    )
+    flood = "import os\nwhile True:\n    for fd in range(3, 9):\n"
+    flood += "        try: os.write(fd, b'x' * 65536)\n        except OSError: pass"
+    assert not run(flood, seconds=0.3).passed
 
 
 FILES = {
@@ -490,14 +769,30 @@ time.sleep(0.1)
     assert processes(str(tmp_path)) == []
 
 
-def test_system_calls_that_lead_out_are_refused(run):
+def test_only_the_system_calls_of_the_list_are_let_through(run):
+    machine = os.uname().machine
+    allowed = system_calls.numbers(system_calls.TABLE, machine)
+    conditional = system_calls.numbers(system_calls.CONDITIONAL, machine)
+    known = {*allowed.values(), *conditional.values(), system_calls.CLONE3}
+    # On x86-64, 335 and 336 are for probes of the kernel. They bypass filters, and end a process.
+    refused = sorted(set(range(system_calls.FIRST_UNKNOWN)) - known - {335, 336})
+    missing = [system_calls.CLONE3, system_calls.FIRST_UNKNOWN, 462, 5000]
     program = (
         SYSTEM_CALLS
         + f"""
-for flag in (0x10000000, 0x20000, 0x20000000, 0x40000000):
+for number in {refused}:
+    error = attempt("syscall", number, 0, 0, 0, 0, 0, 0)
+    assert error == 1, number  # EPERM: refused, and not because of its arguments
+for number in {missing}:
+    error = attempt("syscall", number, 0, 0, 0, 0, 0, 0)
+    assert error == 38, number  # ENOSYS
+for flag in (0x10000000, 0x20000, 0x20000000, 0x40000000, 0x02000000, 0x2000):
     attempt("unshare", flag)
-    attempt("syscall", {MACHINE["clone"]}, flag | 17, 0, 0, 0, 0)
-attempt("syscall", {jail.CLONE3}, 0, 0)
+    assert attempt("syscall", {conditional["clone"]}, flag | 17, 0, 0, 0, 0) == 1, flag
+for pid in (1, os.getpid()):
+    assert attempt("syscall", {conditional["prlimit64"]}, pid, 0, 0, 0) == 1, pid
+for request in (0x5412, 0x541C, 0x8905):  # TIOCSTI, TIOCLINUX, SIOCATMARK
+    assert attempt("ioctl", 1, request, 0) == 1, request
 attempt("mount", b"none", b"/tmp", b"tmpfs", 0, None)
 attempt("mount", None, b"/", None, 32 | 4096, None)
 attempt("umount2", b"/tmp", 2)
@@ -507,13 +802,53 @@ attempt("setgid", 0)
 attempt("ptrace", 16, 1, None, None)
 attempt("ptrace", 16, os.getpid(), None, None)
 attempt("sethostname", b"x", 1)
-for number in {list(MACHINE["refused"].values())}:
-    error = attempt("syscall", number, 0, 0, 0, 0, 0, 0)
-    assert error == 1, number  # EPERM: refused, and not because of its arguments
 raise SystemExit
 """
     )
+    names = {"unshare", "ptrace", "bpf", "mount", "setns", "pidfd_getfd", "process_vm_writev"}
+    names |= {"socket", "connect", "bind", "io_uring_setup", "userfaultfd", "keyctl", "seccomp"}
+    names |= {"perf_event_open", "memfd_create", "memfd_secret", "open_by_handle_at", "prctl"}
+    assert not names & {*allowed, *conditional}
     assert run(program)[1:] == ("SystemExit", "")
+
+
+def test_no_socket_of_any_family_but_an_unnamed_pair(run):
+    program = """
+import socket
+for family in range(64):  # AF_VSOCK, AF_ALG, AF_NETLINK and AF_XDP among them
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
+        try: socket.socket(family, kind)
+        except PermissionError: pass
+        else: print(family, kind)
+        if family != socket.AF_UNIX:
+            try: socket.socketpair(family, kind)
+            except PermissionError: pass
+            else: print("pair", family, kind)
+one, other = socket.socketpair()
+one.sendall(b"x")
+print(other.recv(9))
+"""
+    assert run(program) == (True, "passed", "b'x'\n")
+
+
+@pytest.mark.skipif(not X86, reason="other machines have no second interface")
+@pytest.mark.parametrize("number, eax", [(31, 20), (31, 39)])
+def test_the_32_bit_interface_of_the_kernel_ends_the_program(run, number, eax):
+    program = f"""
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+code.write(b"\\xb8" + ({eax}).to_bytes(4, "little") + b"\\xcd\\x80\\xc3")  # mov eax; int 0x80; ret
+address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+ctypes.CFUNCTYPE(ctypes.c_int)(address)()
+"""
+    # Signal 31 is SIGSYS, 11 comes from a kernel without that interface.
+    assert run(program).reason in (f"killed by signal {number}", "killed by signal 11")
+
+
+@pytest.mark.skipif(not X86, reason="other machines have no x32 interface")
+def test_the_x32_interface_of_the_kernel_is_refused(run):
+    program = SYSTEM_CALLS + "assert attempt('syscall', 0x40000000 | 39, 0) == 1\n"
+    assert run(program).passed
 
 
 def test_several_programs_run_at_once_and_each_has_its_own_files(run):
@@ -535,27 +870,27 @@ def test_the_order_of_a_set_of_strings_repeats(run):
 def test_a_sandbox_dies_with_its_caller(run, tmp_path):
     script = f"""
 from alignjax.evals import sandbox
-sandbox.COMMAND[-1] = {str(tmp_path / "jail.py")!r}
+sandbox.COMMAND[-1] = {sandbox.COMMAND[-1]!r}
 program = "import os, time; os.setsid() if os.fork() == 0 else 0; time.sleep(60)"
-sandbox.launch(program, sandbox.Limits(seconds=60))
+sandbox.launch(program, "", sandbox.Limits(seconds=60))
 """
     with subprocess.Popen(
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}
     ) as caller:
-        # The caller, whose script has the mark too, and four processes of the sandbox.
-        assert holds_soon(lambda: len(processes(str(tmp_path))) >= 5)
+        # The caller, whose script has the mark too, and eight processes of the sandbox.
+        assert holds_soon(lambda: len(processes(str(tmp_path))) >= 9)
         caller.send_signal(signal.SIGKILL)
     assert holds_soon(lambda: processes(str(tmp_path)) == [])
 
 
-def test_a_killed_keeper_takes_its_sandbox_along(run, tmp_path):
+def test_a_killed_starter_takes_its_sandbox_along(run, tmp_path):
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(run, "import time; print('x', flush=True); time.sleep(60)", seconds=60)
-        assert holds_soon(lambda: len(processes(str(tmp_path))) == 3)
-        scores = {
+        assert holds_soon(lambda: len(processes(str(tmp_path))) == 7)
+        scores = [
             Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in processes(str(tmp_path))
-        }
-        assert scores == {"1000\n"}  # if memory runs out, the kernel kills these first
+        ]
+        assert scores.count("1000\n") == 6  # if memory runs out, the kernel kills these first
         os.kill(min(processes(str(tmp_path))), signal.SIGKILL)
         assert future.result(timeout=10).reason == "killed, and the sandbox with it"
 
@@ -591,13 +926,15 @@ def test_a_container_that_refuses_unshare_is_refused(unchecked, monkeypatch, tmp
     script = tmp_path / "contained.py"
     script.write_text(f"""
 import os, sys
-sys.path.insert(0, {str(JAIL.parent)!r})
-import jail
-jail.call("prctl", jail.NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-jail.restrict()
+sys.path.insert(0, {str(ROOT)!r})
+from alignjax.evals.jail import isolation
+isolation.call("prctl", isolation.NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+isolation.restrict()
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """)
-    assert "unshare: Operation not permitted; it takes" in refusal(monkeypatch, script, JAIL)
+    assert "unshare: Operation not permitted; it takes" in refusal(
+        monkeypatch, script, JAIL / "__main__.py"
+    )
 
 
 def test_an_interpreter_that_does_not_start_is_refused(unchecked, monkeypatch):
@@ -609,31 +946,33 @@ def test_an_interpreter_that_does_not_start_is_refused(unchecked, monkeypatch):
 
 
 def test_an_unknown_machine_is_refused(unchecked, monkeypatch, tmp_path):
-    (tmp_path / "jail.py").write_text(
-        JAIL.read_text().replace('"x86_64":', '"x":').replace('"aarch64":', '"y":')
-    )
-    assert ": expected x86_64 or aarch64; it takes" in refusal(monkeypatch, tmp_path / "jail.py")
+    start = copy_of_jail(tmp_path)
+    module = start.with_name("system_calls.py")
+    source = module.read_text()
+    module.write_text(source.replace('{"x86_64":', '{"x":').replace('"aarch64":', '"y":'))
+    assert ": expected x86_64 or aarch64; it takes" in refusal(monkeypatch, start)
 
 
-# (a part of the jail's source, what replaces it, what the probe reports)
+# (a module of the jail, a part of its source, what replaces it, what the probe reports)
 LEAKS = [
-    ("enter_namespaces(limits.files)", "pass", "the network|a file outside"),
-    ("NEW_PROCESSES | NEW_NETWORK | ", "NEW_PROCESSES | ", "the network"),
-    ('"/usr/lib64",', '"/usr/lib64", "/var",', "a file outside"),
-    ("    restrict()\n", "", "a right"),
-    ('set_limit("NPROC", limits.processes + 2)', "", "one more process"),
-    ('set_limit("AS", limits.memory)', "", "more memory"),
-    ("READ_ONLY | NO_SETUID", "NO_SETUID", "writing"),
+    ("__main__", "isolation.enter_namespaces(limits.files)", "pass", "a file outside"),
+    ("isolation", '"/usr/lib64",', '"/usr/lib64", "/var",', "a file outside"),
+    ("__main__", "    isolation.restrict()\n", "", "a socket|a right"),
+    ("system_calls", "getrandom 318 278", "getrandom 318 278, socket 41 198", "a socket"),
+    ("isolation", 'set_limit("NPROC", limits.processes + 2)', "", "one more process"),
+    ("isolation", 'set_limit("AS", limits.memory)', "", "more memory"),
+    ("isolation", "READ_ONLY | NO_SETUID", "NO_SETUID", "writing"),
 ]
 
 
-@pytest.mark.parametrize("part, replacement, leak", LEAKS, ids=[leak[0] for leak in LEAKS])
+@pytest.mark.parametrize("module, part, other, leak", LEAKS, ids=[leak[1] for leak in LEAKS])
 def test_the_probe_finds_whatever_part_of_the_isolation_is_missing(
-    run, unchecked, monkeypatch, tmp_path, part, replacement, leak
+    run, unchecked, monkeypatch, module, part, other, leak
 ):
-    source = JAIL.read_text()
+    path = Path(sandbox.COMMAND[-1]).with_name(f"{module}.py")
+    source = path.read_text()
     assert part in source
     monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
-    (tmp_path / "jail.py").write_text(source.replace(part, replacement))
-    message = refusal(monkeypatch, tmp_path / "jail.py")
+    path.write_text(source.replace(part, other))
+    message = refusal(monkeypatch, path.with_name("__main__.py"))
     assert re.search(f"({leak}) is not kept from programs", message)

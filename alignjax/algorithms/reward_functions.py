@@ -112,12 +112,10 @@ class FunctionReward:
 
     def check(self, result: Any, rows: list[dict], responses: list[str]) -> list[float]:
         """Return the scores as numbers; raise UserError if they are not one for each response."""
-        items = self.items(result, len(rows))
+        responses_to = f"{len(rows)} responses, the first to the prompt of {where(rows[0])}"
+        items = self.items(result, responses_to)
         if len(items) != len(rows):
-            raise UserError(
-                f"{self.name}: {len(items)} scores for {len(rows)} responses, "
-                f"the first to the prompt of {where(rows[0])}"
-            )
+            raise UserError(f"{self.name}: {len(items)} scores for {responses_to}")
         numbers = []
         for item, row, response in zip(items, rows, responses, strict=True):
             number = number_of(item)
@@ -129,9 +127,12 @@ class FunctionReward:
             numbers.append(number)
         return numbers
 
-    def items(self, result: Any, count: int) -> list:
-        """Return what a function returned as a list; raise UserError if it is no list of scores."""
-        wanted = f"expected a list or an array of {count} numbers"
+    def items(self, result: Any, responses_to: str) -> list:
+        """Return what a function returned as a list; raise UserError if it is no list of scores.
+
+        `responses_to` describes the responses that it scored.
+        """
+        wanted = f"expected a list or an array of numbers for {responses_to}"
         if inspect.iscoroutine(result):
             result.close()  # otherwise Python warns that it was never awaited
             raise UserError(f"{self.name}: {wanted}, found a coroutine: write no async function")
@@ -174,7 +175,7 @@ def load(ppo: PPO, rows: list[dict]) -> FunctionReward | None:
         weight=ppo.reward_fn_weight,
         keywords=choose_keywords(function, column_names(rows)),
     )
-    check_signature(reward)
+    check_signature(reward, rows)
     return reward
 
 
@@ -231,8 +232,8 @@ def positional_names(function: Callable, count: int) -> tuple[str, ...]:
     )
 
 
-def check_signature(reward: FunctionReward) -> None:
-    """Raise UserError if a function does not accept prompts, responses and the columns."""
+def check_signature(reward: FunctionReward, rows: list[dict]) -> None:
+    """Raise UserError if a function does not accept prompts, responses and the rows' columns."""
     keywords = list(reward.keywords.values())
     try:
         signature = inspect.signature(reward.function)
@@ -242,9 +243,10 @@ def check_signature(reward: FunctionReward) -> None:
         signature.bind([], [], **dict.fromkeys(keywords, []))
     except TypeError as error:
         columns = ", ".join(map(repr, keywords)) or "none"
+        example = next((row for row in rows if row.get("columns")), rows[0])
         raise UserError(
             f"{reward.name}: {error}; it must accept prompts, responses and the columns of the "
-            f"prompts' rows ({columns}), for example by **columns"
+            f"prompts' rows, such as {where(example)} ({columns}), for example by **columns"
         ) from None
 
 

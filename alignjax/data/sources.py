@@ -105,8 +105,8 @@ def split(text: str) -> list[str]:
     parts = []
     while pieces:
         count = length_of_file(pieces)
-        name = WEIGHT_AND_NAME.fullmatch(pieces[0])[2]
-        if not count and name.strip().startswith(PUBLIC_SET):
+        name = WEIGHT_AND_NAME.fullmatch(pieces[0])[2].strip()
+        if not count and is_public_set(name):
             count = 1
             while count < len(pieces) and OPTION.match(pieces[count]):
                 count += 1
@@ -114,6 +114,11 @@ def split(text: str) -> list[str]:
         parts.append(",".join(pieces[:count]))
         del pieces[:count]
     return parts
+
+
+def is_public_set(name: str) -> bool:
+    """Return whether a name, with or without its prefix and options, is that of a public set."""
+    return name.startswith(PUBLIC_SET) or name.partition(":")[0] in preferences.SETS
 
 
 def length_of_file(pieces: list[str]) -> int:

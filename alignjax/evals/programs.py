@@ -92,6 +92,12 @@ def parsing_lines(head: str, text: str) -> str:
     return ""
 
 
-def with_tests(code: str, test: str, entry_point: str) -> str:
-    """Return a program that ends with an exception if the code fails the problem's tests."""
-    return f"{code.rstrip()}\n\n{test.strip()}\n\ncheck({entry_point})\n"
+def tests_of(prompt: str, test: str, entry_point: str) -> str:
+    """Return a problem's tests as a program that ends with an exception if the code fails them.
+
+    `sandbox.run` runs it apart from the code. The tests may use what stands above the function in
+    the prompt: they have it as the prompt has it, whatever the code makes of it.
+    """
+    above = text_above(prompt, entry_point).rstrip()
+    function = f"{entry_point} = program_function({entry_point!r})"
+    return f"{above}\n\n{function}\n\n{test.strip()}\n\ncheck({entry_point})\n"

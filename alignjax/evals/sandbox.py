@@ -1,27 +1,31 @@
 """Run programs that a model has written where they can do no harm, and judge them.
 
-`jail` isolates a program, on Linux only, with namespaces of its own:
+A program and its tests run in two processes, each isolated by `jail`, on Linux only, with
+namespaces of its own:
 
 - It sees no network, no processes but its own, and an empty /tmp in memory. The standard library
   and the directories of libraries around it (/lib, /usr/lib, the interpreter's lib) are visible as
   a whole, but read-only.
-- It is the user nobody, has no capabilities and can get none. System calls that keep memory
-  uncounted are refused.
+- It is the user nobody, has no capabilities and can get none. It may make the system calls of a
+  list (`jail/system_calls.py`), which has no sockets but unnamed pairs, and none that keep memory
+  uncounted.
 - It has limits. The caller ends it when its time is over, whatever it does with its signals, and
   all of its processes die with the first.
 
 Nothing runs without all of this, and no option says otherwise.
 
+The tests call the program's functions through a pipe, by name and with values of Python's own
+types, and get such values back (`jail/exchange.py`). So the tests share no namespace, no frame, no
+memory, no file and no process with the program, and no object of the program reaches them. Only
+the tests' process can send the verdict. A program passes if its answers pass the tests, and can
+deceive nothing but itself.
+
 What remains possible:
 
 - Memory is limited for each process, so all of them together may use `processes` times as much,
-  plus the files in /tmp and what the kernel keeps for pipes and sockets.
+  plus the files in /tmp and what the kernel keeps for pipes.
 - The kernel is shared, so a hole in it is a way out.
-- A program that reaches its last line has passed. It may deceive its tests, with an answer that
-  equals anything or with a tracing function that jumps over them.
-- The token, which proves that the end was reached, is in the process's memory. A program cannot
-  get it by leaving early, by printing, or by looking through frames and objects; it can by reading
-  memory at raw addresses (ctypes). Only the verdict is deceived in this way.
+- Without tests, a program passes if it says that it has loaded, which proves nothing.
 """
 
 import contextlib
@@ -30,7 +34,6 @@ import functools
 import math
 import os
 import re
-import secrets
 import selectors
 import socket
 import subprocess
@@ -42,12 +45,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alignjax.config import UserError
+from alignjax.evals import jail
+from alignjax.evals.jail.exchange import FAILED, PASSED
 
-TOKEN_BYTES = 16  # as in jail
 GRACE = 5.0  # seconds that a sandbox may take to end after it is told to
-STATUS_BYTES = 4096  # kept of what the jail reports, and of the wire
+STATUS_BYTES = 4096  # kept of what the jail reports, and of the verdict
 CHUNK_BYTES = 1 << 16  # read at a time
 
+STATUS = re.compile(r"(program|tests) (exit|signal) \d+")
 # The interpreter starts without what is installed (-S), without the file's directory on the path
 # (-P) and without the user's site (-s). It does not use -I, which ignores the hash seed: the seed
 # makes the order of sets of strings, and with it verdicts, repeat.
@@ -59,7 +64,7 @@ COMMAND = [
     "-B",
     "-X",
     "utf8",
-    str(Path(__file__).with_name("jail.py")),
+    str(Path(jail.__file__).with_name("__main__.py")),
 ]
 REQUIREMENTS = (
     "it takes Linux 5.12 or later on x86-64 or arm64, user namespaces (sysctl "
@@ -78,9 +83,6 @@ def must_fail(what, action):
         return
     raise AssertionError(what + " is not kept from programs")
 
-def connect():
-    socket.create_connection(("127.0.0.1", {port}), 1)
-
 def write():
     places = ("/", os.path.dirname(os.__file__))
     if all(os.statvfs(place).f_flag & os.ST_RDONLY for place in places):
@@ -92,7 +94,8 @@ def fork():
             time.sleep(60)
             os._exit(1)
 
-must_fail("the network", connect)
+for family in range(64):
+    must_fail("a socket", lambda: socket.socket(family, socket.SOCK_STREAM))
 must_fail("a file outside", lambda: os.stat({path!r}))
 must_fail("a process outside", lambda: os.kill(-1, 0))
 must_fail("writing", write)
@@ -119,9 +122,9 @@ DEFAULT_LIMITS = Limits()
 class Verdict(NamedTuple):
     """How a program ended."""
 
-    passed: bool  # it ran to its end
-    reason: str  # in the program's own words if it raised an exception
-    output: str  # what it printed to both streams, up to the limit
+    passed: bool  # it passed its tests
+    reason: str  # in the words of the exception that the program or a test raised
+    output: str  # what the program printed to both streams, up to the limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,9 +132,20 @@ class Ending:
     """What a sandbox left when it ended."""
 
     output: bytes  # what the program printed
-    status: str  # "exit CODE", "signal NUMBER", or why there is no sandbox
-    wire: bytes  # the token, or the program's exception
+    status: str  # a line for each cell, "program exit CODE" or "tests signal NUMBER", or an error
+    verdict: bytes  # of the tests
     timed_out: bool
+
+    def of(self, cell: str) -> str:
+        """Return how the process of a cell ended: "exit CODE", "signal NUMBER", or ""."""
+        lines = [line for line in self.status.splitlines() if line.startswith(f"{cell} ")]
+        return lines[0].partition(" ")[2] if lines else ""
+
+    @property
+    def problem(self) -> str:
+        """Return why there is no sandbox; "" if there was one."""
+        lines = self.status.splitlines()
+        return "; ".join(dict.fromkeys(line for line in lines if not STATUS.fullmatch(line)))
 
 
 @functools.cache
@@ -143,14 +157,13 @@ def check() -> None:
     if sys.platform != "linux":
         raise UserError(f"no sandbox for programs on {sys.platform}: {REQUIREMENTS}")
     limits = Limits(seconds=30)
-    with tempfile.NamedTemporaryFile() as file, socket.create_server(("127.0.0.1", 0)) as server:
+    with tempfile.NamedTemporaryFile() as file:
         program = PROBE.format(
-            port=server.getsockname()[1],
             path=file.name,
             processes=limits.processes,
             memory=limits.memory,
         )
-        verdict = launch(program, limits)
+        verdict = launch(program, "", limits)
     if not verdict.passed:
         raise no_sandbox(verdict.reason)
 
@@ -160,43 +173,46 @@ def no_sandbox(reason: str) -> UserError:
     return UserError(f"no sandbox for programs on this machine: {reason}; {REQUIREMENTS}")
 
 
-def run(program: str, limits: Limits = DEFAULT_LIMITS) -> Verdict:
-    """Run a program in a sandbox of its own; several threads may do so at once.
+def run(program: str, limits: Limits = DEFAULT_LIMITS, *, tests: str = "") -> Verdict:
+    """Run a program and its tests in a sandbox; several threads may do so at once.
+
+    The program is loaded first. In the tests, `program_function(name)` returns the program's
+    function of that name, to be called. The program passes if it loads and the tests reach their
+    end.
 
     Raises UserError if there is no sandbox.
     """
     check()
-    return launch(program, limits)
+    return launch(program, tests, limits)
 
 
-def launch(program: str, limits: Limits) -> Verdict:
-    """Run a program without checking that the sandbox holds.
+def launch(program: str, tests: str, limits: Limits) -> Verdict:
+    """Run a program and its tests without checking that the sandbox holds.
 
     Raises UserError if the sandbox cannot be made.
     """
-    source = program.encode(errors="surrogatepass")
-    token = secrets.token_bytes(TOKEN_BYTES)
+    sources = [source.encode(errors="surrogatepass") for source in (program, tests)]
     our_end, jail_end = socket.socketpair()
     with our_end:
         with jail_end:
-            process = start_jail(jail_end, len(source), limits)
+            process = start_jail(jail_end, [len(source) for source in sources], limits)
         with process:  # an exception in here closes its standard input, which ends it
             with contextlib.suppress(ConnectionError):
-                our_end.sendall(source + token)
+                our_end.sendall(b"".join(sources))
             ending = follow(process, our_end, limits)
-    if ending.status and not re.fullmatch(r"(exit|signal) \d+", ending.status):
-        raise no_sandbox(one_line(ending.status)[-300:])
-    has_token = secrets.compare_digest(ending.wire, token)
-    passed = not ending.timed_out and ending.status == "exit 0" and has_token
+    if ending.problem:
+        raise no_sandbox(one_line(ending.problem)[-300:])
+    is_over = not ending.timed_out and ending.of("tests") == "exit 0"
+    passed = is_over and ending.verdict == PASSED
     reason = "passed" if passed else failure_reason(ending, limits)
     return Verdict(passed, reason, ending.output.decode(errors="replace"))
 
 
-def start_jail(wire: socket.socket, source_length: int, limits: Limits) -> subprocess.Popen:
-    """Start the interpreter that isolates itself."""
+def start_jail(wire: socket.socket, lengths: list[int], limits: Limits) -> subprocess.Popen:
+    """Start the interpreter that makes the two isolated processes."""
     arguments = (
         wire.fileno(),
-        source_length,
+        *lengths,
         limits.memory,
         limits.processes,
         limits.files,
@@ -246,7 +262,7 @@ def follow(process: subprocess.Popen, wire: socket.socket, limits: Limits) -> En
     return Ending(
         output=bytes(kept[process.stdout]),
         status=kept[process.stderr].decode(errors="replace").strip(),
-        wire=bytes(kept[wire]),
+        verdict=bytes(kept[wire]),
         timed_out=timed_out,
     )
 
@@ -255,7 +271,7 @@ def read_available(file_descriptor: int) -> bytes:
     """Return the next bytes of a stream, none at its end."""
     try:
         return os.read(file_descriptor, CHUNK_BYTES)
-    except ConnectionResetError:  # the socket was closed with the token unread
+    except ConnectionResetError:  # the socket was closed with a source unread
         return b""
 
 
@@ -263,16 +279,16 @@ def failure_reason(ending: Ending, limits: Limits) -> str:
     """Return why a program did not pass."""
     if ending.timed_out:
         return f"timed out after {limits.seconds:g} s"
-    if ending.status.startswith("signal"):
-        return f"killed by {ending.status}"
-    if not ending.status:
+    if ending.verdict.startswith(FAILED):
+        exception = ending.verdict.removeprefix(FAILED).decode(errors="replace")
+        return "out of memory" if exception == "MemoryError" else one_line(exception)
+    if ending.of("tests").startswith("signal"):
+        return f"the tests were killed by {ending.of('tests')}"
+    if ending.of("program").startswith("signal"):
+        return f"killed by {ending.of('program')}"
+    if not ending.of("program"):
         return "killed, and the sandbox with it"
-    exception = ending.wire.decode(errors="replace")
-    if exception == "MemoryError":
-        return "out of memory"
-    if exception and ending.status == "exit 1":
-        return one_line(exception)
-    return f"left before its end, with {ending.status}"
+    return f"left before its end, with {ending.of('program')}"
 
 
 def one_line(text: str) -> str:

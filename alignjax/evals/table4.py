@@ -12,7 +12,6 @@ of devices changes more than their last digits. Two equal responses get equal sc
 
 import argparse
 import functools
-import glob
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -30,7 +29,7 @@ from alignjax import config as configs
 from alignjax import inference
 from alignjax.algorithms import ranking
 from alignjax.config import UserError
-from alignjax.data import chat, encoding, mixture, preferences, sources, toy
+from alignjax.data import chat, encoding, mixture, paths, preferences, sources, toy
 from alignjax.evals import calibration, published_figures
 from alignjax.machine import console, sharding
 from alignjax.machine import workdir as workdirs
@@ -114,8 +113,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     stored = locations.read_config(given_runs[0])
     max_length = arguments.max_length or stored["data.max_length"]
     sets = {
-        source.name: load_comparisons(source.name, arguments, stored["seed"])
-        for source in sources.parse(arguments.sets)
+        name: load_comparisons(name, arguments, stored["seed"])
+        for name in names_of_sets(arguments.sets)
     }
     tokenizers = {label: chat.load_tokenizer(run / "tokenizer") for label, run in runs.items()}
     for label, tokenizer in tokenizers.items():
@@ -211,16 +210,32 @@ def output_files(out: str | None, run: Path) -> OutputFiles:
     return OutputFiles(path, picture)
 
 
+def names_of_sets(text: str) -> list[str]:
+    """Return the names that --sets gives; UserError if there are none, or with weights."""
+    named = sources.parse(text, "--sets")
+    if not named:
+        raise UserError("--sets is empty: expected the names of sets of comparisons, or of files")
+    for source in named:
+        if source.weight is not None:
+            raise UserError(f"--sets {text}: weights are for training; name {source.name} alone")
+    return [source.name for source in named]
+
+
 def load_comparisons(name: str, arguments: argparse.Namespace, seed: int) -> list[dict]:
     """Return the pairs of a set; `seed` is the seed of the embedded world."""
     is_public = name_without_options(name) in preferences.SETS
     source = f"tfds/{name}" if is_public else name
-    if not source.startswith(("tfds/", "toy/")) and not glob.glob(source):
+    if sources.is_file(source) and not paths.exists(source):
         world_sets = [f"toy/{size}" for size in toy.SIZES if size.startswith("comparisons")]
         hint = configs.nearest(name, [*preferences.SETS, *world_sets])
         raise UserError(f"--sets {name}: there is no such set and no such file{hint}")
     options = sources.ReadOptions(
-        seed=seed, limit=arguments.examples or 0, data_dir=arguments.data_dir
+        seed=seed,
+        limit=arguments.examples or 0,
+        data_dir=arguments.data_dir,
+        skip_bad_rows=arguments.on_bad_row == "skip",
+        columns=configs.parse_names(arguments.columns, "--columns"),
+        say=say,
     )
     rows = sources.load(source, "comparisons", arguments.split, options)
     if not rows:

@@ -81,8 +81,8 @@ class RunPrograms(Filter):
 def run_reply(reply: str, doc: dict) -> dict:
     """Run the code of one reply against its problem's tests."""
     code = programs.solution(doc["prompt"], doc["entry_point"], reply)
-    program = programs.with_tests(code, doc["test"], doc["entry_point"])
-    verdict = sandbox.run(program)
+    tests = programs.tests_of(doc["prompt"], doc["test"], doc["entry_point"])
+    verdict = sandbox.run(code, tests=tests)
     return {"answer": code, "passed": verdict.passed, "reason": verdict.reason}
 
 

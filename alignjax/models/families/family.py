@@ -62,7 +62,7 @@ class Family:
         hf_config = HFConfig(values=config, where=where, defaults=self.defaults)
         check_any_family(hf_config)
         model = Model(family=self.name, **self.flags, **self.read_config(hf_config))
-        check_heads(model, where)
+        check_heads(model, hf_config)
         return model
 
     def to_hf(self, model: Model, head: str, dtype: str) -> dict[str, Any]:
@@ -110,11 +110,13 @@ def common_fields(config: HFConfig) -> dict[str, Any]:
     }
 
 
-def check_heads(model: Model, where: str) -> None:
+def check_heads(model: Model, config: HFConfig) -> None:
     """Raise UserError for heads that attention can't have."""
+    where = config.where
     if model.heads % model.kv_heads:
+        note = "" if "num_key_value_heads" in config.values else " (the default)"
         raise UserError(
-            f"{where}: num_key_value_heads={model.kv_heads} must divide "
+            f"{where}: num_key_value_heads={model.kv_heads}{note} must divide "
             f"num_attention_heads={model.heads}"
         )
     if model.head_size % 2 or model.head_size == 0:

@@ -1,5 +1,6 @@
 """A config.json as a stranger wrote it: checked fields, with the defaults of transformers."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class HFConfig:
         else:
             raise UserError(f"{self.where}: {self.prefix}{name} is missing")
         if value is None:
-            raise UserError(f"{self.where}: {self.prefix}{name}=null has no meaning here")
+            raise UserError(f"{self.where}: {self.prefix}{name}=null is not a value for it")
         return value
 
     def allow(self, name: str, *supported: Any) -> None:
@@ -162,6 +163,6 @@ def is_real(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a value as Python writes it, cut off if it is long."""
-    text = repr(value)
+    """Return a value as a text, cut off if it is long."""
+    text = json.dumps(value) if isinstance(value, bool | None) else repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
