@@ -121,6 +121,7 @@ class PPO:
         )
         text = load_pretraining_text(config, mesh, inputs)
         reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer, function)
+        reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
         stage = cls(
             config,
             mesh,

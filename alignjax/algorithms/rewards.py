@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
-from alignjax.data import chat, encoding, packing, templates, tokenizer_files
+from alignjax.data import chat, encoding, packing, templates, tokenising, tokenizer_files
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
@@ -41,6 +41,12 @@ class Reward:
     model: Model  # architecture of the reward model that reads the policy's tokens
     params: dict[str, dict]  # {"reward": its parameters}; {} if there is none
     text_rewards: Sequence[TextReward]
+
+    def check_prompts(self, rows: list[dict]) -> None:
+        """Raise UserError if a text-based reward model cannot encode the prompt of a row."""
+        for text_reward in self.text_rewards:
+            if isinstance(text_reward, TextRewardModel):
+                text_reward.encode_prompts(rows)
 
     def score_texts(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the sum of the text-based rewards of each response, as float32."""
@@ -63,8 +69,8 @@ class TextRewardModel:
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the weighted scores of the responses to the prompts of the rows."""
+        prompts = self.encode_prompts(rows)
         messages = [row["prompt"] for row in rows]
-        prompts = chat.encode_prompts(self.tokenizer, messages)
         endings = chat.encode_responses(self.tokenizer, messages, responses)
         sequences = [
             (prompt + ending)[-self.max_tokens :]
@@ -74,6 +80,13 @@ class TextRewardModel:
             self.score, sequences, self.max_tokens, self.microbatch_tokens, self.mesh
         )
         return self.weight * scores
+
+    def encode_prompts(self, rows: list[dict]) -> list[list[int]]:
+        """Return the tokens of the prompts; UserError names the row that cannot be encoded."""
+        return tokenising.naming_rows(self.encode_named_prompts, rows)
+
+    def encode_named_prompts(self, rows: list[dict]) -> list[list[int]]:
+        return chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
 
 
 def build(
@@ -101,6 +114,7 @@ def build(
     tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)
     if same_tokens(reward_tokenizer, tokenizer):
         return Reward(model=model, params={"reward": params}, text_rewards=text_rewards)
+    chat.end_token(reward_tokenizer)  # its template must be of use
     # Another tokenizer may make more tokens of a text: leave room for twice as many.
     max_tokens = min(model.max_length, 2 * longest_sequence(config))
     text_model = TextRewardModel(

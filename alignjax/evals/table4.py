@@ -29,7 +29,7 @@ from alignjax import config as configs
 from alignjax import inference
 from alignjax.algorithms import ranking
 from alignjax.config import UserError
-from alignjax.data import chat, encoding, mixture, paths, preferences, sources, toy
+from alignjax.data import chat, encoding, mixture, paths, preferences, sources, tokenising, toy
 from alignjax.evals import calibration, published_figures
 from alignjax.machine import console, sharding
 from alignjax.machine import workdir as workdirs
@@ -267,7 +267,9 @@ def fitting_pairs(
     """Tokenise rows and keep the pairs of which neither side is over `max_length` tokens."""
     if not rows:
         return FittingPairs([], [])
-    pairs = chat.encode_comparisons(tokenizer, rows)
+    chat.end_token(tokenizer)  # a template that is of no use is no fault of a row
+    encode = functools.partial(chat.encode_comparisons, tokenizer)
+    pairs = tokenising.naming_rows(encode, rows)
     numbers = [
         number
         for number, (chosen, rejected) in enumerate(pairs)
