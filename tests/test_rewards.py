@@ -84,6 +84,7 @@ def text_reward(tokenizer, params, mesh, max_tokens, microbatch_tokens):
     return rewards.TextRewardModel(
         score=rewards.bind_scorer(MODEL, params),
         tokenizer=tokenizer,
+        ending=(chat.end_token(tokenizer),),
         max_tokens=max_tokens,
         microbatch_tokens=microbatch_tokens,
         mesh=mesh,
