@@ -166,6 +166,28 @@ def test_a_wrong_or_missing_checksum_is_damage_wherever_it_is_read(copied):
     assert step == 2 and len(lines) == 1
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_role_that_is_not_finite_is_refused_by_the_arrays_name(number, tmp_path):
+    """One number of one array, wherever it lies on the mesh."""
+    items = items_of(1)
+    kernel = np.array(items["policy"]["layers"]["mlp"]["down"]["kernel"])
+    kernel[1, -1, -1] = number
+    items["policy"]["layers"]["mlp"]["down"]["kernel"] = kernel
+    items["policy"] = jax.tree.map(
+        jax.device_put, items["policy"], sharding.param_shardings(items["policy"], MESH)
+    )
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", 2)
+    checkpoints.save(1, items)
+    checkpoints.close()
+    path = "layers/mlp/down/kernel"
+    with pytest.raises(UserError, match=f"checkpoints/1: policy/{path} is not finite"):
+        restore_policy(tmp_path)
+    with pytest.raises(UserError, match=f"policy: {path} is not finite"):
+        checkpoint.restore_array(tmp_path / "checkpoints" / "1" / "policy", path)
+    with pytest.raises(checkpoint.NotFinite, match=f"policy/{path} is not finite"):
+        checkpoint.check_finite(items)
+
+
 def test_one_role_is_taken_alone(kept):
     assert equal(restore_policy(kept.parent), parameters(3))
 

@@ -104,6 +104,7 @@ def test_no_piece_ends_within_a_character(policy, monkeypatch):
                 tokens=np.array([tokens]),
                 lengths=np.array([length]),
                 live=np.array([length < len(tokens)]),
+                logprobs=np.zeros((1, len(tokens)), np.float32),
             )
             return None, output
 
@@ -138,7 +139,10 @@ def test_streams_of_any_length_share_few_programs(policy, monkeypatch):
             return None
         programs.add(("proceed", prompts.tokens.shape, settings))
         output = StreamOutput(
-            tokens=np.array([policy.ends]), lengths=np.array([1]), live=np.array([False])
+            tokens=np.array([policy.ends]),
+            lengths=np.array([1]),
+            live=np.array([False]),
+            logprobs=np.zeros((1, 1), np.float32),
         )
         return None, output
 
@@ -274,5 +278,5 @@ def test_what_cannot_be_loaded_is_a_user_error(chain, tmp_path):
     stored = json.loads(config_file.read_text())
     stored["architectures"] = ["Qwen2ForSequenceClassification"]
     config_file.write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="hf: this sequence classifier has no score.weight"):
+    with pytest.raises(UserError, match="hf: a reward model is wanted, but"):
         inference.load(tmp_path / "hf")

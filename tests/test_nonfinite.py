@@ -2,22 +2,26 @@
 
 import dataclasses
 import functools
+import io
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import command, fails, files_of, with_parents
+from runs import STEPS, command, fails, files_of, with_parents
 
+from alignjax import chat, convert, evaluate, inference, train
 from alignjax import config as configs
-from alignjax import train
 from alignjax.algorithms import experience, lm, optimisation, ppo_programs
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.optimisation import GradientSum
-from alignjax.algorithms.ppo import updates_of_step
-from alignjax.config import Mesh, Optimiser
+from alignjax.algorithms.ppo import PPO, updates_of_step
+from alignjax.config import Mesh, Optimiser, UserError
 from alignjax.data import mixture
 from alignjax.machine import sharding
 from alignjax.weights import checkpoint
@@ -227,16 +231,34 @@ class Calls:
 def reward(prompts, responses, **columns):
     """Return 1 for each response, but NaN for one of them in the third step.
 
-    The evaluation before that step is call 3, and gets a NaN too.
+    The evaluation before that step is call 3, and gets a NaN too. The call with one prompt before
+    the first rollout does not count.
     """
-    Calls.count += 1
+    Calls.count += len(responses) > 5
     scores = [1.0] * len(responses)
     if Calls.count in (3, 4):
         scores[5] = NAN
     return scores
 
 
-def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
+class PoisonedPolicy:
+    """Takes the place of `PPO.role_params`: the policy of the second step overflows."""
+
+    def __init__(self):
+        self.role_params = PPO.role_params
+        self.calls = 0
+
+    def __call__(self, stage, state):
+        self.calls += 1
+        params = self.role_params(stage, state)
+        if self.calls != 2:
+            return params
+        overflowing = {"scale": np.inf * params["policy"]["norm"]["scale"]}
+        return params | {"policy": params["policy"] | {"norm": overflowing}}
+
+
+def test_a_rollout_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch, capsys):
+    """The logits of the policy are not finite in step 1, and a score in step 2."""
     make_experience = experience.make_experience
 
     def without_truncation(config, stats, rollout, reading):
@@ -245,17 +267,32 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
 
     monkeypatch.setattr(experience, "make_experience", without_truncation)
     monkeypatch.setattr(Calls, "count", 0)
+    poisoned = PoisonedPolicy()
+    monkeypatch.setattr(PPO, "role_params", lambda stage, state: poisoned(stage, state))
     run = with_parents("ppo-tiny", chain.runs, tmp_path) / "ppo-tiny"
     overrides = ["--config.ppo.reward_fn=test_nonfinite:reward"]
     overrides += ["--config.ppo.value_warmup_steps=0", *SAVE_EVERY_STEP]
     assert train.main(command("ppo-tiny", run.parent, *overrides)) == 0
     metrics = strict_rows(run / "metrics.jsonl")
-    assert [row["policy/skipped"] for row in metrics] == [0, 0, 1, 0]
-    assert [row["value/skipped"] for row in metrics] == [0, 0, 1, 0]
-    assert not {"objective/scores", "loss/policy_avg", "loss/value_avg"} & set(metrics[2])
-    assert set(metrics[3]) == set(metrics[1])
+    assert [row["policy/skipped"] for row in metrics] == [0, 1, 1, 0]
+    assert [row["value/skipped"] for row in metrics] == [0, 1, 1, 0]
+    for row, missing in ((metrics[1], "objective/entropy"), (metrics[2], "objective/scores")):
+        assert not {missing, "loss/policy_avg", "loss/value_avg"} & set(row)
+    assert "objective/scores" in metrics[1] and "objective/entropy" in metrics[2]
+    assert set(metrics[3]) == set(metrics[0])
+    printed = capsys.readouterr().out
+    assert "the policy's logits are not finite: objective/entropy is nan at step 1 (1 " in printed
+    assert "a score is not finite: objective/scores is nan at step 2 (2 skipped" in printed
+    # Such a response ends at its first token, which is one of the vocabulary.
+    kept = np.load(run / "skipped" / "1.npz")
+    assert np.isnan(kept["logprobs"][:, 0]).all() and (kept["lengths"] == 1).all()
+    assert (kept["tokens"] >= 0).all() and not kept["logprobs"][:, 1:].any()
     before = checkpoint_arrays(run, 2)
-    assert bits(before) == bits(checkpoint_arrays(run, 3))  # both models, and the statistics
+    models = ("policy", "value", "policy_optimiser", "value_optimiser")
+    for step in (1, 3):
+        other = checkpoint_arrays(run, step)
+        assert all(bits(before[name]) == bits(other[name]) for name in models)
+    assert bits(before["stats"]) == bits(checkpoint_arrays(run, 3)["stats"])
     scores = [row["score"] for row in strict_rows(run / "samples.jsonl")[4:]]
     (with_null,) = [pair for pair in scores if None in pair]
     assert with_null[1] is None and with_null[0] > 0
@@ -263,7 +300,7 @@ def test_a_score_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch):
     (evaluation,) = strict_rows(run / "evaluations.jsonl")
     assert evaluation["score"] is None and evaluation["kl"] >= 0
     assert evaluation["samples"][2]["score"][1] is None
-    assert [path.name for path in (run / "skipped").iterdir()] == ["2.npz"]
+    assert sorted(path.name for path in (run / "skipped").iterdir()) == ["1.npz", "2.npz"]
     check_ppo_replay(run, before["value"])
 
 
@@ -286,3 +323,57 @@ def check_ppo_replay(run: Path, value_params: object) -> None:
     assert np.isnan(replayed_loss(kept))
     exact = kept | {"returns": kept["old_values"]}
     assert replayed_loss(exact) == pytest.approx(0, abs=1e-4)
+
+
+def poisoned_copy(run: Path, copy: Path) -> Path:
+    """Copy a run, with a newest checkpoint that has a NaN in its model."""
+    shutil.copytree(run, copy)
+    items = {"model": checkpoint_arrays(run, STEPS)["model"]}
+    norm = items["model"]["layers"]["norm1"]
+    norm["scale"] = norm["scale"].at[-1, 2].set(NAN)
+    checkpoints = checkpoint.Checkpoints(copy / "checkpoints", 2)
+    checkpoints.save(STEPS + 1, items)
+    checkpoints.close()
+    return copy
+
+
+def test_a_run_that_is_not_finite_is_no_parent_and_is_not_used(chain, tmp_path, capsys):
+    """Training, inference and an export name the array."""
+    run = poisoned_copy(chain.runs / "lm-tiny", tmp_path / "lm")
+    expected = "model/layers/norm1/scale is not finite (NaN or infinity), so this model can't be"
+    parent = f"--config.parents.model={run}"
+    assert expected in fails(capsys, *command("sft-tiny", tmp_path, parent))
+    with pytest.raises(UserError, match=re.escape(expected)):
+        inference.load(run)
+    assert convert.main(["--to_hf", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "model: layers/norm1/scale is not finite" in capsys.readouterr().err
+
+
+def overflowing(model: inference.LoadedModel) -> inference.LoadedModel:
+    """Return a model whose parameters are finite and whose computation is not."""
+    model.params["norm"]["scale"] = model.params["norm"]["scale"] * np.float32(3e38)
+    return model
+
+
+def test_a_model_whose_logits_or_scores_overflow_is_one_line(chain, tmp_path, capsys, monkeypatch):
+    """In one response after another: no token and no figure comes out of it."""
+    policy = overflowing(inference.load(chain.runs / "sft-tiny"))
+    line = re.escape(f"{chain.runs / 'sft-tiny'}: the model's logits overflow in float32")
+    with pytest.raises(UserError, match=line):
+        policy.generate(["copy : cat"], temperature=0.0, max_tokens=10)
+    with pytest.raises(UserError, match=line):
+        list(policy.stream("copy : cat", max_tokens=10))
+    reward = overflowing(inference.load(chain.runs / "rm-tiny"))
+    with pytest.raises(UserError, match="the model's scores overflow in float32"):
+        reward.score(["copy : cat"], ["cat"])
+
+    load = inference.load
+    monkeypatch.setattr(inference, "load", lambda *args, **kw: overflowing(load(*args, **kw)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("copy : cat\n"))
+    assert chat.main([str(chain.runs / "sft-tiny"), "--max_tokens", "10"]) == 0
+    assert "sft-tiny: the model's logits overflow in float32" in capsys.readouterr().out
+    arguments = ["--run", str(chain.runs / "rm-tiny"), "--sets", "toy/comparisons-clean"]
+    out = tmp_path / "figures.json"
+    assert evaluate.main([*arguments, "--examples", "8", "--out", str(out)]) == 2
+    assert "the model's scores of toy/comparisons-clean overflow" in capsys.readouterr().err
+    assert not out.exists()

@@ -84,6 +84,7 @@ def text_reward(tokenizer, params, mesh, max_tokens, microbatch_tokens):
     return rewards.TextRewardModel(
         score=rewards.bind_scorer(MODEL, params),
         tokenizer=tokenizer,
+        ending=(chat.end_token(tokenizer),),
         max_tokens=max_tokens,
         microbatch_tokens=microbatch_tokens,
         mesh=mesh,
@@ -142,7 +143,9 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
     for name, tokenizer in (("same", policy), ("other", other)):
         (tmp_path / name).mkdir()
         made[name] = saved(tmp_path / name, MODEL, tokenizer, 256)
-    monkeypatch.setattr(rewards.roles, "load", lambda model, head, mesh, key, path: made[path.name])
+    monkeypatch.setattr(
+        rewards.roles, "load_trained", lambda model, head, mesh, path: made[path.name]
+    )
     with jax.set_mesh(mesh):
         reward = rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
         assert (

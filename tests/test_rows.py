@@ -1,9 +1,11 @@
 """What files of users may look like: the forms that are read, and how others are refused."""
 
+import collections
 import decimal
 import gzip
 import json
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from alignjax import config as configs
 from alignjax.config import UserError
-from alignjax.data import files, json_array, mixture, paths, sources
+from alignjax.data import files, json_array, mixture, paths, raw_rows, sources
 from alignjax.data.preferences import rows as published
 
 BOM = b"\xef\xbb\xbf"
@@ -260,11 +262,7 @@ def test_options_of_a_public_set_are_its_own_and_nobody_elses():
         ({"prompt": "q", "completion": "x", **conversation(USER, REPLY)}, None),
         # Null is the same as absent, as Parquet has it; other fields are for the template.
         (conversation(USER | {"name": None}, REPLY | {"tool_calls": None}), None),
-        (
-            conversation(USER, {"role": "assistant", "tool_calls": [{"id": "1"}], "content": None}),
-            [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}],
-        ),
-        (conversation(USER, REPLY | {"reasoning_content": "r"}), "the same"),
+        (conversation(USER | {"name": "n"}, REPLY | {"tool_calls": [], "weight": 1}), "the same"),
         (conversation(REPLY, USER, REPLY, USER), "the same"),
         (conversation(USER, USER, REPLY, REPLY), "the same"),
         (conversation(USER | {"content": ""}, REPLY | {"content": ""}), "the same"),
@@ -380,6 +378,16 @@ BAD_ROWS = [
     ),
     (
         "conversations",
+        line(conversation(USER, REPLY | {"tool_calls": [{"id": "1"}], "content": None})),
+        r"messages\[1\]: tool_calls: of a reply only the content is trained on",
+    ),
+    (
+        "conversations",
+        line(conversation(USER, REPLY | {"reasoning_content": "r"})),
+        r"messages\[1\]: reasoning_content: of a reply only the content is trained on",
+    ),
+    (
+        "conversations",
         line(conversation(USER, REPLY | {"tool_calls": [{"x": 1e400}]})),
         r"messages\[1\]: tool_calls\[0\].x: expected a finite number",
     ),
@@ -423,7 +431,7 @@ BAD_ROWS = [
     (
         "comparisons",
         line(PAIR | {"chosen": [REPLY | {"tool_calls": [1]}]}),
-        "chosen: tool_calls: only the text of a compared reply is scored",
+        "chosen: tool_calls: of a reply only the content is trained on and scored",
     ),
     ("prompts", line({"prompt": "q", "a": 1e400}), "a: expected a finite number"),
     ("prompts", line({"prompt": "q", "a": float("nan")}), "a: expected a finite number"),
@@ -511,13 +519,82 @@ def test_numbers_and_types_of_parquet():
 
 def test_messages_of_parquet_have_no_fields_that_are_null():
     rows = [
-        conversation(USER, REPLY | {"reasoning_content": "r"}),
+        conversation(USER | {"name": "n"}, REPLY),
         conversation(USER | {"content": None}, REPLY),
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
     assert load("a.parquet", "conversations", skip_bad_rows=True) == [
-        conversation(USER, REPLY | {"reasoning_content": "r"})
+        conversation(USER | {"name": "n"}, REPLY)
     ]
+
+
+def test_a_call_of_a_tool_in_a_prompt_is_kept_for_the_template():
+    call = {"role": "assistant", "tool_calls": [{"id": "1"}]}
+    result = {"role": "tool", "content": "4", "name": None}
+    write("a.jsonl", line({"prompt": [USER, call | {"content": None}, result]}))
+    [example] = load("a.jsonl", "prompts")
+    assert example["prompt"] == [USER, call | {"content": ""}, {"role": "tool", "content": "4"}]
+
+
+def test_no_damage_to_a_file_is_more_than_one_line(monkeypatch):
+    """Flip, remove and add bytes of files in every form, the same ones in each run of the test."""
+    monkeypatch.setattr(json_array, "CHARACTERS", 16)
+    rows = [conversation(USER | {"tags": [{"n": 1.5e3}]}, REPLY), conversation(USER, REPLY)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "good.parquet")
+    contents = {
+        "a.jsonl": "\n".join(map(line, rows)).encode(),
+        "a.json": json.dumps(rows, indent=1).encode(),
+        "a.json.gz": gzip.compress(json.dumps(rows).encode(), mtime=0),
+        "a.parquet": Path("good.parquet").read_bytes(),
+    }
+    generator = random.Random(0)
+    outcomes = collections.Counter()
+    for name, content in contents.items():
+        for _ in range(60):
+            write(name, damaged(content, generator))
+            for skip in (False, True):
+                try:
+                    load(name, "conversations", skip_bad_rows=skip)
+                    outcomes["read"] += 1
+                except UserError as error:
+                    assert "\n" not in str(error)
+                    outcomes["refused"] += 1
+    assert outcomes["read"] > 20 and outcomes["refused"] > 200
+
+
+def damaged(content, generator):
+    """Return bytes with up to three accidents."""
+    changed = bytearray(content)
+    for _ in range(generator.randint(1, 3)):
+        place = generator.randrange(len(changed) or 1)
+        accident = generator.choice(["flip", "flip", "insert", "remove", "cut"])
+        if accident == "insert":
+            changed.insert(place, generator.randrange(256))
+        elif accident == "cut" and generator.random() < 0.3:
+            del changed[place:]
+        elif changed:
+            changed[place : place + 1] = b"" if accident == "remove" else generator.randbytes(1)
+    return bytes(changed)
+
+
+# --------------------------------------------------------------------------- shares of processes
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_each_process_parses_its_share_of_every_form(name, monkeypatch):
+    rows = [{"text": f"t{i}"} for i in range(7)]
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), name)
+    else:
+        write(name, json.dumps(rows) if name == "a.json" else "\n".join(map(line, rows)))
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    shares = []
+    for process in range(3):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        share = list(raw_rows.read(name))
+        assert all(row.value == rows[row.number - 1] for row in share)
+        shares.append([row.number for row in share])
+    assert shares == [[3, 6], [1, 4, 7], [2, 5]]
 
 
 # ------------------------------------------------------------------------------ names of one's own

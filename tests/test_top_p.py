@@ -166,3 +166,61 @@ def test_pick_takes_no_weight_of_0_wherever_the_target_falls(num_lanes):
     targets = np.asarray(cumsum(np.tile(weights, (2, 1))))[0]
     places, _ = jax.jit(pick)(np.tile(weights, (num_lanes, 1)), targets)
     assert (weights[np.asarray(places)] > 0).all()
+
+
+NOT_FINITE = {
+    "one NaN": {0: np.nan},
+    "NaN in the last place": {299: np.nan},
+    "one infinity": {3: np.inf},
+    "two infinities": {3: np.inf, 200: np.inf},
+    "infinity and NaN": {3: np.inf, 4: np.nan},
+    "nothing but NaN": {range(300): np.nan},
+    "nothing but infinity": {range(300): np.inf},
+    "nothing but -infinity": {range(300): -np.inf},
+}
+FINITE = {
+    "normal": {},
+    "all equal": {range(300): 0.0},
+    "all equal and as large as a number can be": {range(300): np.finfo(np.float32).max},
+    "all equal and as small": {range(300): np.finfo(np.float32).min},
+    "subnormal": {range(300): 1e-42},
+    "excluded words": {range(290): -np.inf},
+    "far above": {7: 3e38},
+}
+
+
+@pytest.mark.parametrize(
+    "temperature, top_p",
+    [(1.0, 0.9), (1.0, 1.0), (1.0, 1e-300), (0.7, 0.5), (1e-6, 0.9), (1e-40, 0.9), (0.0, 0.9)],
+)
+def test_a_draw_ends_on_any_logits_and_marks_rows_that_are_not_finite(temperature, top_p):
+    """A row that is not finite changes nothing in the others, whose results repeat to the bit."""
+    normal = np.random.default_rng(0).normal(size=300).astype(np.float32)
+    rows = {}
+    for name, places in (NOT_FINITE | FINITE).items():
+        rows[name] = normal.copy()
+        for place, number in places.items():
+            rows[name][place] = number
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    logits = np.stack(list(rows.values()))
+    tokens, logprobs = map(np.asarray, sample(keys, logits, temperature, top_p))
+    assert ((tokens >= 0) & (tokens < 300)).all()
+    overflowing = {name for name in FINITE if np.abs(rows[name]).max() > 1e38}
+    for name, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        if name in NOT_FINITE:
+            assert np.isnan(logprob), name
+        elif temperature != 0.7 or name not in overflowing:  # which 1 / 0.7 makes overflow
+            assert logprob <= 0 and rows[name][token] > -np.inf, name
+    usable = np.array([name in FINITE for name in rows])
+    logits[~usable] = normal
+    undisturbed = sample(keys, logits, temperature, top_p)
+    assert np.array_equal(undisturbed[0][usable], tokens[usable])
+    assert np.array_equal(undisturbed[1][usable], logprobs[usable], equal_nan=True)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e-3])
+def test_a_low_temperature_takes_the_most_probable_word(temperature):
+    logits = 8 * np.random.default_rng(4).normal(size=(50, 300))
+    logits[:, 17] = logits.max(axis=1) + 0.1
+    tokens, logprobs = draw(logits, 20, temperature, 0.9)
+    assert (tokens == 17).all() and not logprobs.any()

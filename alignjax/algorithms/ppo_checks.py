@@ -8,14 +8,24 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.algorithms import optimisation
+from alignjax.algorithms.endings import Ending, rows_with_ending
 from alignjax.algorithms.experience import ResponseMicrobatch, ScoredRollout
 from alignjax.algorithms.optimisation import Accumulate
-from alignjax.config import Config, Model
+from alignjax.config import Config, Model, UserError
 from alignjax.models import scoring
 from alignjax.sampling.types import Rollout
 from alignjax.weights import roles
 
 CHECKED_RESPONSES = 8  # which are scored once more, each alone
+
+# Metric -> what is wrong if it is not finite, what spoils the others first.
+CAUSES = {
+    "objective/entropy": "the policy's logits are not finite",
+    "sampler/drift_max": "the logits that the policy samples from are not finite",
+    "objective/kl": "the reference's logits are not finite",
+    "objective/scores": "a score is not finite",
+    "value/explained_variance": "the value model's values are not finite",
+}
 
 
 def check_first_rollout(
@@ -26,15 +36,17 @@ def check_first_rollout(
     scored: ScoredRollout,
     minibatch: list[ResponseMicrobatch],
     texts: np.ndarray | None,
+    ending: Ending,
 ) -> None:
     """Check ratio, KL and packing before the first update.
 
-    The ratio is 1; the KL to the reference is 0 if the policy starts there; and a response scores
-    alone as it scored among its neighbours.
+    All logits are finite; the ratio is 1; the KL to the reference is 0 if the policy starts there;
+    and a response scores alone as it scored among its neighbours.
 
     Raises:
       UserError: with the figure that is not as it must be.
     """
+    check_finite(config, scored)
     check_ratio(config, policy_gradient, params["policy"], scored, minibatch)
     if config.parents["policy"] == config.parents["reference"]:
         largest = jnp.abs(scored.responses["kl"]).max()
@@ -42,7 +54,21 @@ def check_first_rollout(
             "the largest KL of a response to the reference", largest, config.model.dtype
         )
     if "reward" in params:
-        check_scores(config, reward_model, params["reward"], scored, texts)
+        check_scores(config, reward_model, params["reward"], scored, texts, ending)
+
+
+def check_finite(config: Config, scored: ScoredRollout) -> None:
+    """Check that the logits of policy and reference are finite.
+
+    Parameters that are not finite cannot be loaded, so the computation overflows. A score that is
+    not finite is reported elsewhere: the rollout is skipped.
+    """
+    for name in ("objective/entropy", "objective/kl"):
+        if not np.isfinite(float(scored.metrics[name])):
+            raise UserError(
+                f"self-check at step 0: {CAUSES[name]}: they overflow in model.dtype="
+                f"{config.model.dtype!r}; stopped"
+            )
 
 
 def check_ratio(
@@ -65,13 +91,17 @@ def check_scores(
     reward_params: dict,
     scored: ScoredRollout,
     texts: np.ndarray | None,
+    ending: Ending,
 ) -> None:
     """Check that some responses score alone as they scored packed with others."""
     score = jax.jit(functools.partial(score_alone, reward_model))
     rollout = jax.tree.map(lambda x: x[:CHECKED_RESPONSES], scored.experience.rollout)
-    alone = config.ppo.reward_weight * score(
-        reward_params, left_aligned(rollout), rollout.prompt_lengths + rollout.lengths
-    )
+    lengths = rollout.prompt_lengths + rollout.lengths
+    tokens = left_aligned(rollout)
+    if ending is not None:
+        tokens = rows_with_ending(tokens, lengths, rollout.truncated, ending)
+        lengths = lengths - 1 + len(ending)
+    alone = config.ppo.reward_weight * score(reward_params, tokens, lengths)
     text_scores = np.zeros(len(alone)) if texts is None else texts[:CHECKED_RESPONSES]
     packed = scored.responses["score"][:CHECKED_RESPONSES]
     difference = jnp.abs(alone - packed + text_scores)

@@ -4,7 +4,7 @@ A step with a figure that is not finite leaves WORKDIR/skipped/STEP.npz; docs/me
 to compute its losses again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -53,6 +53,8 @@ class StepOutput:
     metrics: dict[str, jax.Array]  # device scalars
     details: Callable[[], StepDetails]
     batch: Callable[[], dict[str, np.ndarray]]  # what the step learned from, to compute it again
+    # Metric -> what is wrong if it is not finite. The first such metric explains the others.
+    causes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,18 +100,18 @@ def parquet_rows(path: str) -> Iterator[RawRow]:
     rows_before = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            check_names(path, file.schema_arrow.names)
+            check_column_names(path, file.schema_arrow.names)
             for batch in file.iter_batches():
                 # Numbers count from 1.
                 indices = [i for i in range(len(batch)) if is_local(rows_before + i + 1)]
                 yield from rows_of_batch(batch, indices, path, rows_before)
                 rows_before += len(batch)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # also names not in UTF-8
         message = f"{path}: expected Parquet: {first_line(error)}"
         raise jsonl.Unreadable(message, rows_before + 1) from None
 
 
-def check_names(path: str, names: list[str]) -> None:
+def check_column_names(path: str, names: list[str]) -> None:
     """Raise Unreadable if two columns have one name: no row could have both."""
     for name in names:
         if names.count(name) > 1:

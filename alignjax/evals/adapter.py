@@ -77,7 +77,8 @@ class AlignJax(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """Return the token that ends a text: the tokenizer's own, or else any end of a response."""
-        return self.requests.model.ends[0]
+        end = self.tokenizer.eos_token_id
+        return self.requests.model.ends[0] if end is None else end
 
     @property
     def prefix_token_id(self) -> int:

@@ -107,6 +107,7 @@ class Requests:
             for span in targets.spans:
                 at = (span.row, span.columns)
                 logprob = float(logprobs[at].astype(np.float64).sum())
+                self.model.check_finite("logits", logprob)
                 yield span.request, Likelihood(logprob, bool(is_best[at].all()))
 
     def read_targets(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,24 +163,25 @@ class TrainingLog:
         on_host = jax.device_get(pending.output.metrics)
         metrics = {name: float(value) for name, value in on_host.items()} | details.metrics
         problems = not_finite(metrics)
+        reason = explain(problems, metrics, pending.output.causes)
         if problems:
             # In every process, because reading the batch may be a collective.
             self.skipped.add(step, metrics, pending.output.batch())
         if self.writer:
             if problems:
-                self._report_skipped(step, problems[0], metrics)
+                self._report_skipped(step, reason)
             finite = {name: value for name, value in metrics.items() if name not in problems}
             self.writer.write_step(step, finite, details.samples, seconds)
         if problems and self.skipped.count > self.max_skipped:
             raise UserError(
-                f"{self.name}: {problems[0]} is {metrics[problems[0]]} at step {step} "
+                f"{self.name}: {reason} at step {step} "
                 f"({self._skipped_so_far()}); stopped. The last checkpoint is intact, and the "
                 f"batches of the skipped steps are in {self.skipped.directory}"
             )
 
-    def _report_skipped(self, step: int, name: str, metrics: dict[str, float]) -> None:
+    def _report_skipped(self, step: int, reason: str) -> None:
         self.say(
-            f"{self.name}: {name} is {metrics[name]} at step {step} ({self._skipped_so_far()}); "
+            f"{self.name}: {reason} at step {step} ({self._skipped_so_far()}); "
             f"its batch is in {self.skipped.path(step)}, see docs/metrics.md"
         )
 
@@ -192,6 +193,14 @@ def not_finite(figures: dict[str, float]) -> list[str]:
     """Return the names of the figures that are not finite, losses first."""
     names = [name for name, value in figures.items() if not math.isfinite(value)]
     return sorted(names, key=lambda name: "loss" not in name)
+
+
+def explain(problems: list[str], metrics: dict[str, float], causes: Mapping[str, str]) -> str:
+    """Return why a step is skipped: the cause if it is known, and the metric that shows it."""
+    for name, cause in causes.items():
+        if name in problems:
+            return f"{cause}: {name} is {metrics[name]}"
+    return f"{problems[0]} is {metrics[problems[0]]}" if problems else ""
 
 
 def time_when_computed(metrics: dict[str, jax.Array]) -> float:

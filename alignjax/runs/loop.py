@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,7 +21,7 @@ from alignjax.machine.signals import Signals
 from alignjax.runs import advice, environment
 from alignjax.runs.log import TrainingLog
 from alignjax.runs.tracker import Tracker
-from alignjax.weights.checkpoint import Checkpoints
+from alignjax.weights.checkpoint import Checkpoints, NotFinite, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,10 @@ class Loop:
             return 0, self.stage.init_state()
         step, items = restored
         self.say(f"{self.config.name}: resuming from step {step}")
-        return step, optimisation.from_checkpoint(items)
+        state = optimisation.from_checkpoint(items)
+        if not compiled_all_finite(state):
+            self.stop_not_finite(items, f"in the checkpoint {checkpoints.directory / str(step)}")
+        return step, state
 
     def open_log(self, directory: Path, first: int) -> TrainingLog:
         """Open the files of a run; rows of steps from `first` on are dropped."""
@@ -122,13 +126,18 @@ class Loop:
 
     def save(self, state: State, step: int, checkpoints: Checkpoints) -> None:
         """Save the state after a step, unless it is not finite."""
+        items = optimisation.to_checkpoint(state)
         if not compiled_all_finite(state):  # a step by finite gradients may still overflow
-            raise UserError(
-                f"{self.config.name}: parameters or optimiser state are not finite after step "
-                f"{step}; stopped, the last checkpoint is whole"
-            )
-        checkpoints.save(step + 1, optimisation.to_checkpoint(state))
+            self.stop_not_finite(items, f"after step {step}; stopped, the last checkpoint is whole")
+        checkpoints.save(step + 1, items)
         self.phases.mark("save")
+
+    def stop_not_finite(self, items: dict[str, Any], where: str) -> None:
+        """Raise UserError with the name of the first array that is not finite."""
+        try:
+            check_finite(items)
+        except NotFinite as error:
+            raise UserError(f"{self.config.name}: {error} {where}") from None
 
     def costs(self, step: int) -> dict[str, float]:
         """Return what timing.jsonl says of a step beside its seconds."""

@@ -106,7 +106,10 @@ def proceed(
     decoder = make_decoder(params, prompts, key, settings, stops=stops)
     is_wanted = functools.partial(has_live_before, slots.clock + new_tokens)
     slots = jax.lax.while_loop(is_wanted, decoder.decode_token, slots)
-    return slots, StreamOutput(tokens=slots.tokens, lengths=slots.lengths, live=slots.live)
+    output = StreamOutput(
+        tokens=slots.tokens, lengths=slots.lengths, live=slots.live, logprobs=slots.logprobs
+    )
+    return slots, output
 
 
 @jax.tree_util.register_dataclass
@@ -209,7 +212,8 @@ class Decoder:
         tokens, logprobs = self.draw(response_ids, places, last_hidden)
         first_states = jnp.zeros(num_filled, jnp.int32)
         stop_states, ended = self.follow_stops(first_states, tokens)
-        live = (response_ids < self.num_responses) & ~ended & (settings.response_length > 1)
+        goes_on = ~ended & ~jnp.isnan(logprobs) & (settings.response_length > 1)
+        live = (response_ids < self.num_responses) & goes_on
         lengths = jnp.ones(num_filled, jnp.int32)
         tokens = first_column(tokens, settings.response_length)
         logprobs = first_column(logprobs, settings.response_length)
@@ -250,9 +254,10 @@ class Decoder:
         here = (jnp.arange(response_length) == slots.lengths[:, None]) & slots.live[:, None]
         lengths = slots.lengths + slots.live
         stop_states, ended = self.follow_stops(slots.stop_states, tokens)
+        goes_on = ~ended & ~jnp.isnan(logprobs) & (lengths < response_length)
         return dataclasses.replace(
             slots,
-            live=slots.live & ~ended & (lengths < response_length),
+            live=slots.live & goes_on,
             lengths=lengths,
             stop_states=stop_states,
             clock=slots.clock + 1,
@@ -269,7 +274,8 @@ class Decoder:
     ) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
         """Draw the tokens at `places` of responses, from the hidden states before them.
 
-        Returns the tokens and their log-probabilities.
+        Returns the tokens and their log-probabilities, which are NaN where the logits are not
+        finite. Such a response ends there.
         """
         settings = self.settings
         logits = transformer.logits(settings.model, self.params, hidden)

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 LANE_WIDTH = 128  # weights that a draw first sums up, before it searches among them
+# Below this temperature, the highest logit is subtracted before the division too. XLA may fuse the
+# division and the later subtraction, and for large quotients this rounds by more than 1.
+LOW_TEMPERATURE = 0.01
+LEAST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # a lower one is 0 in float32
 
 
 @jax.tree_util.register_dataclass
@@ -51,8 +55,14 @@ class TopPSampler:
         return lanes * LANE_WIDTH + places
 
     def is_rejected(self, sums_above: Float[Array, "rows lanes"]) -> Bool[Array, " rows"]:
-        """Return whether more probable tokens alone have the mass that is to be kept."""
-        return sums_above.sum(axis=-1) >= self.top_p * self.mass
+        """Return whether more probable tokens alone have the mass that is to be kept.
+
+        There must be such tokens. Otherwise there is nothing to draw from, and the search would
+        not end: the mass that is to be kept is NaN in a row that is not finite, and 0 if `top_p`
+        is too small for float32.
+        """
+        mass_above = sums_above.sum(axis=-1)
+        return (mass_above > 0) & (mass_above >= self.top_p * self.mass)
 
     def draw_again(self, draw: Draw) -> Draw:
         """Draw once more, among more probable tokens, in the rows whose token was rejected."""
@@ -81,16 +91,23 @@ def sample_tokens(
     that are more probable have less than that mass. One token is drawn from the whole
     vocabulary, and returned if this holds. If not, no token as improbable as this one is kept
     either, so the next draw is among the more probable ones. Each round reads the vocabulary
-    once; one or two rounds are enough. Temperature 0 takes the most probable token.
+    once; one or two rounds are enough. They end on any input, because each draws among tokens
+    that are more probable than the last one. Temperature 0 takes the most probable token.
+
+    A row that is not finite gets some token of the vocabulary, and NaN as its log-probability. Such
+    a row has NaN or +inf, or nothing but -inf, or numbers that overflow when they are divided by
+    the temperature. A single -inf only excludes its token.
     """
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1), jnp.max(jax.nn.log_softmax(logits), axis=-1)
+    if temperature < LEAST_TEMPERATURE:
+        return take_highest(logits)
+    if temperature < LOW_TEMPERATURE:
+        logits -= logits.max(axis=-1, keepdims=True)
     scaled = logits / temperature
     highest = scaled.max(axis=-1, keepdims=True)
     weights = split_into_lanes(jnp.exp(scaled - highest))
     below_all = jnp.full(len(logits), -1.0)
-    sums = lane_sums(weights, below_all)
-    mass = sums.sum(axis=-1)
+    sums = weights.sum(axis=-1)
+    mass = sums.sum(axis=-1)  # about 1 or more; NaN in a row that is not finite
     sampler = TopPSampler(keys=keys, weights=weights, mass=mass, top_p=top_p)
     tokens = sampler.draw_above(0, sums, below_all)
     if top_p < 1:
@@ -102,8 +119,20 @@ def sample_tokens(
             rejected=sampler.is_rejected(sums_above),
         )
         tokens = jax.lax.while_loop(any_rejected, sampler.draw_again, first).tokens
+    finite = jnp.isfinite(mass) & (mass > 0)
+    tokens = jnp.where(finite, tokens, 0)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
     logprobs = jnp.minimum(chosen - highest[:, 0] - jnp.log(mass), 0.0)
+    return tokens.astype(jnp.int32), jnp.where(finite, logprobs, jnp.nan)
+
+
+def take_highest(
+    logits: Float[Array, "rows vocabulary"],
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
+    """Return the most probable token of each row, and its log-probability."""
+    tokens = jnp.argmax(logits, axis=-1)
+    # Not the highest of the log-probabilities: XLA's maximum may ignore NaN.
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
     return tokens.astype(jnp.int32), logprobs
 
 

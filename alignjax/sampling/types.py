@@ -55,7 +55,8 @@ class Rollout:
     tokens: Int[Array, "responses tokens"]
     prompt_lengths: Int[Array, " responses"]
     lengths: Int[Array, " responses"]  # of the responses, their end tokens included
-    # Full-distribution log-probabilities as the sampler computed them; 0 after the end.
+    # Full-distribution log-probabilities as the sampler computed them; 0 after the end. NaN marks
+    # a token whose logits are not finite: the response ends there, and PPO does not learn from it.
     logprobs: Float[Array, "responses response_tokens"]
     truncated: Bool[Array, " responses"]  # none of the end tokens within the response's length
 
@@ -80,6 +81,7 @@ class StreamOutput:
     tokens: Int[Array, "responses response_tokens"]
     lengths: Int[Array, " responses"]
     live: Bool[Array, " responses"]  # the response has not ended
+    logprobs: Float[Array, "responses response_tokens"]  # as in `Rollout`
 
 
 Sampler = Callable[[dict, Prompts, jax.Array, SamplingSettings], Rollout]

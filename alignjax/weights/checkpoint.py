@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,10 @@ CHECKSUMS = "checksums"  # an item: JSON, item -> path of a leaf -> checksum
 CHECKSUM_PART = 1 << 20  # elements of an array that `host_checksum` reads at a time
 
 Tree = Any  # a tree of arrays, or of their shapes
+
+
+class NotFinite(Exception):
+    """An array of a checkpoint has numbers that are not finite; the text names the array."""
 
 
 def silence_orbax() -> None:
@@ -126,21 +130,23 @@ class Checkpoints:
         collectives.true_in_all(True)
         self.manager.reload()
 
-    def read(self, step: int, shapes: dict[str, Tree]) -> dict[str, Tree]:
+    def read(self, step: int, shapes: dict[str, Tree], finite: bool = False) -> dict[str, Tree]:
         """Read items of a checkpoint as arrays with the given shapes, types and shardings.
 
-        Raises some exception if it is damaged, and ValueError if an array is not the one that
-        was saved.
+        Raises some exception if it is damaged, ValueError if an array is not the one that was
+        saved, and, with `finite`, NotFinite if an array has numbers that are not finite.
         """
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         arguments[CHECKSUMS] = ocp.args.JsonRestore()
         composite = ocp.args.Composite(**arguments)
         items = dict(self.manager.restore(step, args=composite).items())
         saved_sums = items.pop(CHECKSUMS)
-        sums = jax.device_get({name: checksums(items[name]) for name in shapes})
-        for name, item_sums in sums.items():
-            for path, number in by_path(item_sums).items():
+        inspections = {name: inspect(items[name]) for name in shapes}
+        for name, inspection in jax.device_get(inspections).items():
+            for path, number in by_path(inspection.checksums).items():
                 verify(saved_sums, name, path, number)
+            if finite:
+                refuse_not_finite({name: inspection.finite})
         return items
 
     def latest(self) -> int | None:
@@ -192,6 +198,36 @@ def checksums(tree: Tree) -> Tree:
     return jax.tree.map(checksum, tree)
 
 
+class Inspection(NamedTuple):
+    """What one pass over the arrays of a tree gives, each a tree of scalars."""
+
+    checksums: Tree
+    finite: Tree  # whether all numbers of an array are finite
+
+
+@jax.jit
+def inspect(tree: Tree) -> Inspection:
+    """Return the checksum of each array, and whether all its numbers are finite."""
+    return Inspection(jax.tree.map(checksum, tree), finite_arrays(tree))
+
+
+def finite_arrays(tree: Tree) -> Tree:
+    """Return for each array of a tree whether all its numbers are finite."""
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
+def check_finite(items: dict[str, Tree]) -> None:
+    """Raise NotFinite with the name of the first array that is not finite, if there is one."""
+    refuse_not_finite(jax.device_get(jax.jit(finite_arrays)(items)))
+
+
+def refuse_not_finite(items: dict[str, Tree]) -> None:
+    """Raise NotFinite if `finite_arrays` of some items has found an array."""
+    for path, is_finite in by_path(items).items():
+        if not is_finite:
+            raise NotFinite(f"{path} is not finite")
+
+
 def checksum(x: jax.Array) -> jax.Array:
     """Return the checksum of one array; for use inside jit."""
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
@@ -213,9 +249,9 @@ def host_checksum(x: np.ndarray) -> int:
     return total % 2**32
 
 
-def by_path(sums: Tree) -> dict[str, int]:
-    """Return a tree of checksums as {path of the leaf: number}."""
-    leaves = jax.tree_util.tree_leaves_with_path(sums)
+def by_path(numbers: Tree) -> dict[str, int]:
+    """Return a tree of scalars as {path of the leaf: number}."""
+    leaves = jax.tree_util.tree_leaves_with_path(numbers)
     return {sharding.path_name(path): int(number) for path, number in leaves}
 
 
@@ -228,16 +264,20 @@ def verify(saved_sums: dict[str, dict[str, int]], item: str, path: str, number: 
 def restore_role(workdir: Path, item: str, shapes: Tree) -> Tree:
     """Read one role's parameters from the newest checkpoint of a finished run.
 
-    Raises UserError if there is none, or if they are not what was saved.
+    Raises UserError if there is none, if they are not what was saved, or if they are not finite.
     """
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=None)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{workdir}: no checkpoint there")
+        path = checkpoints.directory / str(step)
         try:
-            return checkpoints.read(step, {item: shapes})[item]
+            return checkpoints.read(step, {item: shapes}, finite=True)[item]
+        except NotFinite as error:
+            raise UserError(
+                f"{path}: {error} (NaN or infinity), so this model can't be used"
+            ) from None
         except Exception as error:  # Damaged files make the readers raise many types.
-            path = checkpoints.directory / str(step)
             raise UserError(f"{path} is damaged ({short_reason(error)})") from error
 
 
@@ -257,7 +297,7 @@ def restore_array(item: Path, path: str) -> np.ndarray:
     """Read one whole array of an item's directory, and no other.
 
     `path` is the array's path, such as "layers/norm1/scale". Raises UserError if it cannot be
-    read, or is not what was saved.
+    read, is not what was saved, or is not finite.
     """
     tree: Any = 0  # Orbax ignores the value of a leaf.
     for name in reversed(path.split("/")):
@@ -272,4 +312,6 @@ def restore_array(item: Path, path: str) -> np.ndarray:
         verify(saved_sums, item.name, path, host_checksum(array))
     except Exception as error:  # Damaged files make the readers raise many types.
         raise UserError(f"{item}: {path} can't be read ({short_reason(error)})") from error
+    if not np.isfinite(array).all():
+        raise UserError(f"{item}: {path} is not finite (NaN or infinity)")
     return array
