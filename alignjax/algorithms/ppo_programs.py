@@ -17,6 +17,7 @@ import optax
 
 from alignjax.algorithms import experience, lm, losses, optimisation, plugins
 from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import (
     Experience,
     Reading,
@@ -189,6 +190,7 @@ def compile_programs(
     *,
     end_tokens: tuple[int, ...],
     reward_model: Model | None = None,
+    ending: Ending = None,
 ) -> Programs:
     """Return the compiled functions of a run on a mesh.
 
@@ -198,11 +200,14 @@ def compile_programs(
       trained: optimisers, and the shapes that the updates keep the state in.
       end_tokens: each of them ends a response.
       reward_model: architecture of the reward model, if it is not `config.model`.
+      ending: of what the reward model reads.
     """
     abstract = trained.abstract_state
     stats_layout = jax.tree.map(lambda x: x.sharding, abstract["stats"])
     text_loss = functools.partial(lm.loss_fn, config.model)
-    read = functools.partial(experience.read_roles, config, reward_model or config.model)
+    read = functools.partial(
+        experience.read_roles, config, reward_model or config.model, ending=ending
+    )
     return Programs(
         sample=make_sampler(config, mesh, sampling_settings(config, end_tokens)),
         place_params=params_placement(config, mesh, abstract["policy"].params),

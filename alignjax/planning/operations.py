@@ -61,7 +61,8 @@ def product_operations(equation: JaxprEqn) -> float:
 def decode_operations(equation: JaxprEqn) -> float:
     """Count the two products of attention to whole rows by the kernel for decoding.
 
-    Where the rows end, it finds in its data. Its first operands are queries [... head_size] and keys [... parts places head_size].
+    Where the rows end is in its data. Its first operands are queries [... head_size] and keys
+    [... parts places head_size].
     """
     queries = equation.invars[0].aval.shape
     keys = equation.invars[1].aval.shape
