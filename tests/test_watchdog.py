@@ -123,6 +123,7 @@ def test_a_second_interrupt_ends_a_run_at_once(impatient, tmp_path, monkeypatch,
 
 def test_an_answered_interrupt_is_not_counted(impatient, capfd):
     """In a chat, the next one comes much later and belongs to the next reply."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with watchdog.watching_interrupts():
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
