@@ -28,7 +28,8 @@ from alignjax import config as configs
 from alignjax import inference
 from alignjax.algorithms import rewards
 from alignjax.config import UserError
-from alignjax.data import toy
+from alignjax.data import chat, toy
+from alignjax.data.ends import replace_end
 from alignjax.machine import sharding
 from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
@@ -343,8 +344,13 @@ def describe_score(
     reads_same_tokens = model.uses_chat_template and rewards.same_tokens(
         model.tokenizer, reward.tokenizer
     )
+    response: str | list[int] = reply.text
+    if reads_same_tokens:
+        response = reply.tokens
+        if not reply.truncated:  # the policy may have ends that the reward model does not know
+            response = replace_end(reply.tokens, [chat.end_token(reward.tokenizer)])
     try:
-        (score,) = reward.score([messages], [reply.tokens if reads_same_tokens else reply.text])
+        (score,) = reward.score([messages], [response])
     except UserError as error:
         return f"no {error}"
     return f"score {score:.2f}"

@@ -19,11 +19,22 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import UserError, model_from_json
-from alignjax.data import chat
+from alignjax.data import chat, templates
+from alignjax.data.ends import as_list
 from alignjax.machine import console
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
-from alignjax.weights import checkpoint, hf
+from alignjax.weights import checkpoint, hf, locations
+from alignjax.weights.imported import (
+    GENERATION_FILE,
+    Imported,
+    ends_of,
+    exported_config,
+    exported_generation,
+    read_imported,
+)
+from alignjax.weights.model_card import CARD_FILE, ExportedModel, model_card
+from alignjax.weights.score_place import MARK
 
 
 class Export(NamedTuple):
@@ -41,7 +52,7 @@ EXPORTS = {
     ("ppo", "policy"): Export("policy", "lm"),
     ("ppo", "value"): Export("value", "scalar"),
 }
-TokenIds = dict[str, int | None]  # name in config.json -> id
+TokenIds = dict[str, Any]  # name in config.json -> id, several ids, or None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,21 +108,38 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
     newest = checkpoint.newest(run)
     read = functools.partial(checkpoint.restore_array, newest / item)
     tokenizer = chat.load_tokenizer(run / "tokenizer")
-    tokens = special_tokens(tokenizer, head)
+    imported = read_imported(run)
+    tokens = special_tokens(tokenizer, head, imported)
+    model = model_from_json(config, str(run / "config.json"))
+    content = exported_config(model, head, dtype, imported) | tokens
+    if head == "scalar":
+        content |= MARK
+    ends = ends_of(run, tokenizer, model.vocab_size) if head == "lm" else ()
+    bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
+    exported = ExportedModel(
+        config=config,
+        item=item,
+        step=newest.name,
+        dtype=dtype,
+        ends=ends,
+        bias=bias,
+        base=imported.source,
+    )
 
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    write_tokenizer(run, tokenizer, tokens, partial)
+    write_tokenizer(run, tokenizer, head, tokens, partial)
     if head == "lm":
-        write_generation_config(tokenizer, tokens, partial)
-    size = hf.write_hf(
-        model_from_json(config, str(run / "config.json")), head, read, partial, dtype, tokens=tokens
-    )
+        write_json(partial / GENERATION_FILE, exported_generation(imported, tokens, ends))
+    card = model_card(exported, tokenizer)
+    (partial / CARD_FILE).write_text(card, encoding="utf-8")
+    size = hf.write_hf(model, head, read, partial, dtype, config=content)
     partial.replace(out)
 
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
-    bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
+    if head == "scalar":
+        print(f"{out / CARD_FILE} says how transformers gives the scores of alignjax")
     if bias:
         print(
             f"score.bias={bias:.6g} is written, but transformers does not read it: "
@@ -126,13 +154,7 @@ def is_empty_directory(path: Path) -> bool:
 
 def read_run_config(run: Path) -> dict[str, Any]:
     """Return the config.json of a complete run; UserError for any other directory."""
-    path = run / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--to_hf {run}: no config.json there, so this is not a run") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+    config = locations.read_config(run)
     if "stage" not in config:
         raise UserError(
             f"--to_hf {run}: config.json names no stage, so this is not a run "
@@ -143,15 +165,21 @@ def read_run_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, head: str) -> TokenIds:
-    """Return the ids of special tokens for config.json.
+def special_tokens(tokenizer: PreTrainedTokenizerBase, head: str, imported: Imported) -> TokenIds:
+    """Return the ids of special tokens for config.json: those that were imported, if they serve.
 
-    The end token is the one that ends the assistant's turn, because responses were trained to end
-    with it. A classifier scores the last token that is not the pad, so its pad must be another
-    token than the end token.
+    The end tokens must have the one that ends the assistant's turn, because responses were
+    trained to end with it. A classifier scores the last token that is not the pad, so its pad
+    must be another token than the end token.
     """
     end = chat.end_token(tokenizer) if tokenizer.chat_template else tokenizer.eos_token_id
+    imported_ends = as_list(imported.config.get("eos_token_id"))
+    eos = end if not imported_ends else [*imported_ends, end]
+    if end in imported_ends:
+        eos = imported.config["eos_token_id"]
     pad = tokenizer.pad_token_id
+    if head == "lm" and imported.config.get("pad_token_id") is not None:
+        pad = imported.config["pad_token_id"]
     if head == "scalar" and pad in (None, end):
         others = [token for token in sorted(tokenizer.all_special_ids) if token != end]
         if not others:
@@ -160,30 +188,34 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, head: str) -> TokenIds:
                 f"other than {end}"
             )
         pad = others[0]
-    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": pad}
+    bos = imported.config.get("bos_token_id", tokenizer.bos_token_id)
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
 
 
 def write_tokenizer(
-    run: Path, tokenizer: PreTrainedTokenizerBase, tokens: TokenIds, directory: Path
+    run: Path, tokenizer: PreTrainedTokenizerBase, head: str, tokens: TokenIds, directory: Path
 ) -> None:
-    """Copy a run's tokenizer; save it anew if its pad is not the one that config.json names."""
+    """Copy a run's tokenizer; save it anew if a classifier needs another one.
+
+    A classifier must not pad with its end token. A template that writes today's date gets the
+    date of the run, which the classifier was trained to read.
+    """
     with workdirs.local_copy(run / "tokenizer") as source:
         shutil.copytree(source, directory)
-    if tokens["pad_token_id"] != tokenizer.pad_token_id:
+    if head == "lm":
+        return
+    template = tokenizer.chat_template
+    if templates.asks_for_date(tokenizer):
+        template = templates.with_date(template, templates.date_of(tokenizer))
+    if (tokens["pad_token_id"], template) != (tokenizer.pad_token_id, tokenizer.chat_template):
         tokenizer.pad_token_id = tokens["pad_token_id"]
+        tokenizer.chat_template = template
         tokenizer.save_pretrained(directory)
 
 
-def write_generation_config(
-    tokenizer: PreTrainedTokenizerBase, tokens: TokenIds, directory: Path
-) -> None:
-    """Write generation_config.json, which ends a response at the turn's or the tokenizer's end."""
-    ends = []
-    for end in (tokens["eos_token_id"], tokenizer.eos_token_id):
-        if end is not None and end not in ends:
-            ends.append(end)
-    text = json.dumps(tokens | {"eos_token_id": ends or None}, indent=1)
-    (directory / "generation_config.json").write_text(text, encoding="utf-8")
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small JSON file."""
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

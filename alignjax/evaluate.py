@@ -82,8 +82,8 @@ def add_models_and_data(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="DIR",
         help="with --sets: one ranking run, which is evaluated together with its PMP parent, or "
-        "several runs, which are evaluated alone; with --tasks: language models, which are runs, "
-        "Hugging Face directories or hf://ORG/NAME",
+        "several reward models, which are evaluated alone; with --tasks: language models; each is "
+        "a run, a Hugging Face directory or hf://ORG/NAME",
     )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument(
@@ -176,8 +176,9 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="FILE.json",
         help="with --sets: the file for the figures, with the calibration in FILE.png; default: "
-        "DIR/evaluation.json and DIR/calibration.png; with --tasks: a directory; default: "
-        "DIR/benchmarks",
+        "DIR/evaluation.json and DIR/calibration.png, for a Hugging Face model "
+        "NAME.evaluation.json and NAME.calibration.png in the working directory; with --tasks: "
+        "a directory; default: DIR/benchmarks",
     )
 
 

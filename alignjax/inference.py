@@ -24,14 +24,15 @@ from alignjax import config as configs
 from alignjax.algorithms import rewards
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, tokenizer_files
-from alignjax.data.ends import end_tokens, without_end
+from alignjax.data.ends import end_tokens, replace_end, without_end
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
 from alignjax.sampling.prefill import Prefix
 from alignjax.sampling.types import Prompts, SamplingSettings
 from alignjax.weights import hf, locations, roles
-from alignjax.weights.imported import read_imported
+from alignjax.weights.imported import ends_of
+from alignjax.weights.score_place import ending_of
 
 # Prompts of a call of `generate` for each slot. With more, an interruption loses more responses;
 # with fewer, slots wait more often for the last responses of a call.
@@ -62,6 +63,7 @@ class LoadedModel:
         name: what errors call it: the run or checkpoint as the caller named it.
         architecture: its `config.Model`.
         ends: the tokens that end a response; empty for a reward model.
+        ending: the tokens that a reward model reads behind a reply, see `weights.score_place`.
         uses_chat_template: whether prompts go through the tokenizer's chat template.
         max_length: how many tokens prompt and response may have together.
     """
@@ -74,6 +76,7 @@ class LoadedModel:
         mesh: jax.sharding.Mesh,
         ends: Sequence[int],
         uses_chat_template: bool = True,
+        ending: Sequence[int] = (),
         name: str = "the model",
     ):
         self.name = name
@@ -82,6 +85,7 @@ class LoadedModel:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.ends = tuple(ends)
+        self.ending = tuple(ending)
         self.uses_chat_template = uses_chat_template
         self.max_length = architecture.max_length
 
@@ -195,9 +199,11 @@ class LoadedModel:
     ) -> list[float]:
         """Return a reward model's score of each response to its prompt.
 
-        A response is either text, to which the end token is added, or tokens of the model's own
-        tokenizer, which are read as they are. PPO scores the tokens that its policy sampled; their
-        text may be encoded as other tokens. About `microbatch_tokens` tokens are read at once.
+        A response is either text, or tokens of the model's own tokenizer: PPO scores the tokens
+        that its policy sampled, whose text may be encoded as other tokens. Text gets the ending
+        that the model was trained to read. So do tokens with an end token, in its place; tokens
+        without one are a response that was cut off, and are read as they are. About
+        `microbatch_tokens` tokens are read at once.
 
         Raises UserError for a language model, and for sequences longer than `max_length`.
         """
@@ -286,7 +292,7 @@ class LoadedModel:
     def encode_responses(
         self, prompts: Sequence[Prompt], responses: Sequence[str | list[int]]
     ) -> list[list[int]]:
-        """Return the tokens of responses; those that are text get the end token."""
+        """Return the tokens of responses as a reward model reads them, see `score`."""
         texts = [response for response in responses if isinstance(response, str)]
         their_prompts = [
             as_messages(prompt)
@@ -294,9 +300,14 @@ class LoadedModel:
             if isinstance(response, str)
         ]
         encoded_texts = iter(chat.encode_responses(self.tokenizer, their_prompts, texts))
-        return [
+        encoded = [
             next(encoded_texts) if isinstance(response, str) else list(response)
             for response in responses
+        ]
+        ends = end_tokens(self.tokenizer, {}, self.architecture.vocab_size)
+        return [
+            replace_end(tokens, self.ending) if tokens and tokens[-1] in ends else tokens
+            for tokens in encoded
         ]
 
     def generate_tokens(
@@ -410,6 +421,7 @@ def load(
         mesh,
         () if is_reward else ends_of(directory, tokenizer, architecture.vocab_size),
         uses_chat_template(stored, tokenizer),
+        ending=ending_of(directory, tokenizer) if is_reward else (),
         name=str(run),
     )
 
@@ -419,15 +431,10 @@ def load_params(
 ) -> dict:
     """Return parameters on the mesh, of a run or a Hugging Face checkpoint."""
     with jax.set_mesh(mesh):
-        if locations.is_run(directory) or head == "lm":
-            params = roles.load(architecture, head, mesh, jax.random.key(0), directory)
-        else:
-            params = roles.read_hf(architecture, head, mesh, directory)
-        if "head" not in params and head == "scalar":
-            raise UserError(f"{directory}: this sequence classifier has no score.weight")
-        if architecture.dtype != "float32":
-            round_params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)
-            params = round_params(architecture, params)
+        params = roles.load_trained(architecture, head, mesh, directory)
+        if architecture.dtype != "float32" or transformer.joins_products():
+            lay_out = jax.jit(transformer.for_sampling, static_argnums=0, donate_argnums=1)
+            params = lay_out(architecture, params)
     return params
 
 
@@ -445,19 +452,6 @@ def uses_chat_template(stored: dict, tokenizer: chat.PreTrainedTokenizerBase) ->
     plain text.
     """
     return bool(tokenizer.chat_template) and stored.get("data.kind") != "text"
-
-
-def ends_of(
-    directory: Path, tokenizer: chat.PreTrainedTokenizerBase, vocab_size: int
-) -> tuple[int, ...]:
-    """Return the tokens that end a response of a run or a Hugging Face checkpoint."""
-    stored = locations.read_config(directory)
-    return end_tokens(
-        tokenizer,
-        read_imported(directory).declared_ends,
-        vocab_size,
-        plain_text=stored.get("data.kind") == "text",
-    )
 
 
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:

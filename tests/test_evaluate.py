@@ -212,8 +212,11 @@ def test_scores_are_those_of_each_response_alone_whatever_the_batch_and_the_devi
         scorer = table4.PairScorer(
             score_pairs=reward_model.score_pairs,
             params=restored_params(runs, reward_model, mesh),
-            tokenizer=reward_model.tokenizer,
-            max_length=MAX_LENGTH,
+            reader=table4.PairReader(
+                tokenizer=reward_model.tokenizer,
+                ending=(chat.end_token(reward_model.tokenizer),),
+                max_length=MAX_LENGTH,
+            ),
             microbatch_tokens=microbatch_tokens,
             mesh=mesh,
         )
@@ -326,7 +329,7 @@ def test_a_run_whose_parent_is_gone_is_evaluated_alone_with_a_notice(runs, tmp_p
         printed = capsys.readouterr().out
         assert list(results["figures"]) == [label]
         assert results["dtype"] == dtype
-        notice = "alone, because its parent cannot be used: parent"
+        notice = "alone, because its parent cannot be used:"
         assert f"{notice} {tmp_path / 'pmp-tiny'}: no config.json there" in printed
         losses[dtype] = results["figures"][label][CLEAN]["loss"]
     # The computation uses the type that the command names.
@@ -336,11 +339,12 @@ def test_a_run_whose_parent_is_gone_is_evaluated_alone_with_a_notice(runs, tmp_p
 @pytest.mark.parametrize(
     "directory, arguments, message",
     [
-        ("rm-tinny", {}, "this is not a run, because it has no config.json"),
+        ("rm-tinny", {}, "no config.json there, so neither a run nor a checkpoint"),
         (
             "lm-tiny",
             {},
-            "--sets needs a run of stage 'ranking' (PMP, RM), but this run's stage is 'lm'",
+            "--sets needs a reward model: a run of stage 'ranking' (PMP, RM), or a sequence "
+            "classifier of Hugging Face's format; this run's stage is 'lm'",
         ),
         ("unfinished", {}, "this run is not complete"),
         (

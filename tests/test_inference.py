@@ -278,5 +278,5 @@ def test_what_cannot_be_loaded_is_a_user_error(chain, tmp_path):
     stored = json.loads(config_file.read_text())
     stored["architectures"] = ["Qwen2ForSequenceClassification"]
     config_file.write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="hf: this sequence classifier has no score.weight"):
+    with pytest.raises(UserError, match="hf: a reward model is wanted, but"):
         inference.load(tmp_path / "hf")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,7 @@ def text_reward(tokenizer, params, mesh, max_tokens, microbatch_tokens):
     return rewards.TextRewardModel(
         score=rewards.bind_scorer(MODEL, params),
         tokenizer=tokenizer,
+        ending=(chat.end_token(tokenizer),),
         max_tokens=max_tokens,
         microbatch_tokens=microbatch_tokens,
         mesh=mesh,
@@ -142,7 +144,9 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
     for name, tokenizer in (("same", policy), ("other", other)):
         (tmp_path / name).mkdir()
         made[name] = saved(tmp_path / name, MODEL, tokenizer, 256)
-    monkeypatch.setattr(rewards.roles, "load", lambda model, head, mesh, key, path: made[path.name])
+    monkeypatch.setattr(
+        rewards.roles, "load_trained", lambda model, head, mesh, path: made[path.name]
+    )
     with jax.set_mesh(mesh):
         reward = rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
         assert (
@@ -173,3 +177,20 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
         UserError, match="ppo.response_length=36 is over max_length=20 of the reward model"
     ):
         rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
+
+
+def test_a_prompt_that_the_reward_models_template_refuses_is_named_before_the_first_step(
+    tokenizers,
+):
+    own = chat.load_tokenizer(Path(tokenizers[1].name_or_path))
+    own.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + own.chat_template
+    )
+    model = text_reward(own, {}, None, 16, 64)
+    system = [{"role": "system", "content": "Be brief."}, *ROWS[0]["prompt"]]
+    rows = [ROWS[0], {"prompt": system, "where": "mine.jsonl:2"}]
+    reward = rewards.Reward(model=MODEL, params={}, text_rewards=[model])
+    reward.check_prompts(rows[:1])
+    with pytest.raises(UserError, match="^mine.jsonl:2: chat template of .*: no system"):
+        reward.check_prompts(rows)

@@ -50,6 +50,16 @@ def test_a_scalar_role_takes_the_head_that_is_there_or_a_fresh_one():
         assert "head" not in hf.load_hf(GOLDEN / name, "scalar")[1]
 
 
+def test_a_language_model_is_no_reward_model():
+    mesh = sharding.make_mesh(MESHES[0])
+    model, params = hf.load_hf(GOLDEN / "qwen2_score", "scalar")
+    assert equal(roles.load_trained(model, "scalar", mesh, GOLDEN / "qwen2_score"), params)
+    model, params = hf.load_hf(GOLDEN / "qwen2", "lm")
+    assert equal(roles.load_trained(model, "lm", mesh, GOLDEN / "qwen2"), params)
+    with pytest.raises(UserError, match="qwen2: a reward model is wanted, .* language model"):
+        roles.load_trained(model, "scalar", mesh, GOLDEN / "qwen2")
+
+
 @pytest.fixture
 def parts_read(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of the parts of parameters that are read; each reads only its own elements."""

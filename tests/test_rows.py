@@ -262,11 +262,7 @@ def test_options_of_a_public_set_are_its_own_and_nobody_elses():
         ({"prompt": "q", "completion": "x", **conversation(USER, REPLY)}, None),
         # Null is the same as absent, as Parquet has it; other fields are for the template.
         (conversation(USER | {"name": None}, REPLY | {"tool_calls": None}), None),
-        (
-            conversation(USER, {"role": "assistant", "tool_calls": [{"id": "1"}], "content": None}),
-            [USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}],
-        ),
-        (conversation(USER, REPLY | {"reasoning_content": "r"}), "the same"),
+        (conversation(USER | {"name": "n"}, REPLY | {"tool_calls": [], "weight": 1}), "the same"),
         (conversation(REPLY, USER, REPLY, USER), "the same"),
         (conversation(USER, USER, REPLY, REPLY), "the same"),
         (conversation(USER | {"content": ""}, REPLY | {"content": ""}), "the same"),
@@ -382,6 +378,16 @@ BAD_ROWS = [
     ),
     (
         "conversations",
+        line(conversation(USER, REPLY | {"tool_calls": [{"id": "1"}], "content": None})),
+        r"messages\[1\]: tool_calls: of a reply only the content is trained on",
+    ),
+    (
+        "conversations",
+        line(conversation(USER, REPLY | {"reasoning_content": "r"})),
+        r"messages\[1\]: reasoning_content: of a reply only the content is trained on",
+    ),
+    (
+        "conversations",
         line(conversation(USER, REPLY | {"tool_calls": [{"x": 1e400}]})),
         r"messages\[1\]: tool_calls\[0\].x: expected a finite number",
     ),
@@ -425,7 +431,7 @@ BAD_ROWS = [
     (
         "comparisons",
         line(PAIR | {"chosen": [REPLY | {"tool_calls": [1]}]}),
-        "chosen: tool_calls: only the text of a compared reply is scored",
+        "chosen: tool_calls: of a reply only the content is trained on and scored",
     ),
     ("prompts", line({"prompt": "q", "a": 1e400}), "a: expected a finite number"),
     ("prompts", line({"prompt": "q", "a": float("nan")}), "a: expected a finite number"),
@@ -513,19 +519,27 @@ def test_numbers_and_types_of_parquet():
 
 def test_messages_of_parquet_have_no_fields_that_are_null():
     rows = [
-        conversation(USER, REPLY | {"reasoning_content": "r"}),
+        conversation(USER | {"name": "n"}, REPLY),
         conversation(USER | {"content": None}, REPLY),
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
     assert load("a.parquet", "conversations", skip_bad_rows=True) == [
-        conversation(USER, REPLY | {"reasoning_content": "r"})
+        conversation(USER | {"name": "n"}, REPLY)
     ]
+
+
+def test_a_call_of_a_tool_in_a_prompt_is_kept_for_the_template():
+    call = {"role": "assistant", "tool_calls": [{"id": "1"}]}
+    result = {"role": "tool", "content": "4", "name": None}
+    write("a.jsonl", line({"prompt": [USER, call | {"content": None}, result]}))
+    [example] = load("a.jsonl", "prompts")
+    assert example["prompt"] == [USER, call | {"content": ""}, {"role": "tool", "content": "4"}]
 
 
 def test_no_damage_to_a_file_is_more_than_one_line(monkeypatch):
     """Flip, remove and add bytes of files in every form, the same ones in each run of the test."""
     monkeypatch.setattr(json_array, "CHARACTERS", 16)
-    rows = [conversation(USER, REPLY | {"tool_calls": [{"n": 1.5e3}]}), conversation(USER, REPLY)]
+    rows = [conversation(USER | {"tags": [{"n": 1.5e3}]}, REPLY), conversation(USER, REPLY)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "good.parquet")
     contents = {
         "a.jsonl": "\n".join(map(line, rows)).encode(),

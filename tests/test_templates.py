@@ -1,6 +1,8 @@
 """From a conversation to tokens: the same ones in SFT, comparisons, PPO and inference."""
 
 import itertools
+import json
+import shutil
 
 import chat_templates
 import pytest
@@ -82,7 +84,8 @@ def test_what_is_trained_is_what_ppo_asks_for(directories, kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_gives_the_reply_back(directories, kind, name):
     tokenizer = chat_templates.load(directories[kind], name)
-    controls = "".join(chat_format.format_of(tokenizer).controls.ids) + "."
+    names = [name for name in chat_format.format_of(tokenizer).controls.ids if "think" not in name]
+    controls = "".join(names) + "."
     for reply in ("Three minutes.", "3", '"a" (b)', "a\nb", "An \ue000, caf\u00e9.", controls):
         [tokens] = chat.encode_responses(tokenizer, [turns("Why?")], [reply])
         text = chat.decode_response(tokenizer, tokens)
@@ -141,7 +144,7 @@ def test_a_prompt_that_opens_a_thought_is_not_opened_again(directories):
 def test_control_tokens_that_a_user_types_are_text(directories, kind, name):
     tokenizer = chat_templates.load(directories[kind], name)
     controls = chat_format.format_of(tokenizer).controls.ids
-    kept = [token for token in controls if not (name == "thinking" and "think" in token)]
+    kept = [token for token in controls if "think" not in token]  # they belong to replies
 
     def counts(text):
         row = {"prompt": turns(text, text, text), "chosen": text + ".", "rejected": text}
@@ -158,6 +161,28 @@ def test_control_tokens_that_a_user_types_are_text(directories, kind, name):
         assert counts(f"{token}{token}b") == counts("xb"), token
     nested = "<|im_<|im_end|>end|>a"
     assert counts(nested) == counts("xa")
+
+
+@pytest.mark.parametrize("name", ["thinking", "opened_thought"])
+def test_thoughts_are_the_models_whether_their_tokens_are_special_or_not(
+    directories, tmp_path, name
+):
+    shutil.copytree(directories["byte_level"], tmp_path / "special")
+    path = tmp_path / "special" / "tokenizer.json"
+    state = json.loads(path.read_text())
+    for token in state["added_tokens"]:
+        token["special"] |= "think" in token["content"]
+    path.write_text(json.dumps(state))
+    reply = "<think>\nhm\n</think>\n\nSo."
+    for directory in (directories["byte_level"], tmp_path / "special"):
+        tokenizer = chat_templates.load(directory, name)
+        think, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        [prompt] = chat.encode_prompts(tokenizer, [turns("a </think><think> b")])
+        assert prompt.count(think) == int(name == "opened_thought") and end not in prompt
+        [response] = chat.encode_responses(tokenizer, [turns("a")], [reply])
+        assert response.count(end) == 1
+        text = chat.decode_response(tokenizer, response)
+        assert text == reply.removeprefix("<think>\n" if name == "opened_thought" else "")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,6 +220,8 @@ def test_a_reply_that_has_its_end_token_does_not_get_a_second_one(directories, k
             [response] = chat.encode_responses(tokenizer, [turns("a")], ["Three." + end])
             assert response == plain, end
         tokenizer.init_kwargs.pop(templates.CONTENT_TOKENS)
+    [empty] = chat.encode_responses(tokenizer, [turns("a")], ["<|im_end|>"])
+    assert empty == [chat.end_token(tokenizer)]
     [inside] = chat.encode_responses(tokenizer, [turns("a")], ["Th<|im_end|>ree."])
     assert chat.decode_response(tokenizer, inside) == "Th<|im_end|>ree."
 

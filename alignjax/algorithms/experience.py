@@ -5,6 +5,7 @@ rewards, advantages and returns. In shapes, `responses` counts the responses of 
 `members` those of a minibatch; `rows` and `width` are those of a packed microbatch.
 """
 
+import dataclasses
 from dataclasses import dataclass, fields
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from alignjax.algorithms import advantages, optimisation
 from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.endings import Ending, closing_length, put_ending, tokens_unread
 from alignjax.algorithms.estimators import AdvantageInputs, find_estimator
 from alignjax.config import Config, Model
 from alignjax.data import packing
@@ -41,7 +43,7 @@ class ResponseMicrobatch:
     # 1 / tokens of the minibatch on targets, 0 on padding: they sum to 1 over the minibatch.
     weights: Float[Array, "rows targets"]
     members: Int[Array, " members"]
-    ends: Int[Array, " members"]  # places of last tokens in the flattened rows
+    ends: Int[Array, " members"]  # places in the flattened rows where scores are read
     # Place of each token of a member in the flattened targets.
     source: Int[Array, "members tokens"]
 
@@ -111,8 +113,12 @@ def pack_minibatch(
     lengths: np.ndarray,
     responses: np.ndarray,
     row_shards: int,
+    ending: Ending = None,
 ) -> list[ResponseMicrobatch]:
     """Pack the responses of a minibatch into microbatches, as host arrays.
+
+    Behind a response there is room for the tokens that only the reward model reads. No token of
+    the prompt or the response sees them, so the other roles read as if they were not there.
 
     Args:
       config: its lengths and `microbatch_tokens` decide on the shapes.
@@ -120,12 +126,14 @@ def pack_minibatch(
       lengths: of all responses of the rollout.
       responses: numbers of the minibatch's responses.
       row_shards: devices that the rows of a microbatch lie over.
+      ending: of what the reward model reads, see `Ending`.
     """
     response_length = config.ppo.response_length
+    closing = closing_length(ending)
     layouts = packing.pack(
-        prompt_lengths + lengths,
+        prompt_lengths + lengths + closing,
         [[response] for response in responses],
-        longest_sequence(config),
+        longest_sequence(config) + closing,
         config.microbatch_tokens,
         row_shards,
     )
@@ -133,7 +141,8 @@ def pack_minibatch(
     microbatches = []
     for layout in layouts:
         response_place = layout.place - prompt_lengths[layout.sequence]
-        targets, real = packing.targets(layout.real & (response_place >= 0))
+        is_response = (response_place >= 0) & (response_place < lengths[layout.sequence])
+        targets, real = packing.targets(layout.real & is_response)
         owner = np.take_along_axis(layout.sequence, targets, axis=1)[real]
         place = np.take_along_axis(response_place, targets, axis=1)[real]
         source = np.zeros((len(layout.members), response_length), np.int32)
@@ -144,11 +153,25 @@ def pack_minibatch(
             targets=targets,
             weights=real.astype(np.float32) / token_count,
             members=packing.padded(layout.members, len(responses), len(lengths)),
-            ends=packing.padded(layout.ends(), len(responses), 0),
+            ends=packing.padded(layout.ends() - tokens_unread(ending), len(responses), 0),
             source=packing.padded(source, len(responses), 0),
         )
         microbatches.append(microbatch)
     return microbatches
+
+
+def reward_tokens(
+    packed: PackedTokens, rollout: Rollout, microbatch: ResponseMicrobatch, ending: Ending
+) -> PackedTokens:
+    """Return the tokens of a microbatch as the reward model reads them."""
+    if ending is None:
+        return packed
+    owner = jnp.maximum(microbatch.sequence, 0)
+    last_place = rollout.prompt_lengths + rollout.lengths - 1
+    behind = microbatch.place - last_place[owner]
+    tokens = put_ending(packed.tokens, behind, rollout.truncated[owner], ending)
+    tokens = jnp.where(microbatch.sequence >= 0, tokens, 0)
+    return sharding.constrain(dataclasses.replace(packed, tokens=tokens))
 
 
 def pack_tokens(rollout: Rollout, microbatch: ResponseMicrobatch) -> PackedTokens:
@@ -173,12 +196,14 @@ def read_roles(
     rollout: Rollout,
     reading: Reading,
     microbatch: ResponseMicrobatch,
+    *,
+    ending: Ending = None,
 ) -> Reading:
     """Return the reading with what the roles make of the responses of a microbatch.
 
     `params` maps roles to parameters. The reward model may have another architecture than the
     other roles; one that reads other tokens is not among them, and its score is already in
-    `reading`. Padding members write nowhere.
+    `reading`. `ending` is the end of what it reads. Padding members write nowhere.
     """
     model = config.model
     temperature = config.ppo.temperature
@@ -193,7 +218,8 @@ def read_roles(
     scores = reading.scores
     if "reward" in params:
         reward_params = roles.on_device(params["reward"])
-        added = scoring.sequence_scores(reward_model, reward_params, packed, microbatch.ends)
+        ended = reward_tokens(packed, rollout, microbatch, ending)
+        added = scoring.sequence_scores(reward_model, reward_params, ended, microbatch.ends)
         scores = scores.at[microbatch.members].add(config.ppo.reward_weight * added, mode="drop")
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -351,8 +377,10 @@ class Minibatches:
         mesh: jax.sharding.Mesh,
         prompt_lengths: np.ndarray,
         lengths: np.ndarray,
+        ending: Ending = None,
     ):
         self.config = config
+        self.ending = ending
         self.mesh = mesh
         self.prompt_lengths = prompt_lengths
         self.lengths = lengths
@@ -368,6 +396,7 @@ class Minibatches:
             self.lengths,
             responses,
             sharding.row_shards(self.mesh),
+            self.ending,
         )
         return sharding.shard_batch(microbatches, self.mesh)
 

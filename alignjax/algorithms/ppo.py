@@ -22,6 +22,7 @@ from alignjax.algorithms import (
     rewards,
 )
 from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollout
 from alignjax.algorithms.ppo_data import (
     PretrainingText,
@@ -97,6 +98,7 @@ class PPO:
         *,
         end_tokens: tuple[int, ...] = ANY_TOKEN,
         reward_model: Model | None = None,
+        ending: Ending = None,
         phases: Phases | None = None,
     ):
         """Compile the programs of a run; see `load` for what else a run needs."""
@@ -105,10 +107,16 @@ class PPO:
         self.phases = phases or Phases()
         self.num_steps = config.steps
         self.reward_model = reward_model or config.model
+        self.ending = ending
         self.trained = trained_roles(config, mesh)
         self.abstract_state = self.trained.abstract_state
         self.compiled = compile_programs(
-            config, mesh, self.trained, end_tokens=end_tokens, reward_model=reward_model
+            config,
+            mesh,
+            self.trained,
+            end_tokens=end_tokens,
+            reward_model=reward_model,
+            ending=ending,
         )
 
     @classmethod
@@ -121,13 +129,17 @@ class PPO:
         )
         text = load_pretraining_text(config, mesh, inputs)
         reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer, function)
+        reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
+        end_tokens = ends.end_tokens(
+            inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
+        )
         stage = cls(
             config,
             mesh,
-            end_tokens=ends.end_tokens(
-                inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
-            ),
+            end_tokens=end_tokens,
             reward_model=reward.model,
+            # If all responses end as the reward model reads them, it reads what was sampled.
+            ending=None if reward.ending == end_tokens else reward.ending,
             phases=inputs.phases,
         )
         stage.attach(inputs, prompts=prompts, text=text, reward=reward)
@@ -222,6 +234,7 @@ class PPO:
             scored,
             minibatches.first_epoch[0],
             texts,
+            self.ending,
         )
 
     def role_params(self, state: State) -> dict[str, dict]:
@@ -268,7 +281,7 @@ class PPO:
         """
         prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
         lengths = sharding.on_host(rollout.lengths)
-        return Minibatches(self.config, self.mesh, prompt_lengths, lengths)
+        return Minibatches(self.config, self.mesh, prompt_lengths, lengths, self.ending)
 
     def score(
         self,

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignjax.algorithms import optimisation
+from alignjax.algorithms.endings import Ending, rows_with_ending
 from alignjax.algorithms.experience import ResponseMicrobatch, ScoredRollout
 from alignjax.algorithms.optimisation import Accumulate
 from alignjax.config import Config, Model, UserError
@@ -35,6 +36,7 @@ def check_first_rollout(
     scored: ScoredRollout,
     minibatch: list[ResponseMicrobatch],
     texts: np.ndarray | None,
+    ending: Ending,
 ) -> None:
     """Check ratio, KL and packing before the first update.
 
@@ -52,7 +54,7 @@ def check_first_rollout(
             "the largest KL of a response to the reference", largest, config.model.dtype
         )
     if "reward" in params:
-        check_scores(config, reward_model, params["reward"], scored, texts)
+        check_scores(config, reward_model, params["reward"], scored, texts, ending)
 
 
 def check_finite(config: Config, scored: ScoredRollout) -> None:
@@ -89,13 +91,17 @@ def check_scores(
     reward_params: dict,
     scored: ScoredRollout,
     texts: np.ndarray | None,
+    ending: Ending,
 ) -> None:
     """Check that some responses score alone as they scored packed with others."""
     score = jax.jit(functools.partial(score_alone, reward_model))
     rollout = jax.tree.map(lambda x: x[:CHECKED_RESPONSES], scored.experience.rollout)
-    alone = config.ppo.reward_weight * score(
-        reward_params, left_aligned(rollout), rollout.prompt_lengths + rollout.lengths
-    )
+    lengths = rollout.prompt_lengths + rollout.lengths
+    tokens = left_aligned(rollout)
+    if ending is not None:
+        tokens = rows_with_ending(tokens, lengths, rollout.truncated, ending)
+        lengths = lengths - 1 + len(ending)
+    alone = config.ppo.reward_weight * score(reward_params, tokens, lengths)
     text_scores = np.zeros(len(alone)) if texts is None else texts[:CHECKED_RESPONSES]
     packed = scored.responses["score"][:CHECKED_RESPONSES]
     difference = jnp.abs(alone - packed + text_scores)

@@ -17,6 +17,7 @@ import optax
 
 from alignjax.algorithms import experience, lm, losses, optimisation, plugins
 from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import (
     Experience,
     Reading,
@@ -31,6 +32,7 @@ from alignjax.config import Config, Model
 from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
+from alignjax.models.attention import decode_attention
 from alignjax.sampling import rollout as default_sampler
 from alignjax.sampling.external import ExternalSampler
 from alignjax.sampling.slots import plan_slots
@@ -188,6 +190,7 @@ def compile_programs(
     *,
     end_tokens: tuple[int, ...],
     reward_model: Model | None = None,
+    ending: Ending = None,
 ) -> Programs:
     """Return the compiled functions of a run on a mesh.
 
@@ -197,11 +200,14 @@ def compile_programs(
       trained: optimisers, and the shapes that the updates keep the state in.
       end_tokens: each of them ends a response.
       reward_model: architecture of the reward model, if it is not `config.model`.
+      ending: of what the reward model reads.
     """
     abstract = trained.abstract_state
     stats_layout = jax.tree.map(lambda x: x.sharding, abstract["stats"])
     text_loss = functools.partial(lm.loss_fn, config.model)
-    read = functools.partial(experience.read_roles, config, reward_model or config.model)
+    read = functools.partial(
+        experience.read_roles, config, reward_model or config.model, ending=ending
+    )
     return Programs(
         sample=make_sampler(config, mesh, sampling_settings(config, end_tokens)),
         place_params=params_placement(config, mesh, abstract["policy"].params),
@@ -232,16 +238,18 @@ def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Calla
     """Return the function that casts and lays out the policy's parameters for a rollout.
 
     Decoding reads every matrix for every token: half of the bytes if they are cast once before,
-    and no transfers over fsdp if they are laid out anew.
+    no transfers over fsdp if they are laid out anew, and fewer products if they are joined.
     """
     has_own_layout = config.ppo.rollout_tensor > 0
-    if not has_own_layout and config.model.dtype == "float32":
+    joins = transformer.joins_products()
+    if not (has_own_layout or joins) and config.model.dtype == "float32":
         return unchanged
+    place = functools.partial(transformer.for_sampling, config.model)
     layout = None
-    if has_own_layout:
-        layout = sharding.param_shardings(abstract_params, rollout_mesh(config, mesh))
-    cast = functools.partial(transformer.rounded, config.model)
-    return jax.jit(cast, out_shardings=layout)
+    if has_own_layout or joins:
+        shapes = jax.eval_shape(place, abstract_params)
+        layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
+    return jax.jit(place, out_shardings=layout)
 
 
 def rollout_placement(config: Config, mesh: Mesh) -> Callable[[Rollout], Rollout]:
@@ -451,6 +459,8 @@ def rollout_loops(config: Config) -> Loops:
     refills = -(-prompts // plan.prompts_per_fill)
     rounds = -(-prompts * ppo.samples_per_prompt // plan.slots)
     steps = rounds * (ppo.response_length - 1)
+    longest = config.data.max_length + ppo.response_length
+    filled = (longest - ppo.response_length / 2) / decode_attention.round_up(longest)
     if plan.prompts_per_fill == prompts:
-        return Loops(0, steps)
-    return Loops(refills, -(-steps // refills))
+        return Loops(0, steps, filled)
+    return Loops(refills, -(-steps // refills), filled)

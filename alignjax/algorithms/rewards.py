@@ -2,9 +2,11 @@
 
 A reward model with the policy's tokenizer and template reads the policy's own tokens, see
 `experience.read_roles`. One with another tokenizer reads text: the prompt's messages and the
-decoded response, tokenised as in its own training, with its own end token. A function reads
-text too, see `reward_functions`. A response that does not end gets `ppo.truncated_score`
-whatever its score.
+decoded response, tokenised as in its own training. A function reads text too, see
+`reward_functions`. A response that does not end gets `ppo.truncated_score` whatever its score.
+
+A policy may have several end tokens. Whichever of them was sampled, a reward model reads the
+ending of its own training, see `weights.score_place`: a score depends on what a response says.
 """
 
 import dataclasses
@@ -17,14 +19,17 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from alignjax.algorithms.endings import Ending, closing_length
 from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
-from alignjax.data import chat, encoding, packing, templates, tokenizer_files
+from alignjax.data import chat, encoding, packing, templates, tokenising, tokenizer_files
+from alignjax.data.ends import replace_end
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
 from alignjax.weights import locations, roles
+from alignjax.weights.score_place import ending_of
 
 RUNTIME_FIELDS = ("dtype", "remat", "attention")  # of the reward model, as the policy has them
 
@@ -41,6 +46,13 @@ class Reward:
     model: Model  # architecture of the reward model that reads the policy's tokens
     params: dict[str, dict]  # {"reward": its parameters}; {} if there is none
     text_rewards: Sequence[TextReward]
+    ending: Ending = None  # of the responses that the reward model reads
+
+    def check_prompts(self, rows: list[dict]) -> None:
+        """Raise UserError if a text-based reward model cannot encode the prompt of a row."""
+        for text_reward in self.text_rewards:
+            if isinstance(text_reward, TextRewardModel):
+                text_reward.encode_prompts(rows)
 
     def score_texts(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the sum of the text-based rewards of each response, as float32."""
@@ -56,6 +68,7 @@ class TextRewardModel:
 
     score: ScoreFunction
     tokenizer: PreTrainedTokenizerBase
+    ending: tuple[int, ...]  # the tokens in the place of the end token
     max_tokens: int  # of a sequence; the beginning of a longer one is not read
     microbatch_tokens: int
     mesh: jax.sharding.Mesh
@@ -63,17 +76,24 @@ class TextRewardModel:
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the weighted scores of the responses to the prompts of the rows."""
+        prompts = self.encode_prompts(rows)
         messages = [row["prompt"] for row in rows]
-        prompts = chat.encode_prompts(self.tokenizer, messages)
-        endings = chat.encode_responses(self.tokenizer, messages, responses)
+        encoded = chat.encode_responses(self.tokenizer, messages, responses)
         sequences = [
-            (prompt + ending)[-self.max_tokens :]
-            for prompt, ending in zip(prompts, endings, strict=True)
+            replace_end(prompt + response, self.ending)[-self.max_tokens :]
+            for prompt, response in zip(prompts, encoded, strict=True)
         ]
         scores = score_sequences(
             self.score, sequences, self.max_tokens, self.microbatch_tokens, self.mesh
         )
         return self.weight * scores
+
+    def encode_prompts(self, rows: list[dict]) -> list[list[int]]:
+        """Return the tokens of the prompts; UserError names the row that cannot be encoded."""
+        return tokenising.naming_rows(self.encode_named_prompts, rows)
+
+    def encode_named_prompts(self, rows: list[dict]) -> list[list[int]]:
+        return chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
 
 
 def build(
@@ -86,26 +106,31 @@ def build(
     """Build the rewards that the config asks for; `function` is the one that it names, loaded.
 
     Raises:
-      UserError: for a reward model that cannot read sequences as long as a prompt and its
-        response.
+      UserError: for a language model, and for a reward model that cannot read sequences as long as
+        a prompt and its response.
     """
     ppo = config.ppo
     text_rewards: list[TextReward] = [function] if function else []
     if "reward" not in parents:
         return Reward(model=config.model, params={}, text_rewards=text_rewards)
     directory = parents["reward"]
-    model = reward_architecture(config, directory)
-    params = roles.load(model, "scalar", mesh, jax.random.key(config.seed), directory)
-    params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
     reward_tokenizer = parent_tokenizer(config, directory)
+    ending = ending_of(directory, reward_tokenizer)
+    model = reward_architecture(config, directory, ending)
+    params = roles.load_trained(model, "scalar", mesh, directory)
+    params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
     tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)
     if same_tokens(reward_tokenizer, tokenizer):
-        return Reward(model=model, params={"reward": params}, text_rewards=text_rewards)
+        return Reward(
+            model=model, params={"reward": params}, text_rewards=text_rewards, ending=ending
+        )
+    chat.end_token(reward_tokenizer)  # its template must be of use
     # Another tokenizer may make more tokens of a text: leave room for twice as many.
     max_tokens = min(model.max_length, 2 * longest_sequence(config))
     text_model = TextRewardModel(
         score=bind_scorer(model, params),
         tokenizer=reward_tokenizer,
+        ending=ending,
         max_tokens=max_tokens,
         microbatch_tokens=config.microbatch_tokens,
         mesh=mesh,
@@ -114,7 +139,7 @@ def build(
     return Reward(model=model, params={}, text_rewards=[*text_rewards, text_model])
 
 
-def reward_architecture(config: Config, directory: Path) -> Model:
+def reward_architecture(config: Config, directory: Path, ending: tuple[int, ...]) -> Model:
     """Return the reward model's architecture, computed as the policy is.
 
     Raises:
@@ -123,9 +148,11 @@ def reward_architecture(config: Config, directory: Path) -> Model:
     runtime = {name: getattr(config.model, name) for name in RUNTIME_FIELDS}
     model = dataclasses.replace(locations.architecture(directory), **runtime)
     longest = longest_sequence(config)
-    if model.max_length < longest:
+    closing = closing_length(ending)
+    if model.max_length < longest + closing:
+        what_else = f", and {closing} of its template," if closing else ""
         raise UserError(
-            f"data.max_length + ppo.response_length={longest} is over "
+            f"data.max_length + ppo.response_length={longest}{what_else} is over "
             f"max_length={model.max_length} of the reward model {directory}"
         )
     return model

@@ -19,9 +19,9 @@ def end_tokens(
 ) -> tuple[int, ...]:
     """Return all tokens that end a response of a language model, each once.
 
-    These are the tokenizer's end of text, the end of the assistant's turn if there is a chat
-    template, and what the model's files declare. Sampling, evaluation and exports all use this
-    set; SFT trains on the end of the turn alone.
+    These are the end of the assistant's turn if there is a chat template, the tokenizer's end of
+    text, and what the model's files declare. Sampling, evaluation and exports all use this set;
+    SFT trains on the end of the turn alone.
 
     Args:
       tokenizer: of the model.
@@ -33,9 +33,8 @@ def end_tokens(
     Raises:
       UserError: for a declared end that is not a token, and if there is no end at all.
     """
-    candidates = [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        candidates.append(chat.end_token(tokenizer))
+    candidates = [chat.end_token(tokenizer)] if tokenizer.chat_template else []
+    candidates.append(tokenizer.eos_token_id)
     if plain_text:
         candidates.append(encoding.closing(tokenizer))
     for where, value in declared.items():
@@ -76,3 +75,8 @@ def without_end(tokens: Sequence[int] | np.ndarray, ends: Sequence[int]) -> Sequ
     """Return the tokens of a response without the end token, if it has one."""
     has_end = len(tokens) > 0 and int(tokens[-1]) in ends
     return tokens[:-1] if has_end else tokens
+
+
+def replace_end(tokens: Sequence[int], ending: Sequence[int]) -> list[int]:
+    """Return a sequence with other tokens in the place of its end token, its last one."""
+    return [*tokens[:-1], *ending]

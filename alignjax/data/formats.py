@@ -263,7 +263,7 @@ def comparison(prompt: list[dict], row: dict) -> dict:
 
 def reply(value: Any, prompt: list[dict], field: str) -> str:
     """Return the text of a reply."""
-    return text_alone(reply_message(value, prompt, field), field)
+    return messages.text_alone(reply_message(value, prompt, field), field)
 
 
 def reply_message(value: Any, prompt: list[dict], field: str) -> dict:
@@ -282,17 +282,6 @@ def reply_message(value: Any, prompt: list[dict], field: str) -> dict:
             f"found the roles {messages.roles_of(turns)}"
         )
     return answer[0]
-
-
-def text_alone(message: dict, field: str) -> str:
-    """Return the content of a reply; UserError if it says more than its content."""
-    for name in ("tool_calls", "reasoning_content"):
-        if message.get(name):
-            raise UserError(
-                f"{field}: {name}: only the text of a compared reply is scored; write it into "
-                "the content, as the model writes it"
-            )
-    return message["content"]
 
 
 @row_format("comparisons", "chosen", "rejected", optional=["margin"])
@@ -333,7 +322,7 @@ def last_messages(chosen: list[dict], rejected: list[dict], margin: Any) -> dict
         )
     return {
         "prompt": chosen[:-1],
-        "chosen": text_alone(chosen[-1], "chosen"),
-        "rejected": text_alone(rejected[-1], "rejected"),
+        "chosen": messages.text_alone(chosen[-1], "chosen"),
+        "rejected": messages.text_alone(rejected[-1], "rejected"),
         "margin": margin,
     }

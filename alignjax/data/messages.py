@@ -7,7 +7,8 @@ A message is {"role": text, "content": text, ...}. The forms that are read:
     {"from": "human", "value": "..."}                                     ShareGPT
 
 Other fields of a message (tool_calls, reasoning_content, name) are kept, because a template may
-use them; null is the same as absent.
+use them in a prompt; null is the same as absent. A reply that is trained on or scored is its
+content alone.
 """
 
 import difflib
@@ -38,6 +39,7 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+NOT_IN_CONTENT = ("tool_calls", "reasoning_content")  # what else a reply may say
 SIMILAR = 0.8  # from which a role counts as misspelt
 TEXT_OR_PARTS = "text or a list of parts"
 
@@ -138,12 +140,29 @@ def sharegpt_message(value: dict, field: str) -> dict:
 def conversation(value: Any, field: str = "messages") -> list[dict]:
     """Return checked messages, of which the assistant says at least one."""
     messages = from_value(value, field)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            text_alone(message, f"{field}[{index}]")
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(
             f"{field}: expected a message with the role assistant, "
             f"found the roles {roles_of(messages)}"
         )
     return messages
+
+
+def text_alone(message: dict, field: str) -> str:
+    """Return the content of a reply; UserError if it says more than its content.
+
+    Of the assistant's messages before a prompt, the template may use the other fields.
+    """
+    for name in NOT_IN_CONTENT:
+        if message.get(name):
+            raise UserError(
+                f"{field}: {name}: of a reply only the content is trained on and scored; write "
+                "this into the content, as the model writes it"
+            )
+    return message["content"]
 
 
 def prompt(value: Any, field: str) -> list[dict]:

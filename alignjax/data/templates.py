@@ -85,10 +85,16 @@ def with_date(template: str, date: str) -> str:
     return f"{{% macro {DATE_FUNCTION}(format) -%}}{{{{ {text} }}}}{{%- endmacro %}}\n{template}"
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: bool) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    generate: bool,
+    continue_last: bool = False,
+) -> str:
     """Return what the chat template writes for messages.
 
-    With `generate`, the text ends where the assistant begins its turn.
+    With `generate`, the text ends where the assistant begins its turn; with `continue_last`, at
+    the end of the last message's content.
 
     Raises:
       UserError: the template refuses the messages, or fails.
@@ -96,7 +102,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: b
     template = with_date(template_of(tokenizer), date_of(tokenizer))
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generate
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generate,
+            continue_final_message=continue_last,
         )
     except TemplateSyntaxError as error:
         raise UserError(

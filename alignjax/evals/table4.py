@@ -1,10 +1,10 @@
 """Compute Table 4 of the report: how often a reward model prefers what people preferred.
 
-A run of the ranking stage, and the PMP run that it started from, score both responses of each
-pair in several sets of comparisons. The accuracy is the share of pairs whose chosen response
-scores strictly higher, in % with its 95 % interval. A tie is not right. The table also counts
-ties and the pairs left out as too long. Two more results follow: accuracy by score ratio, for
-sets that have one (SHP), and a picture of the calibration.
+A run of the ranking stage, and the PMP run that it started from, or reward models of Hugging
+Face's format, score both responses of each pair in several sets of comparisons. The accuracy is
+the share of pairs whose chosen response scores strictly higher, in % with its 95 % interval. A
+tie is not right. The table also counts ties and the pairs left out as too long. Two more results
+follow: accuracy by score ratio, for sets that have one (SHP), and a picture of the calibration.
 
 Scores are computed in float32, whatever the run's own type, so neither the batch nor the number
 of devices changes more than their last digits. Two equal responses get equal scores.
@@ -29,13 +29,15 @@ from alignjax import config as configs
 from alignjax import inference
 from alignjax.algorithms import ranking
 from alignjax.config import UserError
-from alignjax.data import chat, encoding, mixture, paths, preferences, sources, toy
+from alignjax.data import chat, encoding, mixture, paths, preferences, sources, tokenising, toy
+from alignjax.data.ends import replace_end
 from alignjax.evals import calibration, published_figures
 from alignjax.machine import console, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
 from alignjax.runs import lineage
-from alignjax.weights import locations
+from alignjax.weights import imported, locations
+from alignjax.weights.score_place import ending_of
 
 CHUNK = 256  # pairs tokenised and scored at a time: enough to fill microbatches
 
@@ -64,13 +66,38 @@ class ScoreDifferences(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairReader:
+    """How a reward model reads comparisons."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ending: tuple[int, ...]  # of what it reads, see `weights.score_place`
+    max_length: int  # longer pairs are left out
+
+    def fitting_pairs(self, rows: list[dict]) -> FittingPairs:
+        """Tokenise rows and keep the pairs of which neither side is too long."""
+        if not rows:
+            return FittingPairs([], [])
+        chat.end_token(self.tokenizer)  # a template that is of no use is no fault of a row
+        encode = functools.partial(chat.encode_comparisons, self.tokenizer)
+        pairs = [
+            (replace_end(chosen, self.ending), replace_end(rejected, self.ending))
+            for chosen, rejected in tokenising.naming_rows(encode, rows)
+        ]
+        numbers = [
+            number
+            for number, (chosen, rejected) in enumerate(pairs)
+            if max(len(chosen), len(rejected)) <= self.max_length
+        ]
+        return FittingPairs(numbers, [pairs[number] for number in numbers])
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairScorer:
     """A reward model that scores both responses of comparisons."""
 
     score_pairs: Callable  # the compiled `ranking.score_pairs` of the model
     params: dict
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int  # longer pairs are left out
+    reader: PairReader
     microbatch_tokens: int
     mesh: jax.sharding.Mesh
 
@@ -93,11 +120,12 @@ class PairScorer:
     def read_chunk(self, rows: list[dict], chunk: int) -> FittingPairs:
         """Tokenise one chunk of the rows; a chunk after the last row has no pairs."""
         part = rows[chunk * CHUNK : (chunk + 1) * CHUNK]
-        return fitting_pairs(self.tokenizer, part, self.max_length)
+        return self.reader.fitting_pairs(part)
 
     def chunk_differences(self, pairs: list[Pair]) -> Float[np.ndarray, " pairs"]:
         """Score up to CHUNK pairs and return their differences; equal responses differ by 0."""
-        arrays = padded_pairs(pairs, self.max_length)
+        longest = max(max(len(chosen), len(rejected)) for chosen, rejected in pairs)
+        arrays = padded_pairs(pairs, inference.round_up(longest))
         scores = ranking.score_rows(
             self.score_pairs, self.params, arrays, self.microbatch_tokens, self.mesh
         )[: len(pairs)].astype(np.float64)
@@ -107,18 +135,21 @@ class PairScorer:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print Table 4 and write its figures; report every user error before the first score."""
-    given_runs = [workdirs.resolve(run) for run in arguments.run]
+    given_runs = {run: locations.local_directory(run) for run in arguments.run}
+    first_run = next(iter(given_runs.values()))
     runs = ranking_runs(given_runs)
-    files = output_files(arguments.out, given_runs[0])
-    stored = locations.read_config(given_runs[0])
-    max_length = arguments.max_length or stored["data.max_length"]
+    files = output_files(arguments.out, first_run)
+    # A Hugging Face checkpoint has none of a run's fields.
+    stored = {"seed": 0, "microbatch_tokens": 4096} | locations.read_config(first_run)
+    max_length = arguments.max_length or stored.get("data.max_length")
+    max_length = max_length or locations.architecture(first_run).max_length
     sets = {
         name: load_comparisons(name, arguments, stored["seed"])
         for name in names_of_sets(arguments.sets)
     }
-    tokenizers = {label: chat.load_tokenizer(run / "tokenizer") for label, run in runs.items()}
-    for label, tokenizer in tokenizers.items():
-        check_some_pairs_fit(label, tokenizer, sets, max_length)
+    readers = {label: pair_reader(run, max_length) for label, run in runs.items()}
+    for label, reader in readers.items():
+        check_some_pairs_fit(label, reader, sets)
 
     mesh = sharding.make_mesh(configs.Mesh())
     figures = {}
@@ -126,9 +157,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         for label, run in runs.items():
             scorer = load_scorer(
                 run,
-                tokenizer=tokenizers[label],
+                reader=readers[label],
                 dtype=arguments.dtype,
-                max_length=max_length,
                 microbatch_tokens=arguments.microbatch_tokens or stored["microbatch_tokens"],
                 mesh=mesh,
             )
@@ -146,31 +176,33 @@ def evaluate(arguments: argparse.Namespace) -> None:
     write_results(files, settings, figures)
 
 
-def ranking_runs(given: list[Path]) -> dict[str, Path]:
-    """Return {row label: run}; raise UserError unless all are complete ranking runs.
+def ranking_runs(given: dict[str, Path]) -> dict[str, Path]:
+    """Return {row label: directory} of reward models; raise UserError for anything else.
 
     A single run that started from another run of its stage gives two rows, PMP and RM.
     """
-    for run in given:
-        check_ranking_run(run)
-    parent = pmp_parent(given[0]) if len(given) == 1 else None
+    for name, directory in given.items():
+        check_reward_model(name, directory)
+    first = next(iter(given.values()))
+    parent = pmp_parent(first) if len(given) == 1 else None
     if parent is None:
-        return {str(run): run for run in given}
-    say(f"PMP is {parent}, RM is {given[0]}")
-    return {"PMP": parent, "RM": given[0]}
+        return given
+    say(f"PMP is {parent}, RM is {first}")
+    return {"PMP": parent, "RM": first}
 
 
-def check_ranking_run(run: Path) -> None:
-    """Raise UserError unless the directory is a complete run of the ranking stage."""
-    if not (run / "config.json").is_file():
-        raise UserError(f"--run {run}: this is not a run, because it has no config.json")
-    stage = locations.read_config(run).get("stage")
-    if stage != "ranking":
+def check_reward_model(run: str, directory: Path) -> None:
+    """Raise UserError unless this is a complete ranking run or a checkpoint of a classifier."""
+    stored = locations.read_config(directory)
+    if not inference.is_reward_model(directory):
+        what = "is a language model"
+        if locations.is_run(directory):
+            what = f"run's stage is {stored['stage']!r}"
         raise UserError(
-            f"--run {run}: --sets needs a run of stage 'ranking' (PMP, RM), but this run's stage "
-            f"is {stage!r}"
+            f"--run {run}: --sets needs a reward model: a run of stage 'ranking' (PMP, RM), or a "
+            f"sequence classifier of Hugging Face's format; this {what}"
         )
-    if not (run / "summary.json").exists():
+    if locations.is_run(directory) and not (directory / "summary.json").exists():
         raise UserError(
             f"--run {run}: this run is not complete; the command that started it resumes it"
         )
@@ -181,6 +213,8 @@ def pmp_parent(run: Path) -> Path | None:
 
     If that run exists but cannot be used, print why.
     """
+    if not locations.is_run(run):
+        return None
     if locations.read_config(run)["parents"].get("model", "hf://").startswith("hf://"):
         return None
     try:
@@ -201,13 +235,25 @@ def output_files(out: str | None, run: Path) -> OutputFiles:
         raise UserError(
             f"--run {run}: the results go to a local file, so name one with --out FILE.json"
         )
-    path = run / "evaluation.json" if out is None else Path(out)
+    default = default_files(run)
+    path = default.figures if out is None else Path(out)
     if path.suffix != ".json" or not path.parent.is_dir():
         raise UserError(f"--out {out}: expected the name of a .json file in an existing directory")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be written there; name another file with --out FILE.json")
-    picture = run / "calibration.png" if out is None else path.with_suffix(".png")
+    picture = default.picture if out is None else path.with_suffix(".png")
     return OutputFiles(path, picture)
+
+
+def default_files(run: Path) -> OutputFiles:
+    """Return where the results go if nobody says so: to a run's directory.
+
+    A checkpoint's directory is not ours, so its results go to the working directory.
+    """
+    if locations.is_run(run):
+        return OutputFiles(run / "evaluation.json", run / "calibration.png")
+    name = imported.name_of(run).replace("/", "--")
+    return OutputFiles(Path(f"{name}.evaluation.json"), Path(f"{name}.calibration.png"))
 
 
 def names_of_sets(text: str) -> list[str]:
@@ -248,35 +294,26 @@ def name_without_options(name: str) -> str:
     return name.partition(":")[0]
 
 
-def check_some_pairs_fit(
-    label: str, tokenizer: PreTrainedTokenizerBase, sets: dict[str, list[dict]], max_length: int
-) -> None:
-    """Raise UserError if all pairs of a set are longer than `max_length` tokens of this run."""
+def check_some_pairs_fit(label: str, reader: PairReader, sets: dict[str, list[dict]]) -> None:
+    """Raise UserError if all pairs of a set are too long for this run."""
     for name, rows in sets.items():
         chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-        if not any(fitting_pairs(tokenizer, chunk, max_length).pairs for chunk in chunks):
+        if not any(reader.fitting_pairs(chunk).pairs for chunk in chunks):
             raise UserError(
-                f"--max_length {max_length}: all {len(rows)} pairs of {name} are longer in tokens "
-                f"of {label}"
+                f"--max_length {reader.max_length}: all {len(rows)} pairs of {name} are longer in "
+                f"tokens of {label}"
             )
 
 
-def fitting_pairs(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict], max_length: int
-) -> FittingPairs:
-    """Tokenise rows and keep the pairs of which neither side is over `max_length` tokens."""
-    if not rows:
-        return FittingPairs([], [])
-    pairs = chat.encode_comparisons(tokenizer, rows)
-    numbers = [
-        number
-        for number, (chosen, rejected) in enumerate(pairs)
-        if max(len(chosen), len(rejected)) <= max_length
-    ]
-    return FittingPairs(numbers, [pairs[number] for number in numbers])
+def pair_reader(run: Path, max_length: int) -> PairReader:
+    """Return how the reward model of a run or a checkpoint reads comparisons."""
+    directory = run / "tokenizer" if locations.is_run(run) else run
+    tokenizer = chat.load_tokenizer(directory)
+    ending = ending_of(run, tokenizer)
+    return PairReader(tokenizer=tokenizer, ending=ending, max_length=max_length)
 
 
-def padded_pairs(pairs: list[Pair], max_length: int) -> dict[str, np.ndarray]:
+def padded_pairs(pairs: list[Pair], width: int) -> dict[str, np.ndarray]:
     """Return arrays like those of `encoding.encode_comparisons`, always for CHUNK pairs.
 
     Pairs of one token make up the number, so the shapes stay the same.
@@ -284,7 +321,7 @@ def padded_pairs(pairs: list[Pair], max_length: int) -> dict[str, np.ndarray]:
     filler = [([0], [0])] * (CHUNK - len(pairs))
     arrays = {"margin": np.zeros(CHUNK, np.float32)}
     for side, sequences in zip(ranking.SIDES, zip(*pairs, *filler, strict=True), strict=True):
-        arrays[side] = encoding.pad(sequences, max_length)
+        arrays[side] = encoding.pad(sequences, width)
         arrays[f"{side}_length"] = encoding.lengths_of(sequences)
     return arrays
 

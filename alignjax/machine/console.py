@@ -90,7 +90,7 @@ def report_failure(error: BaseException) -> int:
         return failures.CLOSED_OUTPUT
     several_processes = membership().client is not None
     failure = failures.failure_of(error, several_processes=several_processes)
-    print_details(error)
+    failures.print_details(error)
     print_error(failure.line)
     try:
         sys.stdout.flush()
@@ -145,14 +145,6 @@ def print_error(text: str) -> None:
     line = one_line(text)
     with contextlib.suppress(OSError):
         print(f"alignjax: {line}", file=sys.stderr, flush=True)
-
-
-def print_details(error: BaseException) -> None:
-    """Print the details of an error, such as a traceback of the user's own code, if it has any."""
-    details = getattr(error, "details", "")
-    if details:
-        with contextlib.suppress(OSError):
-            print(details.rstrip("\n"), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -220,18 +220,19 @@ def write_hf(
     directory: str | Path,
     dtype: str = "float32",
     max_shard_bytes: int = SHARD_BYTES,
-    tokens: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> int:
     """Write safetensors files, then config.json; return the bytes of all tensors.
 
     There is one file, or several with an index if they would have more than `max_shard_bytes`.
     `read` is asked for the parameters that share a tensor, and they are let go before the next are
-    asked for. `dtype` is the files' type, "float32" or "bfloat16". `tokens` are ids of special
-    tokens for config.json.
+    asked for. `dtype` is the files' type, "float32" or "bfloat16". `config` is the content of
+    config.json; None is what the family writes for the model.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = families.hf_from_model(model, head, dtype) | dict(tokens or {})
+    if config is None:
+        config = families.hf_from_model(model, head, dtype)
     layout = layout_of(model, head)
     specs = [
         TensorSpec(tensor.name, DTYPES[dtype], layout.file_shape(tensor))

@@ -8,12 +8,15 @@ and an export writes them again.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from alignjax.config import Model, UserError
+from alignjax.data.ends import as_list, end_tokens
 from alignjax.models import families
 from alignjax.weights import locations
 
@@ -43,7 +46,8 @@ class Imported:
 
     config: Mapping[str, Any] = field(default_factory=dict)  # of config.json
     generation: Mapping[str, Any] = field(default_factory=dict)  # of generation_config.json
-    config_file: str = ""  # where each of them is, for errors
+    source: str = ""  # the checkpoint's name on the hub, or of its directory
+    config_file: str = ""  # where each of the files is, for errors
     generation_file: str = ""
 
     @property
@@ -56,7 +60,12 @@ class Imported:
 
     def to_json(self) -> str:
         """Return the content of `imported.json`."""
-        return json.dumps({"config": self.config, "generation_config": self.generation}, indent=1)
+        content = {
+            "source": self.source,
+            "config": self.config,
+            "generation_config": self.generation,
+        }
+        return json.dumps(content, indent=1)
 
 
 def read_imported(directory: Path) -> Imported:
@@ -69,16 +78,45 @@ def read_imported(directory: Path) -> Imported:
         return Imported(
             config=locations.read_config(directory),
             generation=read_object(directory / GENERATION_FILE),
+            source=name_of(directory),
             config_file=str(directory / "config.json"),
             generation_file=str(directory / GENERATION_FILE),
         )
     path = directory / IMPORTED_FILE
-    content = read_object(path)
+    content = {"config": {}, "generation_config": {}, "source": ""} | read_object(path)
+    for name in ("config", "generation_config"):
+        if not isinstance(content[name], dict):
+            raise UserError(f"{path}: {name} must be an object, not {content[name]!r}")
     return Imported(
-        config=content.get("config", {}),
-        generation=content.get("generation_config", {}),
+        config=content["config"],
+        generation=content["generation_config"],
+        source=str(content["source"]),
         config_file=f"{path}: config",
         generation_file=f"{path}: generation_config",
+    )
+
+
+def name_of(directory: Path) -> str:
+    """Return the name of a checkpoint: on the hub if it is in the hub's cache, else its own.
+
+    The cache has ORG/NAME in models--ORG--NAME/snapshots/REVISION.
+    """
+    for part in directory.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/", 1)
+    return directory.name or directory.absolute().name
+
+
+def ends_of(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> tuple[int, ...]:
+    """Return the tokens that end a response of a run or a Hugging Face checkpoint."""
+    stored = locations.read_config(directory)
+    return end_tokens(
+        tokenizer,
+        read_imported(directory).declared_ends,
+        vocab_size,
+        plain_text=stored.get("data.kind") == "text",
     )
 
 
@@ -99,10 +137,10 @@ def read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is wanted, {type(content).__name__} given")
+        raise UserError(f"{path}: a JSON object is wanted, not {type(content).__name__}")
     return content
 
 
@@ -124,6 +162,26 @@ def exported_config(model: Model, head: str, dtype: str, imported: Imported) -> 
         before = families.hf_from_model(shorter, head, dtype)
         written |= {name: value for name, value in ours.items() if before[name] != value}
     return kept | written
+
+
+def exported_generation(
+    imported: Imported, tokens: Mapping[str, Any], ends: Sequence[int]
+) -> dict[str, Any]:
+    """Return the content of generation_config.json for an export: the imported one.
+
+    Ends that it lacks are added, such as the template's end for a base model that was trained on
+    conversations. Without an imported one, there are the ends and the ids of special tokens.
+    """
+    if not imported.generation:
+        return {**tokens, "eos_token_id": list(ends)}
+    declared = as_list(imported.generation.get("eos_token_id"))
+    missing = [token for token in ends if token not in declared]
+    if not missing:
+        return dict(imported.generation)
+    kept = dict(imported.generation)
+    # It would let transformers take the ends from config.json.
+    kept.pop("_from_model_config", None)
+    return kept | {"eos_token_id": [*declared, *missing]}
 
 
 def imported_model(imported: Imported, model: Model) -> Model | None:

@@ -60,14 +60,33 @@ def load(
     """
     if directory is None:
         return init_params(model, head, mesh, key)
-    locations.check_architecture(model, directory)
-    if locations.is_run(directory):
-        params = read_run(model, head, mesh, directory)
-    else:
-        params = read_hf(model, head, mesh, directory)
+    params = read(model, head, mesh, directory)
     if head == "scalar" and "head" not in params:
         params |= init_params(model, head, mesh, key, "head")
     return params
+
+
+def load_trained(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -> Params:
+    """Load the parameters of a model that is used as it is.
+
+    Raises UserError for a language model if a scalar head is wanted: its scores would be those of
+    a head that nothing has trained.
+    """
+    params = read(model, head, mesh, directory)
+    if head == "scalar" and "head" not in params:
+        raise UserError(
+            f"{directory}: a reward model is wanted, but this is a language model: it has no head "
+            f"for scores ({hf.SCORE} in a Hugging Face checkpoint)"
+        )
+    return params
+
+
+def read(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -> Params:
+    """Read a role's parameters; without `head` if a scalar one is wanted and there is none."""
+    locations.check_architecture(model, directory)
+    if locations.is_run(directory):
+        return read_run(model, head, mesh, directory)
+    return read_hf(model, head, mesh, directory)
 
 
 def read_run(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -> Params:
