@@ -10,10 +10,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import json
-import signal
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +75,12 @@ def run_from_arguments(argv: Sequence[str] | None) -> None:
     with processes.one_run(arguments.distributed):
         # Not before JAX's distributed runtime, which takes SIGTERM for itself. These handlers
         # stay to the end of the process.
-        signals = Signals()
-        config = configs.load(arguments.config, overrides)
-        fit(config, arguments.workdir, overrides, arguments.profile, arguments.wandb, signals)
+        signals = Signals(ends_process=True)
+        try:
+            config = configs.load(arguments.config, overrides)
+            fit(config, arguments.workdir, overrides, arguments.profile, arguments.wandb, signals)
+        finally:
+            signals.stop_watching()
 
 
 def parse_arguments(
@@ -156,9 +156,8 @@ def fit(
     with contextlib.nullcontext(signals) if signals else Signals() as active_signals:
         keep_programs()
         directory = workdirs.resolve(workdir or Path("runs") / config.name)
-        stop = functools.partial(active_signals.remember, signal.SIGTERM)
-        watch_for_preemption(stop)
-        watch_lifeline(stop)
+        watch_for_preemption(active_signals.announce_end)
+        watch_lifeline(active_signals.announce_end)
         session = Session(signals=active_signals, say=say, wandb_project=wandb)
         with exclusive_use(directory, read_only=is_complete(config, directory)):
             return run(config, directory, fixed, session, profile)
@@ -332,4 +331,4 @@ def run_parent(config: Config, spec: str, workdir: Path, session: Session) -> Pa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

@@ -7,7 +7,6 @@ models from other packages. Add --apply_chat_template for a model that converses
 `alignjax.evaluate` uses the same model and knows the report's benchmarks.
 """
 
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -234,4 +233,4 @@ def run_harness() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

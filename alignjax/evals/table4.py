@@ -195,8 +195,6 @@ def ranking_runs(given: dict[str, Path]) -> dict[str, Path]:
 
 def check_reward_model(run: str, directory: Path) -> None:
     """Raise UserError unless this is a complete ranking run or a checkpoint of a classifier."""
-    if not (directory / "config.json").is_file():
-        raise UserError(f"--run {run}: no config.json there, so neither a run nor a checkpoint")
     stored = locations.read_config(directory)
     if not inference.is_reward_model(directory):
         what = "is a language model"
