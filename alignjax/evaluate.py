@@ -10,7 +10,6 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import sys
 from types import ModuleType
 
 from alignjax import config as configs
@@ -184,4 +183,4 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

@@ -11,8 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import signal
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +69,12 @@ def run_from_arguments(argv: Sequence[str] | None) -> None:
     with processes.one_run(arguments.distributed):
         # Not before JAX's distributed runtime, which takes SIGTERM for itself. These handlers
         # stay to the end of the process.
-        signals = Signals()
-        config = configs.load(arguments.config, overrides)
-        fit(config, arguments.workdir, overrides, arguments.profile, arguments.wandb, signals)
+        signals = Signals(ends_process=True)
+        try:
+            config = configs.load(arguments.config, overrides)
+            fit(config, arguments.workdir, overrides, arguments.profile, arguments.wandb, signals)
+        finally:
+            signals.stop_watching()
 
 
 def parse_arguments(
@@ -149,7 +150,7 @@ def fit(
     with contextlib.nullcontext(signals) if signals else Signals() as active_signals:
         keep_programs()
         directory = workdirs.resolve(workdir or Path("runs") / config.name)
-        watch_for_preemption(lambda: active_signals.remember(signal.SIGTERM))
+        watch_for_preemption(active_signals.announce_end)
         session = Session(signals=active_signals, say=say, wandb_project=wandb)
         with exclusive_use(directory):
             return run(config, directory, fixed, session, profile)
@@ -322,4 +323,4 @@ def run_parent(config: Config, spec: str, workdir: Path, session: Session) -> Pa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

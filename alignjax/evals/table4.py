@@ -29,7 +29,7 @@ from alignjax import config as configs
 from alignjax import inference
 from alignjax.algorithms import ranking
 from alignjax.config import UserError
-from alignjax.data import chat, encoding, mixture, paths, preferences, sources, toy
+from alignjax.data import chat, encoding, mixture, paths, preferences, sources, tokenising, toy
 from alignjax.data.ends import replace_end
 from alignjax.evals import calibration, published_figures
 from alignjax.machine import console, sharding
@@ -77,9 +77,11 @@ class PairReader:
         """Tokenise rows and keep the pairs of which neither side is too long."""
         if not rows:
             return FittingPairs([], [])
+        chat.end_token(self.tokenizer)  # a template that is of no use is no fault of a row
+        encode = functools.partial(chat.encode_comparisons, self.tokenizer)
         pairs = [
             (replace_end(chosen, self.ending), replace_end(rejected, self.ending))
-            for chosen, rejected in chat.encode_comparisons(self.tokenizer, rows)
+            for chosen, rejected in tokenising.naming_rows(encode, rows)
         ]
         numbers = [
             number
@@ -191,8 +193,6 @@ def ranking_runs(given: dict[str, Path]) -> dict[str, Path]:
 
 def check_reward_model(run: str, directory: Path) -> None:
     """Raise UserError unless this is a complete ranking run or a checkpoint of a classifier."""
-    if not (directory / "config.json").is_file():
-        raise UserError(f"--run {run}: no config.json there, so neither a run nor a checkpoint")
     stored = locations.read_config(directory)
     if not inference.is_reward_model(directory):
         what = "is a language model"
