@@ -34,7 +34,7 @@ from alignjax.data.ends import replace_end
 from alignjax.machine import sharding
 from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
-from alignjax.machine.console import run_command, say
+from alignjax.machine.console import leave, run_command, say
 from alignjax.runs import lineage
 from alignjax.weights import checkpoint, locations
 
@@ -372,4 +372,4 @@ def describe_score(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

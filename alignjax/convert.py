@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from alignjax.config import UserError, model_from_json
 from alignjax.data import chat, templates
 from alignjax.data.ends import as_list
-from alignjax.machine import console
+from alignjax.machine import console, output_directories
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
 from alignjax.weights import checkpoint, hf, locations
@@ -52,6 +52,7 @@ EXPORTS = {
     ("ppo", "policy"): Export("policy", "lm"),
     ("ppo", "value"): Export("value", "scalar"),
 }
+COMMAND = "alignjax.convert"  # in the marker of an export
 TokenIds = dict[str, Any]  # name in config.json -> id, several ids, or None
 
 
@@ -66,7 +67,8 @@ def run(argv: Sequence[str] | None) -> None:
     # Nothing is computed, so leave an accelerator to other processes.
     jax.config.update("jax_platforms", "cpu")
     directory = workdirs.resolve(arguments.to_hf)
-    export(directory, arguments.out, arguments.role, arguments.dtype)
+    out = workdirs.resolve(arguments.out)
+    export(directory, out, arguments.role, arguments.dtype, arguments.overwrite)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,8 +78,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Write a run's model as a Hugging Face checkpoint.",
     )
     parser.add_argument("--to_hf", required=True, metavar="RUN", help="a run's work directory")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="a new or empty directory"
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier export in DIR, if no other file is there",
     )
     parser.add_argument(
         "--role",
@@ -90,11 +95,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
-    """Write a complete run's model, tokenizer and chat template to `out`.
+def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool = False) -> None:
+    """Write a complete run's model, tokenizer and chat template to the local directory `out`.
 
-    `out` appears when it is complete; an interrupted export leaves `out` + ".partial" behind.
+    `out` appears when it is complete. An export that is killed leaves a hidden directory beside
+    it, which the next one to the same `out` removes.
     """
+    if not workdirs.is_local(out):
+        raise UserError(f"--out {out}: expected a local directory")
     out = out.absolute()
     config = read_run_config(run)
     if (config["stage"], role) not in EXPORTS:
@@ -102,8 +110,7 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
             f"--role {role}: {run} is of stage {config['stage']!r}, "
             "which has one model and no roles"
         )
-    if out.exists() and not is_empty_directory(out):
-        raise UserError(f"--out {out}: already exists; name a new or empty directory")
+    output_directories.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
     item, head = EXPORTS[config["stage"], role]
     newest = checkpoint.newest(run)
     read = functools.partial(checkpoint.restore_array, newest / item)
@@ -126,16 +133,15 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
         base=imported.source,
     )
 
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    write_tokenizer(run, tokenizer, head, tokens, partial)
-    if head == "lm":
-        write_json(partial / GENERATION_FILE, exported_generation(imported, tokens, ends))
-    card = model_card(exported, tokenizer)
-    (partial / CARD_FILE).write_text(card, encoding="utf-8")
-    size = hf.write_hf(model, head, read, partial, dtype, config=content)
-    partial.replace(out)
+    with output_directories.new_directory(
+        out, "--out", command=COMMAND, overwrite=overwrite
+    ) as partial:
+        write_tokenizer(run, tokenizer, head, tokens, partial)
+        if head == "lm":
+            write_json(partial / GENERATION_FILE, exported_generation(imported, tokens, ends))
+        card = model_card(exported, tokenizer)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        size = hf.write_hf(model, head, read, partial, dtype, config=content)
 
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
     if head == "scalar":
@@ -145,11 +151,6 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
             f"score.bias={bias:.6g} is written, but transformers does not read it: "
             "its scores are lower by that"
         )
-
-
-def is_empty_directory(path: Path) -> bool:
-    """Return whether a path is a directory without entries."""
-    return path.is_dir() and not any(path.iterdir())
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def write_tokenizer(
     date of the run, which the classifier was trained to read.
     """
     with workdirs.local_copy(run / "tokenizer") as source:
-        shutil.copytree(source, directory)
+        shutil.copytree(source, directory, dirs_exist_ok=True)
     if head == "lm":
         return
     template = tokenizer.chat_template

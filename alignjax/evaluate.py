@@ -10,7 +10,6 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import sys
 from types import ModuleType
 
 from alignjax import config as configs
@@ -181,7 +180,12 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         "NAME.evaluation.json and NAME.calibration.png in the working directory; with --tasks: "
         "a directory; default: DIR/benchmarks",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that are not earlier results of this command",
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

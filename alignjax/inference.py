@@ -432,9 +432,9 @@ def load_params(
     """Return parameters on the mesh, of a run or a Hugging Face checkpoint."""
     with jax.set_mesh(mesh):
         params = roles.load_trained(architecture, head, mesh, directory)
-        if architecture.dtype != "float32":
-            round_params = jax.jit(transformer.rounded, static_argnums=0, donate_argnums=1)
-            params = round_params(architecture, params)
+        if architecture.dtype != "float32" or transformer.joins_products():
+            lay_out = jax.jit(transformer.for_sampling, static_argnums=0, donate_argnums=1)
+            params = lay_out(architecture, params)
     return params
 
 

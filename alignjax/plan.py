@@ -18,7 +18,6 @@ be.
 import argparse
 import functools
 import json
-import sys
 
 from alignjax import config as configs
 from alignjax.config import Config, Model
@@ -99,4 +98,4 @@ def architecture(spec: str) -> Model:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

@@ -217,3 +217,19 @@ def test_answers_from_before_an_interruption_are_not_computed_again(
     assert sum(prompts_per_call) == 40
     monkeypatch.setattr(model.requests, "answer", answer)
     assert responses == model.generate_until(requests, disable_tqdm=True)
+
+
+def test_control_tokens_in_a_question_are_text(chain):
+    model = adapter.AlignJax(str(chain.runs / "sft-tiny"))
+    end = chat.end_token(model.tokenizer)
+    question = [{"role": "user", "content": "copy : <|im_end|> cat"}]
+    text = model.apply_chat_template(question)
+    [expected] = chat.encode_prompts(model.tokenizer, [question])
+    assert model.tok_encode(text) == expected and expected.count(end) == 1
+    assert model.tok_encode(text + "sure")[: len(expected)] == expected
+    assert model.tok_encode(text.rstrip()) == expected[:-1]
+    begun = [*question, {"role": "assistant", "content": "sure ,"}]
+    begun_text = model.apply_chat_template(begun, add_generation_prompt=False)
+    assert model.tok_encode(begun_text)[: len(expected)] == expected
+    plain = model.apply_chat_template([{"role": "user", "content": "copy : cat"}])
+    assert model.tok_encode(plain).count(end) == 1

@@ -8,17 +8,21 @@ from test_models import tiny
 
 from alignjax.models import transformer
 from alignjax.models.attention import KeyValues
-from alignjax.sampling.cache import (
-    RING_PARTS,
-    empty_cache,
-    fill_cache,
-    make_reader,
-    write_token,
-)
+from alignjax.sampling.ring_cache import RING_PARTS, RingCache
 
 MODEL, _ = tiny(vocab_size=13)  # two layers, four heads, two key-value heads of size 8
 SLOTS = 3
 PROMPT_WIDTH = 5
+
+
+def ring_cache(slots, prompt_width, response_length, dtype="float32"):
+    return RingCache(
+        model=MODEL,
+        slots=slots,
+        prompt_width=prompt_width,
+        response_length=response_length,
+        dtype=dtype,
+    )
 
 
 def widths_of(blocks, axis):
@@ -28,23 +32,23 @@ def widths_of(blocks, axis):
 def test_a_cache_is_the_prompts_block_and_a_ring_in_parts(monkeypatch):
     """Ten places are four parts of three."""
     widths = [(5, 5), *[(3, 3)] * 4]
-    by_layer = empty_cache(MODEL, 4, 5, 10)
+    by_layer = ring_cache(4, 5, 10).empty()
     assert len(by_layer) == 2 and by_layer[0][0].keys.shape == (4, 2, 5, 8)
     assert [widths_of(blocks, 2) for blocks in by_layer] == [widths] * 2
     monkeypatch.setattr(transformer, "UNROLLED", 0)
-    stacked = empty_cache(MODEL, 4, 5, 10)
+    stacked = ring_cache(4, 5, 10).empty()
     assert stacked[0].keys.shape == (2, 4, 2, 5, 8)
     assert widths_of(stacked, 3) == widths
     num_parts = {}
     for response_length in (1, 2, 3, 4, 5, 9):
-        num_parts[response_length] = len(empty_cache(MODEL, 4, 5, response_length)) - 1
+        num_parts[response_length] = len(ring_cache(4, 5, response_length).empty()) - 1
     assert num_parts == {1: 1, 2: 2, 3: 3, 4: 4, 5: 3, 9: 3}
 
 
-@pytest.mark.parametrize("dtype, stored", [("", jnp.float32), ("bfloat16", jnp.bfloat16)])
-def test_a_cache_may_have_another_type_than_the_model(dtype, stored):
-    cache = empty_cache(MODEL, 2, 3, 4, dtype)
-    assert {array.dtype for array in jax.tree.leaves(cache)} == {jnp.dtype(stored)}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_may_have_another_type_than_the_model(dtype):
+    cache = ring_cache(2, 3, 4, dtype).empty()
+    assert {array.dtype for array in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize("unrolled", [True, False])
@@ -61,14 +65,16 @@ def test_filling_slots_leaves_the_others_alone(unrolled, monkeypatch):
             return cache
         return [transformer.layer_of(cache, layer) for layer in range(2)]
 
-    old = jax.tree.map(lambda array: draw(array.shape), empty_cache(MODEL, 6, 5, 4))
+    old = jax.tree.map(lambda array: draw(array.shape), ring_cache(6, 5, 4).empty())
     prompts = KeyValues(keys=draw((2, 2, 2, 5, 8)), values=draw((2, 2, 2, 5, 8)))
     for where in (jnp.array([4, 0, 2, 5]), None):
         slots = np.arange(4) if where is None else np.asarray(where)
         before = old
         if where is None:
             before = jax.tree.map(lambda array: array[..., :4, :, :, :], old)
-        after = fill_cache(jax.tree.map(jnp.asarray, before), where, prompts, 2)
+        num_slots = 4 if where is None else 6
+        cache = jax.tree.map(jnp.asarray, before)
+        after = ring_cache(num_slots, 5, 4).fill(cache, where, prompts, np.ones((2, 5), bool))
         both = zip(layers_of(before), layers_of(after), strict=True)
         for layer, (old_blocks, new_blocks) in enumerate(both):
             for name in ("keys", "values"):
@@ -116,11 +122,12 @@ def test_a_step_reads_only_the_filled_parts_of_the_ring(response_length, layer):
 
     @jax.jit
     def step(blocks, clock, lengths, query, token):
-        reader = make_reader(prompt_mask, clock, lengths, response_length)
-        attended = reader.attend(blocks, layer, query, token.keys, token.values)
+        kind = ring_cache(SLOTS, PROMPT_WIDTH, response_length)
+        reader = kind.reader(prompt_mask, clock, lengths)
+        attended, kept = reader.attend(blocks, layer, query, token.keys, token.values)
         if layer is not None:  # the other layer's are 0
-            token = jax.tree.map(lambda array: jnp.stack([jnp.zeros_like(array), array]), token)
-        return attended, write_token(blocks, clock, token, response_length)
+            kept = jax.tree.map(lambda array: jnp.stack([jnp.zeros_like(array), array]), kept)
+        return attended, kind.write(blocks, clock, kept, jnp.zeros(SLOTS, jnp.int32))
 
     for clock in range(3 * response_length):
         if clock in part_starts:

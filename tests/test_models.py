@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from alignjax.config import Mesh, Model
 from alignjax.machine import sharding
 from alignjax.models import families, transformer
-from alignjax.sampling import cache as caches
+from alignjax.sampling.ring_cache import RingCache
+from alignjax.sampling.row_cache import RowCache
 from alignjax.weights import hf
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -131,45 +132,51 @@ def test_packed_rows_give_the_logits_of_torch(name):
     assert error(ours.reshape(theirs.shape), theirs) < 2e-5
 
 
-@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+@pytest.mark.parametrize("form", ["unrolled", "scanned", "joined"])
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_decoding_gives_the_logits_of_torch(name, form, monkeypatch):
     """Prefill six left-padded tokens, then decode through the sampler's cache, two samples each.
 
     The ring has seven places in parts of two. From a clock of 0 it fills, from 5 it wraps, and
-    from 12 it is full at once.
+    from 12 it is full at once. On a GPU layers are joined, and each slot has a row.
     """
     if form == "scanned":
         monkeypatch.setattr(transformer, "UNROLLED", 0)
+    monkeypatch.setattr(transformer, "joins_products", lambda: form == "joined")
     model, params, data = golden(name)
+    params = transformer.for_sampling(model, params)
     tokens, mask, theirs = golden_case(data, "left")
     positions = count_positions(mask)
     width = 6  # of the prompt
     ring = tokens.shape[1] - width
     prompt_mask = mask[:, :width]
     prompt = np.repeat(prompt_mask > 0, 2, axis=0)
+    kind = (RowCache if form == "joined" else RingCache)(
+        model=model, slots=4, prompt_width=width, response_length=ring, dtype="float32"
+    )
 
     @jax.jit
     def prefill():
         hidden, kept = transformer.apply(
             model, params, tokens[:, :width], positions[:, :width], prompt_mask, keep=True
         )
-        cache = caches.empty_cache(model, 4, width, ring)
-        return transformer.logits(model, params, hidden), caches.fill_cache(cache, None, kept, 2)
+        cache = kind.fill(kind.empty(), None, kept, prompt_mask > 0)
+        return transformer.logits(model, params, hidden), cache
 
     @jax.jit
     def step(tokens, places, cache, clock, count):
         layers = transformer.for_decoding(model, params)
-        attend = caches.make_reader(prompt, clock, count, ring).attend
+        attend = kind.reader(prompt, clock, count).attend
         hidden, kept = transformer.decode(model, params, layers, tokens, places, cache, attend)
-        cache = caches.write_token(cache, clock, kept, ring)
+        cache = kind.write(cache, clock, kept, tokens)
         return transformer.logits(model, params, hidden), cache
 
     def column(x, place):
         """Return one place of each row, twice: for both samples of a prompt."""
         return np.repeat(np.asarray(x)[:, place], 2, axis=0)
 
-    assert transformer.unrolled(model) == (form == "unrolled")
+    if form != "joined":
+        assert transformer.unrolled(model) == (form == "unrolled")
     logits, _ = prefill()
     assert error(logits[prompt_mask > 0], theirs[:, :width][prompt_mask > 0]) < 2e-5
     for first in (0, 5, 12):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -137,7 +138,11 @@ def test_a_rollout_decodes_all_tokens_of_all_slots(
     config.ppo = dataclasses.replace(
         config.ppo, samples_per_prompt=samples, slots=slots, response_length=response_length
     )
-    assert ppo_programs.rollout_loops(config) == (turns, steps)
+    loops = ppo_programs.rollout_loops(config)
+    assert (loops.turns, loops.steps) == (turns, steps)
+    longest = config.data.max_length + response_length
+    filled = longest - response_length / 2
+    assert loops.filled == pytest.approx(filled / (128 * math.ceil(longest / 128)))
 
 
 def test_known_models_of_the_hub_are_planned_without_asking_it():
@@ -150,7 +155,7 @@ def test_known_models_of_the_hub_are_planned_without_asking_it():
     "topology, message",
     [
         ("v5e", "a colon and a slice, such as v5e:4x4"),
-        ("v7:2x2", "must be v5e, v6e, v4, v5, a colon and a slice"),
+        ("v7:2x2", "must be v5e, v6e, v4, v5, h100, h200, a100, a colon and a slice"),
         ("v5e:3x5x7", "the TPU compiler knows no such slice"),
     ],
 )

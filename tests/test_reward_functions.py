@@ -1,6 +1,7 @@
 """Functions as rewards: what they may return, what they are given, and how they may fail."""
 
 import functools
+import re
 import sys
 from decimal import Decimal
 from fractions import Fraction
@@ -15,7 +16,8 @@ from alignjax import train
 from alignjax.algorithms import estimators, plugins, reward_functions
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import PPO, UserError
-from alignjax.machine import console
+from alignjax.data import files, formats
+from alignjax.machine import console, failures, processes
 
 ROWS = [
     {
@@ -467,6 +469,36 @@ def test_an_estimator_is_tried_with_shapes_alone(module):
     config.ppo.advantage_estimator = f"{name}:right"
     estimators.check_shapes(config)
     assert config.ppo.gamma == PPO().gamma
+
+
+def test_an_exception_of_a_row_format_names_the_row_and_shows_its_own_frames(
+    tmp_path, monkeypatch, capsys
+):
+    """It is no bad row, so it is not skipped either."""
+    monkeypatch.setattr(formats, "FORMATS", list(formats.FORMATS))
+    formats.row_format("text", "words")(lambda row: {"text": row["words"][0] + 1})
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"words": [1, 2]}\n{"words": ["a"]}\n')
+    with pytest.raises(UserError) as caught:
+        files.read(str(path), "text", skip=True)
+    assert re.fullmatch(
+        f"{path}:2: a row format of text: TypeError: .* \\(test_reward_functions.py:.*\\)",
+        str(caught.value),
+    )
+    printed = capsys.readouterr().err
+    assert printed.count("  File ") == 1 and "alignjax/" not in printed
+
+
+def test_details_are_printed_once_above_the_line(capsys):
+    error = UserError("the line", "the details\n")
+
+    def fail():
+        processes.report_error(error)
+        raise error
+
+    assert console.run_command(fail) == 2
+    failures.print_details(error)
+    assert capsys.readouterr().err == "the details\nalignjax: the line\n"
 
 
 # ----------------------------------------------------------------------------------------- a run

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +177,20 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
         UserError, match="ppo.response_length=36 is over max_length=20 of the reward model"
     ):
         rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
+
+
+def test_a_prompt_that_the_reward_models_template_refuses_is_named_before_the_first_step(
+    tokenizers,
+):
+    own = chat.load_tokenizer(Path(tokenizers[1].name_or_path))
+    own.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + own.chat_template
+    )
+    model = text_reward(own, {}, None, 16, 64)
+    system = [{"role": "system", "content": "Be brief."}, *ROWS[0]["prompt"]]
+    rows = [ROWS[0], {"prompt": system, "where": "mine.jsonl:2"}]
+    reward = rewards.Reward(model=MODEL, params={}, text_rewards=[model])
+    reward.check_prompts(rows[:1])
+    with pytest.raises(UserError, match="^mine.jsonl:2: chat template of .*: no system"):
+        reward.check_prompts(rows)

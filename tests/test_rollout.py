@@ -14,7 +14,7 @@ from alignjax.config import Mesh
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
-from alignjax.sampling.cache import empty_cache
+from alignjax.sampling.cache import choose_cache
 from alignjax.sampling.slots import SlotPlan, plan_slots
 from alignjax.sampling.top_p import sample_tokens
 from alignjax.sampling.types import Prompts, Rollout, SamplingSettings
@@ -370,7 +370,8 @@ def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(
     model = dataclasses.replace(TINY, layers=layers)
     width = 8
     response_length = 512
-    cache = jax.eval_shape(lambda: empty_cache(model, 64, width, response_length))
+    settings = make_settings(model, response_length=response_length)
+    cache = jax.eval_shape(choose_cache(settings, 64, width).empty)
     size = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(cache))
     # Keys and values of 2 heads of 8 float32.
     assert size == layers * 2 * 64 * 2 * (width + response_length) * 8 * 4

@@ -20,7 +20,7 @@ from alignjax.algorithms.experience import Minibatches
 from alignjax.algorithms.rewards import TextRewardModel
 from alignjax.data import chat
 from alignjax.models import scoring
-from alignjax.weights.score_place import ending_of
+from alignjax.weights.score_place import ending_of, notice_of_change
 
 PROMPTS = ["copy : cat box", "join : red van"]
 REPLIES = ["cat box", "\n red"]
@@ -62,6 +62,11 @@ def test_ours_is_read_at_the_end_token_and_others_behind_the_template(chain, exp
     (newline,) = chat.closing_tokens(tokenizer)
     assert ending_of(chain.runs / "rm-tiny", tokenizer) == ending_of(export, tokenizer) == (end,)
     assert ending_of(foreign(export, tmp_path / "other"), tokenizer) == (end, newline)
+    notice = notice_of_change(tmp_path / "other", tokenizer)  # of a ranking run that begins there
+    assert (
+        "were read behind '<|im_end|>\\n'; this run reads and trains them at '<|im_end|>'" in notice
+    )
+    assert notice_of_change(export, tokenizer) == ""
     old = tmp_path / "old"  # an export from before the field was written
     shutil.copytree(export, old)
     config = json.loads((old / "config.json").read_text())

@@ -129,6 +129,7 @@ class PPO:
         )
         text = load_pretraining_text(config, mesh, inputs)
         reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer, function)
+        reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
         end_tokens = ends.end_tokens(
             inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
         )

@@ -32,6 +32,7 @@ from alignjax.config import Config, Model
 from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
+from alignjax.models.attention import decode_attention
 from alignjax.sampling import rollout as default_sampler
 from alignjax.sampling.external import ExternalSampler
 from alignjax.sampling.slots import plan_slots
@@ -237,16 +238,18 @@ def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Calla
     """Return the function that casts and lays out the policy's parameters for a rollout.
 
     Decoding reads every matrix for every token: half of the bytes if they are cast once before,
-    and no transfers over fsdp if they are laid out anew.
+    no transfers over fsdp if they are laid out anew, and fewer products if they are joined.
     """
     has_own_layout = config.ppo.rollout_tensor > 0
-    if not has_own_layout and config.model.dtype == "float32":
+    joins = transformer.joins_products()
+    if not (has_own_layout or joins) and config.model.dtype == "float32":
         return unchanged
+    place = functools.partial(transformer.for_sampling, config.model)
     layout = None
-    if has_own_layout:
-        layout = sharding.param_shardings(abstract_params, rollout_mesh(config, mesh))
-    cast = functools.partial(transformer.rounded, config.model)
-    return jax.jit(cast, out_shardings=layout)
+    if has_own_layout or joins:
+        shapes = jax.eval_shape(place, abstract_params)
+        layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
+    return jax.jit(place, out_shardings=layout)
 
 
 def rollout_placement(config: Config, mesh: Mesh) -> Callable[[Rollout], Rollout]:
@@ -456,6 +459,8 @@ def rollout_loops(config: Config) -> Loops:
     refills = -(-prompts // plan.prompts_per_fill)
     rounds = -(-prompts * ppo.samples_per_prompt // plan.slots)
     steps = rounds * (ppo.response_length - 1)
+    longest = config.data.max_length + ppo.response_length
+    filled = (longest - ppo.response_length / 2) / decode_attention.round_up(longest)
     if plan.prompts_per_fill == prompts:
-        return Loops(0, steps)
-    return Loops(refills, -(-steps // refills))
+        return Loops(0, steps, filled)
+    return Loops(refills, -(-steps // refills), filled)

@@ -23,7 +23,7 @@ from alignjax.algorithms.endings import Ending, closing_length
 from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.reward_functions import FunctionReward
 from alignjax.config import Config, Model, UserError
-from alignjax.data import chat, encoding, packing, templates, tokenizer_files
+from alignjax.data import chat, encoding, packing, templates, tokenising, tokenizer_files
 from alignjax.data.ends import replace_end
 from alignjax.machine import sharding
 from alignjax.models import scoring
@@ -48,6 +48,12 @@ class Reward:
     text_rewards: Sequence[TextReward]
     ending: Ending = None  # of the responses that the reward model reads
 
+    def check_prompts(self, rows: list[dict]) -> None:
+        """Raise UserError if a text-based reward model cannot encode the prompt of a row."""
+        for text_reward in self.text_rewards:
+            if isinstance(text_reward, TextRewardModel):
+                text_reward.encode_prompts(rows)
+
     def score_texts(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the sum of the text-based rewards of each response, as float32."""
         total = np.zeros(len(rows), np.float32)
@@ -70,8 +76,8 @@ class TextRewardModel:
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
         """Return the weighted scores of the responses to the prompts of the rows."""
+        prompts = self.encode_prompts(rows)
         messages = [row["prompt"] for row in rows]
-        prompts = chat.encode_prompts(self.tokenizer, messages)
         encoded = chat.encode_responses(self.tokenizer, messages, responses)
         sequences = [
             replace_end(prompt + response, self.ending)[-self.max_tokens :]
@@ -81,6 +87,13 @@ class TextRewardModel:
             self.score, sequences, self.max_tokens, self.microbatch_tokens, self.mesh
         )
         return self.weight * scores
+
+    def encode_prompts(self, rows: list[dict]) -> list[list[int]]:
+        """Return the tokens of the prompts; UserError names the row that cannot be encoded."""
+        return tokenising.naming_rows(self.encode_named_prompts, rows)
+
+    def encode_named_prompts(self, rows: list[dict]) -> list[list[int]]:
+        return chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
 
 
 def build(
@@ -111,6 +124,7 @@ def build(
         return Reward(
             model=model, params={"reward": params}, text_rewards=text_rewards, ending=ending
         )
+    chat.end_token(reward_tokenizer)  # its template must be of use
     # Another tokenizer may make more tokens of a text: leave room for twice as many.
     max_tokens = min(model.max_length, 2 * longest_sequence(config))
     text_model = TextRewardModel(

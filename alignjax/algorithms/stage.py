@@ -70,6 +70,7 @@ class Loops(NamedTuple):
 
     turns: int = 0  # of the outermost loop; 0: there is no such loop
     steps: int = 1  # decode steps in each turn
+    filled: float = 1.0  # share of a cached row that a step reads, on average
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,6 @@ OPENINGS = ([USER], [{"role": "system", "content": USER_WORD}, USER])
 # than a beginning; and texts after which a continuation may be encoded.
 BEGINNINGS = ("Yes", "no", "3", "(a)", '"It', "- a", "\u00e9")
 CONTEXTS = ("\n", ".", "a\n")
-THINK_LIKE = re.compile(r"</?([^<>/\s|]+)>")
 
 
 class Turn(NamedTuple):
@@ -84,12 +83,16 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.name = f"chat template of {tokenizer.name_or_path}"
         probe = probe_template(tokenizer)
-        end_name = find_end(tokenizer, probe)
+        of_reply = tokens_of_reply(tokenizer, probe)
+        end_name = find_end(tokenizer, probe, of_reply)
         if end_name is None:
             raise UserError(f"{self.name}: no special token ends the assistant's turn")
-        markers = turn_markers(tokenizer, probe) | {end_name}
-        allowed = templates.allows_tokens_in_content(tokenizer)
-        self.controls = ControlTokens(tokenizer, markers, allowed)
+        self.controls = ControlTokens(
+            tokenizer,
+            markers=turn_markers(tokenizer, probe) | {end_name},
+            of_reply=of_reply,
+            allowed_in_content=templates.allows_tokens_in_content(tokenizer),
+        )
         self.end_token = self.controls.ids[end_name]
         self.end_name = self.controls.secret_names[end_name]
         before_end = probe.after_reply.partition(end_name)[0]
@@ -97,9 +100,21 @@ class ChatFormat:
         self.opened = opened_by_prompt(probe)
         end_names = {end_name, tokenizer.eos_token or end_name}
         self.repeated_ends = re.compile(rf"(?:(?:{'|'.join(map(re.escape, end_names))})\s*)+\Z")
+        self.check_copy(probe)
         prompt = self.controls.with_secrets(probe.prompt)
         self.encodes_alone = self.encodes_continuations_alone(prompt)
         self.closing_tokens = self.find_closing(probe)
+
+    def check_copy(self, probe: Probe) -> None:
+        """Raise UserError unless the template's texts have the tokenizer's own ids."""
+        for text in (probe.prompt, probe.whole):
+            marked = self.controls.with_secrets(text)
+            own_ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            if self.controls.encode([marked])[marked] != own_ids:
+                raise UserError(
+                    f"{self.tokenizer.name_or_path}: control tokens of this tokenizer depend on "
+                    "the text around them, so that they cannot be told from text"
+                )
 
     def encodes_continuations_alone(self, prompt: str) -> bool:
         """Return whether a response after a prompt has the ids that it has alone."""
@@ -150,7 +165,9 @@ class ChatFormat:
         place = find(response, self.end_name)
         if place < 0:
             raise UserError(f"{self.name}: it writes no end of the assistant's turn")
-        if reply.strip() and self.is_lost(messages, prompt, reply, response[:place]):
+        if self.without_end(reply).strip() and self.is_lost(
+            messages, prompt, reply, response[:place]
+        ):
             raise UserError(f"{self.name}: it leaves out the assistant's reply {reply[:40]!r}")
         return response[:place] + self.end_name
 
@@ -158,7 +175,7 @@ class ChatFormat:
         """Return whether the response to a prompt says nothing of a reply that is not empty."""
         if not response.strip():
             return True
-        if reply == REPLY_WORD or reply.strip()[-8:] in response:
+        if reply == REPLY_WORD or self.without_end(reply).strip()[-8:] in response:
             return False
         other = self.rendered_response(messages, prompt, REPLY_WORD)
         return other.removesuffix(self.end_name) == response
@@ -174,7 +191,7 @@ class ChatFormat:
 
     def render(self, messages: list[dict], generate: bool) -> str:
         """Return what the template writes, with the control tokens of contents shielded."""
-        contents = self.controls.shield([self.with_one_end(message) for message in messages])
+        contents = self.controls.shield_messages(map(self.with_one_end, messages))
         return templates.render(self.tokenizer, contents, generate)
 
     def with_one_end(self, message: dict) -> dict:
@@ -288,28 +305,47 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Probe:
     raise refusals[0]
 
 
-def find_end(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> str | None:
+def find_end(tokenizer: PreTrainedTokenizerBase, probe: Probe, of_reply: set[str]) -> str | None:
     """Return the name of the first control token after the reply, or None if there is none."""
-    names = {*tokenizer.all_special_tokens, *bracketed_tokens(tokenizer)}
+    names = {*tokenizer.all_special_tokens, *bracketed_tokens(tokenizer)} - of_reply
     text = probe.after_reply
     places = [(text.index(name), -len(name), name) for name in names if name and name in text]
     return min(places)[2] if places else None
 
 
 def turn_markers(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> set[str]:
-    """Return the tokens in brackets that the template writes around turns, special or not.
+    """Return the tokens in brackets that the template writes around turns, special or not."""
+    around = (probe.history or probe.whole).replace(REPLY_WORD, "\0")
+    return {name for name in bracketed_tokens(tokenizer) if name in around}
 
-    Pairs such as <think> and </think> that it writes within a reply belong to the reply: a model
-    writes them itself.
+
+def tokens_of_reply(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> set[str]:
+    """Return pairs such as <think> and </think> that the template writes within a reply.
+
+    They belong to the reply: a model writes them itself.
     """
-    text = probe.history or probe.whole
-    before_reply, _, after_reply = text.partition(REPLY_WORD)
-    shared = len(os.path.commonprefix([probe.prompt, text]))
-    inserted = before_reply[shared:]
-    of_reply = {name for name in bracketed_tokens(tokenizer) if name in inserted}
-    of_reply = {name for name in of_reply if THINK_LIKE.fullmatch(name)}
-    around = before_reply + "\0" + after_reply
-    return {name for name in bracketed_tokens(tokenizer) if name in around} - of_reply
+    ends_of_text = {tokenizer.bos_token, tokenizer.eos_token}
+    names = set(bracketed_tokens(tokenizer)) - ends_of_text
+    words = {name[1:-1].removeprefix("/") for name in names}
+    pairs = [{f"<{word}>", f"</{word}>"} for word in words]
+    opened = opened_by_prompt(probe)
+    turn_of_user = probe.prompt.removesuffix(opened)
+    within = opened
+    for text in (probe.whole, probe.history):
+        before_reply = text.partition(REPLY_WORD)[0]
+        shared = len(os.path.commonprefix([probe.prompt, text]))
+        within += "\0" + before_reply[shared:]
+    return {
+        name
+        for pair in pairs
+        if pair <= names and writes(pair, within) and not writes(pair, turn_of_user)
+        for name in pair
+    }
+
+
+def writes(names: Iterable[str], text: str) -> bool:
+    """Return whether a text has one of these names."""
+    return any(name in text for name in names)
 
 
 def opened_by_prompt(probe: Probe) -> str:
@@ -345,7 +381,7 @@ def cached_controls(
             return format_of(tokenizer).controls
         except UserError:
             pass  # text needs no template
-    return ControlTokens(tokenizer, (), tokens_in_content)
+    return ControlTokens(tokenizer, allowed_in_content=tokens_in_content)
 
 
 def controls_of(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:

@@ -30,7 +30,7 @@ class ControlTokens:
 
     Attributes:
         ids: the id of each control token by its name.
-        special_ids: those of the tokens that the tokenizer marks as special, which are no text.
+        special_ids: those of the tokens that are special and no part of a reply: they are no text.
         secret_names: its secret name by its name.
         allowed_in_content: whether control tokens in contents stay control tokens.
     """
@@ -39,36 +39,55 @@ class ControlTokens:
         self,
         tokenizer: PreTrainedTokenizerBase,
         markers: Collection[str] = (),
+        of_reply: Collection[str] = (),
         allowed_in_content: bool = False,
     ):
-        """Take a tokenizer, and the control tokens that it does not mark as special."""
+        """Read a tokenizer.
+
+        Args:
+          tokenizer: to be copied.
+          markers: control tokens that it does not mark as special.
+          of_reply: control tokens that stay such in a reply, though in no other content.
+          allowed_in_content: see the attribute.
+        """
         state = json.loads(backend_of(tokenizer).to_str())
         self.allowed_in_content = allowed_in_content
-        self.ids = control_ids(tokenizer, state, markers)
-        self.special_ids = set(control_ids(tokenizer, state, ()).values())
+        self.ids = control_ids(tokenizer, state, {*markers, *of_reply})
+        special = control_ids(tokenizer, state, ())
+        self.special_ids = {number for name, number in special.items() if name not in of_reply}
         # Digits: no normaliser changes them, and no letter case of a template does.
         secret = f"{secrets.randbelow(10**SECRET_DIGITS):0{SECRET_DIGITS}d}"
         self.shield_mark = f"{secret}99999"
-        self.secret_names = {name: f"{secret}{rank:05d}" for rank, name in enumerate(self.ids)}
-        longest_first = sorted(self.ids, key=len, reverse=True)
-        names = "|".join(map(re.escape, longest_first)) or "(?!)"  # the latter never matches
-        self.in_content = re.compile(names)
-        self.in_template = re.compile(f"(?<!{self.shield_mark})(?:{names})")
+        # The edges stay: a tokenizer may read a token only beside certain characters.
+        self.secret_names = {
+            name: f"{name[0]}{secret}{rank:05d}{name[-1]}" for rank, name in enumerate(self.ids)
+        }
+        self.in_content = any_of(self.ids)
+        self.in_reply = any_of([name for name in self.ids if name not in of_reply])
+        self.in_template = re.compile(f"(?<!{self.shield_mark})(?:{self.in_content.pattern})")
         self.copy = Tokenizer.from_str(json.dumps(with_names(state, self.secret_names)))
 
-    def shield(self, value: Any) -> Any:
-        """Return a value with the control tokens in its texts shielded, for a template to write.
+    def shield_messages(self, messages: Iterable[dict]) -> list[dict]:
+        """Return messages with the control tokens in their texts shielded, for a template."""
+        if self.allowed_in_content:
+            return list(messages)
+        return [self.shield_message(message) for message in messages]
+
+    def shield_message(self, message: dict) -> dict:
+        is_reply = message.get("role") == "assistant"
+        return self.shield(message, self.in_reply if is_reply else self.in_content)
+
+    def shield(self, value: Any, names: re.Pattern) -> Any:
+        """Return a value with these control tokens in its texts shielded.
 
         The first and last characters of a text stay, so a template trims it as it would.
         """
-        if self.allowed_in_content:
-            return value
         if isinstance(value, str):
-            return self.in_content.sub(self.shielded, value)
+            return names.sub(self.shielded, value)
         if isinstance(value, dict):
-            return {name: self.shield(part) for name, part in value.items()}
+            return {name: self.shield(part, names) for name, part in value.items()}
         if isinstance(value, list | tuple):
-            return [self.shield(part) for part in value]
+            return [self.shield(part, names) for part in value]
         return value
 
     def shielded(self, match: re.Match) -> str:
@@ -92,8 +111,10 @@ class ControlTokens:
         return text
 
     def of_content(self, text: str) -> str:
-        """Return a text of the user's, without a template, as `encode` takes it."""
-        return self.with_secrets(text) if self.allowed_in_content else text
+        """Return a document or a reply, without a template, as `encode` takes it."""
+        if not self.allowed_in_content:
+            text = self.shield(text, self.in_reply)
+        return self.with_secrets(text)
 
     def encode(self, texts: Iterable[str], begin: bool = False) -> dict[str, list[int]]:
         """Return {text: its ids}, each text encoded once; control tokens have secret names.
@@ -131,6 +152,12 @@ def control_ids(
         if (token["special"] or token["content"] in special or token["content"] in markers)
         and not is_byte(token["content"], state["model"])
     }
+
+
+def any_of(names: Collection[str]) -> re.Pattern:
+    """Return a pattern of these names, which finds the longest that begins at a place."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # the latter: nothing
 
 
 def is_byte(name: str, model: dict) -> bool:

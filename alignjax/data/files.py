@@ -13,7 +13,7 @@ import jax
 from alignjax.config import UserError
 from alignjax.data import formats, paths, raw_rows, shares
 from alignjax.data.raw_rows import RawRow
-from alignjax.machine import jsonl
+from alignjax.machine import failures, jsonl, user_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,10 @@ def read_share(path: str, options: RowOptions) -> Share:
             try:
                 share.examples.append((raw.number, read_row(raw, options)))
             except UserError as error:
+                if error.details:  # a mistake in the code of a row format, not in the row
+                    failures.print_details(error)
+                    share.fatal.append((raw.number, str(error)))
+                    break
                 share.bad_rows.append((raw.number, str(error)))
                 if not options.skip:
                     advice = 'data.on_bad_row="skip" leaves such rows out'
@@ -140,5 +144,9 @@ def read_row(raw: RawRow, options: RowOptions) -> dict:
         raise UserError(f"{raw.where}: {error}") from None
     except Exception as error:
         error.add_note(f"while a row format read {raw.where}")
+        if user_code.went_through(error):
+            raise user_code.error_of(
+                f"{raw.where}: a row format of {options.kind}", error
+            ) from None
         raise
     return {"where": raw.where} | example

@@ -85,10 +85,16 @@ def with_date(template: str, date: str) -> str:
     return f"{{% macro {DATE_FUNCTION}(format) -%}}{{{{ {text} }}}}{{%- endmacro %}}\n{template}"
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: bool) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    generate: bool,
+    continue_last: bool = False,
+) -> str:
     """Return what the chat template writes for messages.
 
-    With `generate`, the text ends where the assistant begins its turn.
+    With `generate`, the text ends where the assistant begins its turn; with `continue_last`, at
+    the end of the last message's content.
 
     Raises:
       UserError: the template refuses the messages, or fails.
@@ -96,7 +102,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: b
     template = with_date(template_of(tokenizer), date_of(tokenizer))
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generate
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generate,
+            continue_final_message=continue_last,
         )
     except TemplateSyntaxError as error:
         raise UserError(
@@ -107,6 +117,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: b
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if there is none."""
+    """Return the beginning of an error's text, on one line, or its type if there is none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:200] if lines else type(error).__name__

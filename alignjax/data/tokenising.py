@@ -6,7 +6,7 @@ is not one: half of a surrogate pair.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from alignjax.data import chat, shares
 CHUNK = 4096
 
 IdColumns = dict[str, list[list[int]]]  # named columns, each with the ids of every row
+Encoded = TypeVar("Encoded")  # whatever a function makes of rows
 # (tokenizer, rows) -> columns
 ToColumns = Callable[[PreTrainedTokenizerBase, list[dict]], IdColumns]
 
@@ -99,6 +100,24 @@ def encode_part(
     return Part(columns, first.faults | later_faults)
 
 
+def naming_rows(encode: Callable[[list[dict]], Encoded], rows: list[dict]) -> Encoded:
+    """Return encode(rows); if a row cannot be encoded, the UserError begins with its place."""
+    try:
+        return encode(rows)
+    except UserError:
+        for number, row in enumerate(rows):
+            try:
+                encode([row])
+            except UserError as error:
+                raise UserError(f"{place_of(row, number, len(rows))}: {error}") from None
+        raise
+
+
+def place_of(row: dict, number: int, count: int) -> str:
+    """Return where a row stands, as errors name it."""
+    return row.get("where", f"row {number + 1} of {count}")
+
+
 def report_faults(
     local_faults: list[list], rows: list[dict], kind: str, rules: RowRules
 ) -> np.ndarray:
@@ -117,7 +136,7 @@ def report_faults(
     if not faults:
         return np.zeros(0, np.int64)
     first = min(faults)
-    where = rows[first].get("where", f"row {first + 1} of {len(rows)}")
+    where = place_of(rows[first], first, len(rows))
     if not rules.skip:
         advice = 'data.on_bad_row="skip" leaves such rows out'
         raise UserError(f"{where}: {faults[first]}; {advice}")

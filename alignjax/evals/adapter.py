@@ -7,7 +7,6 @@ models from other packages. Add --apply_chat_template for a model that converses
 `alignjax.evaluate` uses the same model and knows the report's benchmarks.
 """
 
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from alignjax import config as configs
 from alignjax import inference
 from alignjax.config import UserError
+from alignjax.data import chat_format, templates
 from alignjax.evals.requests import Requests, ResponseSettings
 from alignjax.machine import console, sharding
 from alignjax.machine.compilation_cache import keep_programs
@@ -73,6 +73,8 @@ class AlignJax(TemplateLM):
         self.max_gen_toks = int(max_gen_toks)
         self.tokenizer = model.tokenizer
         self.requests = Requests(model, int(tokens), slots)
+        # Rendered texts whose contents have control tokens, and what the tokenizer is to read.
+        self.marked_texts: dict[str, str] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -103,11 +105,18 @@ class AlignJax(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Return messages as the text of the tokenizer's chat template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            continue_final_message=not add_generation_prompt,
-            add_generation_prompt=add_generation_prompt,
+        controls = chat_format.controls_of(self.tokenizer)
+        text = self.render(chat_history, add_generation_prompt)
+        shielded = controls.shield_messages(chat_history)
+        if shielded != chat_history:
+            marked = controls.with_secrets(self.render(shielded, add_generation_prompt))
+            self.marked_texts[text] = marked
+        return text
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Return what the chat template writes; otherwise the last message is to be continued."""
+        return templates.render(
+            self.tokenizer, messages, add_generation_prompt, not add_generation_prompt
         )
 
     def tok_encode(
@@ -115,11 +124,18 @@ class AlignJax(TemplateLM):
     ) -> list[int]:
         """Tokenise a text; by default the tokenizer adds its special tokens.
 
-        It does not add them to a text that already has the begin token.
+        It does not add them to a text that already has the begin token. Control tokens in the
+        contents of rendered messages are text.
         """
         if add_special_tokens is None:
             begin = self.tokenizer.decode(self.prefix_token_id)
             add_special_tokens = not has_bos_prefix(string, begin)
+        for text, marked in self.marked_texts.items():
+            if string.startswith(text) or text.rstrip() == string:
+                controls = chat_format.controls_of(self.tokenizer)
+                rest = string[len(text) :]
+                whole = marked + rest if string.startswith(text) else marked.rstrip()
+                return controls.encode([whole], begin=add_special_tokens)[whole]
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _loglikelihood_tokens(
@@ -217,4 +233,4 @@ def run_harness() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.leave(main())

@@ -7,7 +7,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import jax
 from tqdm import tqdm
@@ -16,6 +16,7 @@ from alignjax.config import UserError, one_line
 from alignjax.machine import failures
 from alignjax.machine.arguments import Finished
 from alignjax.machine.processes import Stopped, membership
+from alignjax.machine.watchdog import watching_interrupts
 
 LAST_STREAM = 2  # the number of standard error
 TERMINAL_REFRESH = 0.5  # seconds between two updates of a bar on a terminal
@@ -37,7 +38,8 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     """
     prepare_streams()
     try:
-        code = exit_code_of(command)
+        with watching_interrupts():
+            code = exit_code_of(command)
         flush_output()
         return code
     except Stopped as stopped:
@@ -68,6 +70,20 @@ def flush_output() -> None:
         raise UserError(f"standard output: {error.strerror}") from None
 
 
+def leave(code: int) -> NoReturn:
+    """Leave Python with the exit code of a command.
+
+    When Python ends, XLA waits for what the device still computes. After an interrupt nobody wants
+    it, so the process ends at once, unless it has other processes to take leave of.
+    """
+    if code == failures.INTERRUPTED and membership().client is None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def report_failure(error: BaseException) -> int:
     """Print the line of an error, and return its exit code."""
     if isinstance(error, BrokenPipeError) and output_is_closed():
@@ -75,7 +91,7 @@ def report_failure(error: BaseException) -> int:
         return failures.CLOSED_OUTPUT
     several_processes = membership().client is not None
     failure = failures.failure_of(error, several_processes=several_processes)
-    print_details(error)
+    failures.print_details(error)
     print_error(failure.line)
     try:
         sys.stdout.flush()
@@ -134,14 +150,6 @@ def print_error(text: str) -> None:
     line = one_line(text)
     with contextlib.suppress(OSError):
         print(f"alignjax: {line}", file=sys.stderr, flush=True)
-
-
-def print_details(error: BaseException) -> None:
-    """Print the details of an error, such as a traceback of the user's own code, if it has any."""
-    details = getattr(error, "details", "")
-    if details:
-        with contextlib.suppress(OSError):
-            print(details.rstrip("\n"), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -95,6 +95,16 @@ def failure_of(error: BaseException, *, several_processes: bool = False) -> Fail
     )
 
 
+def print_details(error: BaseException) -> None:
+    """Print the details of an error, such as the traceback of code that the user wrote, once."""
+    details = getattr(error, "details", "")
+    if not details:
+        return
+    error.details = ""
+    with contextlib.suppress(OSError):
+        print(details.rstrip("\n"), file=sys.stderr, flush=True)
+
+
 def foreseen_failure(error: BaseException, several_processes: bool) -> Failure | None:
     """Describe an error that can occur without a fault in the program; None for any other."""
     if isinstance(error, UserError):

@@ -25,7 +25,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from alignjax.config import UserError
-from alignjax.machine.failures import MACHINE_LOST, Failure, failure_of, first_line
+from alignjax.machine.failures import MACHINE_LOST, Failure, failure_of, first_line, print_details
 
 BEAT = 1.0  # seconds between two signs of life of a process
 SILENT = 5.0  # after an error, seconds without a sign of life that mean a process is gone
@@ -158,6 +158,7 @@ def report_error(error: BaseException) -> None:
     member = membership()
     if member.client is None:
         return
+    print_details(error)  # here, because process 0 prints the line alone, and ends this process
     # The store refuses a second value of a key, so the first error of a process stays.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         failure = json.dumps(dataclasses.asdict(failure_of(error, several_processes=True)))

@@ -21,8 +21,11 @@ TABLE = (
     (r"embed/embedding$", P("tensor", "fsdp")),  # [v d]
     (r"attention/[qkv]/kernel$", P(None, "fsdp", "tensor", None)),  # [l d n h]
     (r"attention/[qkv]/bias$", P(None, "tensor", None)),  # [l n h]
+    (r"attention/qkv/kernel$", P(None, "fsdp", "tensor", None, None)),  # [l d k g h], joined
+    (r"attention/qkv/bias$", P(None, "tensor", None, None)),  # [l k g h]
     (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),  # [l n h d]
     (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [l d f]
+    (r"mlp/gate_up/kernel$", P(None, "fsdp", "tensor", None)),  # [l d f 2], joined
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [l f d]
     (r"(norm|norm1|norm2|q_norm|k_norm)/scale$", P()),
     (r"(^|/)head/kernel$", P("fsdp", "tensor")),  # [d v], or [d 1] of a scalar head
@@ -152,10 +155,10 @@ def param_shardings(params: Tree, mesh: Mesh) -> Tree:
 
 
 def table_row(name: str, shape: Sequence[int]) -> P:
-    """Return the row of TABLE for a parameter."""
+    """Return the row of TABLE for a parameter; in a list of layers it has no axis of layers."""
     for pattern, spec in TABLE:
         if re.search(pattern, name):
-            return spec
+            return P(*spec[1:]) if re.search(r"layers/\d+/", name) else spec
     raise ValueError(f"no row of alignjax.machine.sharding.TABLE matches parameter {name} {shape}")
 
 

@@ -73,6 +73,12 @@ def place(error: BaseException) -> str:
     return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
 
 
+def went_through(error: BaseException) -> bool:
+    """Return whether code outside of what is installed took part in an exception."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(not is_ours(frame) and not is_library(frame) for frame in frames)
+
+
 def own_traceback(error: BaseException) -> str:
     """Format an exception and those that it follows from, with the user's frames only.
 

@@ -15,6 +15,10 @@ import jax
 from etils import epath
 
 from alignjax.config import UserError
+from alignjax.machine.outputs import is_local
+from alignjax.machine.outputs import write_text as write_atomically
+
+__all__ = ["is_local", "local_copy", "publish", "resolve", "staging", "write_atomically"]
 
 # Endings of the files that a run or a model directory has.
 FILE_TYPES = (".json", ".jsonl", ".jinja", ".safetensors", ".model", ".txt")
@@ -40,6 +44,7 @@ def resolve(spec: str | Path) -> Path:
     return epath.Path(spec)
 
 
+<<<<<<< HEAD
 def check_files(directory: Path) -> None:
     """Raise UserError if something that is no file has the name of a run's or a model's file.
 
@@ -58,6 +63,8 @@ def is_local(directory: Path) -> bool:
     return isinstance(directory, Path)
 
 
+=======
+>>>>>>> main
 @contextlib.contextmanager
 def local_copy(directory: Path, pattern: str = "*") -> Iterator[Path]:
     """Yield a local directory with the files of `directory` that match `pattern`.
@@ -110,16 +117,3 @@ def publish(local: Path, target: Path) -> None:
         if file.is_file():
             destination = target / file.relative_to(local).as_posix()
             epath.Path(file).copy(destination, overwrite=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, with a newline at its end.
-
-    An object in a bucket is always written that way.
-    """
-    if not is_local(path):
-        path.write_text(text + "\n")
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -81,17 +81,44 @@ class Attention(nnx.Module):
         self.q_norm = Norm(model.head_size, model.norm_eps) if model.qk_norm else None
         self.k_norm = Norm(model.head_size, model.norm_eps) if model.qk_norm else None
 
+    def project(
+        self, x: Float[Array, "batch tokens d_model"]
+    ) -> tuple[Float[Array, "batch tokens heads head_size"], KeyValues]:
+        """Return the queries, and the keys and values with the token axis before the heads."""
+        return self.q(x), KeyValues(keys=self.k(x), values=self.v(x))
+
     def __call__(
         self, x: Float[Array, "batch tokens d_model"], rotation: Rotation, attend: Attend
     ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
-        queries = self.q(x)
-        keys = self.k(x)
-        values = self.v(x)
+        queries, (keys, values) = self.project(x)
         if self.q_norm is not None:
             queries = self.q_norm(queries)
             keys = self.k_norm(keys)
         y, kept = attend(rotate(queries, rotation), rotate(keys, rotation), values)
         return self.out(y), kept
+
+
+class JoinedAttention(Attention):
+    """Attention whose queries, keys and values are one product, for decoding (see `joined`).
+
+    The kernel [d_model kv_heads group + 2 head_size] has for each of the key heads the queries that
+    share it, its key and its value: devices along the mesh axis tensor have whole groups.
+    """
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        super().__init__(model, rngs)
+        del self.q, self.k, self.v
+        outputs = (model.kv_heads, model.heads // model.kv_heads + 2, model.head_size)
+        self.qkv = Linear((model.d_model,), outputs, model.qkv_bias, rngs)
+
+    def project(
+        self, x: Float[Array, "batch tokens d_model"]
+    ) -> tuple[Float[Array, "batch tokens heads head_size"], KeyValues]:
+        y = self.qkv(x)
+        queries = y[..., :-2, :]
+        heads = (math.prod(queries.shape[-3:-1]), queries.shape[-1])
+        key_values = KeyValues(keys=y[..., -2, :], values=y[..., -1, :])
+        return queries.reshape(*x.shape[:-1], *heads), key_values
 
 
 class MLP(nnx.Module):
@@ -108,14 +135,36 @@ class MLP(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
+class JoinedMLP(MLP):
+    """The feed-forward network with gate and up as one product, for decoding (see `joined`).
+
+    The kernel [d_model d_ff 2] has each gate beside its up, so that devices along the mesh axis
+    tensor have both.
+    """
+
+    def __init__(self, model: Model, rngs: nnx.Rngs):
+        super().__init__(model, rngs)
+        del self.gate, self.up
+        self.gate_up = Linear((model.d_model,), (model.d_ff, 2), False, rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens d_model"]
+    ) -> Float[Array, "batch tokens d_model"]:
+        y = self.gate_up(x)
+        return self.down(jax.nn.silu(y[..., 0]) * y[..., 1])
+
+
 class Layer(nnx.Module):
     """One layer: attention and feed-forward, each behind a norm and added to its input."""
+
+    attention_type = Attention
+    mlp_type = MLP
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
         self.norm1 = Norm(model.d_model, model.norm_eps)
         self.norm2 = Norm(model.d_model, model.norm_eps)
-        self.attention = Attention(model, rngs)
-        self.mlp = MLP(model, rngs)
+        self.attention = self.attention_type(model, rngs)
+        self.mlp = self.mlp_type(model, rngs)
 
     def __call__(
         self, x: Float[Array, "batch tokens d_model"], rotation: Rotation, attend: Attend
@@ -124,6 +173,45 @@ class Layer(nnx.Module):
         y, kept = self.attention(self.norm1(x), rotation, attend)
         x = constrain(x + y)
         return constrain(x + self.mlp(self.norm2(x))), kept
+
+
+class JoinedLayer(Layer):
+    """A layer with fewer and larger products, for decoding on a GPU (see `joined`)."""
+
+    attention_type = JoinedAttention
+    mlp_type = JoinedMLP
+
+
+def joined(model: Model, layer: dict) -> dict:
+    """Return a layer's parameters as a `JoinedLayer` takes them.
+
+    A decode step multiplies few rows by each matrix: what it costs is the reading of the matrix
+    and, on a GPU, the launch of the product. The result is the same up to rounding.
+    """
+    attention = layer["attention"]
+    mlp = layer["mlp"]
+    others = {name: part for name, part in attention.items() if name not in ("q", "k", "v")}
+    qkv = {
+        part: join_heads(model, *(attention[name][part] for name in "qkv"))
+        for part in attention["q"]  # the kernel, and the bias if there is one
+    }
+    gate_up = jnp.stack([mlp["gate"]["kernel"], mlp["up"]["kernel"]], axis=-1)
+    return layer | {
+        "attention": others | {"qkv": qkv},
+        "mlp": {"gate_up": {"kernel": gate_up}, "down": mlp["down"]},
+    }
+
+
+def join_heads(
+    model: Model,
+    queries: Float[Array, "*inputs heads head_size"],
+    keys: Float[Array, "*inputs kv_heads head_size"],
+    values: Float[Array, "*inputs kv_heads head_size"],
+) -> Float[Array, "*inputs kv_heads group_and_two head_size"]:
+    """Put the kernels, or biases, of each key head behind those of its queries."""
+    inputs = queries.shape[:-2]
+    grouped = queries.reshape(*inputs, model.kv_heads, -1, model.head_size)
+    return jnp.concatenate([grouped, keys[..., None, :], values[..., None, :]], axis=-2)
 
 
 class Head(nnx.Module):

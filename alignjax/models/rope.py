@@ -36,7 +36,7 @@ def llama3_frequencies(
     model: Model, frequencies: Float[Array, " half_head_size"]
 ) -> Float[Array, " half_head_size"]:
     """Stretch long waves by the factor, keep short ones, and blend in between (Llama 3.1)."""
-    turns = model.rope_original_length * frequencies / (2 * math.pi)
+    turns = float(model.rope_original_length) * frequencies / (2 * math.pi)
     blend = (turns - model.rope_low_factor) / (model.rope_high_factor - model.rope_low_factor)
     blend = jnp.clip(blend, 0.0, 1.0)
     return blend * frequencies + (1 - blend) * frequencies / model.rope_factor

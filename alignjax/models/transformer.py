@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain
 from alignjax.models.attention import KeyValues, SharedKeys, platform, self_attention
-from alignjax.models.modules import Attend, Layer, Transformer, rms_norm
+from alignjax.models.modules import Attend, JoinedLayer, Layer, Transformer, joined, rms_norm
 from alignjax.models.rope import Rotation, rope
 
 UNROLLED = 16  # most layers that are written out one by one on a CPU
@@ -27,14 +27,17 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 Params = dict[str, Any]  # nested dicts of arrays
+# attend(cache, layer, queries [batch heads head_size], keys [batch kv_heads head_size], values)
+# -> (what the queries see [batch heads head_size], what is kept of this token or of its rows)
+AttendCache = Callable[..., tuple[Array, KeyValues]]
 
 
 class Activations(NamedTuple):
     """What a pass of the decoder returns.
 
     `key_values` are those of the tokens read. From `apply` they are [layers batch kv_heads tokens
-    head_size], or None unless they are to be kept. From `decode` they have no token axis, and where
-    the layers are unrolled they are a list with one entry a layer.
+    head_size], or None unless they are to be kept. From `decode` they are what `attend` keeps, and
+    where the layers are a list they are a list with one entry a layer.
     """
 
     hidden: Float[Array, "batch *tokens d_model"]  # after the last norm
@@ -55,12 +58,12 @@ def init(model: Model, key: Array, head: str) -> Params:
 
 
 @functools.lru_cache
-def layer_graph(values: tuple) -> tuple[nnx.GraphDef, nnx.State]:
+def layer_graph(layer_type: type[Layer], values: tuple) -> tuple[nnx.GraphDef, nnx.State]:
     """Return the static half of a layer and the shapes of its state, for a config's values.
 
     The values are the key of the cache, because a Model is mutable.
     """
-    layer = nnx.eval_shape(lambda: Layer(Model(*values), nnx.Rngs(params=0)))
+    layer = nnx.eval_shape(lambda: layer_type(Model(*values), nnx.Rngs(params=0)))
     return nnx.split(layer)
 
 
@@ -71,8 +74,9 @@ def run_layer(
     rotation: Rotation,
     attend: Attend,
 ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
-    """Run one layer with its own parameters, which have no layer axis."""
-    graph, state = layer_graph(dataclasses.astuple(model))
+    """Run one layer with its own parameters, which have no layer axis and may be joined."""
+    layer_type = JoinedLayer if "qkv" in params["attention"] else Layer
+    graph, state = layer_graph(layer_type, dataclasses.astuple(model))
     state = jax.tree.map(lambda shape: shape, state)  # a copy: the cached state must not change
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)(x, rotation, attend)
@@ -118,10 +122,24 @@ def apply(
 
     if model.remat != "nothing":
         step = jax.checkpoint(step, policy=REMAT[model.remat])
-    layers = (params["layers"], None if prefix is None else prefix.key_values)
-    unroll = model.layers if unrolled(model) else 1
-    x, kept = jax.lax.scan(step, embed(model, params, tokens), layers, unroll=unroll)
+    layers = params["layers"]
+    prefixes = None if prefix is None else prefix.key_values
+    x = embed(model, params, tokens)
+    if isinstance(layers, list):
+        kept_by_layer = []
+        for number, layer in enumerate(layers):
+            x, kept = step(x, (layer, layer_of(prefixes, number)))
+            kept_by_layer.append(kept)
+        kept = jax.tree.map(stack, *kept_by_layer)
+    else:
+        unroll = model.layers if unrolled(model) else 1
+        x, kept = jax.lax.scan(step, x, (layers, prefixes), unroll=unroll)
     return Activations(rms_norm(x, params["norm"]["scale"], model.norm_eps), kept)
+
+
+def stack(*arrays: Array) -> Array:
+    """Stack arrays along a new first axis."""
+    return jnp.stack(arrays)
 
 
 def shared_keys(key_values: KeyValues, real: Bool[Array, " prefix_tokens"]) -> SharedKeys:
@@ -141,12 +159,35 @@ def unrolled(model: Model) -> bool:
     return platform() == "cpu" and model.layers <= UNROLLED
 
 
+def joins_products() -> bool:
+    """Return whether decoding joins the products of a layer, which are written out one by one.
+
+    On a GPU a step of decoding is bound by its launches, unless the model is large: a scan slices
+    every parameter out of its stack, and copies it.
+    """
+    return platform() == "gpu"
+
+
 def for_decoding(model: Model, params: Params) -> Params | list[Params]:
     """Return the layers' parameters as `decode` takes them."""
     layers = params["layers"]
-    if not unrolled(model):
+    if isinstance(layers, list) or not (joins_products() or unrolled(model)):
         return layers
-    return [layer_of(layers, layer) for layer in range(model.layers)]
+    by_layer = [layer_of(layers, layer) for layer in range(model.layers)]
+    if joins_products():
+        return [joined(model, layer) for layer in by_layer]
+    return by_layer
+
+
+def for_sampling(model: Model, params: Params) -> Params:
+    """Return parameters as sampling reads them best: rounded, and laid out for decoding.
+
+    The result serves `apply` and `decode` as the parameters themselves do.
+    """
+    if not joins_products():
+        return rounded(model, params)
+    # Joined before they are rounded: XLA would round the whole stack to take one layer of it.
+    return rounded(model, params | {"layers": for_decoding(model, params)})
 
 
 def rounded(model: Model, params: Params) -> Params:
@@ -186,24 +227,19 @@ def decode(
     tokens: Int[Array, " batch"],
     positions: Int[Array, " batch"],
     cache: list,
-    attend: Callable[..., Float[Array, "batch heads head_size"]],
+    attend: AttendCache,
 ) -> Activations:
     """Read one more token in each row.
 
-    `layers` are the parameters as `for_decoding` returns them. `cache` is what
-
-        attend(cache, layer, queries[batch heads head_size], keys[batch kv_heads head_size], values)
-
-    reads. Where the layers are unrolled, `cache` is a list, attend gets its layer's entry, and
-    `layer` is None; elsewhere attend gets the cache of all layers and the number of its layer.
-    Nothing is written to the cache here: XLA would then copy it in every layer.
+    `layers` are the parameters as `for_decoding` returns them. `cache` is what `attend` reads.
+    Where the layers are a list, `cache` is one too, attend gets its layer's entry, and the number
+    of its layer is None; elsewhere attend gets the cache of all layers and that number.
     """
     rotation = rope(model, positions[:, None])
 
     def step(x, layer_cache, layer, layer_params):
         def attend_one(queries, keys, values):
-            kept = KeyValues(keys[:, 0], values[:, 0])
-            y = attend(layer_cache, layer, queries[:, 0], kept.keys, kept.values)
+            y, kept = attend(layer_cache, layer, queries[:, 0], keys[:, 0], values[:, 0])
             return y[:, None], kept
 
         return run_layer(model, layer_params, x, rotation, attend_one)

@@ -11,6 +11,7 @@ from typing import Any
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from alignjax.algorithms.stage import Loops
+from alignjax.models.attention import decode_attention
 
 ONCE = Loops()
 
@@ -40,6 +41,8 @@ def equation_operations(equation: JaxprEqn, loops: Loops, outermost: bool) -> fl
     if name == "cond":  # which branch is taken is unknown: the mean of all
         return sum(inner) / len(inner)
     if name == "pallas_call":  # the branches of a kernel: the most expensive one
+        if parameters["name"] == decode_attention.KERNEL:
+            return decode_operations(equation) * loops.filled
         return max(inner) * math.prod(parameters["grid_mapping"].grid)
     if name == "scan":
         return inner[0] * parameters["length"]
@@ -53,6 +56,17 @@ def product_operations(equation: JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(sizes)
+
+
+def decode_operations(equation: JaxprEqn) -> float:
+    """Count the two products of attention to whole rows by the kernel for decoding.
+
+    Where the rows end is in its data. Its first operands are queries [... head_size] and keys
+    [... parts places head_size].
+    """
+    queries = equation.invars[0].aval.shape
+    keys = equation.invars[1].aval.shape
+    return 4.0 * math.prod(queries) * math.prod(keys[-3:-1])
 
 
 def while_trips(body_operations: float, loops: Loops, outermost: bool) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from alignjax.algorithms.stage import Loops
+from alignjax.models.attention import decode_attention
 from alignjax.planning.hlo import (
     FREE,
     Computation,
@@ -36,6 +37,10 @@ COLLECTIVES = {
 # [4,2]T(1,0): sizes, and in which order the axes stand.
 ARRANGEMENT = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 SLICES = ("dynamic-slice", "slice", "gather")
+# What a fusion computes of the elements that are wanted, and of no others.
+ON_DEMAND = ("bitcast", "convert", "transpose")
+# What writes a part of its first operand in place -> which of its operands that part is.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +136,15 @@ class TrafficCounter:
         made = type_bytes(instruction.type)
         if kind in SLICES:
             return Traffic(moved=2.0 * made)
-        if kind == "dynamic-update-slice":
-            update = computation[instruction.operands[1]]
+        if kind in UPDATES:
+            update = computation[update_of(instruction)]
             return Traffic(moved=2.0 * type_bytes(update.type))
         if kind == "fusion":
             return self.fusion(instruction, computation)
-        return Traffic(moved=float(sum(operand_bytes(instruction, computation)) + made))
+        read = sum(operand_bytes(instruction, computation))
+        if kind == "custom-call" and decode_attention.KERNEL in instruction.attributes:
+            read *= self.loops.filled
+        return Traffic(moved=float(read + made))
 
     def while_loop(self, instruction: Instruction, computation_name: str) -> Traffic:
         body_name = instruction.called("body")
@@ -163,13 +171,13 @@ class TrafficCounter:
             whole = type_bytes(computation[operand].type) if operand in computation else 0
             if whole:
                 moved += min(whole, self.bytes_read(name, number, whole))
-        updates = [inner for inner in fused.values() if inner.opcode == "dynamic-update-slice"]
+        updates = [update_of(inner) for inner in fused.values() if inner.opcode in UPDATES]
         written = type_bytes(instruction.type)
         if updates and written:
             moved += 2.0 * sum(
-                type_bytes(fused[update.operands[1]].type, everywhere=True)
+                type_bytes(fused[update].type, everywhere=True)
                 for update in updates
-                if update.operands[1] in fused
+                if update in fused
             )
         else:
             moved += written
@@ -183,24 +191,25 @@ class TrafficCounter:
         """
         computation = self.module.computations[name]
         read = 0.0
+        # (name, bytes of the parameter for each byte of this)
         aliases = [
-            inner.name
+            (inner.name, 1.0)
             for inner in computation.values()
             if inner.opcode == "parameter" and inner.operands == [str(number)]
         ]
         while aliases:
-            alias = aliases.pop()
+            alias, scale = aliases.pop()
             for user in computation.values():
                 if alias not in user.operands:
                     continue
                 if user.opcode in SLICES:
-                    read += type_bytes(user.type, everywhere=True)
-                elif user.opcode == "bitcast":
-                    aliases.append(user.name)
+                    read += scale * type_bytes(user.type, everywhere=True)
+                elif user.opcode in ON_DEMAND:
+                    aliases.append((user.name, whole / type_bytes(user.type, everywhere=True)))
                 elif user.opcode == "fusion":
                     place = user.operands.index(alias)
                     read += self.bytes_read(user.called("calls"), place, whole)
-                elif user.opcode != "dynamic-update-slice" or user.operands[0] != alias:
+                elif user.opcode not in UPDATES or user.operands[0] != alias:
                     read += whole
         return read
 
@@ -232,6 +241,11 @@ class TrafficCounter:
             if any(map(self.has_product, callees)):
                 return True
         return False
+
+
+def update_of(instruction: Instruction) -> str:
+    """Return the name of the part that an instruction writes in place."""
+    return instruction.operands[UPDATES[instruction.opcode]]
 
 
 def operand_bytes(

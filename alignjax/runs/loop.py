@@ -60,6 +60,7 @@ class Loop:
             self.phases.begin(first, self.stage.num_steps)
             for step in range(first, self.stage.num_steps):
                 state = self.run_step(state, step, log, checkpoints, staging)
+            self.signals.doing = f"{self.config.name} is after its last step"
             return state
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[int, State]:
@@ -98,6 +99,7 @@ class Loop:
         staging: workdirs.Staging,
     ) -> State:
         """Run a step, and save after it if it is time to, or if a signal has arrived."""
+        self.signals.doing = f"{self.config.name} is at step {step} of {self.stage.num_steps}"
         every = self.config.ppo.eval_every
         if self.config.stage == "ppo" and every and step and step % every == 0:
             log.evaluate(step, lambda: self.stage.evaluate_midway(state))

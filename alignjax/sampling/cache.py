@@ -1,262 +1,85 @@
-"""The cache of keys and values: how it is laid out, filled, written and read.
+"""The kinds of caches of keys and values, and which one a rollout uses."""
 
-A cache is a list of blocks, each a pair of keys and values. The first block holds the prompts,
-one in each slot. The others are the parts of a ring, with one place for each response token.
+from typing import Any, Protocol
 
-In each step, the next token of every slot goes to the same place of the ring, the clock modulo
-the response length. So a step writes one slice, however old the responses in the slots are; and
-since no response is longer than the ring, none of its tokens is overwritten while it lasts.
+from jaxtyping import Array, Bool, Int
 
-Where layers are unrolled (see `transformer.unrolled`), the cache is a list with such blocks for
-each layer, without the axis `layers`.
-"""
+from alignjax.models.attention import KeyValues, platform
+from alignjax.models.transformer import AttendCache
+from alignjax.sampling.ring_cache import RingCache
+from alignjax.sampling.row_cache import RowCache
+from alignjax.sampling.types import SamplingSettings
 
-import functools
-from dataclasses import dataclass
-
-import jax
-import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int
-
-from alignjax.config import Model
-from alignjax.machine.sharding import constrain, spec_of
-from alignjax.models import transformer
-from alignjax.models.attention import KeyValues, cached_attention, platform, shards
-
-RING_PARTS = 4  # of the ring: a step reads only the parts that hold something
-
-Stored = Float[Array, "*layers slots kv_heads width head_size"]  # keys, or values
-Cache = list[KeyValues] | list[list[KeyValues]]
+Cache = Any  # a tree of arrays, whose form its kind knows
 
 
-def empty_cache(
-    model: Model, slots: int, prompt_width: int, response_length: int, dtype: str = ""
-) -> Cache:
-    """Return a cache of zeros; `dtype` "" means the model's."""
-    part_width = -(-response_length // RING_PARTS)
-    num_parts = -(-response_length // part_width)
-    widths = [prompt_width] + [part_width] * num_parts
-    if transformer.unrolled(model):
-        return [empty_blocks(model, (), slots, widths, dtype) for _ in range(model.layers)]
-    return empty_blocks(model, (model.layers,), slots, widths, dtype)
-
-
-def empty_blocks(
-    model: Model, layers: tuple[int, ...], slots: int, widths: list[int], dtype: str
-) -> list[KeyValues]:
-    """Return blocks of zeros of these widths, with the axes `layers` in front."""
-    blocks = []
-    for width in widths:
-        shape = (*layers, slots, model.kv_heads, width, model.head_size)
-        keys = empty_block(shape, dtype or model.dtype)
-        values = empty_block(shape, dtype or model.dtype)
-        blocks.append(KeyValues(keys=keys, values=values))
-    return blocks
-
-
-def empty_block(shape: tuple[int, ...], dtype: str) -> Stored:
-    """Return zeros whose slots and heads are laid out over the mesh."""
-    slot_axis = len(shape) - 4
-    return constrain(jnp.zeros(shape, dtype), slot_axis, tensor=slot_axis + 1)
-
-
-def is_by_layer(cache: Cache) -> bool:
-    """Return whether the cache is a list of layers, each with its own blocks."""
-    return isinstance(cache[0], list)
-
-
-def keep_axis_order(stored: Stored) -> Stored:
-    """Keep the axes of a part of the cache in memory in the order of their names.
-
-    The TPU compiler would choose one order where a step writes and another where it reads, and
-    copy the cache from one into the other at every step.
-    """
-    if platform() != "tpu":
-        return stored
-    in_named_order = functools.partial(
-        with_layout_constraint, layouts=Layout(tuple(range(stored.ndim)))
-    )
-    spec = spec_of(stored.shape, stored.ndim - 4, stored.ndim - 3)
-    if spec is None:
-        return in_named_order(stored)
-    # Each device does this by itself: GSPMD would gather an array that is cut along two axes.
-    on_each_device = jax.shard_map(in_named_order, in_specs=spec, out_specs=spec, check_vma=False)
-    return on_each_device(stored)
-
-
-def fill_cache(
-    cache: Cache,
-    where: Int[Array, " filled"] | None,
-    key_values: KeyValues,
-    samples_per_prompt: int,
-) -> Cache:
-    """Return the cache with prompts in the slots `where`, or in all slots if that is None.
-
-    `key_values` are the prompts' keys and values in all layers, [layers prompts kv_heads width
-    head_size]. A prompt fills `samples_per_prompt` slots, which are adjacent in `where`.
-    """
-    if not is_by_layer(cache):
-        return fill_blocks(cache, where, key_values, samples_per_prompt)
-    return [
-        fill_blocks(blocks, where, transformer.layer_of(key_values, layer), samples_per_prompt)
-        for layer, blocks in enumerate(cache)
-    ]
-
-
-def fill_blocks(
-    blocks: list[KeyValues],
-    where: Int[Array, " filled"] | None,
-    key_values: KeyValues,
-    samples_per_prompt: int,
-) -> list[KeyValues]:
-    """Return the blocks with prompts in the first of them, see `fill_cache`."""
-    stored_keys, stored_values = blocks[0]
-    new_keys, new_values = key_values
-    prompts = KeyValues(
-        keys=fill_stored(stored_keys, where, new_keys, samples_per_prompt),
-        values=fill_stored(stored_values, where, new_values, samples_per_prompt),
-    )
-    return [prompts, *blocks[1:]]
-
-
-def fill_stored(
-    stored: Stored, where: Int[Array, " filled"] | None, new: Array, samples_per_prompt: int
-) -> Stored:
-    """Return the stored keys, or values, with those of new prompts in the slots `where`."""
-    new = new.astype(stored.dtype)
-    if where is None:
-        return jnp.repeat(new, samples_per_prompt, axis=-4)
-    if shards().rows == 1:
-        repeated = jnp.repeat(new, samples_per_prompt, axis=-4)
-        return stored.at[..., where, :, :, :].set(repeated)
-    # Chosen slot by slot rather than scattered: GSPMD would gather the whole cache to scatter
-    # into its slots.
-    num_slots = stored.shape[-4]
-    source = jnp.full(num_slots, -1).at[where].set(jnp.arange(len(where)))  # -1: not filled
-    by_slot = jnp.take(new, jnp.maximum(source, 0) // samples_per_prompt, axis=-4)
-    by_slot = constrain(by_slot, stored.ndim - 4, stored.ndim - 3)
-    is_filled = (source >= 0)[:, None, None, None]
-    return keep_axis_order(jnp.where(is_filled, by_slot, stored))
-
-
-def write_token(
-    cache: Cache,
-    clock: Int[Array, ""],
-    key_values: KeyValues | list[KeyValues],
-    response_length: int,
-) -> Cache:
-    """Return the cache with the keys and values of one step, in their place of the ring.
-
-    `key_values` are as `transformer.decode` returns them.
-    """
-    place = clock % response_length
-    if not is_by_layer(cache):
-        return write_blocks(cache, place, key_values)
-    return [
-        write_blocks(blocks, place, of_layer)
-        for blocks, of_layer in zip(cache, key_values, strict=True)
-    ]
-
-
-def write_blocks(
-    blocks: list[KeyValues], place: Int[Array, ""], key_values: KeyValues
-) -> list[KeyValues]:
-    """Return the blocks with one step's keys and values at `place` of the ring."""
-    new_keys, new_values = key_values
-    written = [blocks[0]]
-    for part, (keys, values) in enumerate(blocks[1:]):
-        written.append(
-            KeyValues(
-                keys=write_stored(keys, part, place, new_keys),
-                values=write_stored(values, part, place, new_values),
-            )
-        )
-    return written
-
-
-def write_stored(stored: Stored, part: int, place: Int[Array, ""], new: Array) -> Stored:
-    """Return a part of the ring with `new` at `place`, if that lies in this part.
-
-    A part that does not contain the place is given the value that it already holds. So every
-    part is written where it lies, and none is copied.
-    """
-    width = stored.shape[-2]
-    start = (0,) * (stored.ndim - 2) + (place % width, 0)
-    held = jax.lax.dynamic_slice(stored, start, (*stored.shape[:-2], 1, stored.shape[-1]))
-    value = jnp.where(place // width == part, new[..., None, :].astype(stored.dtype), held)
-    return keep_axis_order(jax.lax.dynamic_update_slice(stored, value, start))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CacheReader:
+class CacheReader(Protocol):
     """What each slot sees of the cache in one step of decoding."""
 
-    prompt_mask: Bool[Array, "slots prompt_width"]
-    ring_mask: Bool[Array, "slots response_tokens"]
-    clock: Int[Array, ""]
-
-    def attend(
-        self,
-        blocks: list[KeyValues],
-        layer: int | Int[Array, ""] | None,
-        query: Float[Array, "slots heads head_size"],
-        key: Float[Array, "slots kv_heads head_size"],
-        value: Float[Array, "slots kv_heads head_size"],
-    ) -> Float[Array, "slots heads head_size"]:
-        """Attend to the cache and to the token in hand, which is not yet written to the cache.
-
-        This reads only the filled part of the cache: the prompts' block and as many parts of the
-        ring as the clock has reached. `layer` is None if the blocks are a layer's own.
-        """
-        num_parts = len(blocks) - 1
-        part_width = blocks[-1].keys.shape[-2]
-        num_slots, response_length = self.ring_mask.shape
-        padding = num_parts * part_width - response_length
-        padded = jnp.pad(self.ring_mask, ((0, 0), (0, padding)))
-        masks = [self.prompt_mask, *jnp.split(padded, num_parts, axis=1)]
-        in_hand = KeyValues(keys=key[:, :, None], values=value[:, :, None])
-        sees_itself = jnp.ones((num_slots, 1), bool)
-        branches = []
-        for num_read in range(1, num_parts + 2):
-            branches.append(
-                functools.partial(
-                    read_blocks,
-                    query,
-                    blocks[:num_read],
-                    layer,
-                    in_hand,
-                    [*masks[:num_read], sees_itself],
-                )
-            )
-        # Before the first write no part is filled: the last filled one is number -1.
-        last_filled = jnp.minimum(self.clock - 1, response_length - 1) // part_width
-        return jax.lax.switch(last_filled + 1, branches)
+    attend: AttendCache
 
 
-def read_blocks(
-    query: Float[Array, "slots heads head_size"],
-    blocks: list[KeyValues],
-    layer: int | Int[Array, ""] | None,
-    in_hand: KeyValues,
-    masks: list[Bool[Array, "slots _"]],
-) -> Float[Array, "slots heads head_size"]:
-    """Attend to blocks of a layer and to the token in hand."""
-    of_layer = blocks if layer is None else transformer.layer_of(blocks, layer)
-    return cached_attention(query, [*of_layer, in_hand], masks)
+class CacheKind(Protocol):
+    """How a cache is laid out, filled, read and written.
 
-
-def make_reader(
-    prompt_mask: Bool[Array, "slots prompt_width"],
-    clock: Int[Array, ""],
-    lengths: Int[Array, " slots"],
-    response_length: int,
-) -> CacheReader:
-    """Return the reader for the step at `clock`, of responses that have these lengths.
-
-    A slot sees as many of the last places of the ring as its response has tokens there: all of
-    them but the one in hand.
+    In all of them a slot holds a prompt, with what all prompts begin with, and its response.
     """
-    age = (clock - 1 - jnp.arange(response_length)) % response_length
-    ring_mask = age < lengths[:, None] - 1
-    return CacheReader(prompt_mask=prompt_mask, ring_mask=ring_mask, clock=clock)
+
+    def empty(self) -> Cache:
+        """Return a cache of zeros."""
+
+    def fill(
+        self,
+        cache: Cache,
+        where: Int[Array, " filled"] | None,
+        key_values: KeyValues,
+        real: Bool[Array, "prompts prompt_width"],
+    ) -> Cache:
+        """Return the cache with prompts in the slots `where`, or in all slots if that is None.
+
+        `key_values` are the prompts' keys and values in all layers, [layers prompts kv_heads
+        prompt_width head_size]; `real` says which places of them are not pads. A prompt fills
+        len(where) / len(real) slots, which are adjacent in `where`.
+        """
+
+    def reader(
+        self,
+        real: Bool[Array, "slots prompt_width"],
+        clock: Int[Array, ""],
+        lengths: Int[Array, " slots"],
+    ) -> CacheReader:
+        """Return what each slot sees in the step at `clock`.
+
+        `real` says which places of a slot's prompt are not pads; `lengths` are those of the
+        responses, the token in hand included.
+        """
+
+    def write(
+        self,
+        cache: Cache,
+        clock: Int[Array, ""],
+        kept: Any,
+        tokens: Int[Array, " slots"],
+    ) -> Cache:
+        """Return the cache after a step.
+
+        `kept` is what the reader's `attend` returned in all layers, and `tokens` are those that
+        the step drew.
+        """
+
+
+def choose_cache(settings: SamplingSettings, slots: int, prompt_width: int) -> CacheKind:
+    """Return the kind of cache that suits the devices.
+
+    A step on a TPU must write one place of all slots, and there a conditional costs nothing. On a
+    GPU a conditional waits for the host, and its operands are copied; writing a place of each slot
+    is one launch. `prompt_width` counts the places of a prompt and of the prefix in front of it.
+    """
+    kind = RowCache if platform() == "gpu" else RingCache
+    return kind(
+        model=settings.model,
+        slots=slots,
+        prompt_width=prompt_width,
+        response_length=settings.response_length,
+        dtype=settings.cache_dtype or settings.model.dtype,
+    )

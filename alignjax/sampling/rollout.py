@@ -17,9 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from alignjax.machine.sharding import constrain
 from alignjax.models import transformer
-from alignjax.models.attention import KeyValues
 from alignjax.models.transformer import Params
-from alignjax.sampling.cache import fill_cache, make_reader, write_token
+from alignjax.sampling.cache import CacheKind, choose_cache
 from alignjax.sampling.prefill import Prefix, prefill, prompt_mask
 from alignjax.sampling.slots import (
     SlotPlan,
@@ -127,6 +126,7 @@ class Decoder:
 
     params: Params
     layers: Params | list[Params]  # as `transformer.decode` takes them
+    cache: CacheKind
     prompts: Prompts
     keys: Key[Array, " responses"]
     settings: SamplingSettings
@@ -152,10 +152,7 @@ class Decoder:
 
     def free_slots(self) -> Slots:
         """Return the slots before the first prompt."""
-        width = self.prompt_width
-        if self.prefix is not None:
-            width += self.prefix.width
-        return empty_slots(self.settings, self.num_responses, self.plan.slots, width)
+        return empty_slots(self.settings, self.num_responses, self.plan.slots, self.cache)
 
     def has_prompts_left(self, progress: Progress) -> Bool[Array, ""]:
         """Return whether some prompt has not entered a slot."""
@@ -207,6 +204,7 @@ class Decoder:
         prefilled = prefill(
             self.params, prompts.tokens, prompts.lengths, settings.model, self.prefix
         )
+        real = prompt_mask(prompts.lengths, self.prompt_width, self.prefix)
         places = jnp.zeros(num_filled, jnp.int32)
         last_hidden = jnp.repeat(prefilled.hidden[:, -1], samples, axis=0)
         tokens, logprobs = self.draw(response_ids, places, last_hidden)
@@ -226,7 +224,7 @@ class Decoder:
             tokens=put_rows(slots.tokens, where, tokens),
             logprobs=put_rows(slots.logprobs, where, logprobs),
             prompt_lengths=put_rows(slots.prompt_lengths, where, prompt_lengths),
-            cache=fill_cache(slots.cache, where, prefilled.key_values, samples),
+            cache=self.cache.fill(slots.cache, where, prefilled.key_values, real),
             clock=slots.clock,
             finished=slots.finished if where is None else retire(slots, where),
         )
@@ -236,7 +234,7 @@ class Decoder:
         settings = self.settings
         response_length = settings.response_length
         mask = prompt_mask(slots.prompt_lengths, self.prompt_width, self.prefix)
-        reader = make_reader(mask, slots.clock, slots.lengths, response_length)
+        reader = self.cache.reader(mask, slots.clock, slots.lengths)
         positions = slots.prompt_lengths + slots.lengths - 1
         if self.prefix is not None:
             positions += self.prefix.length
@@ -250,7 +248,6 @@ class Decoder:
             reader.attend,
         )
         tokens, logprobs = self.draw(slots.response_ids, slots.lengths, decoded.hidden)
-        key_values = after_drawing(decoded.key_values, tokens)
         here = (jnp.arange(response_length) == slots.lengths[:, None]) & slots.live[:, None]
         lengths = slots.lengths + slots.live
         stop_states, ended = self.follow_stops(slots.stop_states, tokens)
@@ -263,7 +260,7 @@ class Decoder:
             clock=slots.clock + 1,
             tokens=jnp.where(here, tokens[:, None], slots.tokens),
             logprobs=jnp.where(here, logprobs[:, None], slots.logprobs),
-            cache=write_token(slots.cache, slots.clock, key_values, response_length),
+            cache=self.cache.write(slots.cache, slots.clock, decoded.key_values, tokens),
         )
 
     def draw(
@@ -321,14 +318,18 @@ def make_decoder(
     wanted: Int[Array, ""] | None = None,
 ) -> Decoder:
     """Return the decoder of a rollout; see `generate` for the arguments."""
-    num_prompts = len(prompts.lengths)
+    num_prompts, width = prompts.tokens.shape
+    if prefix is not None:
+        width += prefix.width
+    plan = plan_slots(num_prompts, settings.samples_per_prompt, settings.slots)
     return Decoder(
         params=params,
         layers=transformer.for_decoding(settings.model, params),
+        cache=choose_cache(settings, plan.slots, width),
         prompts=prompts,
         keys=response_keys(key, prompts.index, settings.samples_per_prompt),
         settings=settings,
-        plan=plan_slots(num_prompts, settings.samples_per_prompt, settings.slots),
+        plan=plan,
         prefix=prefix,
         stops=stops,
         wanted=num_prompts if wanted is None else wanted,
@@ -363,18 +364,6 @@ def response_keys(
 def fold_in(keys: Key[Array, " rows"], numbers: Int[Array, " rows"]) -> Key[Array, " rows"]:
     """Fold a number into each key."""
     return jax.vmap(jax.random.fold_in)(keys, numbers)
-
-
-def after_drawing(
-    key_values: KeyValues | list[KeyValues], tokens: Int[Array, " slots"]
-) -> KeyValues | list[KeyValues]:
-    """Return the same keys and values, as values that depend on the drawn tokens.
-
-    A token is never negative, so the choice below changes nothing. But it lets XLA see that the
-    cache is written only after all of it has been read, so XLA does not copy the cache.
-    """
-    is_drawn = (tokens >= 0)[:, None, None]
-    return jax.tree.map(lambda values: jnp.where(is_drawn, values, 0), key_values)
 
 
 def first_column(values: Array, width: int) -> Array:

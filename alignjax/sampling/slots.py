@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from alignjax.sampling.cache import Cache, empty_cache
+from alignjax.sampling.cache import Cache, CacheKind
 from alignjax.sampling.types import SamplingSettings
 
 
@@ -42,8 +42,8 @@ class Slots:
     logprobs: Float[Array, "slots response_tokens"]
     prompt_lengths: Int[Array, " slots"]
     cache: Cache
-    # Steps of decoding so far. Modulo the response length, it is the place in every slot's ring
-    # that the token in hand takes.
+    # Steps of decoding so far. Modulo the response length, it is the place in the ring of a
+    # `RingCache` that the token in hand takes.
     clock: Int[Array, ""]
     finished: Finished
 
@@ -64,12 +64,9 @@ def plan_slots(num_prompts: int, samples_per_prompt: int, slots: int) -> SlotPla
 
 
 def empty_slots(
-    settings: SamplingSettings, num_responses: int, num_slots: int, prompt_width: int
+    settings: SamplingSettings, num_responses: int, num_slots: int, cache: CacheKind
 ) -> Slots:
-    """Return free slots, for a rollout of `num_responses` responses.
-
-    `prompt_width` counts the places of a prompt and of the prefix in front of it.
-    """
+    """Return free slots, for a rollout of `num_responses` responses."""
     response_length = settings.response_length
     shape = (num_slots, response_length)
     finished = Finished(
@@ -85,9 +82,7 @@ def empty_slots(
         tokens=jnp.zeros(shape, jnp.int32),
         logprobs=jnp.zeros(shape, jnp.float32),
         prompt_lengths=jnp.zeros(num_slots, jnp.int32),
-        cache=empty_cache(
-            settings.model, num_slots, prompt_width, response_length, settings.cache_dtype
-        ),
+        cache=cache.empty(),
         clock=jnp.zeros((), jnp.int32),
         finished=finished,
     )

@@ -21,13 +21,17 @@ UNREAD_FIELDS: Mapping[str, tuple[type, ...]] = {
     "dtype": (str,),
     "eos_token_id": (int, list),
     "id2label": (dict,),
+    "initializer_range": (float,),
     "label2id": (dict,),
     "max_window_layers": (int,),
     "num_labels": (int,),
     "pad_token_id": (int,),
+    "pretraining_tp": (int,),
+    "sliding_window": (int,),
     "torch_dtype": (str,),
     "use_cache": (bool,),
 }
+NEVER_NULL = ("initializer_range", "max_window_layers", "use_cache")
 # Fields that change what is computed, or where weights are, in any family.
 REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "is_causal": (True,),
@@ -134,10 +138,15 @@ def check_any_family(config: HFConfig) -> None:
     for name, supported in REFUSED_UNLESS.items():
         config.allow(name, *supported)
     for name, types in UNREAD_FIELDS.items():
-        value = config.values.get(name)
+        if name not in config.values:
+            continue
+        value = config.values[name]
         of_type = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-        wanted = " or ".join(JSON_TYPES[one] for one in types)
-        config.expect(name, value is None or of_type, f"{wanted} or null")
+        wanted = [JSON_TYPES[one] for one in types]
+        if name not in NEVER_NULL:
+            of_type = of_type or value is None
+            wanted.append("null")
+        config.expect(name, of_type, " or ".join(wanted))
 
 
 JSON_TYPES = {

@@ -10,10 +10,7 @@ from alignjax.models.rope import yarn_magnitude
 DEFAULT_THETA = 10000.0
 KINDS = ("default", "linear", "llama3", "yarn")
 # Settings that change the result if they have any other value than these.
-UNSUPPORTED_UNLESS = {
-    "partial_rotary_factor": (1.0, None),
-    "mrope_section": (None,),
-}
+UNSUPPORTED_UNLESS = {"partial_rotary_factor": 1.0, "mrope_section": None}
 RopeFields = dict[str, Any]  # the rope_* fields of `config.Model`
 
 
@@ -48,8 +45,9 @@ def read_rope(config: HFConfig) -> RopeFields:
 def refuse_unsupported(config: HFConfig, rope: HFConfig) -> None:
     """Raise UserError for a setting of RoPE that we don't compute."""
     for name, supported in UNSUPPORTED_UNLESS.items():
-        source = rope if name in rope.values else config
-        source.allow(name, *supported)
+        rope.allow(name, supported)
+        if name not in rope.values:
+            config.allow(name, supported, None)
     for name, value in rope.values.items():
         if isinstance(value, dict):
             raise UserError(
