@@ -18,7 +18,15 @@ from alignjax.config import UserError
 from alignjax.machine.outputs import is_local
 from alignjax.machine.outputs import write_text as write_atomically
 
-__all__ = ["is_local", "local_copy", "publish", "resolve", "staging", "write_atomically"]
+__all__ = [
+    "check_files",
+    "is_local",
+    "local_copy",
+    "publish",
+    "resolve",
+    "staging",
+    "write_atomically",
+]
 
 # Endings of the files that a run or a model directory has.
 FILE_TYPES = (".json", ".jsonl", ".jinja", ".safetensors", ".model", ".txt")
@@ -44,7 +52,6 @@ def resolve(spec: str | Path) -> Path:
     return epath.Path(spec)
 
 
-<<<<<<< HEAD
 def check_files(directory: Path) -> None:
     """Raise UserError if something that is no file has the name of a run's or a model's file.
 
@@ -58,13 +65,6 @@ def check_files(directory: Path) -> None:
             raise UserError(f"{path}: expected a file, found {kind}")
 
 
-def is_local(directory: Path) -> bool:
-    """Return whether a directory is on this machine and not in a bucket."""
-    return isinstance(directory, Path)
-
-
-=======
->>>>>>> main
 @contextlib.contextmanager
 def local_copy(directory: Path, pattern: str = "*") -> Iterator[Path]:
     """Yield a local directory with the files of `directory` that match `pattern`.
