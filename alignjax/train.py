@@ -32,7 +32,7 @@ from alignjax.machine.lock import exclusive_use
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals, watch_for_preemption, watch_lifeline
 from alignjax.models import attention
-from alignjax.runs import advice, records, tracker
+from alignjax.runs import advice, record_checks, records, tracker
 from alignjax.runs import log as run_log
 from alignjax.runs.claim import (
     check_same_parents,
@@ -159,6 +159,7 @@ def fit(
         watch_for_preemption(active_signals.announce_end)
         watch_lifeline(active_signals.announce_end)
         session = Session(signals=active_signals, say=say, wandb_project=wandb)
+        workdirs.check_files(directory)
         with exclusive_use(directory, read_only=is_complete(config, directory)):
             return run(config, directory, fixed, session, profile)
 
@@ -273,6 +274,7 @@ def report(workdir: Path, session: Session) -> Records:
     """Print the result and the warnings of a complete run, and return its records."""
     run_records = records.read(workdir)
     summary = run_records.summary
+    record_checks.check_result(summary, str(workdir / "summary.json"))
     title = f"{summary['name']}: {summary['steps']} steps in {summary['training_seconds']:.0f} s"
     session.say(console.table(title, summary["table"]))
     warnings = advice.advise(run_records.config, run_records.metrics, run_records.evaluations)

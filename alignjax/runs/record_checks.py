@@ -8,6 +8,13 @@ from typing import Any
 from alignjax.config import UserError
 from alignjax.machine import jsonl
 
+EXAMPLE_OF_SUMMARY = {
+    "name": "run",
+    "stage": "lm",
+    "steps": 1,
+    "training_seconds": 1.0,
+    "table": [["figure", "1.0"]],
+}
 LARGEST = 2**63  # of a number that a run writes
 # Lists of a sample with a figure for each response.
 FIGURES = ("score", "true_score", "kl", "length", "truncated", "entropy")
@@ -116,8 +123,13 @@ def check_tokens(column: dict, where: str) -> None:
 
 
 def check_summary(summary: Any, where: str) -> None:
-    """Check summary.json: what every stage writes, and a table of two columns of texts."""
+    """Check summary.json: the types of what every stage writes, as far as it is there."""
     check_object(summary, where)
+    check_result(EXAMPLE_OF_SUMMARY | summary, where)
+
+
+def check_result(summary: dict, where: str) -> None:
+    """Check that a summary has what every stage writes, and a table of two columns of texts."""
     for name in ("name", "stage"):
         expect(isinstance(summary.get(name), str), f"{where}: {name}", "a text", summary.get(name))
     steps = summary.get("steps")
