@@ -12,13 +12,14 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.config import UserError, model_from_json
+from alignjax.config import Model, UserError, model_from_json
 from alignjax.data import chat, templates
 from alignjax.data.ends import as_list
 from alignjax.machine import console, output_directories
@@ -42,6 +43,15 @@ class Export(NamedTuple):
 
     item: str  # of the checkpoint
     head: str  # "lm" or "scalar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallFiles:
+    """The contents of an export's files beside weights and tokenizer."""
+
+    config: dict[str, Any]  # of config.json
+    generation: dict[str, Any] | None  # of generation_config.json; None for a scalar head
+    card: str  # README.md
 
 
 # (the run's stage, --role) -> what to write
@@ -115,33 +125,27 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
     newest = checkpoint.newest(run)
     read = functools.partial(checkpoint.restore_array, newest / item)
     tokenizer = chat.load_tokenizer(run / "tokenizer")
-    imported = read_imported(run)
-    tokens = special_tokens(tokenizer, head, imported)
     model = model_from_json(config, str(run / "config.json"))
-    content = exported_config(model, head, dtype, imported) | tokens
-    if head == "scalar":
-        content |= MARK
-    ends = ends_of(run, tokenizer, model.vocab_size) if head == "lm" else ()
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
     exported = ExportedModel(
         config=config,
         item=item,
         step=newest.name,
         dtype=dtype,
-        ends=ends,
+        ends=ends_of(run, tokenizer, model.vocab_size) if head == "lm" else (),
         bias=bias,
-        base=imported.source,
+        base=read_imported(run).source,
     )
+    files = small_files(exported, model, head, tokenizer, read_imported(run))
 
     with output_directories.new_directory(
         out, "--out", command=COMMAND, overwrite=overwrite
     ) as partial:
-        write_tokenizer(run, tokenizer, head, tokens, partial)
-        if head == "lm":
-            write_json(partial / GENERATION_FILE, exported_generation(imported, tokens, ends))
-        card = model_card(exported, tokenizer)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
-        size = hf.write_hf(model, head, read, partial, dtype, config=content)
+        write_tokenizer(run, tokenizer, head, files.config["pad_token_id"], partial)
+        if files.generation is not None:
+            write_json(partial / GENERATION_FILE, files.generation)
+        (partial / CARD_FILE).write_text(files.card, encoding="utf-8")
+        size = hf.write_hf(model, head, read, partial, dtype, config=files.config)
 
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
     if head == "scalar":
@@ -151,6 +155,25 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
             f"score.bias={bias:.6g} is written, but transformers does not read it: "
             "its scores are lower by that"
         )
+
+
+def small_files(
+    exported: ExportedModel,
+    model: Model,
+    head: str,
+    tokenizer: PreTrainedTokenizerBase,
+    imported: Imported,
+) -> SmallFiles:
+    """Return the contents of the small files, which keep what was imported where it holds."""
+    tokens = special_tokens(tokenizer, head, imported)
+    config = exported_config(model, head, exported.dtype, imported) | tokens
+    generation = None
+    if head == "lm":
+        generation = exported_generation(imported, tokens, exported.ends)
+    else:
+        config |= MARK
+    card = model_card(exported, tokenizer)
+    return SmallFiles(config=config, generation=generation, card=card)
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
@@ -194,7 +217,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, head: str, imported: Impo
 
 
 def write_tokenizer(
-    run: Path, tokenizer: PreTrainedTokenizerBase, head: str, tokens: TokenIds, directory: Path
+    run: Path, tokenizer: PreTrainedTokenizerBase, head: str, pad: int, directory: Path
 ) -> None:
     """Copy a run's tokenizer; save it anew if a classifier needs another one.
 
@@ -208,8 +231,8 @@ def write_tokenizer(
     template = tokenizer.chat_template
     if templates.asks_for_date(tokenizer):
         template = templates.with_date(template, templates.date_of(tokenizer))
-    if (tokens["pad_token_id"], template) != (tokenizer.pad_token_id, tokenizer.chat_template):
-        tokenizer.pad_token_id = tokens["pad_token_id"]
+    if (pad, template) != (tokenizer.pad_token_id, tokenizer.chat_template):
+        tokenizer.pad_token_id = pad
         tokenizer.chat_template = template
         tokenizer.save_pretrained(directory)
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from test_ppo import MESH, RESPONSE_LENGTH, World, make
 from transformers import AutoTokenizer
 
+from alignjax import chat as chat_command
 from alignjax import convert, evaluate, inference
 from alignjax.algorithms import experience
 from alignjax.algorithms.experience import Minibatches
@@ -123,6 +124,24 @@ def score_alone(model, tokens):
     row[0, : len(tokens)] = tokens
     score = compiled_score_alone(model.architecture)
     return float(score(model.params, row, np.array([len(tokens)]))[0])
+
+
+def test_chat_scores_what_a_reply_says_whichever_end_it_has(export):
+    tokenizer = AutoTokenizer.from_pretrained(str(export))
+    end = chat.end_token(tokenizer)
+    scored = []
+
+    def score(prompts, responses):
+        scored.extend(responses)
+        return [0.5]
+
+    model = types.SimpleNamespace(tokenizer=tokenizer, uses_chat_template=True)
+    reward = types.SimpleNamespace(tokenizer=tokenizer, score=score)
+    for tokens, is_truncated in (([7, 9], False), ([7, end], False), ([7, 9], True)):
+        reply = inference.Response(text="a", tokens=tokens, truncated=is_truncated)
+        description = chat_command.describe_score(model, reward, messages_of("a", "")[:1], reply)
+        assert description == "score 0.50"
+    assert scored == [[7, end], [7, end], [7, 9]]
 
 
 def test_a_reward_model_with_another_tokenizer_reads_its_own_ending():
