@@ -13,6 +13,7 @@ import pytest
 
 from alignjax.config import UserError
 from alignjax.data import chat, chat_format, encoding, templates
+from alignjax.evals import table4
 from alignjax.machine import collectives
 
 KINDS = tuple(chat_templates.TOKENIZERS)
@@ -345,6 +346,28 @@ def test_rows_that_cannot_be_encoded_are_named_or_skipped(directories, kind):
             assert len(next(iter(arrays.values()))) == 7
         with pytest.raises(UserError, match=f"all 2 {kind} are bad; the first: mine.jsonl:4"):
             encoding.encode([rows[3], rows[7]], kind, 16, tokenizer, printed.append, skip=True)
+
+
+def test_an_evaluation_leaves_out_pairs_that_any_template_refuses(directories, monkeypatch):
+    """Two reward models are evaluated on the pairs that the templates of both take."""
+    printed = []
+    monkeypatch.setattr(table4, "say", printed.append)
+    tokenizers = [
+        chat_templates.load(directories["byte_level"], template)
+        for template in ("chatml", "refuses_system")
+    ]
+    rows = [GOOD_ROWS["comparisons"] | {"where": f"mine.jsonl:{number}"} for number in range(1, 5)]
+    system = {"role": "system", "content": "Be kind."}
+    rows[2] = rows[2] | {"prompt": [system, {"role": "user", "content": "a"}]}
+    assert table4.without_refused("mine", rows, tokenizers[:1]) == rows and printed == []
+    assert table4.without_refused("mine", rows, tokenizers) == [rows[0], rows[1], rows[3]]
+    [line] = printed
+    assert line.startswith(
+        "mine: 1 of 4 pairs cannot be encoded and are skipped; the first: mine.jsonl:3: "
+    )
+    assert line.endswith("System role not supported")
+    with pytest.raises(UserError, match="--sets mine: all 1 pairs are bad; mine.jsonl:3: "):
+        table4.without_refused("mine", rows[2:3], tokenizers)
 
 
 class Processes:

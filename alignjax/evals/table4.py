@@ -150,6 +150,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         for name in names_of_sets(arguments.sets)
     }
     readers = {label: pair_reader(run, max_length) for label, run in runs.items()}
+    if arguments.on_bad_row == "skip":
+        tokenizers = [reader.tokenizer for reader in readers.values()]
+        sets = {name: without_refused(name, rows, tokenizers) for name, rows in sets.items()}
     for label, reader in readers.items():
         check_some_pairs_fit(label, reader, sets)
 
@@ -296,6 +299,36 @@ def load_comparisons(name: str, arguments: argparse.Namespace, seed: int) -> lis
     if not rows:
         raise UserError(f"--sets {name}: its split {arguments.split!r} has no comparisons")
     return rows
+
+
+def without_refused(
+    name: str, rows: list[dict], tokenizers: list[PreTrainedTokenizerBase]
+) -> list[dict]:
+    """Return the pairs of a set that all chat templates take; print how many others there are.
+
+    So all runs are evaluated on the same pairs. Raises UserError if none is left.
+    """
+    faults: dict[int, str] = {}  # number of the row -> what is wrong
+    for tokenizer in tokenizers:
+        for start in range(0, len(rows), CHUNK):
+            part = tokenising.encode_part(
+                encoding.comparison_columns,
+                ranking.SIDES,
+                tokenizer,
+                rows[start : start + CHUNK],
+            )
+            faults |= {start + place: fault for place, fault in part.faults.items()}
+    if not faults:
+        return rows
+    first = min(faults)
+    where = tokenising.place_of(rows[first], first, len(rows))
+    if len(faults) == len(rows):
+        raise UserError(f"--sets {name}: all {len(rows)} pairs are bad; {where}: {faults[first]}")
+    say(
+        f"{name}: {len(faults)} of {len(rows)} pairs cannot be encoded and are skipped; "
+        f"the first: {where}: {faults[first]}"
+    )
+    return [row for number, row in enumerate(rows) if number not in faults]
 
 
 def name_without_options(name: str) -> str:

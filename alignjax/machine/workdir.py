@@ -16,7 +16,6 @@ from etils import epath
 
 from alignjax.config import UserError
 from alignjax.machine.outputs import is_local
-from alignjax.machine.outputs import write_text as write_atomically
 
 __all__ = [
     "check_files",
@@ -25,7 +24,6 @@ __all__ = [
     "publish",
     "resolve",
     "staging",
-    "write_atomically",
 ]
 
 # Endings of the files that a run or a model directory has.
