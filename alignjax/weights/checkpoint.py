@@ -74,7 +74,7 @@ class Checkpoints:
         `keep` is how many of the newest stay; None opens them to read only, and changes nothing.
         """
         self.directory = directory.absolute() if workdirs.is_local(directory) else directory
-        self.run = marker.read(directory.parent).get("run", "")  # "" if it is not known
+        self.run = run_of(directory)
         read_only = keep is None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -309,6 +309,11 @@ def restore_role(workdir: Path, item: str, shapes: Tree) -> Tree:
             raise UserError(f"{path} {fault(error)}") from error
 
 
+def run_of(directory: Path) -> str:
+    """Return the id of the run that has this directory of checkpoints, "" if it is not known."""
+    return marker.read(directory.parent).get("run", "")
+
+
 def newest(workdir: Path) -> Path:
     """Return the directory of a run's last checkpoint.
 
@@ -316,10 +321,11 @@ def newest(workdir: Path) -> Path:
     the one that its summary names: no other replaces it. Raises UserError if it is not there or
     is not this run's.
     """
-    with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=None)) as checkpoints:
-        steps = checkpoints.manager.all_steps()
-        directory = checkpoints.directory
-        run = checkpoints.run
+    # Not from a `Checkpoints`: to open one is collective, and one process alone may ask this.
+    directory = workdir / "checkpoints"
+    complete = ocp.utils.checkpoint_steps_paths(directory)
+    steps = [int(path.name) for path in complete if path.name.isdecimal()]
+    run = run_of(directory)
     final = final_step(workdir)
     if final is None and not steps:
         raise UserError(f"{workdir}: no checkpoint there")
