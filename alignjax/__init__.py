@@ -2,5 +2,7 @@
 
 import os
 
-# On import, transformers would print that PyTorch is not there; nothing here needs it.
+# On import, transformers would print that PyTorch is not there, which nothing here needs. Later it
+# would print doubts about files, for which this package has checks and errors of its own.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

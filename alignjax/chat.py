@@ -20,6 +20,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import io
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -267,7 +268,13 @@ def talk(
 
 
 def read_lines() -> Iterator[str]:
-    """Yield the lines that are typed or piped in, until the input ends or is interrupted."""
+    """Yield the lines that are typed or piped in, until the input ends or is interrupted.
+
+    A line that is not UTF-8 is reported and left out.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # One such line would otherwise end the chat, and take the lines behind it along.
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = input("> ")
@@ -276,7 +283,15 @@ def read_lines() -> Iterator[str]:
             return
         if not sys.stdin.isatty():
             print(line)  # so the output looks as if it had been typed
-        yield line.strip()
+        if is_unicode(line):
+            yield line.strip()
+        else:
+            say("[this line is not UTF-8, and was not sent]")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text is without halves of surrogate pairs, which stand for odd bytes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def answer(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from alignjax.config import UserError, short
 from alignjax.runs.records import Records
 
 Figure = str | Callable[[Records], float]  # a name in summary.json, or what to compute from a run
@@ -29,6 +30,49 @@ class Study:
     config: str = "ppo.py"
     # What the runs have shown, once they are complete. Files of studies use this name.
     found: str = ""
+
+
+def check(study: Any, where: str) -> Study:
+    """Return what a file calls its study, once it has the form of one.
+
+    Raises:
+      UserError: it begins with `where`, and names the field.
+    """
+    if not isinstance(study, Study):
+        raise UserError(f"{where} has no `study`, an alignjax.claims.Study")
+    for name in ("title", "claim", "config", "found"):
+        value = getattr(study, name)
+        expect(isinstance(value, str), where, name, "a text", value)
+    expect(is_table(study.arms), where, "arms", "a dict that is not empty", study.arms)
+    for arm, fields in study.arms.items():
+        is_right = isinstance(fields, dict) and all(isinstance(name, str) for name in fields)
+        expect(is_right, where, f"arms[{arm!r}]", "{dotted field: value}", fields)
+        spec = fields.get("config", study.config)
+        expect(isinstance(spec, str), where, f"arms[{arm!r}]['config']", "a text", spec)
+    expect(is_table(study.figures), where, "figures", "a dict that is not empty", study.figures)
+    for label, figure in study.figures.items():
+        is_right = isinstance(figure, str) or callable(figure)
+        expect(is_right, where, f"figures[{label!r}]", "a name or a function", figure)
+    is_names = isinstance(study.curves, tuple | list)
+    expect(
+        is_names and all(isinstance(name, str) for name in study.curves),
+        where,
+        "curves",
+        "a tuple of names",
+        study.curves,
+    )
+    return study
+
+
+def is_table(value: Any) -> bool:
+    """Return whether a value is a dict with names, and not empty."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(key, str) for key in value)
+
+
+def expect(holds: bool, where: str, field: str, expected: str, value: Any) -> None:
+    """Raise UserError unless a field of a study has the expected form."""
+    if not holds:
+        raise UserError(f"{where}: study.{field} must be {expected}, not {short(repr(value))}")
 
 
 def mean(name: str, first: int = 0, last: int | None = None) -> Callable[[Records], float]:

@@ -725,6 +725,40 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there are: {', '.join(map(repr, names))}"
 
 
+def stored_config(values: Any, where: str) -> dict[str, Any]:
+    """Return a config that `to_json` wrote, as {dotted field: value}; check its types.
+
+    Fields that this version does not know stay; fields that it lacks get their defaults.
+
+    Args:
+      values: what the file holds.
+      where: the file, with which errors begin.
+
+    Raises:
+      UserError: if this is no run's config, or a value does not have the type of its field.
+    """
+    if not isinstance(values, dict) or values.get("stage") not in tuple(ROLES):
+        raise UserError(
+            f"{where}: this is not the config of a run; its stage is not one of {', '.join(ROLES)}"
+        )
+    kinds = dict(field_types(Config))
+    for name in kinds.keys() & values.keys():
+        try:
+            check_type(name, values[name], kinds[name])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    return dict(flatten(Config())) | values
+
+
+def field_types(group: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, type) of every field of a config."""
+    for name, kind in typing.get_type_hints(group).items():
+        if dataclasses.is_dataclass(kind):
+            yield from field_types(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
 def model_from_json(stored: dict, where: str = "config.json") -> Model:
     """Return the model of a config that `to_json` wrote.
 

@@ -12,16 +12,17 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.config import UserError, model_from_json
+from alignjax.config import Model, UserError, model_from_json
 from alignjax.data import chat, templates
 from alignjax.data.ends import as_list
-from alignjax.machine import console
+from alignjax.machine import console, output_directories
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
 from alignjax.weights import checkpoint, hf, locations
@@ -44,6 +45,15 @@ class Export(NamedTuple):
     head: str  # "lm" or "scalar"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SmallFiles:
+    """The contents of an export's files beside weights and tokenizer."""
+
+    config: dict[str, Any]  # of config.json
+    generation: dict[str, Any] | None  # of generation_config.json; None for a scalar head
+    card: str  # README.md
+
+
 # (the run's stage, --role) -> what to write
 EXPORTS = {
     ("lm", None): Export("model", "lm"),
@@ -52,6 +62,7 @@ EXPORTS = {
     ("ppo", "policy"): Export("policy", "lm"),
     ("ppo", "value"): Export("value", "scalar"),
 }
+COMMAND = "alignjax.convert"  # in the marker of an export
 TokenIds = dict[str, Any]  # name in config.json -> id, several ids, or None
 
 
@@ -66,7 +77,8 @@ def run(argv: Sequence[str] | None) -> None:
     # Nothing is computed, so leave an accelerator to other processes.
     jax.config.update("jax_platforms", "cpu")
     directory = workdirs.resolve(arguments.to_hf)
-    export(directory, arguments.out, arguments.role, arguments.dtype)
+    out = workdirs.resolve(arguments.out)
+    export(directory, out, arguments.role, arguments.dtype, arguments.overwrite)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,8 +88,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Write a run's model as a Hugging Face checkpoint.",
     )
     parser.add_argument("--to_hf", required=True, metavar="RUN", help="a run's work directory")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="a new or empty directory"
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier export in DIR, if no other file is there",
     )
     parser.add_argument(
         "--role",
@@ -90,11 +105,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
-    """Write a complete run's model, tokenizer and chat template to `out`.
+def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool = False) -> None:
+    """Write a complete run's model, tokenizer and chat template to the local directory `out`.
 
-    `out` appears when it is complete; an interrupted export leaves `out` + ".partial" behind.
+    `out` appears when it is complete. An export that is killed leaves a hidden directory beside
+    it, which the next one to the same `out` removes.
     """
+    if not workdirs.is_local(out):
+        raise UserError(f"--out {out}: expected a local directory")
     out = out.absolute()
     config = read_run_config(run)
     if (config["stage"], role) not in EXPORTS:
@@ -102,40 +120,32 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
             f"--role {role}: {run} is of stage {config['stage']!r}, "
             "which has one model and no roles"
         )
-    if out.exists() and not is_empty_directory(out):
-        raise UserError(f"--out {out}: already exists; name a new or empty directory")
+    output_directories.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
     item, head = EXPORTS[config["stage"], role]
     newest = checkpoint.newest(run)
     read = functools.partial(checkpoint.restore_array, newest / item)
     tokenizer = chat.load_tokenizer(run / "tokenizer")
-    imported = read_imported(run)
-    tokens = special_tokens(tokenizer, head, imported)
     model = model_from_json(config, str(run / "config.json"))
-    content = exported_config(model, head, dtype, imported) | tokens
-    if head == "scalar":
-        content |= MARK
-    ends = ends_of(run, tokenizer, model.vocab_size) if head == "lm" else ()
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
     exported = ExportedModel(
         config=config,
         item=item,
         step=newest.name,
         dtype=dtype,
-        ends=ends,
+        ends=ends_of(run, tokenizer, model.vocab_size) if head == "lm" else (),
         bias=bias,
-        base=imported.source,
+        base=read_imported(run).source,
     )
+    files = small_files(exported, model, head, tokenizer, read_imported(run))
 
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    write_tokenizer(run, tokenizer, head, tokens, partial)
-    if head == "lm":
-        write_json(partial / GENERATION_FILE, exported_generation(imported, tokens, ends))
-    card = model_card(exported, tokenizer)
-    (partial / CARD_FILE).write_text(card, encoding="utf-8")
-    size = hf.write_hf(model, head, read, partial, dtype, config=content)
-    partial.replace(out)
+    with output_directories.new_directory(
+        out, "--out", command=COMMAND, overwrite=overwrite
+    ) as partial:
+        write_tokenizer(run, tokenizer, head, files.config["pad_token_id"], partial)
+        if files.generation is not None:
+            write_json(partial / GENERATION_FILE, files.generation)
+        (partial / CARD_FILE).write_text(files.card, encoding="utf-8")
+        size = hf.write_hf(model, head, read, partial, dtype, config=files.config)
 
     print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
     if head == "scalar":
@@ -147,9 +157,23 @@ def export(run: Path, out: Path, role: str | None, dtype: str) -> None:
         )
 
 
-def is_empty_directory(path: Path) -> bool:
-    """Return whether a path is a directory without entries."""
-    return path.is_dir() and not any(path.iterdir())
+def small_files(
+    exported: ExportedModel,
+    model: Model,
+    head: str,
+    tokenizer: PreTrainedTokenizerBase,
+    imported: Imported,
+) -> SmallFiles:
+    """Return the contents of the small files, which keep what was imported where it holds."""
+    tokens = special_tokens(tokenizer, head, imported)
+    config = exported_config(model, head, exported.dtype, imported) | tokens
+    generation = None
+    if head == "lm":
+        generation = exported_generation(imported, tokens, exported.ends)
+    else:
+        config |= MARK
+    card = model_card(exported, tokenizer)
+    return SmallFiles(config=config, generation=generation, card=card)
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
@@ -193,7 +217,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, head: str, imported: Impo
 
 
 def write_tokenizer(
-    run: Path, tokenizer: PreTrainedTokenizerBase, head: str, tokens: TokenIds, directory: Path
+    run: Path, tokenizer: PreTrainedTokenizerBase, head: str, pad: int, directory: Path
 ) -> None:
     """Copy a run's tokenizer; save it anew if a classifier needs another one.
 
@@ -201,14 +225,14 @@ def write_tokenizer(
     date of the run, which the classifier was trained to read.
     """
     with workdirs.local_copy(run / "tokenizer") as source:
-        shutil.copytree(source, directory)
+        shutil.copytree(source, directory, dirs_exist_ok=True)
     if head == "lm":
         return
     template = tokenizer.chat_template
     if templates.asks_for_date(tokenizer):
         template = templates.with_date(template, templates.date_of(tokenizer))
-    if (tokens["pad_token_id"], template) != (tokenizer.pad_token_id, tokenizer.chat_template):
-        tokenizer.pad_token_id = tokens["pad_token_id"]
+    if (pad, template) != (tokenizer.pad_token_id, tokenizer.chat_template):
+        tokenizer.pad_token_id = pad
         tokenizer.chat_template = template
         tokenizer.save_pretrained(directory)
 

@@ -180,6 +180,11 @@ def add_general_options(parser: argparse.ArgumentParser) -> None:
         "NAME.evaluation.json and NAME.calibration.png in the working directory; with --tasks: "
         "a directory; default: DIR/benchmarks",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that are not earlier results of this command",
+    )
 
 
 if __name__ == "__main__":

@@ -23,13 +23,15 @@ import functools
 import sys
 from pathlib import Path
 
-from alignjax.config import UserError
-from alignjax.machine import console
+from alignjax.machine import console, outputs
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
 from alignjax.reports.content import page_content, run_title
 from alignjax.reports.html_file import html_page
 from alignjax.runs import records
+
+# Near the beginning of a page; the second is that of older versions.
+MARKS = (b'<meta name="generator" content="alignjax.report">', b": alignjax report</title>")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +48,9 @@ def argument_parser() -> argparse.ArgumentParser:
         "runs", nargs="+", help="work directories of complete or incomplete runs of any stage"
     )
     parser.add_argument("--out", help="default: report.html in the first run's directory")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is not an earlier report"
+    )
     return parser
 
 
@@ -54,15 +59,14 @@ def run(argv: list[str] | None) -> None:
     arguments = argument_parser().parse_args(argv)
     runs = [records.read(workdirs.resolve(directory)) for directory in arguments.runs]
     out = workdirs.resolve(arguments.out) if arguments.out else runs[0].workdir / "report.html"
-    write_page(out, html_page(page_content(runs)))
+    outputs.check_file(out, "--out", is_own=is_report, overwrite=arguments.overwrite)
+    outputs.write_text(out, html_page(page_content(runs)))
     print(f"{out}: {', '.join(map(run_title, runs))}")
 
 
-def write_page(out: Path, page: str) -> None:
-    try:
-        workdirs.write_atomically(out, page)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}") from None
+def is_report(path: Path) -> bool:
+    """Return whether a file is a page that this command has written."""
+    return any(outputs.begins_with(path, mark) for mark in MARKS)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import json
 import sys
 from pathlib import Path
 
+from alignjax import claims
 from alignjax import config as configs
 from alignjax.claims import Study
 from alignjax.config import UserError
-from alignjax.machine import console
-from alignjax.machine import workdir as workdirs
+from alignjax.machine import console, outputs, pictures
 from alignjax.machine.arguments import Parser
 from alignjax.reports import study_picture, study_results, study_runs
 from alignjax.runs import records
@@ -62,6 +62,11 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="write DIR/study.md, DIR/study/NAME.png and .json; default: runs",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of these names that this command has not written",
+    )
     return parser
 
 
@@ -73,11 +78,14 @@ def run(argv: list[str] | None) -> None:
             raise UserError(f"--{name}={getattr(arguments, name)} must be at least 1")
     names = known() if arguments.name == ["all"] else arguments.name
     studies = {name: load(name) for name in names}
+    out = Path(arguments.out)
+    for name in names:
+        study_results.check_files(out, Path(name).stem, arguments.overwrite)
     for name, study in studies.items():
         stem = Path(name).stem
         trials = study_runs.plan_trials(study, arguments.seeds, Path(arguments.workdir))
         study_runs.run_trials(stem, trials, arguments.jobs)
-        write_results(stem, study, trials, Path(arguments.out))
+        write_results(stem, study, trials, out)
 
 
 def known() -> list[str]:
@@ -90,9 +98,7 @@ def load(name: str) -> Study:
     path = Path(name) if name.endswith(".py") else STUDIES / f"{name}.py"
     if not path.is_file():
         raise UserError(f"study {name}: no file {path}{configs.nearest(name, known())}")
-    study = configs.run_file(path).get("study")
-    if not isinstance(study, Study):
-        raise UserError(f"study {name}: {path} has no `study`, an alignjax.claims.Study")
+    study = claims.check(configs.run_file(path).get("study"), f"study {name}: {path}")
     study_runs.plan_trials(study, 1, Path())
     return study
 
@@ -103,15 +109,17 @@ def write_results(name: str, study: Study, trials: list[study_runs.Trial], out: 
     for trial in trials:
         runs[trial.arm].append(records.read(trial.workdir))
     record = study_results.study_record(name, study, trials, runs)
-    (out / "study").mkdir(parents=True, exist_ok=True)
+    files = study_results.result_files(out, name)
+    with outputs.writing(files.record.parent):
+        files.record.parent.mkdir(parents=True, exist_ok=True)
     picture = study_picture.draw_study(study, record, runs)
-    picture.savefig(out / "study" / f"{name}.png", dpi=110)
-    workdirs.write_atomically(out / "study" / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    workdirs.write_atomically(out / "study.md", study_results.document(out))
+    pictures.write_picture(files.picture, picture, dpi=110)
+    outputs.write_text(files.record, json.dumps(record, indent=1) + "\n")
+    outputs.write_text(files.page, study_results.document(out))
     heading, *lines = [(row[0], row[1:]) for row in study_results.table_rows(record)]
     title = f"{name}: {record['seeds']} seeds, mean and half of the 95 % interval"
     print(console.grid(title, heading, lines))
-    print(f"figures in {out / 'study' / name}.json, picture beside it, all in {out / 'study.md'}")
+    print(f"figures in {files.record}, picture beside it, all in {files.page}")
 
 
 if __name__ == "__main__":

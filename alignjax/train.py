@@ -22,7 +22,7 @@ from alignjax.algorithms import ppo_plugins
 from alignjax.algorithms.registry import STAGES
 from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
-from alignjax.machine import console, jsonl, processes, sharding
+from alignjax.machine import console, jsonl, outputs, processes, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
@@ -30,12 +30,18 @@ from alignjax.machine.console import say
 from alignjax.machine.failures import tracebacks_in
 from alignjax.machine.lock import exclusive_use
 from alignjax.machine.profile import Compilations, Phases
-from alignjax.machine.signals import Signals, watch_for_preemption
+from alignjax.machine.signals import Signals, watch_for_preemption, watch_lifeline
 from alignjax.models import attention
-from alignjax.runs import advice, records, tracker
+from alignjax.runs import advice, record_checks, records, tracker
 from alignjax.runs import log as run_log
-from alignjax.runs.claim import check_workdir, claim_workdir
-from alignjax.runs.lineage import adopt_architecture, is_config, parent_of
+from alignjax.runs.claim import (
+    check_same_parents,
+    check_workdir,
+    claim_workdir,
+    is_complete,
+    prolong,
+)
+from alignjax.runs.lineage import adopt_architecture, check_parent, is_config, parent_of
 from alignjax.runs.loop import Loop
 from alignjax.runs.records import Records
 from alignjax.runs.tokenizers import choose_tokenizer
@@ -151,8 +157,10 @@ def fit(
         keep_programs()
         directory = workdirs.resolve(workdir or Path("runs") / config.name)
         watch_for_preemption(active_signals.announce_end)
+        watch_lifeline(active_signals.announce_end)
         session = Session(signals=active_signals, say=say, wandb_project=wandb)
-        with exclusive_use(directory):
+        workdirs.check_files(directory)
+        with exclusive_use(directory, read_only=is_complete(config, directory)):
             return run(config, directory, fixed, session, profile)
 
 
@@ -169,8 +177,8 @@ def run(
     """
     mesh = sharding.make_mesh(config.mesh)
     adopt_architecture(config, fixed)
-    check_workdir(config, workdir)
-    if (workdir / "summary.json").exists():
+    check_workdir(config, workdir, may_grow=True)
+    if is_complete(config, workdir):
         session.say(f"{config.name}: complete, in {workdir}")
     else:
         if config.stage == "ppo" and any(map(is_config, config.parents.values())):
@@ -208,7 +216,8 @@ def train(
     devices = f"{mesh.size} {jax.default_backend()} device(s) ({axes})"
     session.say(f"{config.name}: {stage.num_steps} steps on {devices}, in {workdir}")
     # Only now, so that a mistake in config or data leaves no half-claimed directory.
-    claim_workdir(config, tokenizer, imported, workdir)
+    claim_workdir(config, inputs, workdir)
+    prolong(config, workdir, session.say)
     with (
         tracebacks_in(workdir),
         tracker.tracking(session.wandb_project, config, workdir, session.say) as tracked,
@@ -232,7 +241,7 @@ def train(
             tracked.summary(evaluation.figures)
     if jax.process_index() == 0:
         if evaluation.rows:
-            workdirs.write_atomically(workdir / "responses.jsonl", jsonl.dumps(evaluation.rows))
+            outputs.write_text(workdir / "responses.jsonl", jsonl.dumps(evaluation.rows))
         write_summary(config, workdir, stage, evaluation.figures)
     processes.wait_for_all("summary")
 
@@ -258,13 +267,14 @@ def write_summary(config: Config, workdir: Path, stage: Stage, figures: dict[str
         "training_seconds": round(sum(row["seconds"] for row in timing), 1),
     }
     summary = facts | figures | {"table": stage.table(figures)}
-    workdirs.write_atomically(workdir / "summary.json", json.dumps(summary, indent=1))
+    outputs.write_text(workdir / "summary.json", json.dumps(summary, indent=1))
 
 
 def report(workdir: Path, session: Session) -> Records:
     """Print the result and the warnings of a complete run, and return its records."""
     run_records = records.read(workdir)
     summary = run_records.summary
+    record_checks.check_result(summary, str(workdir / "summary.json"))
     title = f"{summary['name']}: {summary['steps']} steps in {summary['training_seconds']:.0f} s"
     session.say(console.table(title, summary["table"]))
     warnings = advice.advise(run_records.config, run_records.metrics, run_records.evaluations)
@@ -282,16 +292,16 @@ def prepare_parents(config: Config, workdir: Path, session: Session) -> dict[str
     parents = {}
     for role, spec in config.parents.items():
         if not is_config(spec):
-            directory = locations.local_directory(spec)
-            if locations.is_run(directory) and not (directory / "summary.json").exists():
-                raise UserError(f"parents.{role}={spec}: this run is not complete")
-            parents[role] = directory
+            parents[role] = locations.local_directory(spec)
+            check_parent(config, role, spec, parents[role])
     complete = {}  # spec -> directory: several roles may have one parent
     for role, spec in config.parents.items():
         if is_config(spec):
             if spec not in complete:
                 complete[spec] = run_parent(config, spec, workdir, session)
             parents[role] = complete[spec]
+            check_parent(config, role, spec, parents[role])
+    check_same_parents(workdir, parents)
     return {role: parents[role] for role in config.parents}
 
 

@@ -13,8 +13,14 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 wanted=$(cat constraints.txt setup.py | cksum)
 if [ "$(cat .venv/made-from 2>/dev/null)" != "$wanted" ]; then
+  if [ -e .venv ] && [ ! -e .venv/made-by-alignjax ] && [ ! -e .venv/made-from ]; then
+    echo ".venv exists, and this script has not made it: move it away, or activate it and install alignjax into it" >&2
+    exit 2
+  fi
   echo "creating .venv with $("$PYTHON" --version) and the versions that constraints.txt pins"
   rm -rf .venv
+  mkdir .venv
+  touch .venv/made-by-alignjax  # first, so that a .venv that was left half-made is known
   "$PYTHON" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test${EXTRA:+,$EXTRA}]" &&
     echo "$wanted" > .venv/made-from

@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 
 from alignjax import config as configs
 from alignjax import convert, inference, train
+from alignjax.algorithms.stage import RunInputs
 from alignjax.config import UserError
 from alignjax.data import chat, toy
 from alignjax.data.ends import end_tokens, without_end
 from alignjax.evals.requests import Requests, ResponseSettings
+from alignjax.machine.profile import Phases
 from alignjax.runs.claim import claim_workdir
 from alignjax.weights import imported as imports
 from alignjax.weights.imported import read_imported
@@ -164,7 +166,10 @@ def test_a_run_keeps_what_it_imported_and_so_do_its_children(checkpoint, tokeniz
         run = tmp_path / name
         run.mkdir()
         imported = imports.inherit(run, {"policy": parent, "reward": tmp_path / "elsewhere"})
-        claim_workdir(configs.Config(), tokenizer, imported, run)
+        inputs = RunInputs(
+            parents={}, tokenizer=tokenizer, say=print, phases=Phases(), imported=imported
+        )
+        claim_workdir(configs.Config(), inputs, run)
         change(checkpoint / "generation_config.json", {"eos_token_id": 3})
         again = imports.inherit(run, {"policy": checkpoint})  # a resume
         change(checkpoint / "generation_config.json", GENERATION)

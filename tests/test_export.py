@@ -40,7 +40,7 @@ def make_run(directory, tokenizer, stage, model, items):
     (directory / "config.json").write_text(
         configs.to_json(configs.Config(stage=stage, model=model))
     )
-    (directory / "summary.json").write_text("{}")
+    (directory / "summary.json").write_text('{"steps": 7}')
     shutil.copytree(tokenizer, directory / "tokenizer")
     placed = {
         name: jax.tree.map(jax.device_put, x, sharding.param_shardings(x, MESH))
@@ -105,7 +105,14 @@ def test_a_run_goes_out_whole(family, tokenizer, tmp_path, capsys):
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= kept.keys()
     assert {name: (out / name).read_bytes() for name in kept} == kept
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*kept, "README.md", "config.json", "generation_config.json", "model.safetensors"]
+        [
+            *kept,
+            "README.md",
+            "alignjax.json",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+        ]
     )
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert "model of step 7 written to" in capsys.readouterr().out
@@ -224,8 +231,7 @@ def test_an_interrupted_export_does_not_look_whole(ppo, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "restore_array", interrupted)
         assert to_hf(ppo.directory, tmp_path / "out") == 130
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial/config.json").exists()
+    assert list(tmp_path.iterdir()) == []
     assert to_hf(ppo.directory, tmp_path / "out") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -246,7 +252,7 @@ def test_mistakes_on_the_command_line_are_one_line(ppo, tokenizer, tmp_path, cap
         return printed.err
 
     assert f"--out {full}: already exists" in fails(run, full)
-    assert f"--out {full / 'file'}: already exists" in fails(run, full / "file")
+    assert f"--out {full / 'file'}: this is a file" in fails(run, full / "file")
     assert "--role value: " in fails(other, tmp_path / "out", "--role=value")
     assert "--role policy: " in fails(other, tmp_path / "out", "--role=policy")
     assert "no config.json there" in fails(tmp_path, tmp_path / "out")
@@ -271,4 +277,4 @@ def test_a_damaged_checkpoint_is_named(ppo, tmp_path, capsys):
     assert printed.count("\n") == 1
     shutil.rmtree(run / "checkpoints")
     assert to_hf(run, tmp_path / "out") == 2
-    assert "no checkpoint there" in capsys.readouterr().err
+    assert "checkpoints/7: the last checkpoint of this run is missing" in capsys.readouterr().err

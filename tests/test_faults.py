@@ -14,8 +14,11 @@ import kills
 import pytest
 from runs import ROOT, Chain, Crash, act_in_step, command, fails, files_of, rows, with_parents
 
+from alignjax import config as configs
 from alignjax import train
-from alignjax.runs import tensorboard
+from alignjax.config import UserError
+from alignjax.machine import lock, marker, outputs
+from alignjax.runs import claim, step_files, tensorboard
 from alignjax.runs.log import TrainingLog
 
 
@@ -113,7 +116,9 @@ def test_a_damaged_parent_is_named(chain, tmp_path, capsys):
     runs = with_parents("sft-tiny", chain.runs, tmp_path)
     last = runs / "lm-tiny" / "checkpoints" / "4"
     checksums = last / "checksums" / "metadata"
-    checksums.write_text(checksums.read_text().replace("1", "2"))
+    sums = json.loads(checksums.read_text())
+    sums["model"] = {path: number + 1 for path, number in sums["model"].items()}
+    checksums.write_text(json.dumps(sums))
     line = fails(capsys, *command("sft-tiny", runs))
     assert f"{last} is damaged (model/" in line and "checksum differs" in line
 
@@ -151,10 +156,12 @@ def fill_disk_of_tensorboard(log: TrainingLog, patch: pytest.MonkeyPatch) -> Non
 # An exception that a thread leaves uncaught would print a traceback.
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
-    "fill_disk", [fill_disk_of_metrics, fill_disk_of_tensorboard], ids=["metrics", "tensorboard"]
+    "fill_disk, name",
+    [(fill_disk_of_metrics, "metrics.jsonl"), (fill_disk_of_tensorboard, "tensorboard")],
+    ids=["metrics", "tensorboard"],
 )
 def test_a_disk_that_is_full_between_saves_is_one_line_too(
-    fill_disk, chain, tmp_path, monkeypatch, capfd
+    fill_disk, name, chain, tmp_path, monkeypatch, capfd
 ):
     run = copy_killed(chain, tmp_path)
     write = TrainingLog.write
@@ -168,7 +175,7 @@ def test_a_disk_that_is_full_between_saves_is_one_line_too(
         patch.setattr(TrainingLog, "write", write_to_full_disk)
         line = fails(capfd, *command("lm-tiny", tmp_path))
     reason = "No space left on device; fix that, and the same command resumes the run"
-    assert line == f"alignjax: {run}: {reason}"
+    assert line == f"alignjax: {run / name}: {reason}"
     assert train.main(command("lm-tiny", tmp_path)) == 0
     assert files_of(run) == files_of(chain.runs / "lm-tiny")
 
@@ -199,6 +206,161 @@ def test_a_second_process_on_a_work_directory_is_refused_at_once(chain, tmp_path
     assert files_of(run) == files_of(chain.runs / "lm-tiny") and not (run / "lock").exists()
 
 
+# ------------------------------------------------------------- checkpoints that are not the run's
+
+
+def test_a_parent_without_its_last_checkpoint_is_refused(chain, tmp_path, capsys):
+    """An earlier one does not replace it, and the child leaves no directory."""
+    runs = with_parents("sft-tiny", chain.runs, tmp_path)
+    parent = runs / "lm-tiny"
+    shutil.rmtree(parent / "checkpoints" / "4")
+    parents = [f"--config.parents.model={parent}"]
+    line = fails(capsys, *command("sft-tiny", runs), *parents)
+    assert f"{parent / 'checkpoints' / '4'}: the last checkpoint of this run is missing" in line
+    (parent / "checkpoints" / "2").rename(parent / "checkpoints" / "4")
+    line = fails(capsys, *command("sft-tiny", runs), *parents)
+    assert "checkpoints/4 was saved as step 2: it has been renamed or copied" in line
+    shutil.rmtree(parent / "checkpoints" / "4")
+    shutil.copytree(chain.runs / "pmp-tiny/checkpoints/4", parent / "checkpoints" / "4")
+    line = fails(capsys, *command("sft-tiny", runs), *parents)
+    assert "checkpoints/4 was saved by another run" in line
+    assert names_in(runs) == {"lm-tiny"}
+
+
+def test_a_parent_of_another_stage_is_refused_before_anything_is_written(chain, tmp_path, capsys):
+    for name, role, parent, reason in (
+        ("sft-tiny", "model", "rm-tiny", "a language model is wanted"),
+        ("ppo-tiny", "policy", "rm-tiny", "a language model is wanted"),
+        ("ppo-tiny", "reward", "sft-tiny", "a reward model is wanted"),
+    ):
+        change = f"--config.parents.{role}={chain.runs / parent}"
+        line = fails(capsys, *command(name, tmp_path, change))
+        assert f"parents.{role}={chain.runs / parent}: {reason}, this run's stage is" in line
+    assert names_in(tmp_path) == set()
+
+
+def test_a_checkpoint_of_another_run_is_put_aside_and_swapped_ones_are_refused(
+    chain, tmp_path, capsys
+):
+    run = copy_without_summary(chain, tmp_path)
+    two, four = (run / "checkpoints" / step for step in ("2", "4"))
+    for old, new in ((two, run / "two"), (four, two), (run / "two", four)):
+        old.rename(new)
+    before = contents(run)
+    line = fails(capsys, *command("lm-tiny", tmp_path))
+    assert "none of the checkpoints [4, 2] can be read" in line
+    assert contents(run) == before
+    four.rename(two.with_name("two"))
+    shutil.rmtree(two)
+    two.with_name("two").rename(two)
+    shutil.copytree(chain.runs / "pmp-tiny/checkpoints/4", four)
+    (run / "damaged" / "4").mkdir(parents=True)
+    (run / "damaged" / "4" / "notes").write_text("mine")
+    assert train.main(command("lm-tiny", tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert f"{four} was saved by another run; falling back" in printed
+    assert names_in(run / "damaged") == {"4", "4-2"}
+    assert files_of(run) == files_of(chain.runs / "lm-tiny")
+
+
+# --------------------------------------------------------------------------------- files of steps
+
+ROW = b'{"step": %d, "loss": 1.5}\n'
+
+
+@pytest.mark.parametrize(
+    "content, reason, lost",
+    [
+        (None, "the file is missing, the rows of steps 0-3 are lost, and marked so", [0, 1, 2, 3]),
+        (b"", "the rows of steps 0-3 are lost", [0, 1, 2, 3]),
+        (ROW % 0 + b"\0" * 40, "line 2 can't be read, the rows of steps 1-3 are", [1, 2, 3]),
+        (ROW % 0 + ROW % 1 + ROW % 3 + ROW % 4, "the rows of steps 2 are lost", [2]),
+        (ROW % 0 + b'{"step": 1, "lo\n' + ROW % 2 + ROW % 3, "line 2 can't be read, the", [1]),
+        (ROW % 0 + ROW % 1 + b"\xff\n" + ROW % 2 + ROW % 3, "line 3 can't be read; it is", []),
+        (b"".join(ROW % step for step in range(5)) + b'{"step": 5, "lo', "", []),
+    ],
+)
+def test_damage_of_metrics_is_reported_and_the_lost_rows_are_marked(
+    content, reason, lost, tmp_path
+):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    printed = []
+    step_files.restore_rows(path, 4, printed.append, every_step=True)
+    assert [row["step"] for row in rows(path)] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows(path) if row.get("lost")] == lost
+    if not reason:
+        assert not printed and names_in(tmp_path) == {"metrics.jsonl"}
+        return
+    (line,) = printed
+    assert line.startswith(f"{path}: {reason}")
+    if content is not None:
+        assert (tmp_path / "damaged" / "metrics.jsonl").read_bytes() == content
+
+
+def test_an_old_run_with_damaged_metrics_resumes_and_says_so(chain, tmp_path, capsys):
+    """It has no marker, and its checkpoints do not say whose they are."""
+    run = copy_without_summary(chain, tmp_path)
+    shutil.rmtree(run / "checkpoints" / "4")
+    (run / marker.NAME).unlink()
+    checksums = run / "checkpoints" / "2" / "checksums" / "metadata"
+    sums = json.loads(checksums.read_text())
+    del sums["origin"]
+    checksums.write_text(json.dumps(sums))
+    (run / "metrics.jsonl").write_bytes(b"\0" * 500)
+    assert train.main(command("lm-tiny", tmp_path)) == 0
+    assert "the rows of steps 0-1 are lost" in capsys.readouterr().out
+    whole = files_of(chain.runs / "lm-tiny")
+    assert files_of(run) | {"metrics.jsonl": whole["metrics.jsonl"]} == whole
+    assert rows(run / "metrics.jsonl")[2:] == rows(chain.runs / "lm-tiny" / "metrics.jsonl")[2:]
+    assert marker.read(run)["made_by"] == "alignjax.train"
+
+
+# ----------------------------------------------------------------------------------- longer runs
+
+
+def test_a_complete_run_goes_on_to_more_steps_and_never_to_fewer(chain, tmp_path, capsys):
+    """With a constant learning rate the result is that of a run that was longer from the start."""
+    constant = "--config.optimiser.schedule=constant"
+
+    def train_lm(runs: Path, steps: int) -> list[str]:
+        return command("lm-tiny", runs, constant, f"--config.steps={steps}")
+
+    assert train.main(train_lm(tmp_path / "once", 4)) == 0
+    assert train.main(train_lm(tmp_path / "twice", 2)) == 0
+    run = tmp_path / "twice" / "lm-tiny"
+    (run / "evaluation.json").write_text("{}")
+    child = tmp_path / "twice" / "child"
+    child.mkdir()
+    end = claim.ends_of({"model": run})
+    (child / marker.NAME).write_text(marker.dumps({"made_by": marker.TRAIN, "parents": end}))
+    capsys.readouterr()
+    assert train.main(train_lm(tmp_path / "twice", 4)) == 0
+    printed = capsys.readouterr().out
+    assert f"lm-tiny: {run} has 2 steps and goes on to 4" in printed
+    assert f"made of its 2 steps, and not changed: evaluation.json, {child}" in printed
+    assert "resuming from step 2" in printed
+    assert files_of(run) == files_of(tmp_path / "once" / "lm-tiny")
+    with pytest.raises(UserError, match="began from step 2 of parents.model=.* has 4 steps now"):
+        claim.check_same_parents(child, {"model": run})
+    line = fails(capsys, *train_lm(tmp_path / "twice", 3))
+    assert f"{run} holds a run of 4 steps, and steps=3 is not more" in line
+    assert files_of(run) == files_of(tmp_path / "once" / "lm-tiny")
+
+
+def test_a_longer_run_says_that_its_cosine_rises_again(chain, tmp_path):
+    run = tmp_path / "lm-tiny"
+    shutil.copytree(chain.runs / "lm-tiny", run)
+    config = configs.load("lm.py:tiny", {"steps": "8"})
+    claim.check_workdir(config, run, may_grow=True)
+    printed = []
+    claim.prolong(config, run, printed.append)
+    assert "the learning rate follows a cosine over 8 steps" in printed[1]
+    assert json.loads((run / "config.json").read_text())["steps"] == 8
+    assert not (run / "summary.json").exists()
+
+
 # A command on a host with another name, whose clock is 30 years ahead.
 ELSEWHERE = """
 import socket, sys, time
@@ -212,9 +374,13 @@ sys.exit(train.main(sys.argv[1:]))
 def test_clock_zone_locale_host_directory_and_hash_seed_change_nothing(chain, tmp_path):
     """Nor do the files of a process that was killed while it claimed the directory."""
     claimed = tmp_path / "some where" / "lm-tiny"
-    (claimed / "tokenizer.partial").mkdir(parents=True)
-    for name in ("lock", "config.partial", "tokenizer.partial/tokenizer.json"):
-        (claimed / name).write_text("{")
+    claimed.mkdir(parents=True)
+    (claimed / "lock").write_text("process 1 on elsewhere")
+    (claimed / marker.NAME).write_text(marker.dumps(lock.new_run()))
+    for name in ("tokenizer", "config.json"):
+        outputs.temporary_beside(claimed / name).write_text("{")
+    (claimed / "tokenizer").mkdir()
+    (claimed / "tokenizer" / "tokenizer.json").write_text("{")
     environment = os.environ | {
         "TZ": "Asia/Kathmandu",
         "LC_ALL": "C",
@@ -228,3 +394,4 @@ def test_clock_zone_locale_host_directory_and_hash_seed_change_nothing(chain, tm
     finished = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert files_of(claimed) == files_of(chain.runs / "lm-tiny")
+    assert names_in(claimed) == names_in(chain.runs / "lm-tiny")

@@ -15,9 +15,9 @@ from runs import rows, step_output
 
 from alignjax.algorithms.stage import Evaluation, StepDetails
 from alignjax.config import UserError
-from alignjax.machine import console
+from alignjax.machine import console, outputs
 from alignjax.runs.log import TrainingLog
-from alignjax.runs.step_files import drop_rows
+from alignjax.runs.step_files import restore_rows
 
 NO_DETAILS = StepDetails(metrics={}, samples=[])
 
@@ -267,16 +267,16 @@ def test_a_line_cut_off_anywhere_leaves_the_complete_ones(tmp_path):
     last = '{"step": 1, "loss": 2.5}'
     for length in range(len(last)):
         path.write_text(whole + last[:length])
-        drop_rows(path, 9)
+        restore_rows(path, 9, pytest.fail)
         assert path.read_text() == whole
     path.write_text(whole + last)  # only the end of the line is missing
-    drop_rows(path, 9)
+    restore_rows(path, 9, pytest.fail)
     assert path.read_text() == whole + last + "\n"
     assert [left.name for left in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_missing_file_is_not_made(tmp_path):
-    drop_rows(tmp_path / "metrics.jsonl", 3)
+    restore_rows(tmp_path / "samples.jsonl", 3, pytest.fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -341,12 +341,13 @@ def test_skipped_steps_are_kept_and_counted_over_the_whole_run(tmp_path):
 
     write_with_skipped_steps(tmp_path, 0, {1, 4, 5}, 3, printed.append)
     assert names() == ["1.npz", "4.npz", "5.npz"]
-    (skipped / "5.npz").rename(skipped / "5.partial")
+    (skipped / "5.npz").rename(outputs.temporary_beside(skipped / "5.npz"))  # as a kill leaves it
+    (skipped / "notes.npz").write_text("mine")
     with pytest.raises(UserError, match=r"loss is nan at step 4 \(2 skipped so far, max_skipped=1"):
         write_with_skipped_steps(tmp_path, 3, {4, 5}, 1, printed.append)
     assert steps_in(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4]
     write_with_skipped_steps(tmp_path, 3, {4, 5}, 3, printed.append)
-    assert names() == ["1.npz", "4.npz", "5.npz"]
+    assert names() == ["1.npz", "4.npz", "5.npz", "notes.npz"]
     kept = dict(np.load(skipped / "4.npz"))
     assert set(kept) == {"tokens", "metrics/loss", "metrics/skipped"}
     assert kept["tokens"] == [4] and np.isnan(kept["metrics/loss"]) and kept["metrics/skipped"] == 1

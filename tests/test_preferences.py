@@ -692,13 +692,17 @@ def test_an_interrupted_preparation_leaves_nothing_and_starts_again(
     assert list((tmp_path / "out/hh/helpful_base").iterdir()) == []
     # What SIGKILL leaves.
     leftovers = [
-        tmp_path / "out/hh/helpful_base/incomplete.ABC_1.0.0",
-        tmp_path / "out/downloads/hh/x.gz.tmp.123",
+        tmp_path / "out/hh/helpful_base/incomplete.ABC123_1.0.0",
+        tmp_path / "out/downloads/hh/x.gz.tmp.0123456789abcdef0123456789abcdef",
     ]
     for path in leftovers:
         path.mkdir(parents=True)
+    others = [path.with_name(f"my-{path.name}-notes") for path in leftovers]
+    for path in others:
+        path.mkdir()
     assert prepared("hh_helpful_base", hh_files, tmp_path / "out")[0]["train"]["pairs"] == 1
     assert not any(path.exists() for path in leftovers)
+    assert all(path.exists() for path in others)
 
 
 def command(patch, *arguments):

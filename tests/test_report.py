@@ -226,7 +226,7 @@ def test_user_errors_are_reported_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"alignjax: {no_run}\n"
     run = str(write_run(tmp_path / "run"))
     assert report.main([run, "--out", str(tmp_path / "no" / "where.html")]) == 2
-    no_directory = f"--out {tmp_path}/no/where.html: No such file or directory"
+    no_directory = f"--out {tmp_path}/no/where.html: there is no directory {tmp_path}/no"
     assert capsys.readouterr().err == f"alignjax: {no_directory}\n"
     assert report.main([run]) == 0
     assert (tmp_path / "run" / "report.html").exists()

@@ -2,6 +2,7 @@
 
 import collections
 import decimal
+import functools
 import gzip
 import json
 import os
@@ -18,6 +19,8 @@ from alignjax.config import UserError
 from alignjax.data import files, json_array, mixture, paths, raw_rows, sources
 from alignjax.data.preferences import rows as published
 
+# The names of cases must be the same in every process: without this, gzip writes the time.
+compress = functools.partial(gzip.compress, mtime=0)
 BOM = b"\xef\xbb\xbf"
 LONE = "\ud83d"  # half of a surrogate pair
 USER = {"role": "user", "content": "q"}
@@ -72,13 +75,13 @@ def refusal(source, kind="text", **options):
         ("bom.jsonl", BOM + b'{"text": "a"}\n{"text": "b"}\n'),
         ("joined.jsonl", BOM + b'{"text": "a"}\n' + BOM + b'{"text": "b"}\n'),
         ("windows.jsonl", b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n'),
-        ("bom.jsonl.gz", gzip.compress(BOM + b'{"text": "a"}\n{"text": "b"}')),
-        ("no_suffix", gzip.compress(b'{"text": "a"}\n{"text": "b"}')),
-        ("members.gz", gzip.compress(b'{"text": "a"}\n') + gzip.compress(b'{"text": "b"}')),
+        ("bom.jsonl.gz", compress(BOM + b'{"text": "a"}\n{"text": "b"}')),
+        ("no_suffix", compress(b'{"text": "a"}\n{"text": "b"}')),
+        ("members.gz", compress(b'{"text": "a"}\n') + compress(b'{"text": "b"}')),
         ("array.json", b'[{"text": "a"},\n {"text": "b"}]\n'),
         ("array.jsonl", b' \n[{"text": "a"}, {"text": "b"}]'),
         ("bom.json", BOM + b'\n[{"text": "a"}, {"text": "b"}]'),
-        ("array.json.gz", gzip.compress(BOM + b'[{"text": "a"}, {"text": "b"}]')),
+        ("array.json.gz", compress(BOM + b'[{"text": "a"}, {"text": "b"}]')),
     ],
 )
 def test_a_file_is_read_whatever_its_form(name, content):
@@ -135,9 +138,9 @@ def test_only_a_part_of_a_long_array_is_in_memory(monkeypatch):
         ("a.jsonl", b'{"text": "a"}\r{"text": "b"}', "a.jsonl:1: not JSON: Extra data"),
         ("a.jsonl", b'\xff\xfe{\0"\0', "a.jsonl: expected JSON lines.*, found text in UTF-16"),
         ("a.jsonl.gz", b"", "a.jsonl.gz: empty"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "a.jsonl.gz:1: .*file ended before"),
-        ("a.gz", gzip.compress(b'{"text": "a"}\n') + b"junk", "a.gz:2: .*Not a gzipped file"),
-        ("a.json.gz", gzip.compress(b'[{"text": "a"}]')[:-9], "a.json.gz.*file ended before"),
+        ("a.jsonl.gz", compress(b'{"text": "a"}')[:-9], "a.jsonl.gz:1: .*file ended before"),
+        ("a.gz", compress(b'{"text": "a"}\n') + b"junk", "a.gz:2: .*Not a gzipped file"),
+        ("a.json.gz", compress(b'[{"text": "a"}]')[:-9], "a.json.gz.*file ended before"),
         ("a.zst", b"\x28\xb5\x2f\xfd", "found a file compressed with zstd"),
         ("a.xlsx", b"PK\x03\x04", "found a zip archive or spreadsheet"),
         ("a.arrow", b"ARROW1", "found an Arrow or Feather file"),
@@ -544,7 +547,7 @@ def test_no_damage_to_a_file_is_more_than_one_line(monkeypatch):
     contents = {
         "a.jsonl": "\n".join(map(line, rows)).encode(),
         "a.json": json.dumps(rows, indent=1).encode(),
-        "a.json.gz": gzip.compress(json.dumps(rows).encode(), mtime=0),
+        "a.json.gz": compress(json.dumps(rows).encode()),
         "a.parquet": Path("good.parquet").read_bytes(),
     }
     generator = random.Random(0)

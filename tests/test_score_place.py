@@ -14,13 +14,14 @@ from safetensors.numpy import load_file, save_file
 from test_ppo import MESH, RESPONSE_LENGTH, World, make
 from transformers import AutoTokenizer
 
+from alignjax import chat as chat_command
 from alignjax import convert, evaluate, inference
 from alignjax.algorithms import experience
 from alignjax.algorithms.experience import Minibatches
 from alignjax.algorithms.rewards import TextRewardModel
 from alignjax.data import chat
 from alignjax.models import scoring
-from alignjax.weights.score_place import ending_of
+from alignjax.weights.score_place import ending_of, notice_of_change
 
 PROMPTS = ["copy : cat box", "join : red van"]
 REPLIES = ["cat box", "\n red"]
@@ -62,6 +63,11 @@ def test_ours_is_read_at_the_end_token_and_others_behind_the_template(chain, exp
     (newline,) = chat.closing_tokens(tokenizer)
     assert ending_of(chain.runs / "rm-tiny", tokenizer) == ending_of(export, tokenizer) == (end,)
     assert ending_of(foreign(export, tmp_path / "other"), tokenizer) == (end, newline)
+    notice = notice_of_change(tmp_path / "other", tokenizer)  # of a ranking run that begins there
+    assert (
+        "were read behind '<|im_end|>\\n'; this run reads and trains them at '<|im_end|>'" in notice
+    )
+    assert notice_of_change(export, tokenizer) == ""
     old = tmp_path / "old"  # an export from before the field was written
     shutil.copytree(export, old)
     config = json.loads((old / "config.json").read_text())
@@ -118,6 +124,24 @@ def score_alone(model, tokens):
     row[0, : len(tokens)] = tokens
     score = compiled_score_alone(model.architecture)
     return float(score(model.params, row, np.array([len(tokens)]))[0])
+
+
+def test_chat_scores_what_a_reply_says_whichever_end_it_has(export):
+    tokenizer = AutoTokenizer.from_pretrained(str(export))
+    end = chat.end_token(tokenizer)
+    scored = []
+
+    def score(prompts, responses):
+        scored.extend(responses)
+        return [0.5]
+
+    model = types.SimpleNamespace(tokenizer=tokenizer, uses_chat_template=True)
+    reward = types.SimpleNamespace(tokenizer=tokenizer, score=score)
+    for tokens, is_truncated in (([7, 9], False), ([7, end], False), ([7, 9], True)):
+        reply = inference.Response(text="a", tokens=tokens, truncated=is_truncated)
+        description = chat_command.describe_score(model, reward, messages_of("a", "")[:1], reply)
+        assert description == "score 0.50"
+    assert scored == [[7, end], [7, end], [7, 9]]
 
 
 def test_a_reward_model_with_another_tokenizer_reads_its_own_ending():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax.algorithms import advantages, losses
-from alignjax.sampling import cache
+from alignjax.sampling import ring_cache
 
 LOGPROBS = jnp.zeros((2, 3))
 
@@ -29,7 +29,7 @@ def test_a_mask_must_be_boolean():
 
 def test_a_function_that_another_module_has_imported_is_checked_too():
     with pytest.raises(jaxtyping.TypeCheckError, match="queries"):
-        cache.cached_attention(LOGPROBS, [], [])
+        ring_cache.cached_attention(LOGPROBS, [], [])
 
 
 def test_a_numpy_array_may_stand_for_a_jax_array():

@@ -80,7 +80,7 @@ def test_the_world_before_and_after_ppo(chain, tmp_path, printed, monkeypatch):
         for n in (0, 1)
         for task in ("sampled", "greedy", "choice")
     }
-    assert set(kept) == tasks | {"results.json"}
+    assert set(kept) == tasks | {"alignjax.json", "results.json"}
     results = json.loads(kept["results.json"])
     assert results["groups"]["world-1shot"]["sample_count"]["acc,none"] == 5
     assert results["config"]["run"] == str(ppo)
@@ -220,7 +220,7 @@ def test_a_file_where_the_results_should_go_is_a_user_error(chain, tmp_path, cap
     out = tmp_path / "out"
     out.write_text("")
     assert run_one_example(chain, out) == 2
-    message = "out: the directory for results cannot be made (File exists)"
+    message = "out: this is a file; name a directory"
     assert message in capsys.readouterr().err
 
 

@@ -3,12 +3,17 @@
 import itertools
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import chat_templates
+import jax
+import numpy as np
 import pytest
 
 from alignjax.config import UserError
 from alignjax.data import chat, chat_format, encoding, templates
+from alignjax.machine import collectives
 
 KINDS = tuple(chat_templates.TOKENIZERS)
 NAMES = tuple(chat_templates.TEMPLATES)
@@ -340,6 +345,70 @@ def test_rows_that_cannot_be_encoded_are_named_or_skipped(directories, kind):
             assert len(next(iter(arrays.values()))) == 7
         with pytest.raises(UserError, match=f"all 2 {kind} are bad; the first: mine.jsonl:4"):
             encoding.encode([rows[3], rows[7]], kind, 16, tokenizer, printed.append, skip=True)
+
+
+class Processes:
+    """Several processes as threads: their collective functions wait for each other."""
+
+    def __init__(self, count, monkeypatch):
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=20)
+        self.parts = [None] * count
+        self.local = threading.local()
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda: self.local.index)
+        monkeypatch.setattr(collectives, "gather", self.gather)
+
+    def gather(self, data):
+        self.parts[self.local.index] = data
+        self.barrier.wait()
+        parts = list(self.parts)
+        self.barrier.wait()
+        return parts
+
+    def run(self, function):
+        """Return what the function returns, or raises, in each process."""
+        with ThreadPoolExecutor(self.count) as threads:
+            return list(threads.map(lambda index: self.call(function, index), range(self.count)))
+
+    def call(self, function, index):
+        self.local.index = index
+        try:
+            return function()
+        except UserError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_several_processes_agree_on_the_rows_that_cannot_be_encoded(directories, monkeypatch, kind):
+    tokenizer = chat_templates.load(directories["byte_level"], "refuses_system")
+    chat.encode_texts(tokenizer, ["a"])
+    rows = [GOOD_ROWS[kind] | {"margin": float(number)} for number in range(11)]
+    for number in (4, 6, 9):
+        rows[number] = BAD_ROWS[kind][0][0]
+    rows = [row | {"where": f"mine.jsonl:{number}"} for number, row in enumerate(rows, 1)]
+
+    def encode(skip):
+        arrays = encoding.encode(rows, kind, 20, tokenizer, lambda line: None, skip=skip)
+        return {name: np.asarray(array).tolist() for name, array in arrays.items()}
+
+    alone = encode(True)
+    processes = Processes(3, monkeypatch)
+    assert processes.run(lambda: encode(True)) == [alone] * 3
+    [error, *others] = processes.run(lambda: encode(False))
+    assert error.startswith("mine.jsonl:5: ") and others == [error] * 2
+
+
+def test_a_reply_within_tokens_of_its_own_ends_at_the_end_of_the_turn(directories):
+    tokenizer = chat_templates.load(
+        directories["byte_level"],
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "<think>{{ m.content }}</think>{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    [response] = chat.encode_responses(tokenizer, [turns("a")], ["b"])
+    assert tokenizer.decode(response) == "<think>b</think><|im_end|>"
+    assert response[-1] == chat.end_token(tokenizer)
 
 
 def test_a_reply_that_the_template_loses_is_a_bad_row(directories):

@@ -27,6 +27,7 @@ from configs import arithmetic
 
 FIGURES = {"score", "true_score", "kl", "length", "truncated", "entropy"}
 RUN_FILES = {
+    "alignjax.json",
     "config.json",
     "metrics.jsonl",
     "timing.jsonl",

@@ -28,6 +28,7 @@ from alignjax.data import encoding, mixture, packing, sources
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
+from alignjax.weights.score_place import notice_of_change
 
 Mesh = jax.sharding.Mesh
 Rows = dict[str, Any]  # chosen, rejected, their lengths, margin, as `encoding.encode` makes them
@@ -344,6 +345,10 @@ class Ranking(SupervisedStage):
 def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingData:
     """Read and tokenise what the config trains on, holds out, and takes as demonstrations."""
     data = config.data
+    if "model" in inputs.parents:
+        notice = notice_of_change(inputs.parents["model"], inputs.tokenizer)
+        if notice:
+            inputs.say(f"{config.name}: {notice}")
     sets = mixture.sets(config, "comparisons", data.train, data.heldout, inputs.say)
     encode = functools.partial(
         encoding.encode,

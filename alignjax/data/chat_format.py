@@ -83,10 +83,10 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.name = f"chat template of {tokenizer.name_or_path}"
         probe = probe_template(tokenizer)
-        end_name = find_end(tokenizer, probe)
+        of_reply = tokens_of_reply(tokenizer, probe)
+        end_name = find_end(tokenizer, probe, of_reply)
         if end_name is None:
             raise UserError(f"{self.name}: no special token ends the assistant's turn")
-        of_reply = tokens_of_reply(tokenizer, probe) - {end_name}
         self.controls = ControlTokens(
             tokenizer,
             markers=turn_markers(tokenizer, probe) | {end_name},
@@ -305,9 +305,9 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Probe:
     raise refusals[0]
 
 
-def find_end(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> str | None:
+def find_end(tokenizer: PreTrainedTokenizerBase, probe: Probe, of_reply: set[str]) -> str | None:
     """Return the name of the first control token after the reply, or None if there is none."""
-    names = {*tokenizer.all_special_tokens, *bracketed_tokens(tokenizer)}
+    names = {*tokenizer.all_special_tokens, *bracketed_tokens(tokenizer)} - of_reply
     text = probe.after_reply
     places = [(text.index(name), -len(name), name) for name in names if name and name in text]
     return min(places)[2] if places else None
@@ -324,7 +324,8 @@ def tokens_of_reply(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> set[str
 
     They belong to the reply: a model writes them itself.
     """
-    names = set(bracketed_tokens(tokenizer))
+    ends_of_text = {tokenizer.bos_token, tokenizer.eos_token}
+    names = set(bracketed_tokens(tokenizer)) - ends_of_text
     words = {name[1:-1].removeprefix("/") for name in names}
     pairs = [{f"<{word}>", f"</{word}>"} for word in words]
     opened = opened_by_prompt(probe)

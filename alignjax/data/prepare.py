@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,6 +31,8 @@ from alignjax.machine.arguments import Parser
 from alignjax.machine.console import print_error, run_command
 
 RETRIES = 3  # of a download; TFDS's 10 take minutes to find that there is no network
+# Names that TFDS gives to the directories that it fills, of a set and of a download.
+LEFTOVER = re.compile(r"incomplete\.[A-Z0-9]{6}_.+|.+\.tmp\.[0-9a-f]{32}")
 SECOND_TRY = 1.0  # seconds until an interrupt that was lost is raised again
 
 
@@ -130,7 +133,8 @@ def remove_leftovers(target: Path, family: Path) -> None:
     """Remove what a process that was killed left half made."""
     downloads = family.parent / "downloads" / family.name
     for path in (*target.parent.glob("incomplete.*"), *downloads.glob("*.tmp.*")):
-        shutil.rmtree(path)
+        if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def check_manual_dir(spec: str, manual_dir: str, builder: Comparisons) -> None:

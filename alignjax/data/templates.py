@@ -117,6 +117,6 @@ def render(
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if there is none."""
+    """Return the beginning of an error's text, on one line, or its type if there is none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:200] if lines else type(error).__name__

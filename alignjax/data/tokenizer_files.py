@@ -34,6 +34,7 @@ def load(directory: Path) -> PreTrainedTokenizerBase:
       UserError: for a file that is missing, damaged or of another form, and for a tokenizer that
         needs code of its own.
     """
+    workdirs.check_files(directory)
     with workdirs.local_copy(directory) as local:
         config = read_config(local, directory)
         try:
@@ -65,6 +66,10 @@ def read_config(local: Path, directory: Path) -> dict[str, Any]:
     name = config.get("tokenizer_class")
     if not isinstance(name, str | None):
         raise UserError(f"{path}: tokenizer_class={name!r} must be a text")
+    try:
+        json.dumps(config, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: a text has half of a surrogate pair") from None
     return config
 
 

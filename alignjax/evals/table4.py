@@ -12,8 +12,8 @@ of devices changes more than their last digits. Two equal responses get equal sc
 
 import argparse
 import functools
+import glob
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,15 @@ from alignjax.config import UserError
 from alignjax.data import chat, encoding, mixture, paths, preferences, sources, tokenising, toy
 from alignjax.data.ends import replace_end
 from alignjax.evals import calibration, published_figures
-from alignjax.machine import console, sharding
+from alignjax.machine import console, outputs, pictures, sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
 from alignjax.runs import lineage
 from alignjax.weights import imported, locations
 from alignjax.weights.score_place import ending_of
 
+# Of the file of results, by which one from an earlier evaluation is known.
+RESULT_KEYS = frozenset({"split", "max_length", "runs", "figures", "report"})
 CHUNK = 256  # pairs tokenised and scored at a time: enough to fill microbatches
 
 Pair = tuple[list[int], list[int]]  # tokens of prompt and chosen, of prompt and rejected response
@@ -138,7 +140,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     given_runs = {run: locations.local_directory(run) for run in arguments.run}
     first_run = next(iter(given_runs.values()))
     runs = ranking_runs(given_runs)
-    files = output_files(arguments.out, first_run)
+    files = output_files(arguments, first_run)
     # A Hugging Face checkpoint has none of a run's fields.
     stored = {"seed": 0, "microbatch_tokens": 4096} | locations.read_config(first_run)
     max_length = arguments.max_length or stored.get("data.max_length")
@@ -229,8 +231,9 @@ def pmp_parent(run: Path) -> Path | None:
     return parent
 
 
-def output_files(out: str | None, run: Path) -> OutputFiles:
-    """Return where the results go; raise UserError unless they can be written there."""
+def output_files(arguments: argparse.Namespace, run: Path) -> OutputFiles:
+    """Return where the results go; raise UserError unless they may be written there."""
+    out = arguments.out
     if out is None and not workdirs.is_local(run):
         raise UserError(
             f"--run {run}: the results go to a local file, so name one with --out FILE.json"
@@ -239,9 +242,15 @@ def output_files(out: str | None, run: Path) -> OutputFiles:
     path = default.figures if out is None else Path(out)
     if path.suffix != ".json" or not path.parent.is_dir():
         raise UserError(f"--out {out}: expected the name of a .json file in an existing directory")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: cannot be written there; name another file with --out FILE.json")
     picture = default.picture if out is None else path.with_suffix(".png")
+    inputs = [Path(file) for name in names_of_sets(arguments.sets) for file in glob.glob(name)]
+    is_own = {
+        path: functools.partial(outputs.has_keys, keys=RESULT_KEYS),
+        # Older versions left no mark of their own in the picture.
+        picture: functools.partial(pictures.is_picture, record=path, keys=RESULT_KEYS),
+    }
+    for file, test in is_own.items():
+        outputs.check_file(file, "--out", is_own=test, overwrite=arguments.overwrite, inputs=inputs)
     return OutputFiles(path, picture)
 
 
@@ -422,10 +431,11 @@ def write_results(files: OutputFiles, settings: dict, figures: dict[str, dict]) 
         if name_without_options(name) in published_figures.TABLE_4
     }
     results = settings | {"figures": figures, "report": report}
-    workdirs.write_atomically(files.figures, json.dumps(results, indent=1))
+    outputs.write_text(files.figures, json.dumps(results, indent=1))
     curves = {
         name: {label: sets[name]["calibration"] for label, sets in figures.items()}
         for name in names
     }
-    calibration.calibration_figure(curves).savefig(files.picture, dpi=150)
+    picture = calibration.calibration_figure(curves)
+    pictures.write_picture(files.picture, picture, dpi=150)
     say(f"figures in {files.figures}, calibration in {files.picture}")

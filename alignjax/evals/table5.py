@@ -31,13 +31,15 @@ from alignjax.config import UserError, nearest
 from alignjax.evals import calibration, published_figures, registry
 from alignjax.evals.adapter import AlignJax
 from alignjax.evals.benchmark import Benchmark, Figure
-from alignjax.machine import console, jsonl
+from alignjax.machine import console, jsonl, output_directories, outputs
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
 from alignjax.weights import checkpoint, locations, roles
 
 STANDARD_ERRORS = 1.96  # on either side of an estimate: its 95 % interval
 MICROBATCH_TOKENS = 4096
+COMMAND = "alignjax.evaluate"  # in the marker of a directory of results
+RESULT_KEYS = frozenset({"results", "groups", "versions"})  # of results.json
 SETTINGS = {"zero": ("zero",), "few": ("few",), "both": ("zero", "few")}  # of --shots
 
 Results = dict[str, Any]  # the harness's results of one model
@@ -72,6 +74,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """
     subjects = parse_tasks(arguments.tasks)
     directories = result_directories(arguments.run, arguments.out)
+    for directory in directories.values():
+        output_directories.check_directory(
+            directory,
+            "--out",
+            command=COMMAND,
+            is_own=has_results,
+            overwrite=arguments.overwrite,
+        )
     columns = table_columns(list(subjects), arguments.shots)
     with quiet_harness():
         manager = TaskManager(include_defaults=False, include_path=registry.include_paths(subjects))
@@ -187,7 +197,7 @@ def evaluate_model(
     run_directory = language_model_directory(spec)
     chat = uses_chat_template(arguments.template, run_directory, model.tokenizer, spec)
     say(f"{spec}: {len(groups)} groups of tasks, {'with' if chat else 'without'} the chat template")
-    make_directory(directory)
+    output_directories.claim_directory(directory, COMMAND)
     results = lm_eval.simple_evaluate(
         model,
         tasks=groups,
@@ -202,15 +212,9 @@ def evaluate_model(
     return results
 
 
-def make_directory(directory: Path) -> None:
-    """Make the directory for results; raise UserError if that is impossible."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: the directory for results cannot be made ({error.strerror}); name "
-            "another with --out"
-        ) from None
+def has_results(directory: Path) -> bool:
+    """Return whether an older version, which left no marker, has written into a directory."""
+    return outputs.has_keys(directory / "results.json", RESULT_KEYS)
 
 
 def write_results(directory: Path, results: Results) -> None:
@@ -218,9 +222,9 @@ def write_results(directory: Path, results: Results) -> None:
     options = {"default": handle_non_serializable, "ensure_ascii": False}
     for task, rows in results.pop("samples").items():
         path = directory / f"samples_{task.replace('::', '_')}.jsonl"
-        workdirs.write_atomically(path, jsonl.dumps(rows, **options))
+        outputs.write_text(path, jsonl.dumps(rows, **options))
     text = json.dumps(results, indent=1, **options)
-    workdirs.write_atomically(directory / "results.json", text)
+    outputs.write_text(directory / "results.json", text)
 
 
 def uses_chat_template(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from alignjax.config import UserError
+from alignjax.config import UserError, is_encodable
 
 
 class Finished(Exception):
@@ -27,10 +27,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse a command line; no word may hold a NUL, which no file name can."""
+        """Parse a command line; its words must be possible names of files."""
         for word in args or ():
-            if "\0" in word:
-                self.error(f"{word!r} holds a NUL")
+            if not is_encodable(word):
+                self.error(f"{word!r} has a NUL or half of a surrogate pair")
         return super().parse_known_args(args, namespace)
 
     def print_help(self, file: TextIO | None = None) -> None:

@@ -1,6 +1,7 @@
 """What commands print: errors, lines that keep a progress bar intact, the bar, and tables."""
 
 import contextlib
+import io
 import os
 import select
 import signal
@@ -35,7 +36,7 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
       command: the body, which parses its arguments too.
       interrupted: what to print after an interrupt that brings no text of its own.
     """
-    open_missing_streams()
+    prepare_streams()
     try:
         with watching_interrupts():
             code = exit_code_of(command)
@@ -99,11 +100,11 @@ def report_failure(error: BaseException) -> int:
     return failure.code
 
 
-def open_missing_streams() -> None:
-    """Open the null device in place of standard streams that the caller has closed.
+def prepare_streams() -> None:
+    """Make the standard streams take any text.
 
-    Otherwise the next file that is opened would take the place of a stream, and what a library
-    prints would end up in it.
+    The null device replaces streams that the caller has closed: otherwise the next file that is
+    opened would take the place of one, and what a library prints would end up in it.
     """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= LAST_STREAM:
@@ -113,6 +114,10 @@ def open_missing_streams() -> None:
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            # A terminal without some character shows its code.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def output_is_closed() -> bool:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT, and the notice that a cloud TPU is about to be taken away.
+"""What asks a run to save and end: signals, the end of its parent process, a TPU's notice.
 
 `Signals.received_anywhere` uses a collective of our own, not JAX's preemption service
 (`multihost_utils.reached_preemption_sync_point`, which Orbax uses too). Tried with two CPU
@@ -24,6 +24,9 @@ METADATA_HOST = "metadata.google.internal"
 POLL_SECONDS = 5.0
 # Entries of the metadata server that announce the end of the machine, and the values that do.
 END_NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+
+# Names a pipe that the process which started this one holds open: it closes when that one ends.
+LIFELINE = "ALIGNJAX_LIFELINE"
 
 
 class Signals:
@@ -104,6 +107,25 @@ def watch_for_preemption(notify: Callable[[], object]) -> None:
     if host or jax.default_backend() == "tpu":
         arguments = (host or METADATA_HOST, notify)
         threading.Thread(target=poll_metadata, args=arguments, daemon=True).start()
+
+
+def watch_lifeline(notify: Callable[[], object]) -> None:
+    """Call `notify` in a thread once the process that started this one has ended, however.
+
+    That process says by $ALIGNJAX_LIFELINE which open file of this one is the reading end of a
+    pipe. Without the variable there is nothing to watch.
+    """
+    descriptor = os.environ.pop(LIFELINE, "")
+    if descriptor:
+        arguments = (int(descriptor), notify)
+        threading.Thread(target=wait_for_end, args=arguments, daemon=True).start()
+
+
+def wait_for_end(descriptor: int, notify: Callable[[], object]) -> None:
+    """Call `notify` when no process holds the other end of a pipe any more."""
+    while os.read(descriptor, 1):
+        continue
+    notify()
 
 
 def poll_metadata(host: str, notify: Callable[[], object], every: float = POLL_SECONDS) -> None:

@@ -15,6 +15,21 @@ import jax
 from etils import epath
 
 from alignjax.config import UserError
+from alignjax.machine.outputs import is_local
+from alignjax.machine.outputs import write_text as write_atomically
+
+__all__ = [
+    "check_files",
+    "is_local",
+    "local_copy",
+    "publish",
+    "resolve",
+    "staging",
+    "write_atomically",
+]
+
+# Endings of the files that a run or a model directory has.
+FILE_TYPES = (".json", ".jsonl", ".jinja", ".safetensors", ".model", ".txt")
 
 
 def resolve(spec: str | Path) -> Path:
@@ -37,9 +52,17 @@ def resolve(spec: str | Path) -> Path:
     return epath.Path(spec)
 
 
-def is_local(directory: Path) -> bool:
-    """Return whether a directory is on this machine and not in a bucket."""
-    return isinstance(directory, Path)
+def check_files(directory: Path) -> None:
+    """Raise UserError if something that is no file has the name of a run's or a model's file.
+
+    Opening a FIFO would wait for ever, and a device has no end.
+    """
+    if not is_local(directory) or not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.suffix in FILE_TYPES and path.exists() and not path.is_file():
+            kind = "a directory" if path.is_dir() else "a pipe or a device"
+            raise UserError(f"{path}: expected a file, found {kind}")
 
 
 @contextlib.contextmanager
@@ -94,16 +117,3 @@ def publish(local: Path, target: Path) -> None:
         if file.is_file():
             destination = target / file.relative_to(local).as_posix()
             epath.Path(file).copy(destination, overwrite=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, with a newline at its end.
-
-    An object in a bucket is always written that way.
-    """
-    if not is_local(path):
-        path.write_text(text + "\n")
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)

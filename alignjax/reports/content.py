@@ -108,7 +108,7 @@ def roles_of_parents(run: Records) -> dict[str, list[str]]:
 def parent(run: Records, spec: str, roles: list[str]) -> dict:
     """Return what the page shows of a parent; its results are empty if its run is not here."""
     directory = parent_directory(run, spec)
-    summary = records.read_object(directory / "summary.json") if directory else {}
+    summary = records.read_summary(directory / "summary.json") if directory else {}
     return {
         "roles": roles,
         "spec": spec,

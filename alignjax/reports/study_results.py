@@ -4,21 +4,26 @@ A record is what `OUT/study/NAME.json` holds: name, title, claim, found (the stu
 seeds, and for each arm its fields, its command with seed 0, and figures with a value a seed.
 """
 
+import functools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from alignjax.claims import Figure, Study
+from alignjax.machine import outputs, pictures
 from alignjax.reports.study_runs import Trial
 from alignjax.runs.records import Records
 
 QUANTILE = 0.975  # the upper end of a two-sided 95 % interval
-INTRODUCTION = """# Studies
+RECORD_KEYS = frozenset({"name", "title", "claim", "found", "seeds", "arms"})
+HEADING = """# Studies
 
-Each study tests a claim of the report in the embedded world. In a table, each line is an \
+Each study tests a claim of the report in the embedded world."""
+INTRODUCTION = f"""{HEADING} In a table, each line is an \
 arm, with the mean over the seeds ± half of its 95 % interval (Student's t). ↑ and ↓ mark \
 a difference from the first line, taken seed by seed, that is larger than the 95 % \
 interval of that difference. In a picture, a line is the mean over the seeds, the band \
@@ -95,6 +100,38 @@ def figure_cell(values: list[float], first_values: list[float]) -> str:
     if abs(change) > half_of_change:
         arrow = " ↑" if change > 0 else " ↓"
     return f"{middle:.3g} ± {half:.2g}{arrow}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFiles:
+    """The files that a study writes."""
+
+    record: Path
+    picture: Path
+    page: Path  # of all studies
+
+
+def result_files(out: Path, name: str) -> ResultFiles:
+    """Return where the results of a study go."""
+    return ResultFiles(
+        record=out / "study" / f"{name}.json",
+        picture=out / "study" / f"{name}.png",
+        page=out / "study.md",
+    )
+
+
+def check_files(out: Path, name: str, overwrite: bool) -> None:
+    """Raise UserError unless a study may write its results, before its first run."""
+    files = result_files(out, name)
+    is_own = {
+        files.record: functools.partial(outputs.has_keys, keys=RECORD_KEYS),
+        files.picture: functools.partial(
+            pictures.is_picture, record=files.record, keys=RECORD_KEYS
+        ),
+        files.page: functools.partial(outputs.begins_with, mark=HEADING.encode()),
+    }
+    for path, test in is_own.items():
+        outputs.check_file(path, "--out", is_own=test, overwrite=overwrite, make_parents=True)
 
 
 def document(out: Path) -> str:

@@ -14,18 +14,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from alignjax import config as configs
 from alignjax.claims import Study
 from alignjax.config import UserError
-from alignjax.machine import console
+from alignjax.machine import console, lock, outputs, signals
 from alignjax.runs.claim import check_workdir
 from alignjax.runs.lineage import adopt_architecture
 
 LONGEST_NAME = 100  # characters of a directory's name
 BAR_REFRESH = 60  # seconds between two lines of the bar where there is no terminal
+LOCK_POLL = 1.0  # seconds between two looks at a lock
+LOG_MARK = "alignjax.study: "  # the beginning of a log
 KEPT_OF_NAME = 80  # characters of a longer name that are kept before its digest
 
 
@@ -42,6 +45,10 @@ class Trial:
     @property
     def complete(self) -> bool:
         return (self.workdir / "summary.json").exists()
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
 
     @property
     def command_line(self) -> str:
@@ -127,14 +134,37 @@ def run_trials(name: str, trials: list[Trial], jobs: int) -> None:
         update_bar(bar, trials)
 
 
+class Children:
+    """The processes of the runs at work."""
+
+    def __init__(self):
+        self.stopping = threading.Event()
+        self.processes: set[subprocess.Popen] = set()
+
+    def add(self, process: subprocess.Popen) -> None:
+        """Take a process that has just started."""
+        self.processes.add(process)
+        if self.stopping.is_set():  # in the moment between the start and now
+            process.terminate()
+
+    def discard(self, process: subprocess.Popen) -> None:
+        """Forget a process that has ended."""
+        self.processes.discard(process)
+
+    def stop(self) -> None:
+        """Have all runs save and end, also one that is just starting."""
+        self.stopping.set()
+        for process in list(self.processes):
+            process.terminate()
+
+
 class TrialRunner:
     """Runs seeds on several threads, each with its own share of the cores."""
 
     def __init__(self, jobs: int):
         self.jobs = jobs
         self.free_shares = list(range(jobs))
-        self.stopping = threading.Event()
-        self.processes: set[subprocess.Popen] = set()
+        self.children = Children()
         self.cores: list[int] = []
         if hasattr(os, "sched_getaffinity"):
             self.cores = sorted(os.sched_getaffinity(0))
@@ -143,45 +173,83 @@ class TrialRunner:
         """Run the trials of one seed that are not complete, one after the other."""
         share = self.free_shares.pop()
         for trial in trials:
-            if not trial.complete and not self.stopping.is_set():
-                launch(trial, self.cores[share :: self.jobs], self.processes)
+            self.wait_for_others(trial)
+            if not trial.complete and not self.children.stopping.is_set():
+                if (trial.workdir / "config.json").exists():
+                    written = f"{trial.steps_written()} of {trial.steps} steps are written"
+                    console.say(f"{trial.label}: was interrupted and goes on, {written}")
+                launch(trial, self.cores[share :: self.jobs], self.children)
         self.free_shares.append(share)
+
+    def wait_for_others(self, trial: Trial) -> None:
+        """Wait while another process, such as that of a study that was killed, makes the run."""
+        holder = lock.holder(trial.workdir)
+        if holder:
+            console.say(f"{trial.label}: waits for {holder}, which is still at work on it")
+        while holder and not self.children.stopping.wait(LOCK_POLL):
+            holder = lock.holder(trial.workdir)
 
     def stop(self) -> None:
         """Start no further run, and have those at work save and end."""
-        self.stopping.set()
-        for process in list(self.processes):
-            process.terminate()
+        self.children.stop()
 
 
-def launch(trial: Trial, cores: list[int], processes: set[subprocess.Popen]) -> None:
-    """Run a trial as a process on these cores; while it runs, it is one of `processes`.
+class Lifeline(NamedTuple):
+    """The end of a pipe by which a child knows that this process is alive."""
+
+    descriptor: int
+    environment: dict[str, str]  # of the child, which says where the pipe is
+
+
+@contextlib.contextmanager
+def lifeline() -> Iterator[Lifeline]:
+    """Yield a lifeline for one child. However this process ends, the child saves and ends too."""
+    reading, writing = os.pipe()
+    try:
+        yield Lifeline(reading, os.environ | {signals.LIFELINE: str(reading)})
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def launch(trial: Trial, cores: list[int], children: Children) -> None:
+    """Run a trial as a process on these cores; while it runs, it is one of `children`.
 
     Raises `UserError` with the last line of its output if it ends before it is complete.
     """
-    log = trial.workdir.parent / f"{trial.workdir.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    log = log_file(trial)
+    with outputs.writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"{LOG_MARK}{trial.command_line}\n")
+    with log.open("ab") as file, lifeline() as line:
         process = subprocess.Popen(
             [sys.executable, *trial.command[1:]],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=[line.descriptor],
+            env=line.environment,
         )
-        processes.add(process)
+        children.add(process)
         if cores:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(process.pid, cores)
         code = process.wait()
-        processes.discard(process)
+        children.discard(process)
     if not trial.complete:
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        last_line = lines[-1] if lines else ""
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         raise UserError(
-            f"{trial.arm}, seed {trial.seed}: the run ended with code {code}: {last_line} "
-            f"(all in {log})"
+            f"{trial.label}: the run ended with code {code}: {lines[-1]} (all in {log})"
         )
     log.unlink()
+
+
+def log_file(trial: Trial) -> Path:
+    """Return where the output of a run goes: beside its directory, over no file but an old log."""
+    log = trial.workdir.parent / f"{trial.workdir.name}.log"
+    if log.is_symlink() or (log.exists() and not outputs.begins_with(log, LOG_MARK.encode())):
+        return outputs.free_path(log)
+    return log
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from alignjax.machine import workdir as workdirs
+from alignjax.machine import outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 GIT_TIMEOUT = 20  # seconds
@@ -47,7 +47,7 @@ def record(workdir: Path) -> None:
         entries = []
     current = describe()
     if entries[-1:] != [current]:
-        workdirs.write_atomically(path, json.dumps([*entries, current], indent=1))
+        outputs.write_text(path, json.dumps([*entries, current], indent=1))
 
 
 @functools.cache

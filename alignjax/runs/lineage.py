@@ -10,8 +10,18 @@ from pathlib import Path
 
 from alignjax import config as configs
 from alignjax.config import Config, Model, UserError
-from alignjax.weights import locations
+from alignjax.weights import checkpoint, locations, roles
 from alignjax.weights.locations import RUNTIME_FIELDS
+
+# (the child's stage, role) -> the head of the role's model.
+HEADS = {
+    ("lm", "model"): "lm",
+    ("ranking", "model"): "scalar",
+    ("ppo", "policy"): "lm",
+    ("ppo", "reference"): "lm",
+    ("ppo", "value"): "scalar",
+    ("ppo", "reward"): "scalar",
+}
 
 
 def is_config(spec: str) -> bool:
@@ -79,3 +89,39 @@ def root_of(spec: str) -> str | None:
     if not is_config(spec):
         return spec
     return next(map(root_of, configs.load(spec).parents.values()), None)
+
+
+def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
+    """Check what can be seen of a parent's faults before the run claims its directory.
+
+    A run must be complete, of a stage that fits, and have its last checkpoint. The files of a
+    Hugging Face checkpoint must be whole. Both must have the child's architecture, but for a
+    reward model.
+
+    Args:
+      config: of the child.
+      role: of the parent.
+      spec: how the config names it.
+      directory: where it is.
+
+    Raises:
+      UserError: it names the parent and what is wrong with it.
+    """
+    head = HEADS[config.stage, role]
+    if role != "reward":
+        locations.check_architecture(config.model, directory)
+    if not locations.is_run(directory):
+        roles.open_views(directory, head)
+        return
+    where = f"parents.{role}={spec}"
+    if not (directory / "summary.json").exists():
+        raise UserError(f"{where}: this run is not complete")
+    stage = locations.read_config(directory)["stage"]
+    if (stage, head) not in roles.CHECKPOINT_ITEMS:
+        raise UserError(f"{where}: a language model is wanted, this run's stage is {stage!r}")
+    if role == "reward" and stage == "lm":
+        raise UserError(f"{where}: a reward model is wanted, this run's stage is {stage!r}")
+    try:
+        checkpoint.newest(directory)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

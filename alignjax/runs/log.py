@@ -114,9 +114,11 @@ class TrainingLog:
             self.writer.write_evaluation(step, evaluation, seconds)
 
     def flush(self) -> None:
-        """Wait until every step is written; UserError if too many of them were skipped."""
+        """Wait until every step is on the disk; UserError if too many of them were skipped."""
         self._write_pending()
         self.wait()
+        if self.writer:
+            self.writer.sync()
 
     def close(self) -> None:
         """Finish the step that is being written, and close all outputs.

@@ -1,11 +1,14 @@
 """Read what a run wrote to its work directory: its config, its summary, and its JSON lines."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignjax.config import UserError
+from alignjax.config import UserError, stored_config
 from alignjax.machine import jsonl
+from alignjax.machine import workdir as workdirs
+from alignjax.runs import record_checks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,30 +29,68 @@ class Records:
 def read(workdir: Path) -> Records:
     """Read the records of a run, complete or not.
 
-    Raises UserError if the directory holds no run, or if a line contains invalid JSON.
+    Raises UserError if the directory holds no run, or if a file does not have its form.
     """
-    if not (workdir / "config.json").is_file():
+    workdirs.check_files(workdir)
+    if not (workdir / "config.json").exists():
         raise UserError(f"{workdir}: no config.json there, so this is not a run")
     return Records(
         workdir=workdir,
-        config=read_object(workdir / "config.json"),
-        summary=read_object(workdir / "summary.json"),
-        metrics=read_lines(workdir / "metrics.jsonl"),
-        samples=read_lines(workdir / "samples.jsonl"),
-        evaluations=read_lines(workdir / "evaluations.jsonl"),
-        timing=read_lines(workdir / "timing.jsonl"),
-        responses=read_lines(workdir / "responses.jsonl"),
+        config=read_config(workdir / "config.json"),
+        summary=read_summary(workdir / "summary.json"),
+        metrics=read_lines(workdir / "metrics.jsonl", record_checks.check_figures),
+        samples=read_lines(workdir / "samples.jsonl", record_checks.check_sample),
+        evaluations=read_lines(workdir / "evaluations.jsonl", record_checks.check_evaluation),
+        timing=read_lines(workdir / "timing.jsonl", record_checks.check_figures),
+        responses=read_lines(workdir / "responses.jsonl", record_checks.check_pair),
     )
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's config as {dotted field: value}."""
+    return stored_config(read_object(path), str(path))
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return the contents of summary.json, {} if there is no such file."""
+    if not path.exists():
+        return {}
+    summary = read_object(path)
+    record_checks.check_summary(summary, str(path))
+    return summary
+
+
 def read_object(path: Path) -> Any:
-    """Return the contents of a JSON file, {} if there is no such file."""
-    return jsonl.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
+    """Return the contents of a JSON file, {} if there is no such file.
+
+    A number that is not finite becomes None, as in JSON lines.
+    """
+    if not path.exists():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected JSON in UTF-8: {error}") from None
+    return jsonl.null(jsonl.parse(text, str(path)))
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(
+    path: Path, check: Callable[[Any, str], None] = record_checks.check_step
+) -> list[dict]:
     """Return the rows of a JSON-lines file, none if there is no such file.
 
     An incomplete last line, which a running command is still writing, is left out.
+
+    Args:
+      path: the file.
+      check: raises UserError for (row, where it is) if the row does not have its form.
     """
-    return jsonl.read(path, unfinished=True) if path.exists() else []
+    rows = []
+    if not path.exists():
+        return rows
+    for line in jsonl.lines(path):
+        if line.text.endswith("\n"):
+            row = jsonl.null(jsonl.parse(line.text, line.where))
+            check(row, line.where)
+            rows.append(row)
+    return rows

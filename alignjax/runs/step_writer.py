@@ -37,7 +37,7 @@ class StepWriter:
         self.say = say
         self.adviser = adviser
         self.tracker = tracker
-        self.files = StepFiles(workdir, start)
+        self.files = StepFiles(workdir, start, say)
         if adviser:
             # The warnings of these steps have been printed already.
             advice.follow(adviser, self.files.rows("metrics"), self.files.rows("evaluations"))
@@ -92,6 +92,10 @@ class StepWriter:
             row |= self.costs.pop(step, {})
             self.files.append("timing", row)
             self._chart(step, {name: value for name, value in row.items() if name != "step"})
+
+    def sync(self) -> None:
+        """Wait until the rows are on the disk."""
+        self.files.sync()
 
     def close(self) -> None:
         """Write the waiting row, and close every output even if one of them fails."""

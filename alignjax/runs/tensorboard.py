@@ -7,6 +7,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from alignjax.machine import outputs
+
 FLUSH_INTERVAL = 60  # seconds, at most, until TensorBoard sees a step
 
 
@@ -19,21 +21,25 @@ class TensorBoard:
 
     def __init__(self, directory: Path, start: int):
         """Open a new event file, and tell TensorBoard that steps from `start` on are new."""
-        directory.mkdir(exist_ok=True)
-        self.events = EventsWriter(str(directory / "events"))
-        self.last_flush = 0.0
-        restart = SessionLog(status=SessionLog.START)
-        self.events.write_event(Event(wall_time=time.time(), step=start, session_log=restart))
+        self.directory = directory
+        with outputs.writing(directory):
+            directory.mkdir(exist_ok=True)
+            self.events = EventsWriter(str(directory / "events"))
+            self.last_flush = 0.0
+            restart = SessionLog(status=SessionLog.START)
+            self.events.write_event(Event(wall_time=time.time(), step=start, session_log=restart))
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Write the figures of a step."""
-        for name, value in figures.items():
-            summary = scalar(name, value)
-            self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        if time.monotonic() - self.last_flush > FLUSH_INTERVAL:
-            self.events.flush()
-            self.last_flush = time.monotonic()
+        with outputs.writing(self.directory):
+            for name, value in figures.items():
+                summary = scalar(name, value)
+                self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() - self.last_flush > FLUSH_INTERVAL:
+                self.events.flush()
+                self.last_flush = time.monotonic()
 
     def close(self) -> None:
         """Write out what is buffered, and close the file."""
-        self.events.close()
+        with outputs.writing(self.directory):
+            self.events.close()

@@ -20,6 +20,7 @@ import jax
 
 from alignjax import config as configs
 from alignjax.config import Config, UserError
+from alignjax.machine import outputs
 from alignjax.machine import workdir as workdirs
 
 FINISH_TIMEOUT = "60"  # seconds; by default, wandb waits for a network without limit
@@ -115,7 +116,7 @@ def run_id(workdir: Path) -> str:
     """Return the run's id at Weights & Biases, and make one for a new run."""
     path = workdir / "wandb-id"
     if not path.exists():
-        workdirs.write_atomically(path, secrets.token_hex(4))
+        outputs.write_text(path, secrets.token_hex(4))
     return path.read_text().strip()
 
 

@@ -3,10 +3,12 @@
 A checkpoint is `<workdir>/checkpoints/<step>/<item>`, and becomes visible only when it is whole.
 Items are restored one at a time, onto any mesh; so a run takes one role from another run's
 checkpoint. The checksums are those of the arrays in memory, before a save and after a restore:
-a flipped bit in a file need not stop its readers, so what can be read may still be wrong.
+a flipped bit in a file need not stop its readers, so what can be read may still be wrong. Beside
+them a checkpoint keeps its run and its step, so one that was copied or renamed is noticed.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import sys
@@ -22,11 +24,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from alignjax.config import UserError
-from alignjax.machine import collectives, sharding
+from alignjax.machine import collectives, marker, sharding
 from alignjax.machine import workdir as workdirs
-from alignjax.machine.lock import disk_problem
+from alignjax.machine.outputs import disk_problem, free_path
 
 CHECKSUMS = "checksums"  # an item: JSON, item -> path of a leaf -> checksum
+ORIGIN = "origin"  # a further entry of it: the run that saved the checkpoint, and the step
 CHECKSUM_PART = 1 << 20  # elements of an array that `host_checksum` reads at a time
 
 Tree = Any  # a tree of arrays, or of their shapes
@@ -58,6 +61,10 @@ def silence_orbax() -> None:
 silence_orbax()
 
 
+class Misplaced(ValueError):
+    """A checkpoint of another run, or of another step than its directory says."""
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -67,6 +74,7 @@ class Checkpoints:
         `keep` is how many of the newest stay; None opens them to read only, and changes nothing.
         """
         self.directory = directory.absolute() if workdirs.is_local(directory) else directory
+        self.run = marker.read(directory.parent).get("run", "")  # "" if it is not known
         read_only = keep is None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -85,9 +93,9 @@ class Checkpoints:
         """
         sums = jax.device_get({name: checksums(item) for name, item in items.items()})
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        arguments[CHECKSUMS] = ocp.args.JsonSave(
-            {name: by_path(item_sums) for name, item_sums in sums.items()}
-        )
+        entries: dict[str, dict] = {name: by_path(item_sums) for name, item_sums in sums.items()}
+        entries[ORIGIN] = {"run": self.run, "step": step}
+        arguments[CHECKSUMS] = ocp.args.JsonSave(entries)
         with self.writing():
             self.manager.save(step, args=ocp.args.Composite(**arguments), force=True)
 
@@ -102,16 +110,16 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps(), reverse=True)
         for position, step in enumerate(steps):
             items = None
-            problem = "another process could not read it"
+            problem = "can't be used: another process could not read it"
             try:
                 items = self.read(step, shapes)
             except Exception as error:  # Damaged files make the readers raise many types.
-                problem = short_reason(error)
+                problem = fault(error)
             if collectives.true_in_all(items is not None):
                 self.put_aside(steps[:position])
                 return step, items
             path = self.directory / str(step)
-            say(f"checkpoint {path} is damaged ({problem}); falling back to the one before")
+            say(f"checkpoint {path} {problem}; falling back to the one before")
         if steps:
             raise UserError(f"{self.directory}: none of the checkpoints {steps} can be read")
         return None
@@ -122,9 +130,8 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             for step in steps:
-                aside = epath.Path(self.directory.parent / "damaged" / str(step))
-                aside.parent.mkdir(exist_ok=True)
-                aside.rmtree(missing_ok=True)
+                aside = free_path(self.directory.parent / "damaged" / str(step))
+                epath.Path(aside.parent).mkdir(exist_ok=True)
                 epath.Path(self.directory / str(step)).rename(aside)
         # The other processes must list the directory only when the moved ones have gone.
         collectives.true_in_all(True)
@@ -134,8 +141,11 @@ class Checkpoints:
         """Read items of a checkpoint as arrays with the given shapes, types and shardings.
 
         Raises some exception if it is damaged, ValueError if an array is not the one that was
-        saved, and, with `finite`, NotFinite if an array has numbers that are not finite.
+        saved, `Misplaced` if another run or another step was, and, with `finite`, NotFinite if an
+        array has numbers that are not finite.
         """
+        # First, because a checkpoint of another run may have other arrays, which is no damage.
+        check_origin(read_checksums(self.directory / str(step)), self.run, step)
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
         arguments[CHECKSUMS] = ocp.args.JsonRestore()
         composite = ocp.args.Composite(**arguments)
@@ -170,6 +180,13 @@ class Checkpoints:
                 f"{self.directory}: a checkpoint can't be written ({reason}); the earlier ones "
                 "are intact, and the same command resumes from them"
             ) from error
+
+
+def fault(error: Exception) -> str:
+    """Return why a checkpoint can't be used, as words that follow its path."""
+    if isinstance(error, Misplaced):
+        return str(error)
+    return f"is damaged ({short_reason(error)})"
 
 
 def short_reason(error: Exception) -> str:
@@ -261,36 +278,89 @@ def verify(saved_sums: dict[str, dict[str, int]], item: str, path: str, number: 
         raise ValueError(f"{item}/{path} is not what was saved: its checksum differs")
 
 
-def restore_role(workdir: Path, item: str, shapes: Tree) -> Tree:
-    """Read one role's parameters from the newest checkpoint of a finished run.
+def check_origin(saved_sums: dict[str, dict], run: str, step: int) -> None:
+    """Raise `Misplaced` if a checkpoint says that it is of another run or another step.
 
-    Raises UserError if there is none, if they are not what was saved, or if they are not finite.
+    Old checkpoints say nothing, and an old run has no id, which is "" here.
     """
+    origin = saved_sums.get(ORIGIN, {})
+    if not isinstance(origin, dict):
+        raise Misplaced(f"is damaged: expected an object as its {ORIGIN}")
+    if origin.get("step", step) != step:
+        raise Misplaced(f"was saved as step {origin['step']}: it has been renamed or copied")
+    if run and origin.get("run") and origin["run"] != run:
+        raise Misplaced("was saved by another run")
+
+
+def restore_role(workdir: Path, item: str, shapes: Tree) -> Tree:
+    """Read one role's parameters from the last checkpoint of a run.
+
+    Raises UserError if it is not there, if they are not what was saved, or if they are not finite.
+    """
+    path = newest(workdir)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=None)) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"{workdir}: no checkpoint there")
-        path = checkpoints.directory / str(step)
         try:
-            return checkpoints.read(step, {item: shapes}, finite=True)[item]
+            return checkpoints.read(int(path.name), {item: shapes}, finite=True)[item]
         except NotFinite as error:
             raise UserError(
                 f"{path}: {error} (NaN or infinity), so this model can't be used"
             ) from None
         except Exception as error:  # Damaged files make the readers raise many types.
-            raise UserError(f"{path} is damaged ({short_reason(error)})") from error
+            raise UserError(f"{path} {fault(error)}") from error
 
 
 def newest(workdir: Path) -> Path:
-    """Return the directory of a run's newest checkpoint.
+    """Return the directory of a run's last checkpoint.
 
-    Its name is the step, and each item is a directory in it.
+    Its name is the step, and each item is a directory in it. A complete run's last checkpoint is
+    the one that its summary names: no other replaces it. Raises UserError if it is not there or
+    is not this run's.
     """
     with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=None)) as checkpoints:
-        step = checkpoints.latest()
-    if step is None:
+        steps = checkpoints.manager.all_steps()
+        directory = checkpoints.directory
+        run = checkpoints.run
+    final = final_step(workdir)
+    if final is None and not steps:
         raise UserError(f"{workdir}: no checkpoint there")
-    return checkpoints.directory / str(step)
+    step = max(steps) if final is None else final
+    path = directory / str(step)
+    if step not in steps:
+        raise UserError(
+            f"{path}: the last checkpoint of this run is missing; its summary.json speaks of "
+            f"{step} steps"
+        )
+    try:
+        check_origin(read_checksums(path), run, step)
+    except Misplaced as error:
+        raise UserError(f"{path} {fault(error)}") from None
+    return path
+
+
+def final_step(workdir: Path) -> int | None:
+    """Return the number of steps in a run's summary.json, None if it says nothing of them.
+
+    Raises UserError if the file is damaged.
+    """
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        steps = json.loads(path.read_text(encoding="utf-8")).get("steps")
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{path}: expected a JSON object: the file is damaged") from None
+    return steps if isinstance(steps, int) else None
+
+
+def read_checksums(path: Path) -> dict[str, dict]:
+    """Return what the checksum item of a checkpoint holds, {} if it can't be read."""
+    return marker.read_object(path / CHECKSUMS / "metadata")
+
+
+def contents_id(path: Path) -> str:
+    """Return a short hash of the arrays of a checkpoint: equal for equal arrays."""
+    sums = {name: item for name, item in read_checksums(path).items() if name != ORIGIN}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def restore_array(item: Path, path: str) -> np.ndarray:

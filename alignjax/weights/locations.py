@@ -10,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 
-from alignjax.config import Model, UserError, model_from_json
+from alignjax.config import Model, UserError, model_from_json, stored_config
 from alignjax.machine import workdir as workdirs
 from alignjax.models import families
 
@@ -75,6 +75,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises UserError if it is absent or not an object, and for an adapter, which is neither.
     """
     path = directory / CONFIG
+    workdirs.check_files(directory)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -86,8 +87,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a JSON object is wanted, not {type(values).__name__}")
-    if not is_run_config(values):
-        check_not_adapter(directory)
+    if is_run_config(values):
+        return stored_config(values, str(path))
+    check_not_adapter(directory)
     return values
 
 

@@ -113,12 +113,7 @@ def read_hf(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -
     The result has no `head` if a scalar head is wanted and the checkpoint has none. A process
     reads only the parts of the files that its own devices hold, one parameter at a time.
     """
-    if not workdirs.is_local(directory):
-        raise UserError(
-            f"{directory}: a Hugging Face checkpoint must be in a local directory, or be named "
-            "hf://ORG/NAME"
-        )
-    _, views = hf.open_hf(directory, head)
+    views = open_views(directory, head)
     wanted = abstract_params(model, head, mesh)
     if "head" in wanted and "head/kernel" not in views:
         del wanted["head"]
@@ -127,6 +122,17 @@ def read_hf(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -
         return place_view(views[sharding.path_name(path)], shape)
 
     return jax.tree_util.tree_map_with_path(read_one, wanted)
+
+
+def open_views(directory: Path, head: str) -> dict[str, Any]:
+    """Return the parameters of a Hugging Face checkpoint as views of its files, by path."""
+    if not workdirs.is_local(directory):
+        raise UserError(
+            f"{directory}: a Hugging Face checkpoint must be in a local directory, or be named "
+            "hf://ORG/NAME"
+        )
+    _, views = hf.open_hf(directory, head)
+    return views
 
 
 def place_view(view: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.data import chat
 from alignjax.data.ends import as_list
-from alignjax.weights import locations
+from alignjax.weights import hf, locations
 from alignjax.weights.safetensors import open_tensors
 
 FIELD = "alignjax_score_at"
@@ -39,6 +39,20 @@ def ending_of(directory: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     if locations.is_run(directory) or is_our_export(directory, stored):
         return (end,)
     return without_pads((end, *chat.closing_tokens(tokenizer)), stored.get("pad_token_id"))
+
+
+def notice_of_change(parent: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what to say if a ranking run reads scores elsewhere than its parent did, or ""."""
+    if locations.is_run(parent) or hf.head_of(parent) != "scalar":
+        return ""
+    end = chat.end_token(tokenizer)
+    ending = ending_of(parent, tokenizer)
+    if ending == (end,):
+        return ""
+    return (
+        f"{parent}: its scores were read behind {tokenizer.decode(ending)!r}; this run reads and "
+        f"trains them at {tokenizer.decode([end])!r}"
+    )
 
 
 def is_our_export(directory: Path, stored: Mapping[str, Any]) -> bool:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from alignjax.config import Model, UserError
-from alignjax.models.attention import decode_attention
 from alignjax.models.attention.devices import ONE_DEVICE, Shards, platform, shards
 from alignjax.models.attention.flash import LANES, cudnn_attention, splash_attention
 from alignjax.models.attention.plain import masked_softmax, plain_attention
@@ -23,7 +22,6 @@ __all__ = [
     "cached_attention",
     "check",
     "choose",
-    "decode_attention",
     "platform",
     "self_attention",
     "shards",
