@@ -272,12 +272,12 @@ def test_a_notice_of_the_machines_end_counts_as_a_sigterm(monkeypatch):
         assert server.requests == ["preempted", "maintenance-event"] * 2
         monkeypatch.setenv("GCE_METADATA_HOST", host)
         notified.clear()
-        signals = machine_signals.Signals()
+        with machine_signals.Signals() as signals:
 
-        def remember_and_notify():
-            signals.remember(signal.SIGTERM)
-            notified.set()
+            def announce_and_notify():
+                signals.announce_end()
+                notified.set()
 
-        machine_signals.watch_for_preemption(remember_and_notify)
-        assert notified.wait(60) and signals.received_anywhere()
+            machine_signals.watch_for_preemption(announce_and_notify)
+            assert notified.wait(60) and signals.received_anywhere()
         server.shutdown()
