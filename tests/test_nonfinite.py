@@ -326,13 +326,14 @@ def check_ppo_replay(run: Path, value_params: object) -> None:
 
 
 def poisoned_copy(run: Path, copy: Path) -> Path:
-    """Copy a run, with a newest checkpoint that has a NaN in its model."""
+    """Copy a run, with a last checkpoint that has a NaN in its model."""
     shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
     items = {"model": checkpoint_arrays(run, STEPS)["model"]}
     norm = items["model"]["layers"]["norm1"]
     norm["scale"] = norm["scale"].at[-1, 2].set(NAN)
     checkpoints = checkpoint.Checkpoints(copy / "checkpoints", 2)
-    checkpoints.save(STEPS + 1, items)
+    checkpoints.save(STEPS, items)
     checkpoints.close()
     return copy
 

@@ -22,6 +22,7 @@ from alignjax.planning.work import device_bytes, work_of
 from alignjax.weights import roles
 
 COMPILER = ROOT / ".venv" / "tpu-compiler"  # where run.sh installs it
+LARGE_VOCABULARY = "--config.model.vocab_size=65536"
 SMALL = [
     "--config.model.dtype=bfloat16",
     "--config.model.d_model=256",
@@ -30,7 +31,6 @@ SMALL = [
     "--config.model.head_size=64",
     "--config.model.d_ff=512",
     "--config.model.layers=3",
-    "--config.model.vocab_size=65536",
     "--config.model.max_length=512",
     "--config.data.max_length=256",
     "--config.model.remat=everything",
@@ -306,8 +306,8 @@ def test_a_variant_of_each_stage_compiles_for_a_tpu_that_is_not_here():
         # A small vocabulary compiles faster. With the large one, the same loss is PPO's
         # pretraining gradient.
         ["--config", "lm.py", *SMALL, "--config.model.vocab_size=4096"],
-        ["--config", "rm.py", *SMALL],
-        ["--config", "ppo.py", *SMALL, *rollout],
+        ["--config", "rm.py", *SMALL, LARGE_VOCABULARY],
+        ["--config", "ppo.py", *SMALL, LARGE_VOCABULARY, *rollout],
     ]
     planned = plan_for_tpu(runs)
     assert [run["name"] for run in planned] == ["lm", "rm", "ppo"]
