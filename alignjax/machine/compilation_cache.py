@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import jax
@@ -9,6 +10,9 @@ import jax
 from alignjax.machine.console import say
 
 JAX_MIN_COMPILE_SECONDS = 1.0  # JAX's default
+# JAX warns of each program whose entry it can't read or write. It costs time and nothing else, and
+# a disk that is full is reported where a run's own files are written.
+NO_ENTRY = r"Error (reading|writing) persistent compilation cache entry"
 MIN_COMPILE_SECONDS = 0.5  # ours: keep what took at least this long to compile
 
 
@@ -21,6 +25,7 @@ def keep_programs() -> None:
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS another time. If the directory cannot be written,
     a line says so, and programs are not kept.
     """
+    warnings.filterwarnings("ignore", message=NO_ENTRY)
     is_default = (
         jax.config.jax_persistent_cache_min_compile_time_secs == JAX_MIN_COMPILE_SECONDS
         and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ
