@@ -73,7 +73,7 @@ class Checkpoints:
 
         `keep` is how many of the newest stay; None opens them to read only, and changes nothing.
         """
-        self.directory = directory.absolute() if workdirs.is_local(directory) else directory
+        self.directory = absolute(directory)
         self.run = run_of(directory)
         read_only = keep is None
         options = ocp.CheckpointManagerOptions(
@@ -309,6 +309,11 @@ def restore_role(workdir: Path, item: str, shapes: Tree) -> Tree:
             raise UserError(f"{path} {fault(error)}") from error
 
 
+def absolute(directory: Path) -> Path:
+    """Return a directory as Orbax takes it: absolute, if it is not in a bucket."""
+    return directory.absolute() if workdirs.is_local(directory) else directory
+
+
 def run_of(directory: Path) -> str:
     """Return the id of the run that has this directory of checkpoints, "" if it is not known."""
     return marker.read(directory.parent).get("run", "")
@@ -322,7 +327,7 @@ def newest(workdir: Path) -> Path:
     is not this run's.
     """
     # Not from a `Checkpoints`: to open one is collective, and one process alone may ask this.
-    directory = workdir / "checkpoints"
+    directory = absolute(workdir / "checkpoints")
     complete = ocp.utils.checkpoint_steps_paths(directory)
     steps = [int(path.name) for path in complete if path.name.isdecimal()]
     run = run_of(directory)
