@@ -46,6 +46,17 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+def first_line(text: str, longest: int = 500) -> str:
+    """Return the first line of a text, at most `longest` characters of it."""
+    lines = text.strip().splitlines()
+    return lines[0][:longest] if lines else ""
+
+
+def reason_of(error: BaseException, longest: int = LONGEST_LINE) -> str:
+    """Return the first line of what another library's error says, or the error's type."""
+    return first_line(str(error), longest) or type(error).__name__
+
+
 def short(text: str) -> str:
     """Return a user's value as an error shows it: its beginning."""
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import command
+from test_rewards import ROWS
 
 from alignjax import train
 from alignjax.algorithms import estimators, plugins, reward_functions
@@ -19,21 +20,6 @@ from alignjax.config import PPO, UserError
 from alignjax.data import files, formats
 from alignjax.machine import console, failures, processes
 
-ROWS = [
-    {
-        "prompt": [{"role": "user", "content": "2 + 2"}],
-        "columns": {"answer": "4"},
-        "where": "sums.jsonl:1",
-    },
-    {
-        "prompt": [
-            {"role": "user", "content": "3"},
-            {"role": "assistant", "content": "ok"},
-            {"role": "user", "content": "x"},
-        ],
-        "columns": {"answer": "#### 1,000", "level": 2},
-    },
-]
 RESPONSES = ["4", "y"]
 
 

@@ -12,7 +12,7 @@ import jax
 import pyarrow
 import pyarrow.parquet
 
-from alignjax.config import UserError
+from alignjax.config import UserError, reason_of
 from alignjax.data import json_array, paths
 from alignjax.machine import jsonl
 
@@ -107,7 +107,7 @@ def parquet_rows(path: str) -> Iterator[RawRow]:
                 yield from rows_of_batch(batch, indices, path, rows_before)
                 rows_before += len(batch)
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # also names not in UTF-8
-        message = f"{path}: expected Parquet: {first_line(error)}"
+        message = f"{path}: expected Parquet: {reason_of(error)}"
         raise jsonl.Unreadable(message, rows_before + 1) from None
 
 
@@ -145,15 +145,10 @@ def converted_row(batch: pyarrow.RecordBatch, place: int, number: int, where: st
         try:
             columns[name] = column[place].as_py()
         except Exception as error:  # of pyarrow, or of the library that has the type
-            fault = f"{where}: {name}: {first_line(error)}"
+            fault = f"{where}: {name}: {reason_of(error)}"
             return RawRow(number=number, where=where, fault=fault)
     return RawRow(number=number, where=where, value=without_nulls(columns))
 
 
 def without_nulls(columns: dict) -> dict:
     return {name: value for name, value in columns.items() if value is not None}
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error of another library says, as one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

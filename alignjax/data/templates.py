@@ -9,8 +9,9 @@ import functools
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.config import UserError, check_date
+from alignjax.config import UserError, check_date, reason_of
 
+LONGEST_REASON = 200  # characters of what a template raises
 # The function by which a template asks for the date, and all that may follow "%" in its format.
 DATE_FUNCTION = "strftime_now"
 DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVeDFTRhnt"
@@ -26,7 +27,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
-        raise UserError(f"{tokenizer.name_or_path}: {first_line(error)}") from None
+        raise UserError(f"{tokenizer.name_or_path}: {reason_of(error, LONGEST_REASON)}") from None
 
 
 def asks_for_date(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -109,14 +110,7 @@ def render(
             continue_final_message=continue_last,
         )
     except TemplateSyntaxError as error:
-        raise UserError(
-            f"chat template of {tokenizer.name_or_path}: it cannot be parsed: {first_line(error)}"
-        ) from None
+        reason = f"it cannot be parsed: {reason_of(error, LONGEST_REASON)}"
     except Exception as error:  # it is the template's code that raises
-        raise UserError(f"chat template of {tokenizer.name_or_path}: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """Return the beginning of an error's text, on one line, or its type if there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+        reason = reason_of(error, LONGEST_REASON)
+    raise UserError(f"chat template of {tokenizer.name_or_path}: {reason}")

@@ -15,7 +15,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignjax.config import UserError
+from alignjax.config import UserError, first_line
 from alignjax.machine import workdir as workdirs
 
 CONFIG = "tokenizer_config.json"
@@ -133,5 +133,4 @@ def check_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
 
 def reason_of(error: Exception) -> str:
     """Return the type and the first line of an error."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {first_line(str(error), 200)}"

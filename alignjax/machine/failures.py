@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignjax.config import PACKAGE, UserError, describe_error, one_line
+from alignjax.config import PACKAGE, UserError, describe_error, first_line, one_line
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.lock import disk_problem
 
@@ -154,12 +154,6 @@ def backend_problem(error: BaseException) -> str:
         return ""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     return f"JAX_PLATFORMS={platforms}: {first_line(str(error)) or 'there are no such devices'}"
-
-
-def first_line(text: str) -> str:
-    """Return the first line of a text, shortened."""
-    lines = text.strip().splitlines()
-    return lines[0][:500] if lines else ""
 
 
 def place_of(error: BaseException) -> str:

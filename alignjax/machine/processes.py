@@ -24,8 +24,8 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from alignjax.config import UserError
-from alignjax.machine.failures import MACHINE_LOST, Failure, failure_of, first_line, print_details
+from alignjax.config import UserError, first_line
+from alignjax.machine.failures import MACHINE_LOST, Failure, failure_of, print_details
 
 BEAT = 1.0  # seconds between two signs of life of a process
 SILENT = 5.0  # after an error, seconds without a sign of life that mean a process is gone

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies as jax_topologies
 
-from alignjax.config import UserError
+from alignjax.config import UserError, reason_of
 
 # Of JAX's plugins for CUDA, whichever is installed.
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
@@ -114,7 +114,7 @@ def gpu_devices(gpu: Gpu, name: str, size: str) -> list[jax.Device]:
             topology=shape,
         )
     except Exception as error:  # whatever the plugin raises
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = reason_of(error, 200)
         raise UserError(f"--topology {topology}: the CUDA compiler refuses: {reason}") from error
     return list(description.devices)
 

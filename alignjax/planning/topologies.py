@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 from jax.experimental import topologies as jax_topologies
 
-from alignjax.config import UserError
+from alignjax.config import UserError, reason_of
 from alignjax.planning import gpus
 from alignjax.planning.gpus import Gpu
 
@@ -46,7 +46,7 @@ def tpu_devices(name: str, size: str) -> list[jax.Device]:
     try:
         description = jax_topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # whatever the compiler raises at a shape that it doesn't know
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = reason_of(error, 200)
         raise UserError(
             f"--topology {topology}: the TPU compiler knows no such slice ({reason})"
         ) from error

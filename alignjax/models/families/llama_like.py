@@ -40,6 +40,15 @@ COMMON_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+# Qwen2's and Qwen3's classes share these.
+QWEN_DEFAULTS = COMMON_DEFAULTS | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "sliding_window": 4096,
+    "num_key_value_heads": 32,
+}
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 

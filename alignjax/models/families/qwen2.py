@@ -2,8 +2,8 @@
 
 from alignjax.models.families.family import Family
 from alignjax.models.families.llama_like import (
-    COMMON_DEFAULTS,
     QKV_BIAS_TENSORS,
+    QWEN_DEFAULTS,
     TENSORS,
     read_config,
     write_config,
@@ -34,15 +34,6 @@ PRESETS = {
         "max_length": 131072,
     },
 }
-# What transformers takes for a field that config.json lacks.
-DEFAULTS = COMMON_DEFAULTS | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "sliding_window": 4096,
-    "num_key_value_heads": 32,
-}
 QWEN2 = Family(
     name="qwen2",
     flags={"qkv_bias": True, "qk_norm": False},
@@ -51,5 +42,5 @@ QWEN2 = Family(
     read_config=read_config,  # whatever `attention_bias` says: Qwen2 always has its biases
     write_config=write_config,
     presets=PRESETS,
-    defaults=DEFAULTS,
+    defaults=QWEN_DEFAULTS,
 )

@@ -5,8 +5,8 @@ from typing import Any
 from alignjax.models.families.family import Family
 from alignjax.models.families.hf_config import HFConfig
 from alignjax.models.families.llama_like import (
-    COMMON_DEFAULTS,
     QK_NORM_TENSORS,
+    QWEN_DEFAULTS,
     TENSORS,
     read_config_without_bias,
     write_config,
@@ -26,16 +26,6 @@ PRESETS = {
         "tied": True,
     },
 }
-# What transformers takes for a field that config.json lacks.
-DEFAULTS = COMMON_DEFAULTS | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "sliding_window": 4096,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-}
 
 
 def read_config(config: HFConfig) -> dict[str, Any]:
@@ -52,5 +42,5 @@ QWEN3 = Family(
     read_config=read_config,
     write_config=write_config,
     presets=PRESETS,
-    defaults=DEFAULTS,
+    defaults=QWEN_DEFAULTS | {"head_dim": 128},
 )
