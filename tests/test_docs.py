@@ -325,6 +325,8 @@ def test_paths_exist_and_the_readme_leads_to_the_page(path):
 
 def names_bound_by(node: ast.stmt) -> set[str]:
     """Return the names that a statement at the top of a module or a class defines."""
+    if isinstance(node, ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names}
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
     bound = {getattr(target, "name", getattr(target, "id", "")) for target in targets}
     return bound - {""}

@@ -1,0 +1,220 @@
+"""What a run is: the dataclasses that hold every default once."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(unsafe_hash=True)
+class Model:
+    """A decoder."""
+
+    # The Hugging Face layout that weights are read from and written to.
+    family: str = "qwen2"  # qwen, qwen2, qwen3, llama
+    vocab_size: int = 1024
+    d_model: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    head_size: int = 32
+    d_ff: int = 352
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    tied: bool = False
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: str = ""  # "", linear, llama3, yarn
+    rope_factor: float = 1.0
+    rope_low_factor: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
+    rope_high_factor: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast
+    rope_original_length: int = 8192
+    max_length: int = 2048
+    # Type of the computation. Parameters, softmax, log-probabilities and losses are float32.
+    dtype: str = "float32"
+    remat: str = (
+        "nothing"  # what the backward pass recomputes: nothing, everything, dots (all else)
+    )
+    attention: str = "auto"  # auto, xla, cudnn (NVIDIA), splash (TPU)
+
+
+@dataclass
+class Optimiser:
+    """AdamW with global-norm clipping.
+
+    The learning rate warms up linearly, then stays constant or follows a cosine to a tenth.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: str = "constant"  # constant, cosine
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclass
+class Data:
+    """Where examples come from.
+
+    A source is "toy/NAME", "tfds/NAME" or a path; commas separate several, see `data.mixture`.
+    """
+
+    kind: str = "text"  # lm: text, conversations; ranking: comparisons; ppo: prompts
+    train: str = "toy/text"
+    heldout: str = "toy/text"  # ranking reports figures for each source separately
+    # Share of prompts, by their hash, to hold out of a file that train and heldout both name.
+    heldout_share: float = 0.0
+    on_bad_row: str = "error"  # in a user's file: error, or skip (and count)
+    # field of a row -> the name that it has in the files of train and heldout, if it is another
+    columns: dict[str, str] = field(default_factory=dict)
+    data_dir: str = ""  # where public sets were prepared; "" is the default of TFDS
+    batch: int = 64  # examples (pairs, prompts) of an optimiser step (of a rollout, for PPO)
+    max_length: int = 64  # tokens of an example; longer ones are dropped and counted, never cut
+    examples: int = 0  # how many examples of each data set to use; 0 is all of them
+
+
+@dataclass
+class Ranking:
+    """The ranking loss of PMP and RM."""
+
+    margin: bool = False  # subtract the margin of a comparison from the difference of scores
+    centring: float = 0.0  # coefficient of (score_chosen + score_rejected)^2
+    # Conversations whose mean score is brought to 0 after training, by a shift of the head's bias.
+    demonstrations: str = ""
+
+
+@dataclass
+class PPO:
+    """Clipped PPO, section 3.2.2 of the report.
+
+    (i) marks what the report does not state: the value is InstructGPT's.
+    """
+
+    samples_per_prompt: int = 2
+    response_length: int = 24
+    temperature: float = 1.0  # (i)
+    top_p: float = 0.9
+    kl_coef: float = 0.04
+    clip: float = 0.2  # (i)
+    value_clip: float = 0.15
+    gamma: float = 1.0  # (i)
+    lam: float = 0.95  # (i)
+    epochs: int = 1  # (i)
+    minibatches: int = 1
+    value_warmup_steps: int = 50  # the first updates, which touch only the value model
+    advantage_estimator: str = "gae"  # a name of `algorithms.estimators`, or module:function
+    sampler: str = ""  # module:function(params, prompts, key, settings) -> Rollout; "" is ours
+    reward_fn: str = ""  # module:function(prompts, responses, **columns) -> scores
+    reward_fn_weight: float = 1.0
+    reward_weight: float = 1.0  # of the reward model's score, which is added to the function's
+    normalise_scores: str = "mean"  # by running statistics: none, mean, mean_std
+    whiten_advantages: bool = True
+    truncated_score: float = -1.0  # replaces the raw score of a response that did not end
+    pretrain_data: str = "toy/text"  # cut in windows of data.max_length + response_length tokens
+    pretrain_heldout: str = "toy/text"  # measures the alignment tax, before and after; "" is none
+    pretrain_coef: float = 0.0
+    pretrain_ratio: float = 0.0  # pretraining sequences for each response
+    # Responses that are sampled at once; each that ends makes room for the next. 0 is all of them.
+    slots: int = 0
+    # Devices along mesh.tensor in sampling, the others along mesh.data; 0 is the mesh as it is.
+    rollout_tensor: int = 0
+    cache_dtype: str = ""  # of keys and values in sampling; "" is model.dtype
+    frozen_dtype: str = ""  # of the reference's and reward model's matrices; "" is float32
+    frozen_memory: str = "device"  # where they are kept: device, host (pinned, fetched on use)
+    # Steps between evaluations on held-out prompts (evaluations.jsonl); 0 is only at the end.
+    eval_every: int = 0
+    # How many held-out prompts, in whole batches of data.batch, and windows of held-out text.
+    eval_prompts: int = 64
+
+
+@dataclass
+class Mesh:
+    """Devices along each axis."""
+
+    data: int = 1
+    fsdp: int = -1  # -1 takes the devices that are left
+    tensor: int = 1
+
+
+@dataclass
+class Config:
+    """One run: a stage, its parents, and everything that determines its result."""
+
+    stage: str = "lm"  # lm, ranking, ppo
+    name: str = "lm"
+    seed: int = 0
+    # Optimiser steps; for PPO, rollouts. 0, not for PPO, is one pass over the examples.
+    steps: int = 100
+    # role -> config (NAME.py), run, Hugging Face directory, or hf://ORG/NAME, which is downloaded
+    parents: dict[str, str] = field(default_factory=dict)
+    # A directory or hf://ORG/NAME; "" is the parents', or without parents one trained on the text.
+    tokenizer: str = ""
+    chat_template: str = ""  # "" is the tokenizer's own; chatml
+    # Today for a chat template that writes the date, such as 2026-01-31; "" is the parents', else
+    # the day on which the run begins. config.json has the day that was used.
+    template_date: str = ""
+    # Whether special tokens in the texts of the data are special, as in apply_chat_template, rather
+    # than text. A child of a run does as its parent does.
+    special_tokens_in_content: bool = False
+    microbatch_tokens: int = 4096  # a minibatch is packed into microbatches of about so many tokens
+    model: Model = field(default_factory=Model)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    value_optimiser: Optimiser = field(default_factory=Optimiser)
+    data: Data = field(default_factory=Data)
+    ranking: Ranking = field(default_factory=Ranking)
+    ppo: PPO = field(default_factory=PPO)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    # Steps whose loss or gradient is not finite, which are not applied; one more stops the run.
+    max_skipped: int = 3
+    sample_every: int = 10  # steps between entries of samples.jsonl
+
+
+# The parents that each stage may have, the kinds of data that it takes, the values of fields.
+ROLES = {
+    "lm": {"model"},
+    "ranking": {"model"},
+    "ppo": {"policy", "reference", "value", "reward"},
+}
+KINDS = {"lm": ("text", "conversations"), "ranking": ("comparisons",), "ppo": ("prompts",)}
+CHOICES = {
+    "stage": tuple(ROLES),
+    "model.family": ("qwen", "qwen2", "qwen3", "llama"),  # `models.families.register` adds more
+    "model.rope_scaling": ("", "linear", "llama3", "yarn"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("nothing", "everything", "dots"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "chat_template": ("", "chatml"),
+    "data.on_bad_row": ("error", "skip"),
+    "optimiser.schedule": ("constant", "cosine"),
+    "value_optimiser.schedule": ("constant", "cosine"),
+    "ppo.normalise_scores": ("none", "mean", "mean_std"),
+    "ppo.cache_dtype": ("", "float32", "bfloat16"),
+    "ppo.frozen_dtype": ("", "float32", "bfloat16"),
+    "ppo.frozen_memory": ("device", "host"),
+}
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every field; a dictionary is one value."""
+    for config_field in dataclasses.fields(config):
+        value = getattr(config, config_field.name)
+        name = f"{prefix}{config_field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def field_types(group: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, type) of every field of a config."""
+    for name, kind in typing.get_type_hints(group).items():
+        if dataclasses.is_dataclass(kind):
+            yield from field_types(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
