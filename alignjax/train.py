@@ -181,7 +181,7 @@ def run(
     if is_complete(config, workdir):
         session.say(f"{config.name}: complete, in {workdir}")
     else:
-        if config.stage == "ppo" and any(map(is_config, config.parents.values())):
+        if config.stage == "ppo" and any(map(is_config, configs.parent_specs(config).values())):
             # Parents may train for hours before the run itself finds a mistake in such code.
             ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
@@ -290,19 +290,20 @@ def prepare_parents(config: Config, workdir: Path, session: Session) -> dict[str
     seed, the mesh and the model of its child.
     """
     parents = {}
-    for role, spec in config.parents.items():
+    specs = configs.parent_specs(config)
+    for role, spec in specs.items():
         if not is_config(spec):
             parents[role] = locations.local_directory(spec)
             check_parent(config, role, spec, parents[role])
     complete = {}  # spec -> directory: several roles may have one parent
-    for role, spec in config.parents.items():
+    for role, spec in specs.items():
         if is_config(spec):
             if spec not in complete:
                 complete[spec] = run_parent(config, spec, workdir, session)
             parents[role] = complete[spec]
             check_parent(config, role, spec, parents[role])
     check_same_parents(workdir, parents)
-    return {role: parents[role] for role in config.parents}
+    return {role: parents[role] for role in specs}
 
 
 def run_parent(config: Config, spec: str, workdir: Path, session: Session) -> Path:

@@ -1,30 +1,40 @@
-"""From the readings of a rollout to rewards, advantages and returns, and what is logged of them."""
+"""Turn the readings of a rollout into rewards, advantages and returns, with their metrics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from alignjax.algorithms import advantages, optimisation
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.estimators import AdvantageInputs, find_estimator
 from alignjax.algorithms.experience import Experience, Reading, ScoredRollout
-from alignjax.config import Config
+from alignjax.config import Config, Reward, reward_table
 from alignjax.sampling.types import Rollout
 
 Metrics = dict[str, jax.Array]
 
 
 def make_experience(
-    config: Config, stats: RunningStats, rollout: Rollout, reading: Reading
+    config: Config,
+    stats: RunningStats,
+    source_stats: dict[str, RunningStats],
+    rollout: Rollout,
+    reading: Reading,
 ) -> ScoredRollout:
     """Turn the readings of a rollout into rewards, advantages and returns.
+
+    `source_stats` are the running statistics of each entry of `ppo.rewards`.
 
     If a metric is not finite, advantages and returns become NaN, so every loss is NaN and no
     update is applied: the rollout produces no learning.
     """
     ppo = config.ppo
     mask = rollout.mask
-    scores = jnp.where(rollout.truncated, ppo.truncated_score, reading.scores)
+    combined = combine_scores(reward_table(config), reading.scores, source_stats, rollout.truncated)
+    scores = jnp.where(rollout.truncated, ppo.truncated_score, combined.total)
     stats = stats.update(scores)
     normalised = advantages.normalise(scores, stats, ppo.normalise_scores)
     rewards = advantages.shape_rewards(
@@ -37,13 +47,14 @@ def make_experience(
         token_advantages = advantages.whiten(token_advantages, mask)
     log_ratio = jnp.where(mask, reading.logprobs - reading.ref_logprobs, 0.0)
     responses = {
-        "score": reading.scores,
+        "score": combined.total,
         "kl": log_ratio.sum(1),
         "entropy": jnp.where(mask, reading.entropy, 0.0).sum(1),
         "length": rollout.lengths,
         "truncated": rollout.truncated,
         "log_ratio": log_ratio,
     }
+    responses |= {f"score/{name}": reading.scores[name] for name in ppo.rewards}
     explained = advantages.explained_variance(reading.values, estimated.returns, mask)
     metrics = score_metrics(scores, normalised, responses["kl"], ppo.kl_coef)
     metrics |= token_metrics(rollout, reading, responses)
@@ -52,6 +63,7 @@ def make_experience(
         "reward/running_mean": stats.mean,
         "reward/running_std": stats.std,
     }
+    metrics |= source_metrics(ppo.rewards, reading.scores, combined.stats)
     finite = optimisation.all_finite(metrics)
     experience = Experience(
         rollout=rollout,
@@ -60,7 +72,61 @@ def make_experience(
         advantages=jnp.where(finite, token_advantages, jnp.nan),
         returns=jnp.where(finite, estimated.returns, jnp.nan),
     )
-    return ScoredRollout(experience=experience, stats=stats, metrics=metrics, responses=responses)
+    return ScoredRollout(
+        experience=experience,
+        stats=stats,
+        source_stats=combined.stats,
+        scores=reading.scores,
+        metrics=metrics,
+        responses=responses,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedScores:
+    """The score of each response, and the statistics of what it is made of."""
+
+    total: Float[Array, " responses"]
+    stats: dict[str, RunningStats]  # with the scores of this rollout
+
+
+def combine_scores(
+    table: Mapping[str, Reward],
+    scores: Mapping[str, Float[Array, " responses"]],
+    stats: Mapping[str, RunningStats],
+    truncated: Bool[Array, " responses"],
+) -> CombinedScores:
+    """Return the weighted sum of the scores of all sources, each normalised as its entry says.
+
+    The statistics of a source are those of its scores of responses that ended, since no other
+    score counts. `stats` has the entries of `ppo.rewards`; other sources are not normalised.
+    """
+    total = jnp.zeros(truncated.shape, jnp.float32)
+    updated = {}
+    for name, source in table.items():
+        part = scores[name]
+        if name in stats:
+            updated[name] = stats[name].update(part, ~truncated)
+            part = advantages.normalise(part, updated[name], source.normalise)
+        if source.weight:  # with 0 it is only logged: 0 times infinity would not be 0
+            total = total + source.weight * part
+    return CombinedScores(total=total, stats=updated)
+
+
+def source_metrics(
+    table: Mapping[str, Reward],
+    scores: Mapping[str, Float[Array, " responses"]],
+    stats: Mapping[str, RunningStats],
+) -> Metrics:
+    """Return the metrics of each source by itself."""
+    metrics = {}
+    for name, source in table.items():
+        metrics[f"objective/rewards/{name}"] = scores[name].mean()
+        metrics[f"objective/rewards_std/{name}"] = scores[name].std()
+        if source.normalise != "none":
+            metrics[f"reward/running_mean/{name}"] = stats[name].mean
+            metrics[f"reward/running_std/{name}"] = stats[name].std
+    return metrics
 
 
 def score_metrics(

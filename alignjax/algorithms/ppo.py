@@ -18,12 +18,15 @@ from alignjax.algorithms import (
     optimisation,
     ppo_checks,
     ppo_plugins,
-    reward_functions,
+    reward_sources,
     rewards,
 )
-from alignjax.algorithms.advantages import RunningStats
-from alignjax.algorithms.endings import Ending
-from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollout
+from alignjax.algorithms.experience import (
+    Experience,
+    Minibatches,
+    ScoredRollout,
+    TokenRewards,
+)
 from alignjax.algorithms.ppo_data import (
     PretrainingText,
     PromptData,
@@ -35,6 +38,7 @@ from alignjax.algorithms.ppo_programs import (
     HEADS,
     average_metrics,
     compile_programs,
+    new_stats,
     rollout_mesh,
     trained_roles,
 )
@@ -46,7 +50,7 @@ from alignjax.algorithms.stage import (
     StepDetails,
     StepOutput,
 )
-from alignjax.config import Config, Model
+from alignjax.config import Config, reward_table
 from alignjax.data import ends
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
@@ -95,17 +99,18 @@ class PPO:
         mesh: Mesh,
         *,
         end_tokens: tuple[int, ...] = ANY_TOKEN,
-        reward_model: Model | None = None,
-        ending: Ending = None,
+        readers: TokenRewards | None = None,
         phases: Phases | None = None,
     ):
-        """Compile the programs of a run; see `load` for what else a run needs."""
+        """Compile the programs of a run; see `load` for what else a run needs.
+
+        `readers` are the reward models that read the policy's tokens, by default as planned.
+        """
         self.config = config
         self.mesh = mesh
         self.phases = phases or Phases()
         self.num_steps = config.steps
-        self.reward_model = reward_model or config.model
-        self.ending = ending
+        self.readers = rewards.planned_readers(config) if readers is None else readers
         self.trained = trained_roles(config, mesh)
         self.abstract_state = self.trained.abstract_state
         self.compiled = compile_programs(
@@ -113,8 +118,7 @@ class PPO:
             mesh,
             self.trained,
             end_tokens=end_tokens,
-            reward_model=reward_model,
-            ending=ending,
+            readers=self.readers,
         )
 
     @classmethod
@@ -122,22 +126,22 @@ class PPO:
         """Read prompts, text and the frozen roles, and return a stage that can train."""
         ppo_plugins.import_all(config)
         prompts = load_prompts(config, inputs)
-        function = reward_functions.load_and_try(
-            config.ppo, prompts.train_rows, prompts.heldout_rows
+        text_rewards = reward_sources.load_and_try(
+            config, prompts.train_rows, prompts.heldout_rows, inputs.tokenizer
         )
         text = load_pretraining_text(config, mesh, inputs)
-        reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer, function)
-        reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
         end_tokens = ends.end_tokens(
             inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
         )
+        reward = rewards.build(
+            config, mesh, inputs.parents, inputs.tokenizer, text_rewards, end_tokens
+        )
+        reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
         stage = cls(
             config,
             mesh,
             end_tokens=end_tokens,
-            reward_model=reward.model,
-            # If all responses end as the reward model reads them, it reads what was sampled.
-            ending=None if reward.ending == end_tokens else reward.ending,
+            readers=reward.readers,
             phases=inputs.phases,
         )
         stage.attach(inputs, prompts=prompts, text=text, reward=reward)
@@ -154,7 +158,7 @@ class PPO:
         *,
         prompts: PromptData,
         text: PretrainingText,
-        reward: rewards.Reward,
+        reward: rewards.Rewards,
     ) -> None:
         """Give the stage the data and the frozen roles that it trains with."""
         self.tokenizer: PreTrainedTokenizerBase = inputs.tokenizer
@@ -190,7 +194,7 @@ class PPO:
             abstract = self.abstract_state[role]
             state[role] = optimisation.place_state(params, optimisers[role], abstract)
         replicated = sharding.replicated(self.mesh)
-        return state | {"stats": jax.device_put(RunningStats.zero(), replicated)}
+        return state | jax.device_put(new_stats(self.config), replicated)
 
     def step(self, state: State, step: int) -> tuple[State, StepOutput]:
         """Sample responses, score them, make experience, and update policy and value."""
@@ -199,11 +203,13 @@ class PPO:
         rollout = self.sample(params["policy"], batch, step, self.phases)
         texts = self.score_texts(self.prompts.train_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
-        scored = self.score(params, state["stats"], rollout, minibatches, texts)
+        scored = self.score(params, state, rollout, minibatches, texts)
         self.phases.mark("score", scored.experience)
         if step == 0:
-            self.check(params, scored, minibatches, texts)
+            self.check(params, scored, minibatches)
         state = {**state, "stats": scored.stats}
+        if scored.source_stats:
+            state["source_stats"] = scored.source_stats
         state, update_metrics = self.learn(state, scored.experience, minibatches, step)
         self.phases.mark("update", state)
         responses = self.config.data.batch * self.config.ppo.samples_per_prompt
@@ -212,7 +218,7 @@ class PPO:
             metrics=metrics,
             details=functools.partial(self.details, step, batch["index"], scored),
             batch=functools.partial(self.learned_from, step, batch["index"], scored),
-            causes=ppo_checks.CAUSES,
+            causes=ppo_checks.causes(self.config),
         )
         return state, output
 
@@ -221,18 +227,15 @@ class PPO:
         params: dict[str, dict],
         scored: ScoredRollout,
         minibatches: Minibatches,
-        texts: np.ndarray | None = None,
     ) -> None:
         """Stop the run unless ratio, KL and packing are exact before the first update."""
         ppo_checks.check_first_rollout(
             self.config,
             self.compiled.policy_gradient,
-            self.reward_model,
+            self.readers,
             params,
             scored,
             minibatches.first_epoch[0],
-            texts,
-            self.ending,
         )
 
     def role_params(self, state: State) -> dict[str, dict]:
@@ -264,10 +267,10 @@ class PPO:
 
     def score_texts(
         self, rows: list[dict], batch: dict[str, np.ndarray], rollout: Rollout
-    ) -> np.ndarray | None:
-        """Return the text-based rewards of each response; None if there are none."""
+    ) -> dict[str, np.ndarray]:
+        """Return the scores of each response by each text-based reward."""
         if not self.reward.text_rewards:
-            return None
+            return {}
         index = np.repeat(batch["index"], self.config.ppo.samples_per_prompt)
         prompt_rows = [rows[number] for number in index]
         return self.reward.score_texts(prompt_rows, heldout.response_texts(self.tokenizer, rollout))
@@ -279,25 +282,28 @@ class PPO:
         """
         prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
         lengths = sharding.on_host(rollout.lengths)
-        return Minibatches(self.config, self.mesh, prompt_lengths, lengths, self.ending)
+        behind = experience.tokens_behind(self.readers)
+        return Minibatches(self.config, self.mesh, prompt_lengths, lengths, behind)
 
     def score(
         self,
         params: dict[str, dict],
-        stats: RunningStats,
+        state: State,
         rollout: Rollout,
         minibatches: Minibatches,
-        texts: np.ndarray | None = None,
+        texts: dict[str, np.ndarray] | None = None,
     ) -> ScoredRollout:
         """Let the roles read the minibatches of the first epoch, and make experience of it.
 
-        `texts` holds the text-based rewards, to which the reward model's score is added.
+        The state gives the running statistics of scores, `texts` the scores by text-based rewards.
         """
-        reading = experience.empty_reading(rollout, texts, self.mesh)
+        names = reward_table(self.config)
+        reading = experience.empty_reading(rollout, texts or {}, names, self.mesh)
         for minibatch in minibatches.first_epoch:
             for microbatch in minibatch:
                 reading = self.compiled.read(params, rollout, reading, microbatch)
-        return self.compiled.make_experience(stats, rollout, reading)
+        source_stats = state.get("source_stats", {})
+        return self.compiled.make_experience(state["stats"], source_stats, rollout, reading)
 
     def learn(
         self, state: State, experience: Experience, minibatches: Minibatches, step: int
@@ -429,11 +435,11 @@ class PPO:
         texts = self.score_texts(self.prompts.heldout_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
         params = {"policy": policy, "value": state["value"].params, **self.frozen}
-        figures = self.score(params, state["stats"], rollout, minibatches, texts).responses
+        figures = self.score(params, state, rollout, minibatches, texts).responses
         trained_policy = state["policy"].params
         if detailed and policy is not trained_policy:
             params = params | {"policy": trained_policy}
-            reread = self.score(params, state["stats"], rollout, minibatches, texts)
+            reread = self.score(params, state, rollout, minibatches, texts)
             figures = figures | {"log_ratio": reread.responses["log_ratio"]}
         return heldout.describe(
             self.config,

@@ -11,9 +11,10 @@ from alignjax.algorithms import experience, lm
 from alignjax.algorithms.experience import Experience, Reading, ResponseMicrobatch
 from alignjax.algorithms.ppo_data import pretraining_rows
 from alignjax.algorithms.ppo_programs import Programs, rollout_mesh, unchanged
+from alignjax.algorithms.rewards import planned_readers
 from alignjax.algorithms.stage import Loops, Program, State
 from alignjax.algorithms.supervised import abstract_total
-from alignjax.config import Config
+from alignjax.config import Config, reward_table
 from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models.attention import decode_attention
@@ -77,7 +78,12 @@ class PlannedPrograms:
             name="experience",
             calls=1,
             function=self.compiled.make_experience,
-            arguments=(self.state["stats"], self.rollout, self.reading),
+            arguments=(
+                self.state["stats"],
+                self.state.get("source_stats", {}),
+                self.rollout,
+                self.reading,
+            ),
         )
         yield from self.value_programs()
         yield from self.policy_programs()
@@ -199,7 +205,11 @@ def abstract_reading(config: Config, mesh: Mesh) -> Reading:
     responses = config.data.batch * config.ppo.samples_per_prompt
     tokens = np.zeros((responses, config.ppo.response_length), np.float32)
     reading = Reading(
-        logprobs=tokens, entropy=tokens, ref_logprobs=tokens, values=tokens, scores=tokens[:, 0]
+        logprobs=tokens,
+        entropy=tokens,
+        ref_logprobs=tokens,
+        values=tokens,
+        scores=dict.fromkeys(reward_table(config), tokens[:, 0]),
     )
     return sharding.abstract_batch(reading, mesh)
 
@@ -231,8 +241,8 @@ def resident_shapes(config: Config, mesh: Mesh, state: State) -> dict[str, Any]:
         memory=ppo.frozen_memory,
     )
     shapes = {"policy": policy, "value": value, "reference": freeze(policy.params)}
-    if "reward" in config.parents:  # its architecture is taken to be that of the others
-        shapes["reward"] = freeze(value.params)
+    for reader in planned_readers(config):
+        shapes[reader.role] = freeze(value.params)
     reading = abstract_reading(config, mesh)
     shapes["experience"] = Experience(
         rollout=abstract_rollout(config, mesh),

@@ -16,17 +16,17 @@ import optax
 
 from alignjax.algorithms import experience, experience_making, lm, losses, optimisation, plugins
 from alignjax.algorithms.advantages import RunningStats
-from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import (
     Experience,
     Reading,
     ResponseMicrobatch,
     ScoredRollout,
+    TokenRewards,
     select_targets,
 )
 from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
 from alignjax.algorithms.stage import State
-from alignjax.config import Config, Model
+from alignjax.config import Config
 from alignjax.machine import sharding
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout as default_sampler
@@ -106,6 +106,17 @@ class TrainedRoles:
     abstract_state: State
 
 
+def new_stats(config: Config) -> State:
+    """Return the part of a new state that holds the running statistics of scores.
+
+    Runs without `ppo.rewards`, and so those of earlier versions, have `stats` alone.
+    """
+    stats: State = {"stats": RunningStats.zero()}
+    if config.ppo.rewards:
+        stats["source_stats"] = {name: RunningStats.zero() for name in config.ppo.rewards}
+    return stats
+
+
 def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
     """Return the optimisers of a run, whose schedules end with its last update."""
     ppo = config.ppo
@@ -116,8 +127,8 @@ def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
     abstract_state = {
         "policy": optimisation.abstract_state(config.model, "lm", policy_optimiser, mesh),
         "value": optimisation.abstract_state(config.model, "scalar", value_optimiser, mesh),
-        "stats": sharding.abstract(jax.eval_shape(RunningStats.zero), mesh),
     }
+    abstract_state |= sharding.abstract(jax.eval_shape(functools.partial(new_stats, config)), mesh)
     return TrainedRoles(
         policy_optimiser=policy_optimiser,
         value_optimiser=value_optimiser,
@@ -137,7 +148,9 @@ class Programs:
     place_rollout: Callable[[Rollout], Rollout]
     # roles' parameters, rollout, reading (donated), microbatch -> reading
     read: Callable[[dict, Rollout, Reading, ResponseMicrobatch], Reading]
-    make_experience: Callable[[RunningStats, Rollout, Reading], ScoredRollout]
+    make_experience: Callable[
+        [RunningStats, dict[str, RunningStats], Rollout, Reading], ScoredRollout
+    ]
     policy_gradient: Accumulate  # of a LearningPart
     value_gradient: Accumulate  # of a LearningPart
     text_gradient: Accumulate  # of a TextMicrobatch
@@ -184,8 +197,7 @@ def compile_programs(
     trained: TrainedRoles,
     *,
     end_tokens: tuple[int, ...],
-    reward_model: Model | None = None,
-    ending: Ending = None,
+    readers: TokenRewards = (),
 ) -> Programs:
     """Return the compiled functions of a run on a mesh.
 
@@ -194,15 +206,12 @@ def compile_programs(
       mesh: of training; a rollout may have a layout of its own on the same devices.
       trained: optimisers, and the shapes that the updates keep the state in.
       end_tokens: each of them ends a response.
-      reward_model: architecture of the reward model, if it is not `config.model`.
-      ending: of what the reward model reads.
+      readers: the reward models that read the policy's tokens.
     """
     abstract = trained.abstract_state
     stats_layout = jax.tree.map(lambda x: x.sharding, abstract["stats"])
     text_loss = functools.partial(lm.loss_fn, config.model)
-    read = functools.partial(
-        experience.read_roles, config, reward_model or config.model, ending=ending
-    )
+    read = functools.partial(experience.read_roles, config, readers)
     return Programs(
         sample=make_sampler(config, mesh, sampling_settings(config, end_tokens)),
         place_params=params_placement(config, mesh, abstract["policy"].params),
@@ -211,7 +220,12 @@ def compile_programs(
         make_experience=jax.jit(
             functools.partial(experience_making.make_experience, config),
             out_shardings=ScoredRollout(
-                experience=None, stats=stats_layout, metrics=None, responses=None
+                experience=None,
+                stats=stats_layout,
+                source_stats=dict.fromkeys(config.ppo.rewards, stats_layout),
+                scores=None,
+                metrics=None,
+                responses=None,
             ),
         ),
         policy_gradient=optimisation.compile_accumulate(functools.partial(policy_loss_fn, config)),

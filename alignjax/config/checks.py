@@ -8,8 +8,10 @@ import re
 import typing
 from typing import Any
 
-from alignjax.config.errors import UserError, nearest
+from alignjax.config.errors import nearest, rule
 from alignjax.config.fields import CHOICES, KINDS, ROLES, Config, Data, flatten
+from alignjax.config.reward_checks import check_rewards
+from alignjax.config.reward_table import is_function_spec
 
 AT_LEAST_ONE = (
     "microbatch_tokens",
@@ -61,12 +63,6 @@ def check(config: Config) -> None:
         check_ppo(config)
 
 
-def rule(holds: bool, message: str) -> None:
-    """Raise UserError unless a rule holds."""
-    if not holds:
-        raise UserError(message)
-
-
 def check_types(group: Any, kind: type = Config, prefix: str = "") -> None:
     """Check that a config, or a group of its fields, has its fields and values of their types."""
     rule(
@@ -92,7 +88,10 @@ def check_type(name: str, value: Any, kind: Any) -> None:
         key_kind, value_kind = typing.get_args(kind)
         for key, item in value.items():
             check_type(f"a key of {name}", key, key_kind)
-            check_type(f"{name}.{key}", item, value_kind)
+            if dataclasses.is_dataclass(value_kind):
+                check_types(item, value_kind, f"{name}.{key}.")
+            else:
+                check_type(f"{name}.{key}", item, value_kind)
         return
     allowed = {float: (float, int)}.get(kind, kind)
     is_right = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
@@ -210,8 +209,9 @@ def check_ppo(config: Config) -> None:
     """Check the rules of PPO."""
     ppo = config.ppo
     rule(config.steps >= 1, f"steps={config.steps} must be at least 1 for ppo")
-    # A function may be the whole reward.
-    needed = ROLES["ppo"] - ({"reward"} if ppo.reward_fn else set())
+    check_rewards(config)
+    # A function or an endpoint may be the whole reward.
+    needed = ROLES["ppo"] - ({"reward"} if ppo.reward_fn or ppo.rewards else set())
     rule(
         needed <= set(config.parents),
         f"parents={sorted(config.parents)} must be {sorted(needed)} for ppo",
@@ -240,12 +240,6 @@ def check_ppo(config: Config) -> None:
         f"data.max_length={config.data.max_length} + ppo.response_length={ppo.response_length} "
         f"is over model.max_length={config.model.max_length}",
     )
-
-
-def is_function_spec(spec: str) -> bool:
-    """Return whether a text has the form module:function; both parts may have dots."""
-    module, _, function = spec.partition(":")
-    return all(name.isidentifier() for name in [*module.split("."), *function.split(".")])
 
 
 def check_ppo_batches(config: Config) -> None:

@@ -9,32 +9,33 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from alignjax import config as configs
-from alignjax.config import Config, Model, UserError
+from alignjax.config import Config, Model, UserError, field_of_role, is_reward_role, kind_of_source
+from alignjax.config import is_config_file as is_config
 from alignjax.weights import checkpoint, locations, roles
 from alignjax.weights.locations import RUNTIME_FIELDS
 
-# (the child's stage, role) -> the head of the role's model.
+# (the child's stage, role) -> the head of the role's model; a reward model's is scalar.
 HEADS = {
     ("lm", "model"): "lm",
     ("ranking", "model"): "scalar",
     ("ppo", "policy"): "lm",
     ("ppo", "reference"): "lm",
     ("ppo", "value"): "scalar",
-    ("ppo", "reward"): "scalar",
 }
-
-
-def is_config(spec: str) -> bool:
-    """Return whether a parent is named by a config, rather than by a directory or hub name."""
-    return spec.partition(":")[0].endswith(".py")
 
 
 def parent_of(run: Path, role: str) -> Path | None:
     """Return the directory of a run's parent of a role, or None if it has none.
 
-    A parent that is a config is beside the run.
+    A parent that is a config is beside the run. The role "reward" of a run with several rewards
+    is the first reward model among them.
     """
-    spec = locations.read_config(run)["parents"].get(role)
+    stored = locations.read_config(run)
+    specs = dict(stored["parents"])
+    for entry in stored["ppo.rewards"].values():
+        if kind_of_source(entry["source"]) == "model":
+            specs.setdefault("reward", entry["source"])
+    spec = specs.get(role)
     if spec is None:
         return None
     if not is_config(spec):
@@ -107,19 +108,20 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
     Raises:
       UserError: it names the parent and what is wrong with it.
     """
-    head = HEADS[config.stage, role]
-    if role != "reward":
+    is_reward = is_reward_role(role)
+    head = "scalar" if is_reward else HEADS[config.stage, role]
+    if not is_reward:
         locations.check_architecture(config.model, directory)
     if not locations.is_run(directory):
         roles.open_views(directory, head)
         return
-    where = f"parents.{role}={spec}"
+    where = f"{field_of_role(role)}={spec}"
     if not (directory / "summary.json").exists():
         raise UserError(f"{where}: this run is not complete")
     stage = locations.read_config(directory)["stage"]
     if (stage, head) not in roles.CHECKPOINT_ITEMS:
         raise UserError(f"{where}: a language model is wanted, this run's stage is {stage!r}")
-    if role == "reward" and stage == "lm":
+    if is_reward and stage == "lm":
         raise UserError(f"{where}: a reward model is wanted, this run's stage is {stage!r}")
     try:
         checkpoint.newest(directory)
