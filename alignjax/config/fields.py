@@ -36,7 +36,7 @@ class Model:
     remat: str = (
         "nothing"  # what the backward pass recomputes: nothing, everything, dots (all else)
     )
-    attention: str = "auto"  # auto, xla, cudnn (NVIDIA), splash (TPU)
+    attention: str = "auto"  # auto, xla, triton or cudnn (NVIDIA), splash (TPU)
 
 
 @dataclass
@@ -188,7 +188,7 @@ CHOICES = {
     "model.rope_scaling": ("", "linear", "llama3", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("nothing", "everything", "dots"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.attention": ("auto", "xla", "triton", "cudnn", "splash"),
     "chat_template": ("", "chatml"),
     "data.on_bad_row": ("error", "skip"),
     "optimiser.schedule": ("constant", "cosine"),
