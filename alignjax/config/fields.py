@@ -149,7 +149,8 @@ class Config:
     seed: int = 0
     # Optimiser steps; for PPO, rollouts. 0, not for PPO, is one pass over the examples.
     steps: int = 100
-    # role -> config (NAME.py), run, Hugging Face directory, or hf://ORG/NAME, which is downloaded
+    # role -> config (NAME.py), run, Hugging Face directory, or hf://ORG/NAME, which is downloaded;
+    # a checkpoint may have a PEFT adapter, BASE+ADAPTER
     parents: dict[str, str] = field(default_factory=dict)
     # A directory or hf://ORG/NAME; "" is the parents', or without parents one trained on the text.
     tokenizer: str = ""
