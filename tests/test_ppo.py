@@ -659,8 +659,8 @@ def test_the_self_check_stops_at_each_fault_with_its_figure(world):
 
     with pytest.raises(UserError, match="ratio - 1"):
         check(compiled=dataclasses.replace(world.stage.compiled, policy_gradient=drifting))
-    scores = scored.responses["score"].at[CHECKED_RESPONSES - 1].add(0.5)
-    wrong_score = dataclasses.replace(scored, responses=scored.responses | {"score": scores})
+    scores = scored.scores["reward"].at[CHECKED_RESPONSES - 1].add(0.5)
+    wrong_score = dataclasses.replace(scored, scores={"reward": scores})
     with pytest.raises(UserError, match="when its row's pads and neighbours change is 0.5"):
         check(scored=wrong_score)
 

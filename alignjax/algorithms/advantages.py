@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 Scores = Float[Array, " responses"]
-ResponseMask = Bool[Array, " responses"]
 TokenFloats = Float[Array, "responses tokens"]
 TokenMask = Bool[Array, "responses tokens"]
 
@@ -24,25 +23,12 @@ class RunningStats(NamedTuple):
         """Return the statistics of no scores."""
         return RunningStats(*jnp.zeros((3,), jnp.float32))
 
-    def update(self, scores: Scores, counted: ResponseMask | None = None) -> "RunningStats":
-        """Add a batch of scores (Chan et al. 1979); change nothing if one is not finite.
-
-        `counted` says which of the scores count; by default, all of them do.
-        """
-        if counted is None:
-            return self.update_by(scores.size, scores.mean(), scores)
-        size = counted.sum()
-        mean = jnp.where(counted, scores, 0.0).sum() / jnp.maximum(size, 1)
-        updated = self.update_by(size, mean, jnp.where(counted, scores, mean))
-        return jax.tree.map(lambda new, old: jnp.where(size > 0, new, old), updated, self)
-
-    def update_by(
-        self, size: int | Int[Array, ""], mean: Float[Array, ""], scores: Scores
-    ) -> "RunningStats":
-        """Add `size` scores of this mean; scores that do not count are at the mean."""
-        delta = mean - self.mean
+    def update(self, scores: Scores) -> "RunningStats":
+        """Add a batch of scores (Chan et al. 1979); change nothing if one is not finite."""
+        size = scores.size
+        delta = scores.mean() - self.mean
         total = self.count + size
-        batch_m2 = jnp.sum((scores - mean) ** 2)
+        batch_m2 = jnp.sum((scores - scores.mean()) ** 2)
         m2 = self.m2 + batch_m2 + delta**2 * self.count * size / total
         updated = RunningStats(total, self.mean + delta * size / total, m2)
         finite = jnp.isfinite(scores).all()

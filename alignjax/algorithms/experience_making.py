@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from alignjax.algorithms import advantages, optimisation
 from alignjax.algorithms.advantages import RunningStats
@@ -33,7 +33,7 @@ def make_experience(
     """
     ppo = config.ppo
     mask = rollout.mask
-    combined = combine_scores(reward_table(config), reading.scores, source_stats, rollout.truncated)
+    combined = combine_scores(reward_table(config), reading.scores, source_stats)
     scores = jnp.where(rollout.truncated, ppo.truncated_score, combined.total)
     stats = stats.update(scores)
     normalised = advantages.normalise(scores, stats, ppo.normalise_scores)
@@ -94,19 +94,17 @@ def combine_scores(
     table: Mapping[str, Reward],
     scores: Mapping[str, Float[Array, " responses"]],
     stats: Mapping[str, RunningStats],
-    truncated: Bool[Array, " responses"],
 ) -> CombinedScores:
     """Return the weighted sum of the scores of all sources, each normalised as its entry says.
 
-    The statistics of a source are those of its scores of responses that ended, since no other
-    score counts. `stats` has the entries of `ppo.rewards`; other sources are not normalised.
+    `stats` has the entries of `ppo.rewards`; other sources are not normalised.
     """
-    total = jnp.zeros(truncated.shape, jnp.float32)
+    total = jnp.zeros((), jnp.float32)
     updated = {}
     for name, source in table.items():
         part = scores[name]
         if name in stats:
-            updated[name] = stats[name].update(part, ~truncated)
+            updated[name] = stats[name].update(part)
             part = advantages.normalise(part, updated[name], source.normalise)
         if source.weight:  # with 0 it is only logged: 0 times infinity would not be 0
             total = total + source.weight * part

@@ -33,7 +33,7 @@ def parent_of(run: Path, role: str) -> Path | None:
     stored = locations.read_config(run)
     specs = dict(stored["parents"])
     for entry in stored["ppo.rewards"].values():
-        if kind_of_source(entry["source"]) == "model":
+        if kind_of_source(entry.get("source", "")) == "model":
             specs.setdefault("reward", entry["source"])
     spec = specs.get(role)
     if spec is None:
