@@ -13,16 +13,6 @@ from alignjax.config import Config, Model, UserError
 from alignjax.weights import checkpoint, locations, roles
 from alignjax.weights.locations import RUNTIME_FIELDS
 
-# (the child's stage, role) -> the head of the role's model.
-HEADS = {
-    ("lm", "model"): "lm",
-    ("ranking", "model"): "scalar",
-    ("ppo", "policy"): "lm",
-    ("ppo", "reference"): "lm",
-    ("ppo", "value"): "scalar",
-    ("ppo", "reward"): "scalar",
-}
-
 
 def is_config(spec: str) -> bool:
     """Return whether a parent is named by a config, rather than by a directory or hub name."""
@@ -107,7 +97,7 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
     Raises:
       UserError: it names the parent and what is wrong with it.
     """
-    head = HEADS[config.stage, role]
+    head = roles.HEADS[config.stage, role]
     if role != "reward":
         locations.check_architecture(config.model, directory)
     if not locations.is_run(directory):
