@@ -29,7 +29,13 @@ from alignjax.config.fields import (
 )
 from alignjax.config.loading import CONFIGS, PACKAGE, SHIPPED, load, run_file
 from alignjax.config.overrides import override, parse_names, parse_overrides, parse_value
-from alignjax.config.stored import difference, lora_from_json, model_from_json, stored_config, to_json
+from alignjax.config.stored import (
+    difference,
+    lora_from_json,
+    model_from_json,
+    stored_config,
+    to_json,
+)
 
 __all__ = [
     "AT_LEAST_ONE",

@@ -81,6 +81,14 @@ def combined_entry(base: Any, trained: Any) -> Any:
     return base if trained is None else trained
 
 
+def select(params: Params, like: Params) -> Params:
+    """Return the entries of a tree that another one has too, such as what a role trains."""
+    return {
+        name: select(params[name], part) if isinstance(part, dict) else params[name]
+        for name, part in like.items()
+    }
+
+
 def count(params: Params) -> int:
     """Return the number of parameters; the scales of adapters are none."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -90,9 +98,7 @@ def count(params: Params) -> int:
 def adapted_products(layer: Params) -> tuple[tuple[str, str], ...]:
     """Return the part and the name of each product of a layer that has adapters."""
     return tuple(
-        (part, name)
-        for name, part in LORA_TARGETS.items()
-        if "lora_a" in layer[part].get(name, {})
+        (part, name) for name, part in LORA_TARGETS.items() if "lora_a" in layer[part].get(name, {})
     )
 
 
@@ -130,11 +136,11 @@ def merge_product(product: dict[str, Array]) -> dict[str, Array]:
 
 
 def apply(
-    x: Float[Array, "rows inputs"],
-    lora_a: Float[Array, "*inputs rank"],
-    lora_b: Float[Array, "rank *outputs"],
+    x: Float[Array, "tokens inputs"],
+    lora_a: Float[Array, "*input_axes rank"],
+    lora_b: Float[Array, " rank *output_axes"],
     scale: Float[Array, ""],
-) -> Float[Array, "rows outputs"]:
+) -> Float[Array, "tokens outputs"]:
     """Return scale (x A) B, computed in the type of x."""
     rank = lora_a.shape[-1]
     narrow = x @ lora_a.reshape(-1, rank).astype(x.dtype)

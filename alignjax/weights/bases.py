@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignjax.config import Config, Lora, UserError, lora_from_json
+from alignjax.config import load as load_config
 from alignjax.machine import marker
 from alignjax.machine import workdir as workdirs
 from alignjax.weights import checkpoint, locations
@@ -46,6 +47,20 @@ class Base:
     place: str  # ../NAME beside the run, hf://ORG/NAME, or a path
     item: str  # of the base's checkpoint; "" if it is no run
     contents: str  # a hash of the base's parameters; "" if it is no run
+
+
+def planned_base(spec: str, head: str, settings: Lora) -> str:
+    """Return a name of the base that a parent will give, for configs that have not run yet.
+
+    Equal names mean one base. The head is that of the role that the parent is for.
+    """
+    if not locations.is_config(spec):
+        return spec
+    parent = load_config(spec)
+    role = CHECKPOINT_ITEMS.get((parent.stage, head))
+    if parent.lora.rank and have_same_form(parent.lora, settings) and role in parent.parents:
+        return planned_base(parent.parents[role], head, settings)
+    return spec
 
 
 def adapters_of(directory: Path) -> Lora | None:

@@ -41,6 +41,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 HUB_NAME = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>\S+))?")
 
 
+def is_config(spec: str) -> bool:
+    """Return whether a parent is named by a config, rather than by a directory or hub name."""
+    return spec.partition(":")[0].endswith(".py")
+
+
 @functools.cache
 def local_directory(spec: str, weights: bool = True) -> Path:
     """Return the directory that `spec` names, after downloading it if it is on the hub.

@@ -14,7 +14,7 @@ import jax
 
 from alignjax.config import Config, Model
 from alignjax.machine import sharding
-from alignjax.models import lora, transformer
+from alignjax.models import lora
 from alignjax.weights import bases, roles
 from alignjax.weights.roles import Params
 

@@ -13,7 +13,6 @@ from alignjax.machine import sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.models import lora, transformer
 from alignjax.weights import bases, hf, locations
-from alignjax.weights.bases import CHECKPOINT_ITEMS
 from alignjax.weights.checkpoint import restore_role
 
 # (stage, role of a run) -> the head of the role's model.
@@ -27,6 +26,15 @@ HEADS = {
 }
 FROZEN_ROLES = ("reference", "reward")
 Params = dict[str, Any]  # a tree of arrays, or of their shapes
+
+
+def trained_heads(stage: str) -> dict[str, str]:
+    """Return the heads of the roles that a stage trains."""
+    return {
+        role: head
+        for (its_stage, role), head in HEADS.items()
+        if its_stage == stage and role not in FROZEN_ROLES
+    }
 
 
 def abstract_params(model: Model, head: str, mesh: jax.sharding.Mesh) -> Params:
@@ -179,9 +187,7 @@ def draw_adapters(model: Model, head: str, key: jax.Array, settings: Lora) -> Pa
     return adapters
 
 
-def abstract_adapters(
-    model: Model, head: str, mesh: jax.sharding.Mesh, settings: Lora
-) -> Params:
+def abstract_adapters(model: Model, head: str, mesh: jax.sharding.Mesh, settings: Lora) -> Params:
     """Return the shapes, types and shardings of what a role with adapters trains."""
     shapes = jax.eval_shape(lambda: draw_adapters(model, head, jax.random.key(0), settings))
     return sharding.abstract(shapes, mesh)
