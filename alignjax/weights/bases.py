@@ -126,7 +126,7 @@ def base_of(run: Path, head: str) -> Base:
         raise UserError(f"{run / marker.NAME}: it does not say where the base of {item} is")
     base = Base(**entry)
     directory = directory_of(run, base.place)
-    if not (directory / locations.CONFIG).exists():
+    if not (locations.base_directory(directory) / locations.CONFIG).exists():
         raise UserError(
             f"{run}: its base {directory} is not there, and without it the run's adapters are of "
             "no use"
@@ -184,6 +184,17 @@ def place_of(origin: Origin, spec: str, workdir: Path) -> str:
         return origin.hub_name
     if origin.adapters is None and spec.startswith("hf://"):
         return spec
-    if siblings_of(origin.base) == siblings_of(workdir):
+    is_plain = locations.adapted_model(origin.base) is None
+    if is_plain and siblings_of(origin.base) == siblings_of(workdir):
         return f"{BESIDE}{origin.base.name}"
-    return str(origin.base.absolute() if workdirs.is_local(origin.base) else origin.base)
+    return absolute_name(origin.base)
+
+
+def absolute_name(directory: Path) -> str:
+    """Return the name of a model's directory that holds wherever a command is run."""
+    if not workdirs.is_local(directory):
+        return str(directory)
+    adapted = locations.adapted_model(directory)
+    if adapted is None:
+        return str(directory.absolute())
+    return f"{adapted.base.absolute()}{locations.JOINT}{adapted.adapter.absolute()}"
