@@ -112,7 +112,19 @@ def item_of(directory: Path, head: str) -> str:
         raise UserError(
             f"parent {directory}: a language model is wanted, this run's stage is {stage!r}"
         )
+    if head == "scalar":
+        check_value_model(directory, f"parent {directory}")
     return CHECKPOINT_ITEMS[stage, head]
+
+
+def check_value_model(run: Path, where: str) -> None:
+    """Raise UserError if a run is of PPO and has trained no value model."""
+    stored = locations.read_config(run)
+    if stored["stage"] == "ppo" and "value" not in stored["parents"]:
+        estimator = stored.get("ppo.advantage_estimator")
+        raise UserError(
+            f"{where}: with ppo.advantage_estimator={estimator!r} a run has no value model"
+        )
 
 
 def base_of(run: Path, head: str) -> Base:
