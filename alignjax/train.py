@@ -41,7 +41,7 @@ from alignjax.runs.claim import (
     is_complete,
     prolong,
 )
-from alignjax.runs.lineage import adopt_architecture, check_parent, is_config, parent_of
+from alignjax.runs.lineage import adopt_architecture, check_parent, parent_of
 from alignjax.runs.loop import Loop
 from alignjax.runs.records import Records
 from alignjax.runs.tokenizers import choose_tokenizer
@@ -181,7 +181,9 @@ def run(
     if is_complete(config, workdir):
         session.say(f"{config.name}: complete, in {workdir}")
     else:
-        if config.stage == "ppo" and any(map(is_config, configs.parent_specs(config).values())):
+        if config.stage == "ppo" and any(
+            map(configs.is_config_file, configs.parent_specs(config).values())
+        ):
             # Parents may train for hours before the run itself finds a mistake in such code.
             ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
@@ -292,12 +294,12 @@ def prepare_parents(config: Config, workdir: Path, session: Session) -> dict[str
     parents = {}
     specs = configs.parent_specs(config)
     for role, spec in specs.items():
-        if not is_config(spec):
+        if not configs.is_config_file(spec):
             parents[role] = locations.local_directory(spec)
             check_parent(config, role, spec, parents[role])
     complete = {}  # spec -> directory: several roles may have one parent
     for role, spec in specs.items():
-        if is_config(spec):
+        if configs.is_config_file(spec):
             if spec not in complete:
                 complete[spec] = run_parent(config, spec, workdir, session)
             parents[role] = complete[spec]

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from alignjax import config as configs
 from alignjax.algorithms import experience, experience_making, lm, losses, optimisation, plugins
-from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.experience import (
     Experience,
     Reading,
@@ -28,10 +29,11 @@ from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
 from alignjax.algorithms.stage import State
 from alignjax.config import Config
 from alignjax.machine import sharding
-from alignjax.models import scoring, transformer
+from alignjax.models import lora, scoring, transformer
 from alignjax.sampling import rollout as default_sampler
 from alignjax.sampling.external import ExternalSampler
 from alignjax.sampling.types import Prompts, Rollout, SamplingSettings
+from alignjax.weights import bases, roles
 
 Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
@@ -40,15 +42,49 @@ LearningPart = tuple[Experience, ResponseMicrobatch]
 HEADS = {"policy": "lm", "value": "scalar"}  # of the trained roles
 
 
+def head_of(role: str) -> str:
+    """Return the head of a role of PPO."""
+    return roles.HEADS["ppo", configs.kind_of_role(role)]
+
+
 def policy_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
-    """Return the clipped objective of a microbatch of experience, and its metrics."""
+    """Return the clipped objective of a microbatch of experience, and its metrics.
+
+    The config may add a KL penalty and an entropy bonus.
+    """
+    ppo = config.ppo
     batch = select_targets(*part)
-    logprobs, _ = scoring.token_logprobs(
-        config.model, params, batch.packed, batch.targets, config.ppo.temperature
+    logprobs, entropy = scoring.token_logprobs(
+        config.model, params, batch.packed, batch.targets, ppo.temperature
     )
-    return losses.policy_loss(
-        logprobs, batch.old_logprobs, batch.advantages, batch.weights, config.ppo.clip
+    loss_weights = losses.token_weights(
+        configs.loss_aggregation(config),
+        batch.weights,
+        batch.lengths,
+        config.data.batch * ppo.samples_per_prompt // ppo.minibatches,
+        ppo.response_length,
     )
+    loss, metrics = losses.policy_loss(
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.weights,
+        ppo.clip,
+        clip_high=ppo.clip_high,
+        dual_clip=ppo.dual_clip,
+        loss_weights=loss_weights,
+    )
+    if ppo.kl_in == "loss":
+        penalty, kl_metrics = losses.kl_loss(
+            logprobs, batch.ref_logprobs, loss_weights, ppo.kl_estimator
+        )
+        loss += batch.kl_coef * penalty
+        metrics |= kl_metrics
+    if ppo.entropy_coef:
+        bonus, entropy_metrics = losses.entropy_bonus(entropy, batch.weights)
+        loss -= ppo.entropy_coef * bonus
+        metrics |= entropy_metrics
+    return loss, metrics
 
 
 def value_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
@@ -81,8 +117,10 @@ def update_policy(
         gradient = jax.tree.map(jnp.add, gradient, added)
     state, skipped = optimisation.apply_gradients(optimiser, state, gradient, metrics)
     if pretraining is not None:
-        ratio = metrics["pretrain/grad_norm"] / metrics["policy/grad_norm"]
-        metrics["pretrain/grad_norm_ratio"] = ratio
+        # The policy's gradient is 0 if the responses to each prompt have equal scores.
+        norm = metrics["policy/grad_norm"]
+        ratio = metrics["pretrain/grad_norm"] / jnp.where(norm > 0, norm, 1.0)
+        metrics["pretrain/grad_norm_ratio"] = jnp.where(norm > 0, ratio, 0.0)
     return state, {**metrics, "policy/skipped": skipped}
 
 
@@ -101,40 +139,85 @@ class TrainedRoles:
     """The optimisers of policy and value, and the shapes of the training state."""
 
     policy_optimiser: optax.GradientTransformation
-    value_optimiser: optax.GradientTransformation
+    value_optimiser: optax.GradientTransformation | None  # None: there is no value model
     policy_schedule: optax.Schedule  # updates of the policy -> learning rate
     abstract_state: State
-
-
-def new_stats(config: Config) -> State:
-    """Return the part of a new state that holds the running statistics of scores.
-
-    Runs without `ppo.rewards`, and so those of earlier versions, have `stats` alone.
-    """
-    stats: State = {"stats": RunningStats.zero()}
-    if config.ppo.rewards:
-        stats["source_stats"] = {name: RunningStats.zero() for name in config.ppo.rewards}
-    return stats
+    abstract_bases: dict[str, dict | None]  # beneath adapters; None where there are none
 
 
 def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
     """Return the optimisers of a run, whose schedules end with its last update."""
     ppo = config.ppo
-    value_updates = config.steps * ppo.epochs * ppo.minibatches
-    policy_updates = max(value_updates - ppo.value_warmup_steps, 1)
+    updates = config.steps * ppo.epochs * ppo.minibatches
+    policy_updates = max(updates - configs.value_warmup_steps(config), 1)
     policy_optimiser = optimisation.make_optimiser(config.optimiser, policy_updates)
-    value_optimiser = optimisation.make_optimiser(config.value_optimiser, value_updates)
+    abstract_role = functools.partial(abstract_trained_role, config, mesh)
     abstract_state = {
-        "policy": optimisation.abstract_state(config.model, "lm", policy_optimiser, mesh),
-        "value": optimisation.abstract_state(config.model, "scalar", value_optimiser, mesh),
+        "policy": abstract_role("policy", policy_optimiser),
+        **sharding.abstract(jax.eval_shape(functools.partial(initial_counters, config)), mesh),
     }
-    abstract_state |= sharding.abstract(jax.eval_shape(functools.partial(new_stats, config)), mesh)
+    value_optimiser = None
+    if configs.has_value(config):
+        value_optimiser = optimisation.make_optimiser(config.value_optimiser, updates)
+        abstract_state["value"] = abstract_role("value", value_optimiser)
     return TrainedRoles(
         policy_optimiser=policy_optimiser,
         value_optimiser=value_optimiser,
         policy_schedule=optimisation.learning_rate_schedule(config.optimiser, policy_updates),
         abstract_state=abstract_state,
+        abstract_bases=abstract_bases(config, mesh),
     )
+
+
+def abstract_bases(config: Config, mesh: Mesh) -> dict[str, dict | None]:
+    """Return the shapes of the base beneath each role; those that share one have one object.
+
+    Without adapters there are none, and each is None. A reward model's architecture is taken to
+    be that of the others.
+    """
+    settings = config.lora
+    specs = configs.parent_specs(config)
+    wanted = [*configs.trained_roles(config), "reference"]
+    wanted += [role for role in specs if configs.is_reward_role(role)]
+    if not settings.rank:
+        return dict.fromkeys(wanted)
+    names = {role: bases.planned_base(specs[role], head_of(role), settings) for role in wanted}
+    shared: dict[str, dict] = {}
+    for name in names.values():
+        sharing = [role for role in wanted if names[role] == name]
+        head = "lm" if any(head_of(role) == "lm" for role in sharing) else "scalar"
+        shared.setdefault(name, roles.abstract_base(config.model, head, mesh, settings))
+    return {
+        role: without_head(shared[name]) if head_of(role) == "scalar" else shared[name]
+        for role, name in names.items()
+    }
+
+
+def without_head(params: dict) -> dict:
+    """Return parameters without their head."""
+    return {name: part for name, part in params.items() if name != "head"}
+
+
+def abstract_trained_role(
+    config: Config, mesh: Mesh, role: str, optimiser: optax.GradientTransformation
+) -> TrainState:
+    """Return the shapes of the training state of a role."""
+    return optimisation.abstract_state(config.model, HEADS[role], optimiser, mesh, config.lora)
+
+
+def initial_counters(config: Config) -> State:
+    """Return the part of a new state that the updates do not change.
+
+    It holds the statistics of scores and, with `ppo.rewards`, those of each of them; and the
+    control of the KL penalty's coefficient, if it adapts. Nothing else, so that runs of earlier
+    versions can be restored.
+    """
+    counters: State = {"stats": RunningStats.zero()}
+    if config.ppo.rewards:
+        counters["source_stats"] = {name: RunningStats.zero() for name in config.ppo.rewards}
+    if config.ppo.kl_target:
+        counters["kl_control"] = KLControl(jnp.float32(config.ppo.kl_coef))
+    return counters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +231,14 @@ class Programs:
     place_rollout: Callable[[Rollout], Rollout]
     # roles' parameters, rollout, reading (donated), microbatch -> reading
     read: Callable[[dict, Rollout, Reading, ResponseMicrobatch], Reading]
-    make_experience: Callable[
-        [RunningStats, dict[str, RunningStats], Rollout, Reading], ScoredRollout
-    ]
+    # statistics of scores, those of each source, rollout, reading, and the control of the KL
+    # penalty if there is one
+    make_experience: Callable[..., ScoredRollout]
     policy_gradient: Accumulate  # of a LearningPart
-    value_gradient: Accumulate  # of a LearningPart
+    value_gradient: Accumulate | None  # of a LearningPart; None: there is no value model
     text_gradient: Accumulate  # of a TextMicrobatch
     update_policy: Callable[..., tuple[TrainState, Metrics]]
-    update_value: Callable[..., tuple[TrainState, Metrics]]
+    update_value: Callable[..., tuple[TrainState, Metrics]] | None
     text_loss: Callable[..., tuple[jax.Array, Metrics]]
     learning_rate: Callable[[jax.Array], jax.Array]  # of the policy, by its updates
 
@@ -209,53 +292,73 @@ def compile_programs(
       readers: the reward models that read the policy's tokens.
     """
     abstract = trained.abstract_state
-    stats_layout = jax.tree.map(lambda x: x.sharding, abstract["stats"])
+    layout = sharding_of(abstract["stats"])
+    control_layout = sharding_of(abstract.get("kl_control"))
+    value_gradient = None
+    update_value = None
+    if trained.value_optimiser is not None:
+        value_gradient = optimisation.compile_accumulate(functools.partial(value_loss_fn, config))
+        update_value = optimisation.compile_update(
+            functools.partial(optimisation.update_state, trained.value_optimiser),
+            abstract["value"],
+        )
     text_loss = functools.partial(lm.loss_fn, config.model)
     read = functools.partial(experience.read_roles, config, readers)
     return Programs(
         sample=make_sampler(config, mesh, sampling_settings(config, end_tokens)),
-        place_params=params_placement(config, mesh, abstract["policy"].params),
+        place_params=params_placement(
+            config, mesh, lora.combine(trained.abstract_bases["policy"], abstract["policy"].params)
+        ),
         place_rollout=rollout_placement(config, mesh),
         read=jax.jit(read, donate_argnums=2),
         make_experience=jax.jit(
             functools.partial(experience_making.make_experience, config),
             out_shardings=ScoredRollout(
                 experience=None,
-                stats=stats_layout,
-                source_stats=dict.fromkeys(config.ppo.rewards, stats_layout),
+                stats=layout,
+                source_stats=dict.fromkeys(config.ppo.rewards, layout),
                 scores=None,
+                kl_control=control_layout,
                 metrics=None,
                 responses=None,
             ),
         ),
         policy_gradient=optimisation.compile_accumulate(functools.partial(policy_loss_fn, config)),
-        value_gradient=optimisation.compile_accumulate(functools.partial(value_loss_fn, config)),
+        value_gradient=value_gradient,
         text_gradient=optimisation.compile_accumulate(text_loss),
         update_policy=optimisation.compile_update(
             functools.partial(update_policy, config, trained.policy_optimiser), abstract["policy"]
         ),
-        update_value=optimisation.compile_update(
-            functools.partial(optimisation.update_state, trained.value_optimiser),
-            abstract["value"],
-        ),
+        update_value=update_value,
         text_loss=jax.jit(text_loss),
         learning_rate=jax.jit(trained.policy_schedule),
     )
+
+
+def sharding_of(abstract: Any) -> Any:
+    """Return the shardings of a tree of shapes."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Callable[[dict], dict]:
     """Return the function that casts and lays out the policy's parameters for a rollout.
 
     Decoding reads every matrix for every token: half of the bytes if they are cast once before,
-    no transfers over fsdp if they are laid out anew, and fewer products if they are joined.
+    no transfers over fsdp if they are laid out anew, and fewer products if they are joined or have
+    no adapters. With `lora.merge_for_rollout` False there is no copy, unless another layout asks
+    for one, and the adapters stay.
     """
     has_own_layout = config.ppo.rollout_tensor > 0
-    joins = transformer.joins_products()
-    if not (has_own_layout or joins) and config.model.dtype == "float32":
+    keeps_adapters = config.lora.rank > 0 and not config.lora.merge_for_rollout
+    merges_adapters = config.lora.rank > 0 and not keeps_adapters
+    joins = transformer.joins_products() and not keeps_adapters
+    copies = has_own_layout or joins or merges_adapters
+    if not copies and (config.model.dtype == "float32" or keeps_adapters):
         return unchanged
-    place = functools.partial(transformer.for_sampling, config.model)
+    prepare = transformer.rounded if keeps_adapters else transformer.for_sampling
+    place = functools.partial(prepare, config.model)
     layout = None
-    if has_own_layout or joins:
+    if copies:
         shapes = jax.eval_shape(place, abstract_params)
         layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
     return jax.jit(place, out_shardings=layout)

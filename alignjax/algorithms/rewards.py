@@ -30,6 +30,7 @@ from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
 from alignjax.weights import locations, roles
+from alignjax.weights.role_reader import RoleReader
 from alignjax.weights.score_place import ending_of
 
 RUNTIME_FIELDS = ("dtype", "remat", "attention")  # of the reward model, as the policy has them
@@ -110,6 +111,8 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     text_rewards: Mapping[str, TextReward],
     end_tokens: tuple[int, ...] = (),
+    *,
+    reader: RoleReader | None = None,
 ) -> Rewards:
     """Build the rewards that the config asks for.
 
@@ -120,11 +123,13 @@ def build(
       tokenizer: of the policy.
       text_rewards: the functions and endpoints, by name.
       end_tokens: of the policy.
+      reader: reads the reward models, which may share their base with other roles.
 
     Raises:
       UserError: for a language model, and for a reward model that cannot read sequences as long as
         a prompt and its response.
     """
+    reader = reader or RoleReader(config, mesh, parents)
     readers = []
     params = {}
     text_rewards = dict(text_rewards)
@@ -132,7 +137,7 @@ def build(
         if name in text_rewards:
             continue
         role = role_of(config, name)
-        loaded = load_model(config, mesh, parents[role])
+        loaded = load_model(config, parents[role], role, reader)
         if not same_tokens(loaded.tokenizer, tokenizer):
             text_rewards[name] = as_text_reward(config, mesh, loaded)
             continue
@@ -155,13 +160,12 @@ def planned_readers(config: Config) -> TokenRewards:
     )
 
 
-def load_model(config: Config, mesh: jax.sharding.Mesh, directory: Path) -> LoadedRewardModel:
+def load_model(config: Config, directory: Path, role: str, reader: RoleReader) -> LoadedRewardModel:
     """Read a reward model, and freeze its parameters."""
     tokenizer = parent_tokenizer(config, directory)
     ending = ending_of(directory, tokenizer)
     model = reward_architecture(config, directory, ending)
-    params = roles.load_trained(model, "scalar", mesh, directory)
-    params = roles.freeze(model, params, config.ppo.frozen_dtype, config.ppo.frozen_memory)
+    params = reader.frozen(role, model)
     tokenizer_files.check_fits(tokenizer, model.vocab_size)
     return LoadedRewardModel(model=model, params=params, tokenizer=tokenizer, ending=ending)
 

@@ -13,12 +13,22 @@ from alignjax.config.errors import (
     reason_of,
     short,
 )
+from alignjax.config.estimators import (
+    has_value,
+    is_external,
+    loss_aggregation,
+    needs_of,
+    trained_roles,
+    value_warmup_steps,
+)
 from alignjax.config.fields import (
     CHOICES,
+    LORA_TARGETS,
     PPO,
     ROLES,
     Config,
     Data,
+    Lora,
     Mesh,
     Model,
     Optimiser,
@@ -34,12 +44,19 @@ from alignjax.config.reward_table import (
     is_config_file,
     is_function_spec,
     is_reward_role,
+    kind_of_role,
     kind_of_source,
     parent_specs,
     reward_table,
     role_of,
 )
-from alignjax.config.stored import difference, model_from_json, stored_config, to_json
+from alignjax.config.stored import (
+    difference,
+    lora_from_json,
+    model_from_json,
+    stored_config,
+    to_json,
+)
 
 __all__ = [
     "AT_LEAST_ONE",
@@ -47,6 +64,8 @@ __all__ = [
     "CONFIGS",
     "Config",
     "Data",
+    "LORA_TARGETS",
+    "Lora",
     "Mesh",
     "Model",
     "Optimiser",
@@ -65,14 +84,20 @@ __all__ = [
     "field_of_source",
     "first_line",
     "flatten",
+    "has_value",
     "is_config_file",
     "is_encodable",
+    "is_external",
     "is_function_spec",
     "is_reward_role",
+    "kind_of_role",
     "kind_of_source",
     "load",
+    "lora_from_json",
+    "loss_aggregation",
     "model_from_json",
     "nearest",
+    "needs_of",
     "one_line",
     "override",
     "parent_specs",
@@ -86,4 +111,6 @@ __all__ = [
     "short",
     "stored_config",
     "to_json",
+    "trained_roles",
+    "value_warmup_steps",
 ]

@@ -57,6 +57,11 @@ def is_reward_role(role: str) -> bool:
     return role == "reward" or role.startswith("reward.")
 
 
+def kind_of_role(role: str) -> str:
+    """Return a role's name, and "reward" for any reward model."""
+    return "reward" if is_reward_role(role) else role
+
+
 def field_of_source(config: Config, name: str) -> str:
     """Return the field that names a source, by its name in `reward_table`."""
     if config.ppo.rewards:

@@ -9,19 +9,17 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from alignjax import config as configs
-from alignjax.config import Config, Model, UserError, field_of_role, is_reward_role, kind_of_source
-from alignjax.config import is_config_file as is_config
-from alignjax.weights import checkpoint, locations, roles
+from alignjax.config import (
+    Config,
+    Model,
+    UserError,
+    field_of_role,
+    is_reward_role,
+    kind_of_role,
+    kind_of_source,
+)
+from alignjax.weights import bases, checkpoint, locations, roles
 from alignjax.weights.locations import RUNTIME_FIELDS
-
-# (the child's stage, role) -> the head of the role's model; a reward model's is scalar.
-HEADS = {
-    ("lm", "model"): "lm",
-    ("ranking", "model"): "scalar",
-    ("ppo", "policy"): "lm",
-    ("ppo", "reference"): "lm",
-    ("ppo", "value"): "scalar",
-}
 
 
 def parent_of(run: Path, role: str) -> Path | None:
@@ -38,7 +36,7 @@ def parent_of(run: Path, role: str) -> Path | None:
     spec = specs.get(role)
     if spec is None:
         return None
-    if not is_config(spec):
+    if not configs.is_config_file(spec):
         return locations.local_directory(spec)
     siblings = run.parent if run.name else run.absolute().parent
     return siblings / configs.load(spec).name
@@ -87,7 +85,7 @@ def root_of(spec: str) -> str | None:
 
     The first parent of a config counts as its beginning.
     """
-    if not is_config(spec):
+    if not configs.is_config_file(spec):
         return spec
     return next(map(root_of, configs.load(spec).parents.values()), None)
 
@@ -109,7 +107,7 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
       UserError: it names the parent and what is wrong with it.
     """
     is_reward = is_reward_role(role)
-    head = "scalar" if is_reward else HEADS[config.stage, role]
+    head = roles.HEADS[config.stage, kind_of_role(role)]
     if not is_reward:
         locations.check_architecture(config.model, directory)
     if not locations.is_run(directory):
@@ -119,8 +117,10 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
     if not (directory / "summary.json").exists():
         raise UserError(f"{where}: this run is not complete")
     stage = locations.read_config(directory)["stage"]
-    if (stage, head) not in roles.CHECKPOINT_ITEMS:
+    if (stage, head) not in bases.CHECKPOINT_ITEMS:
         raise UserError(f"{where}: a language model is wanted, this run's stage is {stage!r}")
+    if head == "scalar":
+        bases.check_value_model(directory, where)
     if is_reward and stage == "lm":
         raise UserError(f"{where}: a reward model is wanted, this run's stage is {stage!r}")
     try:
