@@ -59,6 +59,8 @@ def token_logprobs(
     hidden = before_targets(hidden_states(model, params, packed), targets)
     labels = jnp.take_along_axis(packed.tokens, targets, axis=1)
     kernel = params["embed"]["embedding"] if model.tied else params["head"]["kernel"]
+    if model.logits_divisor != 1.0:
+        temperature = temperature * model.logits_divisor
     return vocabulary.token_logprobs(hidden, kernel, labels, temperature, model.tied)
 
 
