@@ -7,7 +7,8 @@ PYTHON is the interpreter of an environment that has torch, transformers 5.23 an
 builds the checkpoints of checkpoint_cases.py and computes their logits in float32. Each case ends
 in one of three ways: both compute the same, both refuse, or alignjax alone refuses and says why.
 Anything else is printed as a fault, and the exit code is 1. --docs writes the two tables to the
-page, between its markers. It takes about four minutes on two cores; --only takes the cases with a text in their name.
+page, between its markers. --only takes the cases with a text in their name. All of them take about
+four minutes on two cores.
 """
 
 import argparse
