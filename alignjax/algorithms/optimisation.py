@@ -36,7 +36,6 @@ class GradientSum(NamedTuple):
 
 # Losses carry weights that sum to 1 over the whole minibatch, so sums are means.
 LossFunction = Callable[[dict, Any], tuple[jax.Array, Metrics]]
-Accumulate = Callable[[GradientSum | None, dict, Any], GradientSum]
 
 
 def learning_rate_schedule(optimiser: configs.Optimiser, steps: int) -> optax.Schedule:
@@ -148,27 +147,45 @@ def from_checkpoint(items: dict) -> dict:
 
 
 def accumulate(
-    loss_fn: LossFunction, total: GradientSum | None, params: dict, microbatch: Any
+    loss_fn: LossFunction, total: GradientSum, params: dict, microbatch: Any
 ) -> GradientSum:
-    """Add the gradient and metrics of a microbatch to a total; None is an empty total."""
+    """Add the gradient and metrics of a microbatch to a total."""
     gradient, metrics = jax.grad(loss_fn, has_aux=True)(params, microbatch)
-    added = GradientSum(gradient, metrics)
-    return added if total is None else jax.tree.map(jnp.add, total, added)
+    return jax.tree.map(jnp.add, total, GradientSum(gradient, metrics))
 
 
-def compile_accumulate(loss_fn: LossFunction) -> Accumulate:
-    """Return `accumulate` of a loss, compiled; the total that it is given is donated."""
-    return jax.jit(functools.partial(accumulate, loss_fn), donate_argnums=0)
+class Accumulate:
+    """The compiled gradient of a loss.
+
+    A sum begins with zeros, so the first microbatch of a minibatch needs no program of its own.
+    """
+
+    def __init__(self, loss_fn: LossFunction):
+        self.loss_fn = loss_fn
+        self.add = jax.jit(functools.partial(accumulate, loss_fn), donate_argnums=0)
+        self.make_empty: Callable[[dict], GradientSum] | None = None
+
+    def empty(self, params: dict, microbatch: Any) -> GradientSum:
+        """Return a total of zeros, laid out as the parameters."""
+        if self.make_empty is None:
+            _, metrics = jax.eval_shape(self.loss_fn, params, microbatch)
+            self.make_empty = jax.jit(functools.partial(empty_total, metrics))
+        return self.make_empty(params)
+
+    def __call__(self, params: dict, microbatches: Iterable[Any]) -> GradientSum | None:
+        """Return the total over the microbatches of a minibatch; None if there are none."""
+        total = None
+        for microbatch in microbatches:
+            if total is None:
+                total = self.empty(params, microbatch)
+            total = self.add(total, params, microbatch)
+        return total
 
 
-def sum_gradients(
-    accumulate_fn: Accumulate, params: dict, microbatches: Iterable[Any]
-) -> GradientSum | None:
-    """Return the total over the microbatches of a minibatch; None if there are none."""
-    total = None
-    for microbatch in microbatches:
-        total = accumulate_fn(total, params, microbatch)
-    return total
+def empty_total(metrics: Any, params: dict) -> GradientSum:
+    """Return a total of zeros for parameters and metrics, of which `metrics` has the shapes."""
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    return GradientSum(zeros(params), zeros(metrics))
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -236,11 +253,11 @@ class MinibatchUpdate:
         optimiser: optax.GradientTransformation,
         abstract: TrainState | None = None,
     ):
-        self.accumulate = compile_accumulate(loss_fn)
+        self.accumulate = Accumulate(loss_fn)
         self.update = compile_update(functools.partial(update_state, optimiser), abstract)
 
     def __call__(
         self, state: TrainState, microbatches: Iterable[Any]
     ) -> tuple[TrainState, Metrics]:
         """Take one optimiser step; the arrays of the state are donated."""
-        return self.update(state, sum_gradients(self.accumulate, state.params, microbatches))
+        return self.update(state, self.accumulate(state.params, microbatches))

@@ -27,6 +27,7 @@ from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollou
 from alignjax.algorithms.ppo_data import (
     PretrainingText,
     PromptData,
+    choose_ladder,
     load_pretraining_text,
     load_prompts,
 )
@@ -47,7 +48,7 @@ from alignjax.algorithms.stage import (
     StepOutput,
 )
 from alignjax.config import Config, Model
-from alignjax.data import ends
+from alignjax.data import ends, packing
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.sampling.types import Prompts, Rollout
@@ -106,6 +107,7 @@ class PPO:
         self.num_steps = config.steps
         self.reward_model = reward_model or config.model
         self.ending = ending
+        self.ladder: packing.Ladder = packing.fine  # a run that has prompts chooses its own
         self.trained = trained_roles(config, mesh)
         self.abstract_state = self.trained.abstract_state
         self.compiled = compile_programs(
@@ -162,6 +164,8 @@ class PPO:
         self.prompts = prompts
         self.text = text
         self.reward = reward
+        row_shards = sharding.row_shards(self.mesh)
+        self.ladder = choose_ladder(self.config, prompts.lengths, row_shards, self.ending)
         # The frozen roles are read from disk by themselves and never share arrays with the
         # trained roles, so no update and no donation can reach them.
         reference = self.load_role("lm", "reference")
@@ -279,7 +283,9 @@ class PPO:
         """
         prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
         lengths = sharding.on_host(rollout.lengths)
-        return Minibatches(self.config, self.mesh, prompt_lengths, lengths, self.ending)
+        return Minibatches(
+            self.config, self.mesh, prompt_lengths, lengths, self.ending, self.ladder
+        )
 
     def score(
         self,
@@ -326,7 +332,7 @@ class PPO:
         self, value: optimisation.TrainState, parts: list
     ) -> tuple[optimisation.TrainState, Metrics]:
         """Take one optimiser step of the value model."""
-        total = optimisation.sum_gradients(self.compiled.value_gradient, value.params, parts)
+        total = self.compiled.value_gradient(value.params, parts)
         value, metrics = self.compiled.update_value(value, total)
         for name in ("grad_norm", "skipped"):
             metrics[f"value/{name}"] = metrics.pop(name)
@@ -336,10 +342,8 @@ class PPO:
         self, policy: optimisation.TrainState, parts: list, update: int
     ) -> tuple[optimisation.TrainState, Metrics]:
         """Take one optimiser step of the policy, with the pretraining gradient if there is one."""
-        total = optimisation.sum_gradients(self.compiled.policy_gradient, policy.params, parts)
-        pretraining = optimisation.sum_gradients(
-            self.compiled.text_gradient, policy.params, self.text.microbatches(update)
-        )
+        total = self.compiled.policy_gradient(policy.params, parts)
+        pretraining = self.compiled.text_gradient(policy.params, self.text.microbatches(update))
         return self.compiled.update_policy(policy, total, pretraining)
 
     def details(self, step: int, index: np.ndarray, scored: ScoredRollout) -> StepDetails:
@@ -454,6 +458,7 @@ class PPO:
             self.config.data.batch,
             self.config.microbatch_tokens,
             self.mesh,
+            self.text.ladder,
         )
 
     def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignjax.algorithms import optimisation
 from alignjax.algorithms.endings import Ending, rows_with_ending
 from alignjax.algorithms.experience import ResponseMicrobatch, ScoredRollout
 from alignjax.algorithms.optimisation import Accumulate
@@ -80,7 +79,7 @@ def check_ratio(
 ) -> None:
     """Check that the ratio of new to old probabilities is 1 on the first minibatch."""
     parts = [(scored.experience, microbatch) for microbatch in minibatch]
-    metrics = optimisation.sum_gradients(policy_gradient, policy, parts).metrics
+    metrics = policy_gradient(policy, parts).metrics
     deviation = abs(metrics["val/ratio"] - 1) + metrics["val/ratio_var"]
     scoring.self_check("|ratio - 1| of the policy", deviation, config.model.dtype)
 

@@ -22,7 +22,7 @@ def abstract_total(
     accumulate: optimisation.Accumulate, params: dict, microbatch: Any, mesh: Mesh
 ) -> optimisation.GradientSum:
     """Return the shapes of a sum over microbatches: a gradient laid out as its parameters."""
-    metrics = jax.eval_shape(accumulate, None, params, microbatch).metrics
+    _, metrics = jax.eval_shape(accumulate.loss_fn, params, microbatch)
     replicated = sharding.replicated(mesh)
     metrics = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), metrics
@@ -131,7 +131,7 @@ class SupervisedStage:
         yield Program(
             name="gradient",
             calls=len(microbatches),
-            function=self.update.accumulate,
+            function=self.update.accumulate.add,
             arguments=(total, state.params, microbatch),
         )
         yield Program(
