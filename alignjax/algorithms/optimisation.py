@@ -160,16 +160,25 @@ class Accumulate:
     A sum begins with zeros, so the first microbatch of a minibatch needs no program of its own.
     """
 
-    def __init__(self, loss_fn: LossFunction):
+    def __init__(self, loss_fn: LossFunction, abstract_params: dict | None = None):
+        """Compile for parameters of these shardings; by default the compiler lays out totals."""
         self.loss_fn = loss_fn
-        self.add = jax.jit(functools.partial(accumulate, loss_fn), donate_argnums=0)
+        self.layout = None
+        if abstract_params is not None:
+            layout = jax.tree.map(lambda x: x.sharding, abstract_params)
+            mesh = jax.tree.leaves(layout)[0].mesh
+            self.layout = GradientSum(layout, sharding.replicated(mesh))
+        self.add = jax.jit(
+            functools.partial(accumulate, loss_fn), donate_argnums=0, out_shardings=self.layout
+        )
         self.make_empty: Callable[[dict], GradientSum] | None = None
 
     def empty(self, params: dict, microbatch: Any) -> GradientSum:
-        """Return a total of zeros, laid out as the parameters."""
+        """Return a total of zeros."""
         if self.make_empty is None:
             _, metrics = jax.eval_shape(self.loss_fn, params, microbatch)
-            self.make_empty = jax.jit(functools.partial(empty_total, metrics))
+            make_empty = functools.partial(empty_total, metrics)
+            self.make_empty = jax.jit(make_empty, out_shardings=self.layout)
         return self.make_empty(params)
 
     def __call__(self, params: dict, microbatches: Iterable[Any]) -> GradientSum | None:
@@ -253,7 +262,8 @@ class MinibatchUpdate:
         optimiser: optax.GradientTransformation,
         abstract: TrainState | None = None,
     ):
-        self.accumulate = Accumulate(loss_fn)
+        params = None if abstract is None else abstract.params
+        self.accumulate = Accumulate(loss_fn, params)
         self.update = compile_update(functools.partial(update_state, optimiser), abstract)
 
     def __call__(

@@ -199,6 +199,8 @@ def compile_programs(
       ending: of what the reward model reads.
     """
     abstract = trained.abstract_state
+    policy = abstract["policy"].params
+    value = abstract["value"].params
     stats_layout = jax.tree.map(lambda x: x.sharding, abstract["stats"])
     text_loss = functools.partial(lm.loss_fn, config.model)
     read = functools.partial(
@@ -215,9 +217,9 @@ def compile_programs(
                 experience=None, stats=stats_layout, metrics=None, responses=None
             ),
         ),
-        policy_gradient=Accumulate(functools.partial(policy_loss_fn, config)),
-        value_gradient=Accumulate(functools.partial(value_loss_fn, config)),
-        text_gradient=Accumulate(text_loss),
+        policy_gradient=Accumulate(functools.partial(policy_loss_fn, config), policy),
+        value_gradient=Accumulate(functools.partial(value_loss_fn, config), value),
+        text_gradient=Accumulate(text_loss, policy),
         update_policy=optimisation.compile_update(
             functools.partial(update_policy, config, trained.policy_optimiser), abstract["policy"]
         ),
