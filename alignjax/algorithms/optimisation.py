@@ -14,9 +14,12 @@ import optax
 
 from alignjax import config as configs
 from alignjax.machine import sharding
+from alignjax.models import lora
 from alignjax.weights import roles
 
 Metrics = dict[str, jax.Array]
+
+MATRICES = ("kernel", "embedding", "lora_a", "lora_b")  # names of parameters that decay
 
 
 class TrainState(NamedTuple):
@@ -67,10 +70,8 @@ def make_optimiser(optimiser: configs.Optimiser, steps: int) -> optax.GradientTr
 
 
 def is_matrix(params: dict) -> dict:
-    """Return, for each parameter, whether it is a matrix: a kernel or an embedding."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    """Return, for each parameter, whether it is a matrix: a kernel, adapter or embedding."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in MATRICES, params)
 
 
 def conditional_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
@@ -105,10 +106,11 @@ def abstract_state(
     head: str,
     optimiser: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    adapters: configs.Lora,
 ) -> TrainState:
     """Return the shapes, types and shardings of a trained role's state."""
     init = functools.partial(init_state, optimiser=optimiser)
-    shapes = jax.eval_shape(init, roles.abstract_params(model, head, mesh))
+    shapes = jax.eval_shape(init, roles.abstract_trained(model, head, mesh, adapters))
     return sharding.abstract(shapes, mesh)
 
 
@@ -147,11 +149,26 @@ def from_checkpoint(items: dict) -> dict:
 
 
 def accumulate(
-    loss_fn: LossFunction, total: GradientSum, params: dict, microbatch: Any
+    loss_fn: LossFunction,
+    total: GradientSum,
+    params: dict,
+    microbatch: Any,
+    base: dict | None = None,
 ) -> GradientSum:
-    """Add the gradient and metrics of a microbatch to a total."""
-    gradient, metrics = jax.grad(loss_fn, has_aux=True)(params, microbatch)
+    """Add the gradient and metrics of a microbatch to a total.
+
+    The loss is that of `params` in their frozen `base`, and its gradient that of `params` alone.
+    """
+    loss_in_base = functools.partial(loss_of_combined, loss_fn, base)
+    gradient, metrics = jax.grad(loss_in_base, has_aux=True)(params, microbatch)
     return jax.tree.map(jnp.add, total, GradientSum(gradient, metrics))
+
+
+def loss_of_combined(
+    loss_fn: LossFunction, base: dict | None, params: dict, microbatch: Any
+) -> tuple[jax.Array, Metrics]:
+    """Return a loss of what a role trains, together with its base."""
+    return loss_fn(lora.combine(base, params), microbatch)
 
 
 class Accumulate:
@@ -173,21 +190,29 @@ class Accumulate:
         )
         self.make_empty: Callable[[dict], GradientSum] | None = None
 
-    def empty(self, params: dict, microbatch: Any) -> GradientSum:
+    def metric_shapes(self, params: dict, microbatch: Any, base: dict | None) -> Metrics:
+        """Return the shapes of the loss's metrics."""
+        loss = functools.partial(loss_of_combined, self.loss_fn)
+        _, metrics = jax.eval_shape(loss, base, params, microbatch)
+        return metrics
+
+    def empty(self, params: dict, microbatch: Any, base: dict | None = None) -> GradientSum:
         """Return a total of zeros."""
         if self.make_empty is None:
-            _, metrics = jax.eval_shape(self.loss_fn, params, microbatch)
+            metrics = self.metric_shapes(params, microbatch, base)
             make_empty = functools.partial(empty_total, metrics)
             self.make_empty = jax.jit(make_empty, out_shardings=self.layout)
         return self.make_empty(params)
 
-    def __call__(self, params: dict, microbatches: Iterable[Any]) -> GradientSum | None:
+    def __call__(
+        self, params: dict, microbatches: Iterable[Any], base: dict | None = None
+    ) -> GradientSum | None:
         """Return the total over the microbatches of a minibatch; None if there are none."""
         total = None
         for microbatch in microbatches:
             if total is None:
-                total = self.empty(params, microbatch)
-            total = self.add(total, params, microbatch)
+                total = self.empty(params, microbatch, base)
+            total = self.add(total, params, microbatch, base)
         return total
 
 
@@ -267,7 +292,7 @@ class MinibatchUpdate:
         self.update = compile_update(functools.partial(update_state, optimiser), abstract)
 
     def __call__(
-        self, state: TrainState, microbatches: Iterable[Any]
+        self, state: TrainState, microbatches: Iterable[Any], base: dict | None = None
     ) -> tuple[TrainState, Metrics]:
         """Take one optimiser step; the arrays of the state are donated."""
-        return self.update(state, self.accumulate(state.params, microbatches))
+        return self.update(state, self.accumulate(state.params, microbatches, base))
