@@ -9,6 +9,7 @@ import pytest
 
 from alignjax import config as configs
 from alignjax.config import CONFIGS, Config, UserError
+from alignjax.models import families
 
 FILES = sorted(CONFIGS.glob("*.py"))
 VARIANTS = [
@@ -78,13 +79,18 @@ def test_a_broken_rule_names_field_and_both_values(key, value, message):
 
 CHOICES = {
     "stage": "'lm', 'ranking', 'ppo'",
-    "model.family": "'qwen', 'qwen2', 'qwen3', 'llama'",
+    "model.family": ", ".join(map(repr, families.FAMILIES)),
+    "model.qk_norm_over": "'head', 'width'",
+    "model.norms": "'before', 'after'",
     "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
     "model.dtype": "'float32', 'bfloat16'",
     "model.remat": "'nothing', 'everything', 'dots'",
     "model.attention": "'auto', 'xla', 'cudnn', 'splash'",
     "optimiser.schedule": "'constant', 'cosine'",
     "value_optimiser.schedule": "'constant', 'cosine'",
+    "ppo.kl_in": "'reward', 'loss'",
+    "ppo.kl_estimator": "'k1', 'k2', 'k3'",
+    "ppo.loss_aggregation": "'', 'token', 'sequence', 'constant'",
     "ppo.normalise_scores": "'none', 'mean', 'mean_std'",
     "ppo.cache_dtype": "'', 'float32', 'bfloat16'",
     "ppo.frozen_dtype": "'', 'float32', 'bfloat16'",
@@ -113,9 +119,11 @@ def test_counts_are_every_whole_number_of_which_0_would_be_none():
         "steps",
         "max_skipped",
         "data.examples",
+        "lora.rank",
         "ppo.slots",
         "ppo.rollout_tensor",
         "ppo.value_warmup_steps",
+        "ppo.overlong_buffer",
         "ppo.eval_every",
         "optimiser.warmup_steps",
         "value_optimiser.warmup_steps",
