@@ -15,10 +15,12 @@ from alignjax.config.errors import (
 )
 from alignjax.config.fields import (
     CHOICES,
+    LORA_TARGETS,
     PPO,
     ROLES,
     Config,
     Data,
+    Lora,
     Mesh,
     Model,
     Optimiser,
@@ -27,7 +29,13 @@ from alignjax.config.fields import (
 )
 from alignjax.config.loading import CONFIGS, PACKAGE, SHIPPED, load, run_file
 from alignjax.config.overrides import override, parse_names, parse_overrides, parse_value
-from alignjax.config.stored import difference, model_from_json, stored_config, to_json
+from alignjax.config.stored import (
+    difference,
+    lora_from_json,
+    model_from_json,
+    stored_config,
+    to_json,
+)
 
 __all__ = [
     "AT_LEAST_ONE",
@@ -35,6 +43,8 @@ __all__ = [
     "CONFIGS",
     "Config",
     "Data",
+    "LORA_TARGETS",
+    "Lora",
     "Mesh",
     "Model",
     "Optimiser",
@@ -53,6 +63,7 @@ __all__ = [
     "is_encodable",
     "is_function_spec",
     "load",
+    "lora_from_json",
     "model_from_json",
     "nearest",
     "one_line",
