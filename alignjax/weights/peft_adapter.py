@@ -62,8 +62,8 @@ class ParameterAdapter:
         """Return the highest rank of a layer."""
         return max(part.rank for part in self.layers if part is not None)
 
-    def read(self, scaled: bool) -> Factors:
-        """Read the factors; with `scaled`, lora_b is multiplied by the scale of its layer."""
+    def read(self) -> Factors:
+        """Read the factors, without their scales."""
         count = len(self.layers)
         lora_a = np.zeros((count, *self.inputs, self.rank), np.float32)
         lora_b = np.zeros((count, self.rank, *self.outputs), np.float32)
@@ -75,8 +75,6 @@ class ParameterAdapter:
             up = part.up.read((slice(part.first_row, part.first_row + rows), slice(None)))
             lora_a[number, ..., : part.rank] = down.T.reshape(*self.inputs, part.rank)
             lora_b[number, : part.rank] = up.T.reshape(part.rank, *self.outputs)
-            if scaled:
-                lora_b[number] *= np.float32(part.scale)
         return Factors(lora_a=lora_a, lora_b=lora_b)
 
 
