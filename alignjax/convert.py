@@ -161,6 +161,8 @@ def export(
             f"--role {role}: {run} is of stage {config['stage']!r}, "
             "which has one model and no roles"
         )
+    if role == "value":
+        bases.check_value_model(run, f"--role value: {run}")
     output_directories.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
     item, head = EXPORTS[config["stage"], role]
     newest = checkpoint.newest(run)

@@ -1,17 +1,24 @@
 """What a step of PPO compiles, and what stays in device memory, as shapes."""
 
-import copy
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from alignjax import config as configs
 from alignjax.algorithms import experience, lm
 from alignjax.algorithms.experience import Experience, Reading, ResponseMicrobatch
 from alignjax.algorithms.optimisation import TrainState
 from alignjax.algorithms.ppo_data import pretraining_rows
-from alignjax.algorithms.ppo_programs import Programs, TrainedRoles, rollout_mesh, unchanged
+from alignjax.algorithms.ppo_programs import (
+    ROLE_HEADS,
+    Programs,
+    TrainedRoles,
+    rollout_mesh,
+    unchanged,
+)
 from alignjax.algorithms.stage import Loops, Program
 from alignjax.algorithms.supervised import abstract_total
 from alignjax.config import Config
@@ -84,9 +91,15 @@ class PlannedPrograms:
             name="experience",
             calls=1,
             function=self.compiled.make_experience,
-            arguments=(self.state["stats"], self.rollout, self.reading),
+            arguments=(
+                self.state["stats"],
+                self.rollout,
+                self.reading,
+                self.state.get("kl_control"),
+            ),
         )
-        yield from self.value_programs()
+        if "value" in self.state:
+            yield from self.value_programs()
         yield from self.policy_programs()
 
     def rollout_programs(self) -> Iterable[Program]:
@@ -208,7 +221,11 @@ def abstract_reading(config: Config, mesh: Mesh) -> Reading:
     responses = config.data.batch * config.ppo.samples_per_prompt
     tokens = np.zeros((responses, config.ppo.response_length), np.float32)
     reading = Reading(
-        logprobs=tokens, entropy=tokens, ref_logprobs=tokens, values=tokens, scores=tokens[:, 0]
+        logprobs=tokens,
+        entropy=tokens,
+        ref_logprobs=tokens,
+        values=tokens if configs.has_value(config) else None,
+        scores=tokens[:, 0],
     )
     return sharding.abstract_batch(reading, mesh)
 
@@ -233,15 +250,13 @@ def trained_shapes(part: TrainState | dict) -> dict:
     return part.params if isinstance(part, TrainState) else part
 
 
-def frozen_shapes(config: Config, params: dict) -> dict:
-    """Return the shapes of a frozen role from those of the trained role that is like it.
-
-    With adapters these are its adapters, which are arrays of their own; the base is shared.
-    """
+def frozen_shapes(config: Config, mesh: Mesh, role: str) -> dict:
+    """Return the shapes of a frozen role; with adapters, of those alone: the base is shared."""
     ppo = config.ppo
+    shapes = roles.abstract_trained(config.model, ROLE_HEADS[role], mesh, config.lora)
     if config.lora.rank:
-        return jax.tree.map(copy.copy, params)
-    return roles.abstract_frozen(config.model, params, ppo.frozen_dtype, ppo.frozen_memory)
+        return shapes
+    return roles.abstract_frozen(config.model, shapes, ppo.frozen_dtype, ppo.frozen_memory)
 
 
 def distinct_leaves(tree: Any) -> list[jax.ShapeDtypeStruct]:
@@ -251,23 +266,28 @@ def distinct_leaves(tree: Any) -> list[jax.ShapeDtypeStruct]:
 
 def resident_shapes(config: Config, mesh: Mesh, trained: TrainedRoles) -> dict[str, Any]:
     """Return, by name, the shapes of the state, the frozen roles and the experience of a step."""
-    policy = trained.abstract_state["policy"]
-    value = trained.abstract_state["value"]
-    shapes = {
-        "policy": policy,
-        "value": value,
-        "reference": frozen_shapes(config, policy.params),
-    }
+    shapes = {role: trained.abstract_state[role] for role in configs.trained_roles(config)}
+    shapes["reference"] = frozen_shapes(config, mesh, "reference")
     if "reward" in config.parents:  # its architecture is taken to be that of the others
-        shapes["reward"] = frozen_shapes(config, value.params)
+        shapes["reward"] = frozen_shapes(config, mesh, "reward")
     if config.lora.rank:
         shapes["base"] = distinct_leaves(trained.abstract_bases)
+    shapes["experience"] = abstract_experience(config, mesh)
+    return shapes
+
+
+def abstract_experience(config: Config, mesh: Mesh) -> Experience:
+    """Return the shapes of the experience of a rollout."""
     reading = abstract_reading(config, mesh)
-    shapes["experience"] = Experience(
+    tokens = reading.logprobs
+    made = Experience(
         rollout=abstract_rollout(config, mesh),
-        old_logprobs=reading.logprobs,
+        old_logprobs=tokens,
+        advantages=tokens,
         old_values=reading.values,
-        advantages=reading.values,
         returns=reading.values,
     )
-    return shapes
+    if config.ppo.kl_in == "reward":
+        return made
+    coefficient = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
+    return dataclasses.replace(made, ref_logprobs=tokens, kl_coef=coefficient)

@@ -13,6 +13,14 @@ from alignjax.config.errors import (
     reason_of,
     short,
 )
+from alignjax.config.estimators import (
+    has_value,
+    is_external,
+    loss_aggregation,
+    needs_of,
+    trained_roles,
+    value_warmup_steps,
+)
 from alignjax.config.fields import (
     CHOICES,
     LORA_TARGETS,
@@ -60,12 +68,16 @@ __all__ = [
     "difference",
     "first_line",
     "flatten",
+    "has_value",
     "is_encodable",
+    "is_external",
     "is_function_spec",
     "load",
     "lora_from_json",
+    "loss_aggregation",
     "model_from_json",
     "nearest",
+    "needs_of",
     "one_line",
     "override",
     "parse_names",
@@ -76,4 +88,6 @@ __all__ = [
     "short",
     "stored_config",
     "to_json",
+    "trained_roles",
+    "value_warmup_steps",
 ]

@@ -15,7 +15,7 @@ from alignjax.config import Config, Lora, UserError, lora_from_json
 from alignjax.config import load as load_config
 from alignjax.machine import marker
 from alignjax.machine import workdir as workdirs
-from alignjax.weights import checkpoint, locations, peft_adapter, peft_parameters
+from alignjax.weights import checkpoint, locations, peft_parameters
 
 BASES = "bases"  # an entry of the marker: trained role -> `Base`
 BESIDE = "../"  # begins the place of a base beside the run
@@ -83,7 +83,7 @@ def adapters_of(directory: Path) -> Lora | None:
     adapted = locations.adapted_model(directory)
     if adapted is not None:
         model = locations.architecture(adapted.base)
-        return peft_parameters.settings_of(peft_adapter.open_adapter(adapted.adapter, model))
+        return peft_parameters.settings_of(adapted.adapter, model)
     values = locations.read_config(directory)
     if not locations.is_run_config(values):
         return None
@@ -134,7 +134,19 @@ def item_of(directory: Path, head: str) -> str:
         raise UserError(
             f"parent {directory}: a language model is wanted, this run's stage is {stage!r}"
         )
+    if head == "scalar":
+        check_value_model(directory, f"parent {directory}")
     return CHECKPOINT_ITEMS[stage, head]
+
+
+def check_value_model(run: Path, where: str) -> None:
+    """Raise UserError if a run is of PPO and has trained no value model."""
+    stored = locations.read_config(run)
+    if stored["stage"] == "ppo" and "value" not in stored["parents"]:
+        estimator = stored.get("ppo.advantage_estimator")
+        raise UserError(
+            f"{where}: with ppo.advantage_estimator={estimator!r} a run has no value model"
+        )
 
 
 def base_of(run: Path, head: str) -> Base:
@@ -148,7 +160,7 @@ def base_of(run: Path, head: str) -> Base:
         raise UserError(f"{run / marker.NAME}: it does not say where the base of {item} is")
     base = Base(**entry)
     directory = directory_of(run, base.place)
-    if not (directory / locations.CONFIG).exists():
+    if not (locations.base_directory(directory) / locations.CONFIG).exists():
         raise UserError(
             f"{run}: its base {directory} is not there, and without it the run's adapters are of "
             "no use"
@@ -210,6 +222,17 @@ def place_of(origin: Origin, spec: str, workdir: Path) -> str:
         goes_on = False
     if not goes_on and spec.startswith(locations.HUB_PREFIX):
         return spec
-    if siblings_of(origin.base) == siblings_of(workdir):
+    is_plain = locations.adapted_model(origin.base) is None
+    if is_plain and siblings_of(origin.base) == siblings_of(workdir):
         return f"{BESIDE}{origin.base.name}"
-    return str(origin.base.absolute() if workdirs.is_local(origin.base) else origin.base)
+    return absolute_name(origin.base)
+
+
+def absolute_name(directory: Path) -> str:
+    """Return the name of a model's directory that holds wherever a command is run."""
+    if not workdirs.is_local(directory):
+        return str(directory)
+    adapted = locations.adapted_model(directory)
+    if adapted is None:
+        return str(directory.absolute())
+    return f"{adapted.base.absolute()}{locations.JOINT}{adapted.adapter.absolute()}"

@@ -15,7 +15,14 @@ import numpy as np
 
 from alignjax.config import Model, UserError
 from alignjax.models import families
-from alignjax.weights.hf_layout import Layout, Shape, axis_groups, file_shape_of, layout_of
+from alignjax.weights.hf_layout import (
+    Layout,
+    Shape,
+    axis_groups,
+    file_shape_of,
+    kernel_tensors,
+    layout_of,
+)
 from alignjax.weights.peft_config import CONFIG, AdapterConfig, read_adapter_config
 from alignjax.weights.safetensors import StoredTensor, open_file
 
@@ -183,10 +190,8 @@ def adapted_parts(
     remaining: dict[str, StoredTensor],
 ) -> Iterator[AdaptedPart]:
     """Yield all kernels of all layers in order; tensors that they have leave `remaining`."""
-    for tensor in layout.tensors:
-        module = tensor.name.removesuffix(".weight")
-        if tensor.layer is None or not tensor.paths[0].endswith("kernel"):
-            continue
+    for tensor in kernel_tensors(layout):
+        module = tensor.module
         if not config.targets(module):
             yield from (AdaptedPart(path=path, adapter=None) for path in tensor.paths)
             continue

@@ -15,7 +15,13 @@ import numpy as np
 
 from alignjax.config import Model
 from alignjax.weights.hf import DTYPES, ReadParameter
-from alignjax.weights.hf_layout import FileTensor, Layout, axis_groups, layout_of
+from alignjax.weights.hf_layout import (
+    FileTensor,
+    Layout,
+    axis_groups,
+    kernel_tensors,
+    layout_of,
+)
 from alignjax.weights.peft_adapter import PREFIX, SCORE, SCORE_BIAS, WEIGHTS
 from alignjax.weights.peft_config import CONFIG, config_content
 from alignjax.weights.safetensors import TensorSpec, write_tensors
@@ -77,8 +83,8 @@ class Module:
 
     @property
     def name(self) -> str:
-        """Return the name of the module, such as model.layers.0.mlp.up_proj."""
-        return self.tensor.name.removesuffix(".weight")
+        """The name of the module, such as model.layers.0.mlp.up_proj."""
+        return self.tensor.module
 
     def shapes(self, layout: Layout) -> Mapping[str, tuple[int, ...]]:
         """Return tensor name -> shape of the module's factors."""
@@ -181,12 +187,8 @@ def target_names(modules: Sequence[str], model: Model) -> list[str]:
 
     They are as short as peft's users write them: q_proj, and attn.c_proj where mlp has one too.
     """
-    layout = layout_of(model, "lm")
-    others = {
-        tensor.name.removesuffix(".weight")
-        for tensor in layout.tensors
-        if tensor.layer is not None and tensor.paths[0].endswith("kernel")
-    } - set(modules)
+    tensors = kernel_tensors(layout_of(model, "lm"))
+    others = {tensor.module for tensor in tensors} - set(modules)
     names: dict[str, None] = {}
     for module in modules:
         parts = module.split(".")

@@ -1,36 +1,41 @@
 """PEFT adapters as parameters: a tree like that of `models.lora`, on the mesh."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from alignjax.config import LORA_TARGETS, Lora
+from alignjax.config import LORA_TARGETS, Lora, Model
 from alignjax.machine import sharding
 from alignjax.weights.hf import nest
+from alignjax.weights.hf_layout import kernel_tensors, layout_of
 from alignjax.weights.peft_adapter import ParameterAdapter, PeftAdapter
+from alignjax.weights.peft_config import read_adapter_config
 
 Params = dict[str, Any]  # nested dicts of arrays
 
 
-def settings_of(adapter: PeftAdapter) -> Lora | None:
-    """Return the settings of a run that would train these adapters; None if there are none.
+def settings_of(directory: Path, model: Model) -> Lora | None:
+    """Return the settings of a run that would train the adapters of a PEFT directory.
 
-    A run's adapters have one rank and one scale, in all layers.
+    None if there are none: a run's adapters have one rank and one scale, in all layers. Only the
+    directory's adapter_config.json is read.
     """
-    ranks = set()
-    scales = set()
-    for parameter in adapter.parameters.values():
-        for part in parameter.layers:
-            if part is None:
-                return None
-            ranks.add(part.rank)
-            scales.add(part.scale)
-    if len(ranks) > 1 or len(scales) > 1:
+    config = read_adapter_config(directory)
+    layout = layout_of(model, "lm")
+    modules = kernel_tensors(layout)
+    adapted = [tensor for tensor in modules if config.targets(tensor.module)]
+    paths = {path for tensor in adapted for path in tensor.paths}
+    in_all_layers = [tensor for tensor in modules if paths.intersection(tensor.paths)]
+    ranks = {config.rank(tensor.module) for tensor in adapted}
+    scales = {config.scale(tensor.module) for tensor in adapted}
+    if len(adapted) != len(in_all_layers) or len(ranks) != 1 or len(scales) != 1:
         return None
-    names = {path.split("/")[-2] for path in adapter.parameters}
+    names = {path.split("/")[-2] for path in paths}
     targets = ",".join(name for name in LORA_TARGETS if name in names)
-    return Lora(rank=ranks.pop(), alpha=scales.pop() * parameter.rank, targets=targets)
+    rank = ranks.pop()
+    return Lora(rank=rank, alpha=scales.pop() * rank, targets=targets)
 
 
 def factor_tree(adapter: PeftAdapter, mesh: jax.sharding.Mesh) -> Params:
