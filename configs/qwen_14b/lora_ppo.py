@@ -20,5 +20,5 @@ def config(variant: str) -> Config:
     base.lora = Lora(rank=16, alpha=32.0)
     base.optimiser.learning_rate = 1e-5
     base.value_optimiser.learning_rate = 5e-5
-    base.ppo.slots = 32
+    base.ppo.slots = 32  # what the cache has room for
     return base
