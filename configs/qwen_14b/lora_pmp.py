@@ -1,4 +1,4 @@
-"""Preference model pretraining of Qwen 14B by adapters of low rank, on one base: as qwen_1_8b/pmp.py otherwise.
+"""PMP of Qwen 14B by adapters of low rank: as qwen_1_8b/pmp.py otherwise.
 
 python -m alignjax.train --config qwen_14b/lora_pmp.py
 

@@ -1,4 +1,4 @@
-"""The reward model of Qwen 14B by adapters of low rank, on one base: as qwen_1_8b/rm.py otherwise.
+"""The reward model of Qwen 14B by adapters of low rank: as qwen_1_8b/rm.py otherwise.
 
 python -m alignjax.train --config qwen_14b/lora_rm.py
 

@@ -1,4 +1,4 @@
-"""Preference model pretraining of Qwen 7B by adapters of low rank, on one base: as qwen_1_8b/pmp.py otherwise.
+"""PMP of Qwen 7B by adapters of low rank: as qwen_1_8b/pmp.py otherwise.
 
 python -m alignjax.train --config qwen_7b/lora_pmp.py
 python -m alignjax.train --config qwen_7b/lora_pmp.py:qwen2.5

@@ -1,4 +1,4 @@
-"""SFT of Qwen 7B by adapters of low rank, on one base: as qwen_1_8b/sft.py otherwise.
+"""SFT of Qwen 7B by adapters of low rank: as qwen_1_8b/sft.py otherwise.
 
 python -m alignjax.train --config qwen_7b/lora_sft.py
 python -m alignjax.train --config qwen_7b/lora_sft.py:qwen2.5
