@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.endings import Ending, closing_length, put_ending, tokens_unread
 from alignjax.config import Config, Model
 from alignjax.data import packing
@@ -37,9 +37,10 @@ class ResponseMicrobatch:
 
     sequence: Int[Array, "rows width"]  # response of each token; -1 on pads
     place: Int[Array, "rows width"]  # of each token in its prompt and response
-    targets: Int[Array, "rows targets"]  # places in the row of the response's tokens
+    # Places of the tokens of responses in each device's rows, see `scoring.at_targets`.
+    targets: Int[Array, "shards targets"]
     # 1 / tokens of the minibatch on targets, 0 on padding: they sum to 1 over the minibatch.
-    weights: Float[Array, "rows targets"]
+    weights: Float[Array, "shards targets"]
     members: Int[Array, " members"]
     ends: Int[Array, " members"]  # places in the flattened rows where scores are read
     # Place of each token of a member in the flattened targets.
@@ -54,7 +55,7 @@ class Reading:
     logprobs: Float[Array, "responses tokens"]  # of the policy
     entropy: Float[Array, "responses tokens"]  # of the policy
     ref_logprobs: Float[Array, "responses tokens"]
-    values: Float[Array, "responses tokens"]  # before each token
+    values: Float[Array, "responses tokens"] | None  # before each token; None: no value model
     scores: Float[Array, " responses"]  # of the reward model and of text-based rewards
 
 
@@ -65,9 +66,13 @@ class Experience:
 
     rollout: Rollout
     old_logprobs: Float[Array, "responses tokens"]  # of the policy that sampled, by the scorer
-    old_values: Float[Array, "responses tokens"]
     advantages: Float[Array, "responses tokens"]  # whitened over the whole rollout
-    returns: Float[Array, "responses tokens"]  # before whitening
+    # Of the value model: None without one.
+    old_values: Float[Array, "responses tokens"] | None = None
+    returns: Float[Array, "responses tokens"] | None = None  # before whitening
+    # Of a KL penalty in the loss: None if the penalty is in the rewards.
+    ref_logprobs: Float[Array, "responses tokens"] | None = None
+    kl_coef: Float[Array, ""] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +82,7 @@ class ScoredRollout:
 
     experience: Experience
     stats: RunningStats  # with the scores of this rollout
+    kl_control: KLControl | None = None  # for the next rollout; None: `ppo.kl_coef` is fixed
     metrics: Metrics
     # score, kl, entropy, length, truncated, each [responses]; log_ratio [responses tokens], the
     # log-probability of the policy less that of the reference.
@@ -86,15 +92,18 @@ class ScoredRollout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LearningBatch:
-    """The tokens of a microbatch and the fixed parts of its targets, each [rows targets]."""
+    """The tokens of a microbatch and the fixed parts of its targets, each [shards targets]."""
 
     packed: PackedTokens
-    targets: Int[Array, "rows targets"]
-    weights: Float[Array, "rows targets"]
-    old_logprobs: Float[Array, "rows targets"]
-    old_values: Float[Array, "rows targets"]
-    advantages: Float[Array, "rows targets"]
-    returns: Float[Array, "rows targets"]
+    targets: Int[Array, "shards targets"]
+    weights: Float[Array, "shards targets"]
+    lengths: Int[Array, "shards targets"]  # of the response that each target belongs to
+    old_logprobs: Float[Array, "shards targets"]
+    advantages: Float[Array, "shards targets"]
+    old_values: Float[Array, "shards targets"] | None
+    returns: Float[Array, "shards targets"] | None
+    ref_logprobs: Float[Array, "shards targets"] | None
+    kl_coef: Float[Array, ""] | None
 
 
 def longest_sequence(config: Config) -> int:
@@ -112,6 +121,7 @@ def pack_minibatch(
     responses: np.ndarray,
     row_shards: int,
     ending: Ending = None,
+    ladder: packing.Ladder = packing.fine,
 ) -> list[ResponseMicrobatch]:
     """Pack the responses of a minibatch into microbatches, as host arrays.
 
@@ -125,6 +135,7 @@ def pack_minibatch(
       responses: numbers of the minibatch's responses.
       row_shards: devices that the rows of a microbatch lie over.
       ending: of what the reward model reads, see `Ending`.
+      ladder: the shapes of microbatches.
     """
     response_length = config.ppo.response_length
     closing = closing_length(ending)
@@ -134,15 +145,18 @@ def pack_minibatch(
         longest_sequence(config) + closing,
         config.microbatch_tokens,
         row_shards,
+        ladder,
+        counts=lengths,
     )
     token_count = lengths[responses].sum()
     microbatches = []
     for layout in layouts:
         response_place = layout.place - prompt_lengths[layout.sequence]
         is_response = (response_place >= 0) & (response_place < lengths[layout.sequence])
-        targets, real = packing.targets(layout.real & is_response)
-        owner = np.take_along_axis(layout.sequence, targets, axis=1)[real]
-        place = np.take_along_axis(response_place, targets, axis=1)[real]
+        is_target = layout.real & is_response
+        targets, real = packing.targets(is_target, row_shards, layout.target_room)
+        owner = packing.at_targets(layout.sequence, targets)[real]
+        place = packing.at_targets(response_place, targets)[real]
         source = np.zeros((len(layout.members), response_length), np.int32)
         source[np.searchsorted(layout.members, owner), place] = np.flatnonzero(real)
         microbatch = ResponseMicrobatch(
@@ -212,7 +226,9 @@ def read_roles(
         model, params["policy"], packed, targets, temperature
     )
     ref_logprobs, _ = scoring.token_logprobs(model, reference, packed, targets, temperature)
-    values = scoring.token_values(model, params["value"], packed, targets)
+    values = None
+    if "value" in params:
+        values = scoring.token_values(model, params["value"], packed, targets)
     scores = reading.scores
     if "reward" in params:
         reward_params = roles.on_device(params["reward"])
@@ -220,7 +236,9 @@ def read_roles(
         added = scoring.sequence_scores(reward_model, reward_params, ended, microbatch.ends)
         scores = scores.at[microbatch.members].add(config.ppo.reward_weight * added, mode="drop")
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    def put(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
+        if old is None:
+            return None
         by_member = new.reshape(-1)[microbatch.source]
         return old.at[microbatch.members].set(by_member, mode="drop")
 
@@ -235,43 +253,46 @@ def read_roles(
 
 def select_targets(experience: Experience, microbatch: ResponseMicrobatch) -> LearningBatch:
     """Gather the tokens of a microbatch and what the losses compare them with."""
-    owner = jnp.take_along_axis(microbatch.sequence, microbatch.targets, axis=1)
-    place = jnp.take_along_axis(microbatch.place, microbatch.targets, axis=1)
+    owner = scoring.at_targets(microbatch.sequence, microbatch.targets)
+    place = scoring.at_targets(microbatch.place, microbatch.targets)
     owner = jnp.maximum(owner, 0)
     response_place = jnp.maximum(place - experience.rollout.prompt_lengths[owner], 0)
 
-    def gather(array: jax.Array) -> jax.Array:
-        return sharding.constrain(array[owner, response_place])
+    def gather(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else sharding.constrain(array[owner, response_place])
 
     return LearningBatch(
         packed=pack_tokens(experience.rollout, microbatch),
         targets=sharding.constrain(microbatch.targets),
         weights=sharding.constrain(microbatch.weights),
+        lengths=sharding.constrain(experience.rollout.lengths[owner]),
         old_logprobs=gather(experience.old_logprobs),
-        old_values=gather(experience.old_values),
         advantages=gather(experience.advantages),
+        old_values=gather(experience.old_values),
         returns=gather(experience.returns),
+        ref_logprobs=gather(experience.ref_logprobs),
+        kl_coef=experience.kl_coef,
     )
 
 
 def on_host(scored: ScoredRollout) -> dict[str, np.ndarray]:
     """Return a scored rollout as host arrays by name, to compute its losses again.
 
-    The names are those of the fields of `Rollout` and `Experience`, and the figures of the
-    responses.
+    The names are those of the fields of `Rollout` and `Experience`, as far as the run has them,
+    and the figures of the responses.
     """
     experience = scored.experience
     arrays = dict(scored.responses)
     for part in (experience, experience.rollout):
         arrays |= {field.name: getattr(part, field.name) for field in fields(part)}
     del arrays["rollout"]
-    return {name: sharding.on_host(array) for name, array in arrays.items()}
+    return {name: sharding.on_host(array) for name, array in arrays.items() if array is not None}
 
 
 def from_host(arrays: dict[str, np.ndarray]) -> Experience:
     """Return the experience that `on_host` took apart."""
     rollout = Rollout(**{field.name: arrays[field.name] for field in fields(Rollout)})
-    names = [field.name for field in fields(Experience) if field.name != "rollout"]
+    names = [field.name for field in fields(Experience) if field.name in arrays]
     return Experience(rollout=rollout, **{name: arrays[name] for name in names})
 
 
@@ -289,8 +310,10 @@ class Minibatches:
         prompt_lengths: np.ndarray,
         lengths: np.ndarray,
         ending: Ending = None,
+        ladder: packing.Ladder = packing.fine,
     ):
         self.config = config
+        self.ladder = ladder
         self.ending = ending
         self.mesh = mesh
         self.prompt_lengths = prompt_lengths
@@ -308,6 +331,7 @@ class Minibatches:
             responses,
             sharding.row_shards(self.mesh),
             self.ending,
+            self.ladder,
         )
         return sharding.shard_batch(microbatches, self.mesh)
 
@@ -318,7 +342,13 @@ class Minibatches:
         return self.pack(responses)
 
 
-def empty_reading(rollout: Rollout, scores: np.ndarray | None, mesh: jax.sharding.Mesh) -> Reading:
+def empty_reading(
+    rollout: Rollout,
+    scores: np.ndarray | None,
+    mesh: jax.sharding.Mesh,
+    *,
+    has_value: bool = True,
+) -> Reading:
     """Return a reading of zeros, with the scores that text-based rewards have given, if any."""
     shape = rollout.logprobs.shape
     zeros = np.zeros(shape, np.float32)
@@ -326,7 +356,7 @@ def empty_reading(rollout: Rollout, scores: np.ndarray | None, mesh: jax.shardin
         logprobs=zeros,
         entropy=zeros,
         ref_logprobs=zeros,
-        values=zeros,
+        values=zeros if has_value else None,
         scores=zeros[:, 0] if scores is None else scores,
     )
     return sharding.shard_batch(reading, mesh)

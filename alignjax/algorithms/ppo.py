@@ -1,6 +1,7 @@
 """Clipped PPO with four roles, section 3.2.2 of the report.
 
-`PPO.step` is one iteration from prompts to new parameters, in the order of the report.
+`PPO.step` is one iteration from prompts to new parameters, in the order of the report. Advantage
+estimators that need no value model leave out everything of that role: see `config.estimators`.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from alignjax import config as configs
 from alignjax.algorithms import (
     experience,
     heldout,
@@ -21,20 +23,21 @@ from alignjax.algorithms import (
     reward_functions,
     rewards,
 )
-from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollout
 from alignjax.algorithms.ppo_data import (
     PretrainingText,
     PromptData,
+    choose_ladder,
     load_pretraining_text,
     load_prompts,
 )
 from alignjax.algorithms.ppo_plan import PlannedPrograms, resident_shapes
 from alignjax.algorithms.ppo_programs import (
-    HEADS,
     average_metrics,
     compile_programs,
+    initial_kl_control,
     rollout_mesh,
     trained_roles,
 )
@@ -47,11 +50,13 @@ from alignjax.algorithms.stage import (
     StepOutput,
 )
 from alignjax.config import Config, Model
-from alignjax.data import ends
+from alignjax.data import ends, packing
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
+from alignjax.models import lora
 from alignjax.sampling.types import Prompts, Rollout
 from alignjax.weights import roles
+from alignjax.weights.role_reader import RoleReader
 
 Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
@@ -106,7 +111,11 @@ class PPO:
         self.num_steps = config.steps
         self.reward_model = reward_model or config.model
         self.ending = ending
+        self.ladder: packing.Ladder = packing.fine  # a run that has prompts chooses its own
+        self.roles = configs.trained_roles(config)
         self.trained = trained_roles(config, mesh)
+        # Beneath the adapters of each trained role; None if it trains all parameters.
+        self.bases: dict[str, dict | None] = dict.fromkeys(self.roles)
         self.abstract_state = self.trained.abstract_state
         self.compiled = compile_programs(
             config,
@@ -126,7 +135,10 @@ class PPO:
             config.ppo, prompts.train_rows, prompts.heldout_rows
         )
         text = load_pretraining_text(config, mesh, inputs)
-        reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer, function)
+        reader = RoleReader(config, mesh, inputs.parents)
+        reward = rewards.build(
+            config, mesh, inputs.parents, inputs.tokenizer, function, reader=reader
+        )
         reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
         end_tokens = ends.end_tokens(
             inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
@@ -140,7 +152,7 @@ class PPO:
             ending=None if reward.ending == end_tokens else reward.ending,
             phases=inputs.phases,
         )
-        stage.attach(inputs, prompts=prompts, text=text, reward=reward)
+        stage.attach(inputs, reader, prompts=prompts, text=text, reward=reward)
         return stage
 
     @classmethod
@@ -151,6 +163,7 @@ class PPO:
     def attach(
         self,
         inputs: RunInputs,
+        reader: RoleReader,
         *,
         prompts: PromptData,
         text: PretrainingText,
@@ -158,39 +171,32 @@ class PPO:
     ) -> None:
         """Give the stage the data and the frozen roles that it trains with."""
         self.tokenizer: PreTrainedTokenizerBase = inputs.tokenizer
-        self.parents = inputs.parents
+        self.reader = reader
         self.prompts = prompts
         self.text = text
         self.reward = reward
-        # The frozen roles are read from disk by themselves and never share arrays with the
-        # trained roles, so no update and no donation can reach them.
-        reference = self.load_role("lm", "reference")
-        ppo = self.config.ppo
-        self.frozen = {
-            "reference": roles.freeze(
-                self.config.model, reference, ppo.frozen_dtype, ppo.frozen_memory
-            ),
-            **reward.params,
-        }
-
-    def load_role(self, head: str, role: str) -> dict:
-        """Read a role's parameters from its parent."""
-        key = jax.random.key(self.config.seed)
-        return roles.load(self.config.model, head, self.mesh, key, self.parents[role])
+        row_shards = sharding.row_shards(self.mesh)
+        self.ladder = choose_ladder(self.config, prompts.lengths, row_shards, self.ending)
+        # The frozen roles never share arrays with what is trained, so no update and no donation
+        # can reach them. A base is frozen, and all roles that have it share it.
+        self.frozen = {"reference": reader.frozen("reference", self.config.model), **reward.params}
+        self.bases = {role: reader.base(role) for role in self.roles}
 
     def init_state(self) -> State:
-        """Return the state before the first step, from the parents of policy and value."""
+        """Return the state before the first step, from the parents of the trained roles."""
         optimisers = {
             "policy": self.trained.policy_optimiser,
             "value": self.trained.value_optimiser,
         }
         state: State = {}
-        for role, head in HEADS.items():
-            params = self.load_role(head, role)
+        for role in self.roles:
+            params = self.reader.initial(role)
             abstract = self.abstract_state[role]
             state[role] = optimisation.place_state(params, optimisers[role], abstract)
-        replicated = sharding.replicated(self.mesh)
-        return state | {"stats": jax.device_put(RunningStats.zero(), replicated)}
+        counters = {"stats": RunningStats.zero()}
+        if self.config.ppo.kl_target:
+            counters["kl_control"] = initial_kl_control(self.config)
+        return state | jax.device_put(counters, sharding.replicated(self.mesh))
 
     def step(self, state: State, step: int) -> tuple[State, StepOutput]:
         """Sample responses, score them, make experience, and update policy and value."""
@@ -199,11 +205,15 @@ class PPO:
         rollout = self.sample(params["policy"], batch, step, self.phases)
         texts = self.score_texts(self.prompts.train_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
-        scored = self.score(params, state["stats"], rollout, minibatches, texts)
+        scored = self.score(
+            params, state["stats"], rollout, minibatches, texts, state.get("kl_control")
+        )
         self.phases.mark("score", scored.experience)
         if step == 0:
             self.check(params, scored, minibatches, texts)
         state = {**state, "stats": scored.stats}
+        if scored.kl_control is not None:
+            state["kl_control"] = scored.kl_control
         state, update_metrics = self.learn(state, scored.experience, minibatches, step)
         self.phases.mark("update", state)
         responses = self.config.data.batch * self.config.ppo.samples_per_prompt
@@ -224,20 +234,21 @@ class PPO:
         texts: np.ndarray | None = None,
     ) -> None:
         """Stop the run unless ratio, KL and packing are exact before the first update."""
+        policy = lora.select(params["policy"], self.abstract_state["policy"].params)
+        parts = [(scored.experience, microbatch) for microbatch in minibatches.first_epoch[0]]
         ppo_checks.check_first_rollout(
             self.config,
-            self.compiled.policy_gradient,
+            self.sum_policy_gradient(policy, parts).metrics,
             self.reward_model,
             params,
             scored,
-            minibatches.first_epoch[0],
             texts,
             self.ending,
         )
 
     def role_params(self, state: State) -> dict[str, dict]:
         """Return the parameters of all roles that read tokens."""
-        trained = {role: state[role].params for role in HEADS}
+        trained = {role: lora.combine(self.bases[role], state[role].params) for role in self.roles}
         return trained | self.frozen
 
     def sample(
@@ -279,7 +290,9 @@ class PPO:
         """
         prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
         lengths = sharding.on_host(rollout.lengths)
-        return Minibatches(self.config, self.mesh, prompt_lengths, lengths, self.ending)
+        return Minibatches(
+            self.config, self.mesh, prompt_lengths, lengths, self.ending, self.ladder
+        )
 
     def score(
         self,
@@ -288,45 +301,54 @@ class PPO:
         rollout: Rollout,
         minibatches: Minibatches,
         texts: np.ndarray | None = None,
+        kl_control: KLControl | None = None,
     ) -> ScoredRollout:
         """Let the roles read the minibatches of the first epoch, and make experience of it.
 
         `texts` holds the text-based rewards, to which the reward model's score is added.
         """
-        reading = experience.empty_reading(rollout, texts, self.mesh)
+        has_value = "value" in params
+        reading = experience.empty_reading(rollout, texts, self.mesh, has_value=has_value)
         for minibatch in minibatches.first_epoch:
             for microbatch in minibatch:
                 reading = self.compiled.read(params, rollout, reading, microbatch)
-        return self.compiled.make_experience(stats, rollout, reading)
+        return self.compiled.make_experience(stats, rollout, reading, kl_control)
 
     def learn(
         self, state: State, experience: Experience, minibatches: Minibatches, step: int
     ) -> tuple[State, Metrics]:
         """Take all updates of an experience; their metrics are averaged.
 
-        Every update moves the value model. The policy moves from update
-        `ppo.value_warmup_steps` of the run on.
+        Every update moves the value model, if there is one. The policy moves from update
+        `ppo.value_warmup_steps` of the run on; without a value model, from the first one on.
         """
-        policy = state["policy"]
-        value = state["value"]
+        state = dict(state)
         all_metrics = []
         for place, update in enumerate(updates_of_step(self.config, step)):
             parts = [
                 (experience, microbatch) for microbatch in minibatches.get(place, update.responses)
             ]
-            value, metrics = self.update_value(value, parts)
-            if update.number >= self.config.ppo.value_warmup_steps:
-                metrics["lr"] = self.compiled.learning_rate(policy.updates)
-                policy, policy_metrics = self.update_policy(policy, parts, update.number)
+            metrics = {}
+            if "value" in self.roles:
+                state["value"], metrics = self.update_value(state["value"], parts)
+            if self.moves_policy(update):
+                metrics["lr"] = self.compiled.learning_rate(state["policy"].updates)
+                state["policy"], policy_metrics = self.update_policy(
+                    state["policy"], parts, update.number
+                )
                 metrics |= policy_metrics
             all_metrics.append(metrics)
-        return {**state, "policy": policy, "value": value}, average_metrics(all_metrics)
+        return state, average_metrics(all_metrics)
+
+    def moves_policy(self, update: Update) -> bool:
+        """Return whether an update comes after the warm-up of the value model."""
+        return update.number >= configs.value_warmup_steps(self.config)
 
     def update_value(
         self, value: optimisation.TrainState, parts: list
     ) -> tuple[optimisation.TrainState, Metrics]:
         """Take one optimiser step of the value model."""
-        total = optimisation.sum_gradients(self.compiled.value_gradient, value.params, parts)
+        total = self.compiled.value_gradient(value.params, parts, self.bases["value"])
         value, metrics = self.compiled.update_value(value, total)
         for name in ("grad_norm", "skipped"):
             metrics[f"value/{name}"] = metrics.pop(name)
@@ -336,11 +358,15 @@ class PPO:
         self, policy: optimisation.TrainState, parts: list, update: int
     ) -> tuple[optimisation.TrainState, Metrics]:
         """Take one optimiser step of the policy, with the pretraining gradient if there is one."""
-        total = optimisation.sum_gradients(self.compiled.policy_gradient, policy.params, parts)
-        pretraining = optimisation.sum_gradients(
-            self.compiled.text_gradient, policy.params, self.text.microbatches(update)
+        total = self.sum_policy_gradient(policy.params, parts)
+        pretraining = self.compiled.text_gradient(
+            policy.params, self.text.microbatches(update), self.bases["policy"]
         )
         return self.compiled.update_policy(policy, total, pretraining)
+
+    def sum_policy_gradient(self, policy: dict, parts: list) -> optimisation.GradientSum:
+        """Return the gradient of the clipped objective of a minibatch by what is trained."""
+        return self.compiled.policy_gradient(policy, parts, self.bases["policy"])
 
     def details(self, step: int, index: np.ndarray, scored: ScoredRollout) -> StepDetails:
         """Return the true score, in the embedded world, and some responses as text."""
@@ -368,7 +394,7 @@ class PPO:
         """Return the arrays from which the losses of a step can be computed again."""
         arrays = experience.on_host(scored) | {"index": index}
         for update in updates_of_step(self.config, step):
-            if update.number >= self.config.ppo.value_warmup_steps:
+            if self.moves_policy(update):
                 rows = self.text.rows(update.number)
                 arrays |= {f"text/{update.number}/{name}": row for name, row in rows.items()}
         return arrays
@@ -381,10 +407,10 @@ class PPO:
         """Compare the reference and the policy on all that is held out."""
         detailed = self.config.ppo.eval_prompts
         reference = roles.copy_to_device(self.frozen["reference"])
-        policy = state["policy"].params
-        before = self.evaluate_policy(reference, state, limit=None, detailed=detailed)
-        after = self.evaluate_policy(policy, state, limit=None, detailed=detailed)
-        figures = {f"{role}_updates": int(state[role].updates) for role in HEADS}
+        policy = self.role_params(state)["policy"]
+        before = self.evaluate_policy(reference, policy, state, limit=None, detailed=detailed)
+        after = self.evaluate_policy(policy, policy, state, limit=None, detailed=detailed)
+        figures = {f"{role}_updates": int(state[role].updates) for role in self.roles}
         figures |= heldout.compare(before.figures, after.figures)
         rows = heldout.side_by_side(before.rows, after.rows)
         return Evaluation(figures=figures, rows=rows[:detailed])
@@ -397,17 +423,23 @@ class PPO:
         if not self.config.ppo.eval_every:
             return None
         limit = self.config.ppo.eval_prompts
-        policy = state["policy"].params
-        result = self.evaluate_policy(policy, state, limit=limit, detailed=SAMPLED_PROMPTS)
+        policy = self.role_params(state)["policy"]
+        result = self.evaluate_policy(policy, policy, state, limit=limit, detailed=SAMPLED_PROMPTS)
         figures = {"prompts": len(result.rows), **result.figures}
         return Evaluation(figures=figures, rows=result.rows[:SAMPLED_PROMPTS])
 
     def evaluate_policy(
-        self, policy: dict, state: State, *, limit: int | None, detailed: int
+        self,
+        policy: dict,
+        trained_policy: dict,
+        state: State,
+        *,
+        limit: int | None,
+        detailed: int,
     ) -> Evaluation:
         """Evaluate the policy or the reference by the programs of training."""
         return heldout.evaluate(
-            functools.partial(self.answer, policy, state),
+            functools.partial(self.answer, policy, trained_policy, state),
             functools.partial(self.heldout_text_loss, policy),
             self.prompts.heldout,
             self.text.heldout,
@@ -417,7 +449,12 @@ class PPO:
         )
 
     def answer(
-        self, policy: dict, state: State, batch: dict[str, np.ndarray], detailed: int
+        self,
+        policy: dict,
+        trained_policy: dict,
+        state: State,
+        batch: dict[str, np.ndarray],
+        detailed: int,
     ) -> list[dict]:
         """Answer a batch of held-out prompts, and describe the scored responses.
 
@@ -428,12 +465,12 @@ class PPO:
         rollout = self.sample(policy, batch, self.config.steps, Phases())
         texts = self.score_texts(self.prompts.heldout_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
-        params = {"policy": policy, "value": state["value"].params, **self.frozen}
-        figures = self.score(params, state["stats"], rollout, minibatches, texts).responses
-        trained_policy = state["policy"].params
+        params = self.role_params(state) | {"policy": policy}
+        control = state.get("kl_control")
+        figures = self.score(params, state["stats"], rollout, minibatches, texts, control).responses
         if detailed and policy is not trained_policy:
             params = params | {"policy": trained_policy}
-            reread = self.score(params, state["stats"], rollout, minibatches, texts)
+            reread = self.score(params, state["stats"], rollout, minibatches, texts, control)
             figures = figures | {"log_ratio": reread.responses["log_ratio"]}
         return heldout.describe(
             self.config,
@@ -454,6 +491,7 @@ class PPO:
             self.config.data.batch,
             self.config.microbatch_tokens,
             self.mesh,
+            self.text.ladder,
         )
 
     def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
@@ -463,7 +501,7 @@ class PPO:
     def programs(self) -> Iterable[Program]:
         """Yield the programs of a step, every example as long as it may be."""
         return PlannedPrograms(
-            self.config, self.mesh, self.compiled, self.abstract_state, self.resident()
+            self.config, self.mesh, self.compiled, self.trained, self.resident()
         ).programs()
 
     def resident(self) -> dict[str, Any]:
@@ -473,4 +511,4 @@ class PPO:
     @functools.cached_property
     def resident_shapes(self) -> dict[str, Any]:
         """Hold what `resident` returns: the arguments of the programs are the same objects."""
-        return resident_shapes(self.config, self.mesh, self.abstract_state)
+        return resident_shapes(self.config, self.mesh, self.trained)

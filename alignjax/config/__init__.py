@@ -13,12 +13,22 @@ from alignjax.config.errors import (
     reason_of,
     short,
 )
+from alignjax.config.estimators import (
+    has_value,
+    is_external,
+    loss_aggregation,
+    needs_of,
+    trained_roles,
+    value_warmup_steps,
+)
 from alignjax.config.fields import (
     CHOICES,
+    LORA_TARGETS,
     PPO,
     ROLES,
     Config,
     Data,
+    Lora,
     Mesh,
     Model,
     Optimiser,
@@ -27,7 +37,13 @@ from alignjax.config.fields import (
 )
 from alignjax.config.loading import CONFIGS, PACKAGE, SHIPPED, load, run_file
 from alignjax.config.overrides import override, parse_names, parse_overrides, parse_value
-from alignjax.config.stored import difference, model_from_json, stored_config, to_json
+from alignjax.config.stored import (
+    difference,
+    lora_from_json,
+    model_from_json,
+    stored_config,
+    to_json,
+)
 
 __all__ = [
     "AT_LEAST_ONE",
@@ -35,6 +51,8 @@ __all__ = [
     "CONFIGS",
     "Config",
     "Data",
+    "LORA_TARGETS",
+    "Lora",
     "Mesh",
     "Model",
     "Optimiser",
@@ -50,11 +68,16 @@ __all__ = [
     "difference",
     "first_line",
     "flatten",
+    "has_value",
     "is_encodable",
+    "is_external",
     "is_function_spec",
     "load",
+    "lora_from_json",
+    "loss_aggregation",
     "model_from_json",
     "nearest",
+    "needs_of",
     "one_line",
     "override",
     "parse_names",
@@ -65,4 +88,6 @@ __all__ = [
     "short",
     "stored_config",
     "to_json",
+    "trained_roles",
+    "value_warmup_steps",
 ]

@@ -8,8 +8,10 @@ import re
 import typing
 from typing import Any
 
-from alignjax.config.errors import UserError, nearest
-from alignjax.config.fields import CHOICES, KINDS, ROLES, Config, Data, flatten
+from alignjax.config.errors import nearest, rule
+from alignjax.config.estimator_rules import check_estimator
+from alignjax.config.estimators import has_value
+from alignjax.config.fields import CHOICES, KINDS, LORA_TARGETS, ROLES, Config, Data, Lora, flatten
 
 AT_LEAST_ONE = (
     "microbatch_tokens",
@@ -28,11 +30,18 @@ AT_LEAST_ONE = (
     "data.max_length",
     "ppo.samples_per_prompt",
     "ppo.response_length",
+    "ppo.kl_horizon",
     "ppo.epochs",
     "ppo.minibatches",
     "ppo.eval_prompts",
 )
-MAY_BE_NEGATIVE = ("ppo.truncated_score", "mesh.data", "mesh.fsdp", "mesh.tensor")
+MAY_BE_NEGATIVE = (
+    "ppo.truncated_score",
+    "ppo.value_lam",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
 LARGEST_INT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1  # JAX drops higher bits without a word
 # A source with its weight, or what follows the comma between two options of a public set.
@@ -57,14 +66,9 @@ def check(config: Config) -> None:
     check_fields(config)
     check_model(config)
     check_stage(config)
+    check_lora(config)
     if config.stage == "ppo":
         check_ppo(config)
-
-
-def rule(holds: bool, message: str) -> None:
-    """Raise UserError unless a rule holds."""
-    if not holds:
-        raise UserError(message)
 
 
 def check_types(group: Any, kind: type = Config, prefix: str = "") -> None:
@@ -206,12 +210,48 @@ def names_files(sources: str) -> bool:
     return not all(BUILT_IN_SOURCE.fullmatch(part.strip()) for part in sources.split(","))
 
 
+def check_lora(config: Config) -> None:
+    """Check the rules of adapters: there is a base for them, and nothing that is set is ignored."""
+    lora = config.lora
+    if not lora.rank:
+        defaults = dict(flatten(Lora(), "lora."))
+        for name, value in flatten(lora, "lora."):
+            rule(
+                value == defaults[name],
+                f"{name}={value!r} has a meaning only with lora.rank, which is 0",
+            )
+        return
+    rule(lora.alpha > 0, f"lora.alpha={lora.alpha} must be above 0")
+    targets = [target.strip() for target in lora.targets.split(",")]
+    known = ",".join(LORA_TARGETS)
+    rule(
+        set(targets) <= set(LORA_TARGETS) and len(set(targets)) == len(targets),
+        f"lora.targets={lora.targets!r} must be some of {known}, separated by commas",
+    )
+    rule(
+        bool(config.parents),
+        f"lora.rank={lora.rank} needs a parent: without one there is no base to adapt",
+    )
+    rule(
+        lora.merge_for_rollout or config.stage == "ppo",
+        f"lora.merge_for_rollout=False has a meaning for ppo only, not for {config.stage}",
+    )
+    rule(
+        lora.merge_for_rollout or not config.ppo.sampler,
+        f"ppo.sampler={config.ppo.sampler!r} takes plain parameters, so lora.merge_for_rollout "
+        "must be True",
+    )
+
+
 def check_ppo(config: Config) -> None:
     """Check the rules of PPO."""
     ppo = config.ppo
     rule(config.steps >= 1, f"steps={config.steps} must be at least 1 for ppo")
-    # A function may be the whole reward.
-    needed = ROLES["ppo"] - ({"reward"} if ppo.reward_fn else set())
+    needed = set(ROLES["ppo"])
+    if ppo.reward_fn:  # a function may be the whole reward
+        needed.discard("reward")
+    if not has_value(config):
+        needed.discard("value")
     rule(
         needed <= set(config.parents),
         f"parents={sorted(config.parents)} must be {sorted(needed)} for ppo",
@@ -222,6 +262,7 @@ def check_ppo(config: Config) -> None:
             not values[key] or is_function_spec(values[key]),
             f"{key}={values[key]!r} must be module:function",
         )
+    check_estimator(config)
     check_ppo_batches(config)
     rule(
         not ppo.pretrain_coef or bool(ppo.pretrain_data.strip(" ,")),
