@@ -21,8 +21,8 @@ attention  each kernel that can run here, forward and backward on packed rows, a
 exact      bfloat16 against float32: log-probabilities, and greedy tokens up to the first that
            differs.
 
-Each section is a process of its own, with --limit seconds; one that fails or takes too long is a
-line, and the others go on. The last line has everything as JSON.
+Each section is a process of its own, with --limit seconds, and a peer has --peer-limit; one that
+fails or takes too long is a line, and the others go on. The last line has everything as JSON.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -301,19 +302,39 @@ def run_section(name: str, tiny: bool) -> Figures:
 def run_apart(command: list[str], limit: float) -> Figures:
     """Run a command whose last line is JSON; return that, or what went wrong as "failed"."""
     start = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    environment = {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    printed = output_of(command, limit, environment)
+    if "failed" in printed:
+        return printed
+    figures = json.loads(printed["output"].strip().splitlines()[-1])
+    return figures | {"section_s": time.perf_counter() - start}
+
+
+def peer_iteration(command: list[str], limit: float) -> Figures:
+    """Return the median seconds of a peer's iterations, from what its script prints."""
+    printed = output_of(command, limit, {})
+    if "failed" in printed:
+        return printed
+    lists = re.findall(r"seconds_per_iteration (\[.*?\])", printed["output"])
+    if not lists or not json.loads(lists[-1]):
+        return {"failed": "no iteration was printed"}
+    seconds = json.loads(lists[-1])
+    return {"s": statistics.median(seconds), "iterations": len(seconds)}
+
+
+def output_of(command: list[str], limit: float, environment: dict[str, str]) -> Figures:
+    """Run a command; return what it prints as "output", or what went wrong as "failed"."""
+    variables = os.environ | environment
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=limit
-        )
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {limit:g} s"}
-    try:
-        figures = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
+    except OSError as error:
+        return {"failed": str(error)}
+    if done.returncode or not done.stdout.strip():
         lines = done.stderr.strip().splitlines()
         return {"failed": f"exit code {done.returncode}: {lines[-1] if lines else 'no output'}"}
-    return figures | {"section_s": time.perf_counter() - start}
+    return {"output": done.stdout}
 
 
 def describe(figures: Figures) -> str:
@@ -357,6 +378,7 @@ def main() -> None:
     parser.add_argument("--section", choices=SECTIONS, help="run one here, and print its JSON")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which ones, with commas")
     parser.add_argument("--limit", type=float, default=60, help="seconds of a section")
+    parser.add_argument("--peer-limit", type=float, default=180, help="seconds of a peer")
     parser.add_argument("--trl-python", default="", help="interpreter with torch and TRL 1.9")
     parser.add_argument("--tunix-python", default="", help="interpreter with Tunix")
     arguments = parser.parse_args()
@@ -375,8 +397,8 @@ def main() -> None:
     for peer, script in PEERS.items():
         python = getattr(arguments, f"{peer}_python")
         if python:
-            command = [python, str(HERE / "peers" / script), "tiny" if arguments.tiny else "0.5b"]
-            results[peer] = run_apart([*command, "--json"], arguments.limit)
+            words = [str(HERE / "peers" / script), "tiny" if arguments.tiny else "0.5b", "4"]
+            results[peer] = peer_iteration([python, *words], arguments.peer_limit)
             print(f"{peer:12} {describe(results[peer])}", flush=True)
     print(json.dumps({"rows": rows, "sections": results}))
 

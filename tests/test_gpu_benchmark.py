@@ -38,6 +38,15 @@ def test_a_section_that_fails_or_takes_too_long_is_a_line():
     assert fine["s"] == 3 and fine["section_s"] > 0
 
 
+def test_a_peer_is_its_median_iteration_or_what_went_wrong():
+    line = "trl_ppo tiny seconds_per_iteration [3.5, 1.5, 2.0] response_tokens_per_s 9"
+    peer = gpu.peer_iteration([sys.executable, "-c", f"print({line!r})"], limit=60)
+    assert peer == {"s": 2.0, "iterations": 3}
+    silent = gpu.peer_iteration([sys.executable, "-c", "print('nothing')"], limit=60)
+    assert silent == {"failed": "no iteration was printed"}
+    assert "No such file" in gpu.peer_iteration(["/no/such/python"], limit=60)["failed"]
+
+
 def test_the_table_leaves_out_what_failed():
     failed = {"failed": "not done after 60 s"}
     results = dict.fromkeys(gpu.SECTIONS, failed)
