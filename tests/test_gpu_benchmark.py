@@ -13,8 +13,8 @@ import gpu
 
 
 def test_sections_run_apart_and_the_last_line_is_json():
-    """Those with most of our code in them, on one device: the tiny sizes divide over few."""
-    sections = ["decode 0.5b", "learn 0.5b", "ppo 0.5b", "attention"]
+    """Two of them, on one device: the tiny sizes divide over few."""
+    sections = ["learn 0.5b", "attention"]
     script = str(ROOT / "benchmarks" / "gpu.py")
     command = [sys.executable, script, "--tiny", "--limit", "300", "--sections", ",".join(sections)]
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -23,8 +23,7 @@ def test_sections_run_apart_and_the_last_line_is_json():
     results = json.loads(done.stdout.splitlines()[-1])["sections"]
     assert list(results) == sections
     assert not any("failed" in figures for figures in results.values()), results
-    iteration = results["ppo 0.5b"]
-    assert iteration["s"] == pytest.approx(sum(iteration[name] for name in gpu.ppo.PHASES))
+    assert results["learn 0.5b"]["update_tflops"] > 0
     assert list(results["attention"]) == ["xla", "section_s"]
 
 
