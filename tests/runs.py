@@ -23,6 +23,7 @@ PARENTS = {
     "sft-tiny": ["lm-tiny"],
     "rm-tiny": ["pmp-tiny"],
     "ppo-tiny": ["sft-tiny", "rm-tiny"],
+    "grpo-tiny": ["sft-tiny", "rm-tiny"],
 }
 STEPS = 4
 
