@@ -14,9 +14,12 @@ import optax
 
 from alignjax import config as configs
 from alignjax.machine import sharding
+from alignjax.models import lora
 from alignjax.weights import roles
 
 Metrics = dict[str, jax.Array]
+
+MATRICES = ("kernel", "embedding", "lora_a", "lora_b")  # names of parameters that decay
 
 
 class TrainState(NamedTuple):
@@ -36,7 +39,6 @@ class GradientSum(NamedTuple):
 
 # Losses carry weights that sum to 1 over the whole minibatch, so sums are means.
 LossFunction = Callable[[dict, Any], tuple[jax.Array, Metrics]]
-Accumulate = Callable[[GradientSum | None, dict, Any], GradientSum]
 
 
 def learning_rate_schedule(optimiser: configs.Optimiser, steps: int) -> optax.Schedule:
@@ -68,10 +70,8 @@ def make_optimiser(optimiser: configs.Optimiser, steps: int) -> optax.GradientTr
 
 
 def is_matrix(params: dict) -> dict:
-    """Return, for each parameter, whether it is a matrix: a kernel or an embedding."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    """Return, for each parameter, whether it is a matrix: a kernel, adapter or embedding."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in MATRICES, params)
 
 
 def conditional_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
@@ -106,10 +106,11 @@ def abstract_state(
     head: str,
     optimiser: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    adapters: configs.Lora,
 ) -> TrainState:
     """Return the shapes, types and shardings of a trained role's state."""
     init = functools.partial(init_state, optimiser=optimiser)
-    shapes = jax.eval_shape(init, roles.abstract_params(model, head, mesh))
+    shapes = jax.eval_shape(init, roles.abstract_trained(model, head, mesh, adapters))
     return sharding.abstract(shapes, mesh)
 
 
@@ -148,27 +149,77 @@ def from_checkpoint(items: dict) -> dict:
 
 
 def accumulate(
-    loss_fn: LossFunction, total: GradientSum | None, params: dict, microbatch: Any
+    loss_fn: LossFunction,
+    total: GradientSum,
+    params: dict,
+    microbatch: Any,
+    base: dict | None = None,
 ) -> GradientSum:
-    """Add the gradient and metrics of a microbatch to a total; None is an empty total."""
-    gradient, metrics = jax.grad(loss_fn, has_aux=True)(params, microbatch)
-    added = GradientSum(gradient, metrics)
-    return added if total is None else jax.tree.map(jnp.add, total, added)
+    """Add the gradient and metrics of a microbatch to a total.
+
+    The loss is that of `params` in their frozen `base`, and its gradient that of `params` alone.
+    """
+    loss_in_base = functools.partial(loss_of_combined, loss_fn, base)
+    gradient, metrics = jax.grad(loss_in_base, has_aux=True)(params, microbatch)
+    return jax.tree.map(jnp.add, total, GradientSum(gradient, metrics))
 
 
-def compile_accumulate(loss_fn: LossFunction) -> Accumulate:
-    """Return `accumulate` of a loss, compiled; the total that it is given is donated."""
-    return jax.jit(functools.partial(accumulate, loss_fn), donate_argnums=0)
+def loss_of_combined(
+    loss_fn: LossFunction, base: dict | None, params: dict, microbatch: Any
+) -> tuple[jax.Array, Metrics]:
+    """Return a loss of what a role trains, together with its base."""
+    return loss_fn(lora.combine(base, params), microbatch)
 
 
-def sum_gradients(
-    accumulate_fn: Accumulate, params: dict, microbatches: Iterable[Any]
-) -> GradientSum | None:
-    """Return the total over the microbatches of a minibatch; None if there are none."""
-    total = None
-    for microbatch in microbatches:
-        total = accumulate_fn(total, params, microbatch)
-    return total
+class Accumulate:
+    """The compiled gradient of a loss.
+
+    A sum begins with zeros, so the first microbatch of a minibatch needs no program of its own.
+    """
+
+    def __init__(self, loss_fn: LossFunction, abstract_params: dict | None = None):
+        """Compile for parameters of these shardings; by default the compiler lays out totals."""
+        self.loss_fn = loss_fn
+        self.layout = None
+        if abstract_params is not None:
+            layout = jax.tree.map(lambda x: x.sharding, abstract_params)
+            mesh = jax.tree.leaves(layout)[0].mesh
+            self.layout = GradientSum(layout, sharding.replicated(mesh))
+        self.add = jax.jit(
+            functools.partial(accumulate, loss_fn), donate_argnums=0, out_shardings=self.layout
+        )
+        self.make_empty: Callable[[dict], GradientSum] | None = None
+
+    def metric_shapes(self, params: dict, microbatch: Any, base: dict | None) -> Metrics:
+        """Return the shapes of the loss's metrics."""
+        loss = functools.partial(loss_of_combined, self.loss_fn)
+        _, metrics = jax.eval_shape(loss, base, params, microbatch)
+        return metrics
+
+    def empty(self, params: dict, microbatch: Any, base: dict | None = None) -> GradientSum:
+        """Return a total of zeros."""
+        if self.make_empty is None:
+            metrics = self.metric_shapes(params, microbatch, base)
+            make_empty = functools.partial(empty_total, metrics)
+            self.make_empty = jax.jit(make_empty, out_shardings=self.layout)
+        return self.make_empty(params)
+
+    def __call__(
+        self, params: dict, microbatches: Iterable[Any], base: dict | None = None
+    ) -> GradientSum | None:
+        """Return the total over the microbatches of a minibatch; None if there are none."""
+        total = None
+        for microbatch in microbatches:
+            if total is None:
+                total = self.empty(params, microbatch, base)
+            total = self.add(total, params, microbatch, base)
+        return total
+
+
+def empty_total(metrics: Any, params: dict) -> GradientSum:
+    """Return a total of zeros for parameters and metrics, of which `metrics` has the shapes."""
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    return GradientSum(zeros(params), zeros(metrics))
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -236,11 +287,12 @@ class MinibatchUpdate:
         optimiser: optax.GradientTransformation,
         abstract: TrainState | None = None,
     ):
-        self.accumulate = compile_accumulate(loss_fn)
+        params = None if abstract is None else abstract.params
+        self.accumulate = Accumulate(loss_fn, params)
         self.update = compile_update(functools.partial(update_state, optimiser), abstract)
 
     def __call__(
-        self, state: TrainState, microbatches: Iterable[Any]
+        self, state: TrainState, microbatches: Iterable[Any], base: dict | None = None
     ) -> tuple[TrainState, Metrics]:
         """Take one optimiser step; the arrays of the state are donated."""
-        return self.update(state, sum_gradients(self.accumulate, state.params, microbatches))
+        return self.update(state, self.accumulate(state.params, microbatches, base))

@@ -23,10 +23,12 @@ from alignjax.config.estimators import (
 )
 from alignjax.config.fields import (
     CHOICES,
+    LORA_TARGETS,
     PPO,
     ROLES,
     Config,
     Data,
+    Lora,
     Mesh,
     Model,
     Optimiser,
@@ -35,7 +37,13 @@ from alignjax.config.fields import (
 )
 from alignjax.config.loading import CONFIGS, PACKAGE, SHIPPED, load, run_file
 from alignjax.config.overrides import override, parse_names, parse_overrides, parse_value
-from alignjax.config.stored import difference, model_from_json, stored_config, to_json
+from alignjax.config.stored import (
+    difference,
+    lora_from_json,
+    model_from_json,
+    stored_config,
+    to_json,
+)
 
 __all__ = [
     "AT_LEAST_ONE",
@@ -43,6 +51,8 @@ __all__ = [
     "CONFIGS",
     "Config",
     "Data",
+    "LORA_TARGETS",
+    "Lora",
     "Mesh",
     "Model",
     "Optimiser",
@@ -63,6 +73,7 @@ __all__ = [
     "is_external",
     "is_function_spec",
     "load",
+    "lora_from_json",
     "loss_aggregation",
     "model_from_json",
     "nearest",

@@ -11,7 +11,17 @@ from typing import Any
 from alignjax.config.errors import nearest, rule
 from alignjax.config.estimator_rules import check_estimator
 from alignjax.config.estimators import has_value
-from alignjax.config.fields import CHOICES, KINDS, ROLES, Config, Data, flatten
+from alignjax.config.fields import (
+    CHOICES,
+    KINDS,
+    LAYER_TYPES,
+    LORA_TARGETS,
+    ROLES,
+    Config,
+    Data,
+    Lora,
+    flatten,
+)
 
 AT_LEAST_ONE = (
     "microbatch_tokens",
@@ -66,6 +76,7 @@ def check(config: Config) -> None:
     check_fields(config)
     check_model(config)
     check_stage(config)
+    check_lora(config)
     if config.stage == "ppo":
         check_ppo(config)
 
@@ -162,6 +173,15 @@ def check_model(config: Config) -> None:
         f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}",
     )
     rule(model.head_size % 2 == 0, f"model.head_size={model.head_size} must be even")
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+        value = getattr(model, name)
+        rule(value > 0, f"model.{name}={value} must be above 0")
+    for kind in model.layer_types.split(","):
+        rule(
+            kind in LAYER_TYPES,
+            f"model.layer_types={model.layer_types!r}: {kind!r} must be one of "
+            + ", ".join(map(repr, LAYER_TYPES)),
+        )
     rule(
         data.max_length <= model.max_length,
         f"data.max_length={data.max_length} is over model.max_length={model.max_length}",
@@ -207,6 +227,39 @@ def check_sources(data: Data) -> None:
 def names_files(sources: str) -> bool:
     """Return whether sources, separated by commas, are not all built in."""
     return not all(BUILT_IN_SOURCE.fullmatch(part.strip()) for part in sources.split(","))
+
+
+def check_lora(config: Config) -> None:
+    """Check the rules of adapters: there is a base for them, and nothing that is set is ignored."""
+    lora = config.lora
+    if not lora.rank:
+        defaults = dict(flatten(Lora(), "lora."))
+        for name, value in flatten(lora, "lora."):
+            rule(
+                value == defaults[name],
+                f"{name}={value!r} has a meaning only with lora.rank, which is 0",
+            )
+        return
+    rule(lora.alpha > 0, f"lora.alpha={lora.alpha} must be above 0")
+    targets = [target.strip() for target in lora.targets.split(",")]
+    known = ",".join(LORA_TARGETS)
+    rule(
+        set(targets) <= set(LORA_TARGETS) and len(set(targets)) == len(targets),
+        f"lora.targets={lora.targets!r} must be some of {known}, separated by commas",
+    )
+    rule(
+        bool(config.parents),
+        f"lora.rank={lora.rank} needs a parent: without one there is no base to adapt",
+    )
+    rule(
+        lora.merge_for_rollout or config.stage == "ppo",
+        f"lora.merge_for_rollout=False has a meaning for ppo only, not for {config.stage}",
+    )
+    rule(
+        lora.merge_for_rollout or not config.ppo.sampler,
+        f"ppo.sampler={config.ppo.sampler!r} takes plain parameters, so lora.merge_for_rollout "
+        "must be True",
+    )
 
 
 def check_ppo(config: Config) -> None:

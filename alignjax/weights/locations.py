@@ -59,6 +59,11 @@ class AdaptedModel:
     adapter: Path
 
 
+def is_config(spec: str) -> bool:
+    """Return whether a parent is named by a config, rather than by a directory or hub name."""
+    return spec.partition(":")[0].endswith(".py")
+
+
 def local_directory(spec: str, weights: bool = True) -> Path:
     """Return the directory that `spec` names, after downloading it if it is on the hub.
 
@@ -85,6 +90,15 @@ def splits(spec: str) -> Iterator[tuple[str, str]]:
         return
     for place in re.finditer(re.escape(JOINT), spec):
         yield spec[: place.start()], spec[place.end() :]
+
+
+def base_spec(spec: str) -> str:
+    """Return how the spec of a model with an adapter names its base; itself without an adapter."""
+    for base, adapter in splits(spec):
+        if names_model(base) or (adapter and names_model(adapter)):
+            return base
+    directory = plain_directory(spec, weights=False)
+    return base_of(directory) if is_adapter(directory) else spec
 
 
 def names_model(spec: str) -> bool:
@@ -157,7 +171,8 @@ def joint_directory(base: Path, adapter: Path) -> Path:
             f"{joint}: the base of an adapter must be a Hugging Face checkpoint, and {base} is a "
             "run; write it as one with alignjax.convert first"
         )
-    return Path(joint)
+    # Absolute, because a path of two parts has no directory that it could be relative to.
+    return Path(f"{base.absolute()}{JOINT}{adapter.absolute()}")
 
 
 def adapted_model(directory: Path) -> AdaptedModel | None:
