@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FAMILIES = ("qwen2", "qwen3", "llama")
-# The variants of every other family, and windows of these: name -> fields of its configuration. Each is read with more
-# layers, and also decoded greedily.
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+# The variants of every other family, and windows of these: name -> fields of its configuration.
+# Each is read with more layers, and also decoded greedily.
 OTHER_FAMILIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "granite": {
         "multipliers": {
