@@ -51,7 +51,7 @@ def summary_of(run: Path) -> dict:
 
 def test_one_command_runs_the_chain_in_order(chain):
     started = [line.split(":")[0] for line in chain.printed if " steps on " in line]
-    assert started == ["lm-tiny", "sft-tiny", "pmp-tiny", "rm-tiny", "ppo-tiny"]
+    assert started == ["lm-tiny", "sft-tiny", "pmp-tiny", "rm-tiny", "ppo-tiny", "dpo-tiny"]
     assert "ppo-tiny: sft.py:tiny comes first" in chain.printed
     assert any(
         line.startswith("pmp-tiny: lm.py:tiny is complete in") and line.endswith("reused")

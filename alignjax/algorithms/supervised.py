@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from alignjax.algorithms import optimisation
 from alignjax.algorithms.optimisation import LossFunction, MinibatchUpdate
@@ -37,6 +38,7 @@ class SupervisedStage:
     """
 
     head: str  # "lm" or "scalar"
+    role: str = "model"  # of the trained model: among the parents, in the state, in checkpoints
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class SupervisedStage:
         self.num_steps = config.steps or (data.batches.epoch if data else 1)
         self.optimiser = optimisation.make_optimiser(config.optimiser, self.num_steps)
         abstract = optimisation.abstract_state(config.model, self.head, self.optimiser, mesh)
-        self.abstract_state: State = {"model": abstract}
+        self.abstract_state: State = {self.role: abstract}
         self.loss_fn = self.make_loss(config)
         self.update = MinibatchUpdate(self.loss_fn, self.optimiser, abstract)
 
@@ -77,7 +79,7 @@ class SupervisedStage:
     def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
         """Read and tokenise the data, and return a stage that can train."""
         data = cls.load_data(config, mesh, inputs)
-        parent = inputs.parents.get("model")
+        parent = inputs.parents.get(cls.role)
         return cls(config, mesh, data=data, parent=parent, phases=inputs.phases)
 
     @classmethod
@@ -89,24 +91,36 @@ class SupervisedStage:
         """Return the state of a fresh model, or of the parent's; a missing head is fresh."""
         key = jax.random.key(self.config.seed)
         params = roles.load(self.config.model, self.head, self.mesh, key, self.parent)
-        abstract = self.abstract_state["model"]
-        return {"model": optimisation.place_state(params, self.optimiser, abstract)}
+        abstract = self.abstract_state[self.role]
+        return {self.role: optimisation.place_state(params, self.optimiser, abstract)}
 
     def step(self, state: State, step: int) -> tuple[State, StepOutput]:
         """Take one optimiser step."""
         microbatches = sharding.shard_batch(self.data.prefetch.get(step), self.mesh)
         self.phases.mark("data", microbatches)
-        observation = self.observe(state, step, microbatches)
-        model, metrics = self.update(state["model"], microbatches)
-        self.phases.mark("update", model)
+        parts = self.parts(state, microbatches)
+        observation = self.observe(state, step, parts)
+        trained, metrics = self.update(state[self.role], parts)
+        self.phases.mark("update", trained)
         output = StepOutput(
             metrics=metrics,
             details=functools.partial(self.details, step, observation),
-            batch=functools.partial(self.data.batches.get, step),
+            batch=functools.partial(self.learned_from, state, step),
         )
-        return {"model": model}, output
+        return {**state, self.role: trained}, output
 
-    def observe(self, state: State, step: int, microbatches: list[Any]) -> Any:
+    def parts(self, state: State, microbatches: list[Any]) -> list[Any]:
+        """Return what the loss takes for each microbatch: by default, the microbatch."""
+        return microbatches
+
+    def learned_from(self, state: State, step: int) -> dict[str, np.ndarray]:
+        """Return the arrays from which the loss of a step can be computed again.
+
+        It is called after later steps, which have donated the trained role's part of the state.
+        """
+        return self.data.batches.get(step)
+
+    def observe(self, state: State, step: int, parts: list[Any]) -> Any:
         """Return what `details` needs of the state before the step; nothing by default."""
         return None
 
@@ -126,13 +140,14 @@ class SupervisedStage:
         """Yield the two programs of a step; the largest microbatch stands for all."""
         microbatches = self.longest_microbatches()
         microbatch = sharding.abstract_batch(microbatches[0], self.mesh)
-        state = self.abstract_state["model"]
-        total = abstract_total(self.update.accumulate, state.params, microbatch, self.mesh)
+        (part,) = self.parts(self.abstract_state, [microbatch])
+        state = self.abstract_state[self.role]
+        total = abstract_total(self.update.accumulate, state.params, part, self.mesh)
         yield Program(
             name="gradient",
             calls=len(microbatches),
             function=self.update.accumulate,
-            arguments=(total, state.params, microbatch),
+            arguments=(total, state.params, part),
         )
         yield Program(
             name="optimiser step",
@@ -143,4 +158,4 @@ class SupervisedStage:
 
     def resident(self) -> dict[str, Any]:
         """Return the shapes of the training state."""
-        return {"state": self.abstract_state["model"]}
+        return {"state": self.abstract_state[self.role]}

@@ -15,6 +15,7 @@ from alignjax.config.errors import (
 )
 from alignjax.config.fields import (
     CHOICES,
+    DPO,
     PPO,
     ROLES,
     Config,
@@ -34,6 +35,7 @@ __all__ = [
     "CHOICES",
     "CONFIGS",
     "Config",
+    "DPO",
     "Data",
     "Mesh",
     "Model",

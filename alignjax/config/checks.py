@@ -57,6 +57,8 @@ def check(config: Config) -> None:
     check_fields(config)
     check_model(config)
     check_stage(config)
+    if config.stage == "dpo":
+        check_dpo(config)
     if config.stage == "ppo":
         check_ppo(config)
 
@@ -204,6 +206,24 @@ def check_sources(data: Data) -> None:
 def names_files(sources: str) -> bool:
     """Return whether sources, separated by commas, are not all built in."""
     return not all(BUILT_IN_SOURCE.fullmatch(part.strip()) for part in sources.split(","))
+
+
+def check_dpo(config: Config) -> None:
+    """Check the rules of DPO."""
+    dpo = config.dpo
+    rule(
+        "policy" in config.parents,
+        f"parents={sorted(config.parents)} must have policy for dpo",
+    )
+    rule(dpo.beta > 0, f"dpo.beta={dpo.beta} must be above 0")
+    rule(
+        dpo.label_smoothing < 0.5,
+        f"dpo.label_smoothing={dpo.label_smoothing} must be below 0.5",
+    )
+    rule(
+        dpo.loss == "sigmoid" or not dpo.label_smoothing,
+        f"dpo.label_smoothing={dpo.label_smoothing} has no meaning for dpo.loss={dpo.loss!r}",
+    )
 
 
 def check_ppo(config: Config) -> None:

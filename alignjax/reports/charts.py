@@ -120,13 +120,28 @@ CHARTS = (
     Chart(
         title="Accuracy",
         unit="share of pairs",
-        lines={"accuracy": "in training"},
+        lines={"accuracy": "in training", "rewards/accuracies": "of implicit rewards, in training"},
         ends=("accuracy/",),
     ),
     Chart(
         title="Margin",
         unit="chosen minus rejected score",
         lines={"margin": "margin", "mean_reward": "mean score"},
+    ),
+    Chart(
+        title="Implicit rewards",
+        unit="beta times the log-ratio to the reference",
+        lines={
+            "rewards/chosen": "chosen",
+            "rewards/rejected": "rejected",
+            "rewards/margins": "margin",
+        },
+        ends=("margin/",),
+    ),
+    Chart(
+        title="Log-probabilities",
+        unit="nats per response",
+        lines={"logps/chosen": "chosen", "logps/rejected": "rejected"},
     ),
     Chart(
         title="Policy loss",

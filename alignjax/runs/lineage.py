@@ -17,6 +17,8 @@ from alignjax.weights.locations import RUNTIME_FIELDS
 HEADS = {
     ("lm", "model"): "lm",
     ("ranking", "model"): "scalar",
+    ("dpo", "policy"): "lm",
+    ("dpo", "reference"): "lm",
     ("ppo", "policy"): "lm",
     ("ppo", "reference"): "lm",
     ("ppo", "value"): "scalar",
@@ -119,7 +121,7 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
     stage = locations.read_config(directory)["stage"]
     if (stage, head) not in roles.CHECKPOINT_ITEMS:
         raise UserError(f"{where}: a language model is wanted, this run's stage is {stage!r}")
-    if role == "reward" and stage == "lm":
+    if role == "reward" and stage in roles.LANGUAGE_MODELS:
         raise UserError(f"{where}: a reward model is wanted, this run's stage is {stage!r}")
     try:
         checkpoint.newest(directory)

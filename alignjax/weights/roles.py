@@ -20,9 +20,12 @@ CHECKPOINT_ITEMS = {
     ("lm", "lm"): "model",
     ("lm", "scalar"): "model",
     ("ranking", "scalar"): "model",
+    ("dpo", "lm"): "policy",
+    ("dpo", "scalar"): "policy",
     ("ppo", "lm"): "policy",
     ("ppo", "scalar"): "value",
 }
+LANGUAGE_MODELS = ("lm", "dpo")  # stages whose runs have no scalar head
 Params = dict[str, Any]  # a tree of arrays, or of their shapes
 
 
@@ -99,7 +102,7 @@ def read_run(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) 
         raise UserError(
             f"parent {directory}: a language model is wanted, this run's stage is {stage!r}"
         )
-    saved_head = "lm" if stage == "lm" else head
+    saved_head = "lm" if stage in LANGUAGE_MODELS else head
     item = CHECKPOINT_ITEMS[stage, head]
     params = restore_role(directory, item, abstract_params(model, saved_head, mesh))
     if saved_head != head:
