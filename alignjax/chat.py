@@ -6,7 +6,8 @@ Several models answer the same prompt in turn, for example those before and afte
 
 A reply streams as it is decoded. It is followed by its score by the reward model (for a PPO run,
 the one that it was trained with), and by its true score if the prompt belongs to the embedded
-world. Each line is a prompt, except for these:
+world. With --best_of N a reply is the best of N under the reward model, and is printed whole. Each
+line is a prompt, except for these:
 
     /reset          forgets the conversation
     /system TEXT    forgets the conversation, and starts a new one with a system message
@@ -22,15 +23,14 @@ import importlib
 import importlib.util
 import io
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alignjax import config as configs
 from alignjax import inference
-from alignjax.algorithms import rewards
 from alignjax.config import UserError
-from alignjax.data import chat, toy
-from alignjax.data.ends import replace_end
+from alignjax.data import toy
+from alignjax.evals import best_of
 from alignjax.machine import sharding
 from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
@@ -100,6 +100,8 @@ def run_chat(argv: Sequence[str] | None) -> None:
     keep_programs()
     speakers = load_speakers(arguments)
     reward = load_reward(arguments)
+    if arguments.best_of > 1 and reward is None:
+        raise UserError(f"--best_of={arguments.best_of} needs a reward model: --reward RUN")
     talk(speakers, reward, arguments)
 
 
@@ -116,6 +118,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reward",
         metavar="RUN",
         help="a reward model; default: the one of the first PPO run, at its original place",
+    )
+    parser.add_argument(
+        "--best_of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="print the best of N replies under the reward model, once all of them are complete; "
+        "default: 1",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: 1")
     parser.add_argument("--top_p", type=float, default=0.9, help="default: 0.9")
@@ -154,6 +164,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.turns is not None and arguments.turns < 0:
         raise UserError(f"--turns={arguments.turns} must not be below 0")
+    best_of.check(arguments.best_of, arguments.temperature)
     return arguments
 
 
@@ -307,28 +318,59 @@ def answer(
         max_tokens = arguments.max_tokens or speaker.model.max_tokens
         messages = speaker.messages_for(line, max_tokens)
         print(f"{speaker.name}: ", end="", flush=True)
-        pieces = speaker.model.stream(
-            messages if speaker.model.uses_chat_template else line,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            max_tokens=arguments.max_tokens,
-            seed=arguments.seed,
-            number=number,
-        )
-        reply = print_reply(pieces)
+        prompt = messages if speaker.model.uses_chat_template else line
+        if arguments.best_of == 1:
+            reply = stream_reply(speaker.model, prompt, number, arguments)
+        else:
+            reply = best_reply(speaker.model, reward, prompt, number, arguments)
         print(describe(speaker, reward, messages, reply), flush=True)
         conversations.append([*messages, {"role": "assistant", "content": reply.text}])
     for speaker, messages in zip(speakers, conversations, strict=True):
         speaker.messages = messages
 
 
-def print_reply(pieces: Generator[str, None, inference.Response]) -> inference.Response:
-    """Print a reply as it is decoded, and return it."""
+def stream_reply(
+    model: inference.LoadedModel,
+    prompt: inference.Prompt,
+    number: int,
+    arguments: argparse.Namespace,
+) -> inference.Response:
+    """Print the reply to the prompt of this number as it is decoded, and return it."""
+    pieces = model.stream(
+        prompt,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+        number=number,
+    )
     while True:
         try:
             print(next(pieces), end="", flush=True)
         except StopIteration as end:
             return end.value
+
+
+def best_reply(
+    model: inference.LoadedModel,
+    reward: inference.LoadedModel,
+    prompt: inference.Prompt,
+    number: int,
+    arguments: argparse.Namespace,
+) -> inference.Response:
+    """Print the best of several replies under the reward model, and return it."""
+    (best,) = best_of.generate(
+        model,
+        reward,
+        [prompt],
+        n=arguments.best_of,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed + number,
+    )
+    print(best.response.text, end="", flush=True)
+    return best.response
 
 
 def describe(
@@ -356,14 +398,7 @@ def describe_score(
     reply: inference.Response,
 ) -> str:
     """Return the reward model's score of a reply as text, or why there is none."""
-    reads_same_tokens = model.uses_chat_template and rewards.same_tokens(
-        model.tokenizer, reward.tokenizer
-    )
-    response: str | list[int] = reply.text
-    if reads_same_tokens:
-        response = reply.tokens
-        if not reply.truncated:  # the policy may have ends that the reward model does not know
-            response = replace_end(reply.tokens, [chat.end_token(reward.tokenizer)])
+    response = best_of.as_read_by(reward, model, reply)
     try:
         (score,) = reward.score([messages], [response])
     except UserError as error:

@@ -8,6 +8,7 @@ import pytest
 from runs import Crash
 
 from alignjax import chat, inference
+from alignjax.evals import best_of
 
 PROMPT = "copy : cat box"
 
@@ -158,3 +159,19 @@ def test_a_prompt_that_is_too_long_is_reported_and_the_next_one_answered(
         chat.main([str(chain.runs / "sft-tiny")])
     assert "alignjax: prompt 0 has 6" in capsys.readouterr().out
     assert programs == [inference.BEGIN]
+
+
+def test_the_best_of_several_replies(chain, capsys, monkeypatch):
+    sft = chain.runs / "sft-tiny"
+    rm = chain.runs / "rm-tiny"
+    settings = ("--max_tokens", 10, "--best_of", 3, "--reward", rm)
+    lines = session(capsys, monkeypatch, f"/reset\n{PROMPT}\n", sft, *settings)
+    (best,) = best_of.generate(
+        inference.load(sft), inference.load(rm), [PROMPT], n=3, max_tokens=10, seed=1
+    )
+    reply = f"\nsft-tiny: {best.response.text}  [score {best.score:.2f}, true score "
+    assert "\n".join(reply.splitlines()) in "\n".join(lines)
+    assert chat.main([str(sft), "--best_of", "3"]) == 2
+    assert "--best_of=3 needs a reward model: --reward RUN" in capsys.readouterr().err
+    assert chat.main([str(sft), "--best_of", "3", "--temperature", "0"]) == 2
+    assert "best of 3: temperature=0.0 gives 3 times the same" in capsys.readouterr().err

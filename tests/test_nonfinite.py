@@ -17,7 +17,7 @@ from runs import STEPS, command, fails, files_of, with_parents
 
 from alignjax import chat, convert, evaluate, inference, train
 from alignjax import config as configs
-from alignjax.algorithms import experience, lm, optimisation, ppo_programs
+from alignjax.algorithms import experience, experience_making, lm, optimisation, ppo_programs
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.optimisation import GradientSum
 from alignjax.algorithms.ppo import PPO, updates_of_step
@@ -259,13 +259,13 @@ class PoisonedPolicy:
 
 def test_a_rollout_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch, capsys):
     """The logits of the policy are not finite in step 1, and a score in step 2."""
-    make_experience = experience.make_experience
+    make_experience = experience_making.make_experience
 
     def without_truncation(config, stats, rollout, reading):
         rollout = dataclasses.replace(rollout, truncated=rollout.truncated & False)
         return make_experience(config, stats, rollout, reading)
 
-    monkeypatch.setattr(experience, "make_experience", without_truncation)
+    monkeypatch.setattr(experience_making, "make_experience", without_truncation)
     monkeypatch.setattr(Calls, "count", 0)
     poisoned = PoisonedPolicy()
     monkeypatch.setattr(PPO, "role_params", lambda stage, state: poisoned(stage, state))

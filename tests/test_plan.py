@@ -13,7 +13,7 @@ from runs import ROOT
 
 from alignjax import config as configs
 from alignjax import plan
-from alignjax.algorithms import ppo_programs
+from alignjax.algorithms import ppo_plan
 from alignjax.machine import sharding
 from alignjax.models import families
 from alignjax.planning import cost, plans, search, topologies
@@ -38,6 +38,7 @@ SMALL = [
 PLAN_FOR_TPU = """
 import json, sys
 from alignjax import plan
+from alignjax.algorithms import ppo_plan
 for arguments in json.loads(sys.argv[1]):
     print(plan.main([*arguments, "--json"]), file=sys.stderr)
 """
@@ -138,7 +139,7 @@ def test_a_rollout_decodes_all_tokens_of_all_slots(
     config.ppo = dataclasses.replace(
         config.ppo, samples_per_prompt=samples, slots=slots, response_length=response_length
     )
-    loops = ppo_programs.rollout_loops(config)
+    loops = ppo_plan.rollout_loops(config)
     assert (loops.turns, loops.steps) == (turns, steps)
     longest = config.data.max_length + response_length
     filled = longest - response_length / 2

@@ -30,11 +30,9 @@ from alignjax.algorithms.ppo_data import (
     load_pretraining_text,
     load_prompts,
 )
+from alignjax.algorithms.ppo_plan import PlannedPrograms, resident_shapes
 from alignjax.algorithms.ppo_programs import (
     HEADS,
-    PlannedPrograms,
-    abstract_reading,
-    abstract_rollout,
     average_metrics,
     compile_programs,
     rollout_mesh,
@@ -475,24 +473,4 @@ class PPO:
     @functools.cached_property
     def resident_shapes(self) -> dict[str, Any]:
         """Hold what `resident` returns: the arguments of the programs are the same objects."""
-        ppo = self.config.ppo
-        policy = self.abstract_state["policy"]
-        value = self.abstract_state["value"]
-        freeze = functools.partial(
-            roles.abstract_frozen,
-            self.config.model,
-            dtype=ppo.frozen_dtype,
-            memory=ppo.frozen_memory,
-        )
-        shapes = {"policy": policy, "value": value, "reference": freeze(policy.params)}
-        if "reward" in self.config.parents:  # its architecture is taken to be that of the others
-            shapes["reward"] = freeze(value.params)
-        reading = abstract_reading(self.config, self.mesh)
-        shapes["experience"] = Experience(
-            rollout=abstract_rollout(self.config, self.mesh),
-            old_logprobs=reading.logprobs,
-            old_values=reading.values,
-            advantages=reading.values,
-            returns=reading.values,
-        )
-        return shapes
+        return resident_shapes(self.config, self.mesh, self.abstract_state)

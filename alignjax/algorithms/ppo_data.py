@@ -9,7 +9,6 @@ import numpy as np
 from alignjax.algorithms import lm
 from alignjax.algorithms.experience import longest_sequence
 from alignjax.algorithms.lm import TextMicrobatch
-from alignjax.algorithms.ppo_programs import pretraining_rows
 from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config
 from alignjax.data import encoding, mixture
@@ -50,6 +49,12 @@ class PretrainingText:
     def rows(self, update: int) -> dict[str, np.ndarray]:
         """Return the text of an update as arrays by name."""
         return {} if self.batches is None else self.batches.get(update)
+
+
+def pretraining_rows(config: Config) -> int:
+    """Return how many windows of text the pretraining gradient of an update reads."""
+    minibatch = config.data.batch * config.ppo.samples_per_prompt // config.ppo.minibatches
+    return int(config.ppo.pretrain_ratio * minibatch)
 
 
 def load_prompts(config: Config, inputs: RunInputs) -> PromptData:
