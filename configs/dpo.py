@@ -25,7 +25,8 @@ def config(variant: str) -> Config:
         batch=48,
         max_length=30,
     )
-    config.dpo = DPO(beta=0.1)
+    config.dpo = DPO(beta=0.1, prompts="toy/prompts")
+    config.ppo.response_length = 14  # of the answers to held-out prompts, sampled as in ppo.py
     if variant == "tiny":
         config.name = "dpo-tiny"
         config.steps = 4

@@ -21,7 +21,7 @@ VARIANTS = [
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("stage", "dpo", r"stage='dpo' must be one of 'lm', 'ranking', 'ppo'"),
+        ("stage", "dpq", r"stage='dpq' must be one of 'lm', 'ranking', 'dpo', 'ppo'"),
         ("model.dtype", "float16", "model.dtype='float16' must be one of 'float32', 'bfloat16'"),
         ("optimiser.schedule", "step", "optimiser.schedule='step' must be one of"),
         ("ppo.normalise_scores", "max", "ppo.normalise_scores='max' must be one of"),
@@ -77,7 +77,7 @@ def test_a_broken_rule_names_field_and_both_values(key, value, message):
 
 
 CHOICES = {
-    "stage": "'lm', 'ranking', 'ppo'",
+    "stage": "'lm', 'ranking', 'dpo', 'ppo'",
     "model.family": "'qwen', 'qwen2', 'qwen3', 'llama'",
     "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
     "model.dtype": "'float32', 'bfloat16'",
@@ -85,6 +85,7 @@ CHOICES = {
     "model.attention": "'auto', 'xla', 'cudnn', 'splash'",
     "optimiser.schedule": "'constant', 'cosine'",
     "value_optimiser.schedule": "'constant', 'cosine'",
+    "dpo.loss": "'sigmoid', 'ipo'",
     "ppo.normalise_scores": "'none', 'mean', 'mean_std'",
     "ppo.cache_dtype": "'', 'float32', 'bfloat16'",
     "ppo.frozen_dtype": "'', 'float32', 'bfloat16'",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from runs import STEPS, command, cut, fails, files_of, rows, with_parents
 from test_models import tiny
 
 from alignjax import config as configs
-from alignjax import train
-from alignjax.algorithms import dpo_programs, losses
+from alignjax import inference, train
+from alignjax.algorithms import dpo_programs, greedy, losses
 from alignjax.algorithms.comparisons import interleave
 from alignjax.algorithms.dpo import DirectPreference
 from alignjax.algorithms.stage import RunInputs
 from alignjax.config import DPO, UserError
-from alignjax.data import chat
+from alignjax.data import chat, encoding, toy
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.models import scoring
@@ -262,6 +263,41 @@ def test_another_reference_is_told_from_the_policy(chain, tmp_path):
     assert train.main(command("dpo-tiny", tmp_path, *options)) == 0
     (row,) = rows(tmp_path / "dpo-tiny" / "metrics.jsonl")
     assert abs(row["rewards/chosen"]) > 1e-3
+
+
+def test_reference_and_policy_answer_held_out_prompts(chain):
+    """The reference is at no distance from itself, and the rows show what both said."""
+    run = chain.runs / "dpo-tiny"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["kl/before"] == 0 and summary["kl/after"] != 0
+    for name in ("true_score", "true_score_greedy", "length", "truncated", "entropy"):
+        assert {f"{name}/before", f"{name}/after"} <= set(summary)
+    answers = rows(run / "responses.jsonl")
+    assert len(answers) == configs.PPO().eval_prompts
+    for answer in answers:
+        for side in ("before", "after"):
+            assert len(answer[side]["responses"]) == len(answer[side]["true_score"]) == 2
+    assert not any(any(answer["before"]["kl"]) for answer in answers)
+
+
+def test_greedy_answers_are_those_of_inference(chain, monkeypatch):
+    """They are compared by the length of their texts: the tiny policy says nothing true."""
+    monkeypatch.setattr(greedy.toy, "true_score", lambda prompt, answer: len(prompt + answer))
+    sft = chain.runs / "sft-tiny"
+    config = configs.load("dpo.py:tiny")
+    config.data.batch = 4
+    tokenizer = chat.load_tokenizer(sft / "tokenizer")
+    prompts = toy.examples("prompts", "heldout", 0)[:6]
+    arrays = encoding.encode(prompts, "prompts", config.data.max_length, tokenizer, print)
+    model = inference.load(sft)
+    answers = greedy.GreedyAnswers(
+        config, model.mesh, model.params, end_tokens=model.ends, tokenizer=tokenizer
+    )
+    texts = [row["prompt"][-1]["content"] for row in prompts]
+    responses = model.generate(texts, temperature=0, max_tokens=config.ppo.response_length)
+    expected = [len(text + response.text) for text, response in zip(texts, responses, strict=True)]
+    with jax.default_matmul_precision("highest"):
+        assert answers.true_score(model.params, arrays, prompts) == np.mean(expected)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def ranking_loss(model, params, microbatch):
 
 
 def dpo_loss(model, params, microbatch):
-    reference = np.linspace(-30, -10, 16, dtype=np.float32).reshape(8, 2)
+    reference = jnp.linspace(-30, -10, 16).reshape(8, 2)
     return dpo_programs.loss_fn(model, configs.DPO(), params, (reference, microbatch))
 
 

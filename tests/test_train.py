@@ -38,7 +38,10 @@ RUN_FILES = {
     "tokenizer",
     "environment.json",
 }
-PPO_FILES = {"evaluations.jsonl", "responses.jsonl"}
+EVALUATION_FILES = {
+    "ppo-tiny": {"evaluations.jsonl", "responses.jsonl"},
+    "dpo-tiny": {"responses.jsonl"},
+}
 
 
 def arguments_of(fields: dict) -> list[str]:
@@ -58,7 +61,7 @@ def test_one_command_runs_the_chain_in_order(chain):
         for line in chain.printed
     )
     for run in chain.runs.iterdir():
-        expected = RUN_FILES | (PPO_FILES if run.name == "ppo-tiny" else set())
+        expected = RUN_FILES | EVALUATION_FILES.get(run.name, set())
         assert {path.name for path in run.iterdir()} == expected
         assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(STEPS))
         assert list((run / "tensorboard").iterdir())

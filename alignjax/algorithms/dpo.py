@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.algorithms import comparisons, dpo_programs, optimisation
+from alignjax.algorithms import comparisons, dpo_programs, heldout, optimisation
 from alignjax.algorithms.comparisons import ReadPairs, Rows
 from alignjax.algorithms.dpo_programs import (
     LearningPart,
@@ -25,10 +25,12 @@ from alignjax.algorithms.dpo_programs import (
     PreferenceMicrobatch,
     pack_minibatch,
 )
+from alignjax.algorithms.policy_answers import PolicyAnswers
+from alignjax.algorithms.ppo_data import load_heldout_prompts
 from alignjax.algorithms.stage import Evaluation, RunInputs, State, StepDetails
 from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config
-from alignjax.data import mixture
+from alignjax.data import ends, mixture
 from alignjax.machine import sharding
 from alignjax.weights import roles
 
@@ -60,10 +62,17 @@ class DirectPreference(SupervisedStage):
     progress_metrics = ("loss", "rewards/accuracies")
 
     def __init__(
-        self, config: Config, mesh: Mesh, *, reference: Path | None = None, **arguments: Any
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        reference: Path | None = None,
+        answers: PolicyAnswers | None = None,
+        **arguments: Any,
     ):
         super().__init__(config, mesh, **arguments)
         self.reference = reference
+        self.answers = answers
         data = self.data
         trained_pairs = mixture.count_of(data.batches.rows) if data else config.data.batch
         heldout_pairs = sum(map(mixture.count_of, data.heldout.values())) if data else 0
@@ -88,6 +97,7 @@ class DirectPreference(SupervisedStage):
             parent=policy,
             phases=inputs.phases,
             reference=inputs.parents.get("reference", policy),
+            answers=load_answers(config, mesh, inputs) if config.dpo.prompts else None,
         )
 
     @staticmethod
@@ -133,14 +143,18 @@ class DirectPreference(SupervisedStage):
 
     def read_reference(self) -> dict[str, jax.Array]:
         """Return the reference's log-probabilities of the pairs to train on and held out."""
-        key = jax.random.key(self.config.seed)
-        params = roles.load(self.config.model, self.head, self.mesh, key, self.reference)
-        heldout = [self.read_rows(params, rows) for rows in self.data.heldout.values()]
+        params = self.load_reference()
+        heldout_tables = [self.read_rows(params, rows) for rows in self.data.heldout.values()]
         tables = {
             "train": self.read_rows(params, self.data.batches.rows),
-            "heldout": np.concatenate(heldout),
+            "heldout": np.concatenate(heldout_tables),
         }
         return jax.device_put(tables, sharding.replicated(self.mesh))
+
+    def load_reference(self) -> dict:
+        """Return the parameters of the reference, read from its parent."""
+        key = jax.random.key(self.config.seed)
+        return roles.load(self.config.model, self.head, self.mesh, key, self.reference)
 
     def read_rows(self, params: dict, rows: Rows) -> Float[np.ndarray, "all_pairs 2"]:
         """Return log p of the responses of comparisons."""
@@ -189,7 +203,10 @@ class DirectPreference(SupervisedStage):
         return self.data.batches.get(step) | {"ref_logprobs": table[order]}
 
     def evaluate(self, state: State) -> Evaluation:
-        """Return the figures of each held-out source."""
+        """Return the figures of each held-out source, and those of answers to prompts if any.
+
+        For the answers the reference is read from its parent once more.
+        """
         params = state[self.role].params
         reference = sharding.on_host(state["reference"]["heldout"])
         figures = {}
@@ -202,14 +219,18 @@ class DirectPreference(SupervisedStage):
             )
             figures |= {f"{name}/{source}": value for name, value in source_figures.items()}
             first += len(logprobs)
-        return Evaluation(figures=figures, rows=[])
+        if self.answers is None:
+            return Evaluation(figures=figures, rows=[])
+        answers = self.answers.compare(self.load_reference(), params)
+        return Evaluation(figures=figures | answers.figures, rows=answers.rows)
 
     def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
         """Return the result of a run at a glance."""
-        return [
+        lines = [
             comparisons.accuracy_line(figures, source, "held-out implicit accuracy")
             for source in self.data.heldout
         ]
+        return lines + heldout.table(figures)
 
     def longest_microbatches(self) -> list[PreferenceMicrobatch]:
         """Return a minibatch of comparisons that are as long as they may be."""
@@ -219,3 +240,18 @@ class DirectPreference(SupervisedStage):
     def resident(self) -> dict[str, Any]:
         """Return the shapes of the training state and of the reference's table."""
         return super().resident() | {"reference": self.abstract_state["reference"]["train"]}
+
+
+def load_answers(config: Config, mesh: Mesh, inputs: RunInputs) -> PolicyAnswers:
+    """Return how the policy and the reference answer the prompts that the config names."""
+    end_tokens = ends.end_tokens(
+        inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
+    )
+    return PolicyAnswers(
+        config,
+        mesh,
+        roles.abstract_params(config.model, "lm", mesh),
+        prompts=load_heldout_prompts(config, config.dpo.prompts, inputs),
+        end_tokens=end_tokens,
+        tokenizer=inputs.tokenizer,
+    )

@@ -54,7 +54,7 @@ class Reading:
     logprobs: Float[Array, "responses tokens"]  # of the policy
     entropy: Float[Array, "responses tokens"]  # of the policy
     ref_logprobs: Float[Array, "responses tokens"]
-    values: Float[Array, "responses tokens"]  # before each token
+    values: Float[Array, "responses tokens"] | None  # before each token; None: no value model
     scores: Float[Array, " responses"]  # of the reward model and of text-based rewards
 
 
@@ -212,7 +212,9 @@ def read_roles(
         model, params["policy"], packed, targets, temperature
     )
     ref_logprobs, _ = scoring.token_logprobs(model, reference, packed, targets, temperature)
-    values = scoring.token_values(model, params["value"], packed, targets)
+    values = None
+    if "value" in params:
+        values = scoring.token_values(model, params["value"], packed, targets)
     scores = reading.scores
     if "reward" in params:
         reward_params = roles.on_device(params["reward"])
@@ -220,7 +222,9 @@ def read_roles(
         added = scoring.sequence_scores(reward_model, reward_params, ended, microbatch.ends)
         scores = scores.at[microbatch.members].add(config.ppo.reward_weight * added, mode="drop")
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    def put(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
+        if old is None:
+            return None
         by_member = new.reshape(-1)[microbatch.source]
         return old.at[microbatch.members].set(by_member, mode="drop")
 
@@ -318,7 +322,13 @@ class Minibatches:
         return self.pack(responses)
 
 
-def empty_reading(rollout: Rollout, scores: np.ndarray | None, mesh: jax.sharding.Mesh) -> Reading:
+def empty_reading(
+    rollout: Rollout,
+    scores: np.ndarray | None,
+    mesh: jax.sharding.Mesh,
+    *,
+    has_value: bool = True,
+) -> Reading:
     """Return a reading of zeros, with the scores that text-based rewards have given, if any."""
     shape = rollout.logprobs.shape
     zeros = np.zeros(shape, np.float32)
@@ -326,7 +336,7 @@ def empty_reading(rollout: Rollout, scores: np.ndarray | None, mesh: jax.shardin
         logprobs=zeros,
         entropy=zeros,
         ref_logprobs=zeros,
-        values=zeros,
+        values=zeros if has_value else None,
         scores=zeros[:, 0] if scores is None else scores,
     )
     return sharding.shard_batch(reading, mesh)

@@ -224,6 +224,8 @@ def check_dpo(config: Config) -> None:
         dpo.loss == "sigmoid" or not dpo.label_smoothing,
         f"dpo.label_smoothing={dpo.label_smoothing} has no meaning for dpo.loss={dpo.loss!r}",
     )
+    if dpo.prompts:
+        check_sampling(config)
 
 
 def check_ppo(config: Config) -> None:
@@ -253,6 +255,12 @@ def check_ppo(config: Config) -> None:
         f"ppo.frozen_dtype={ppo.frozen_dtype!r} needs model.dtype='bfloat16', "
         f"not {config.model.dtype!r}",
     )
+    check_sampling(config)
+
+
+def check_sampling(config: Config) -> None:
+    """Check the rules of sampled responses."""
+    ppo = config.ppo
     rule(0 < ppo.top_p <= 1, f"ppo.top_p={ppo.top_p} must lie in (0, 1]")
     rule(ppo.temperature > 0, f"ppo.temperature={ppo.temperature} must be above 0")
     rule(

@@ -95,6 +95,8 @@ class DPO:
     beta: float = 0.1
     loss: str = "sigmoid"  # sigmoid, ipo (Azar et al. 2023: squared, on log-ratios per token)
     label_smoothing: float = 0.0  # of sigmoid: the share of comparisons with the wrong label
+    # Held-out prompts that both answer at the end, sampled as the fields of `ppo` say; "" is none.
+    prompts: str = ""
 
 
 @dataclass

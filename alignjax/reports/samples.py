@@ -19,8 +19,8 @@ FIGURES = {
 SORTED_BY = ("score", "implicit reward", "true score", "KL", "length")
 # A row of a file, and {title of a column: responses with lists of their figures}.
 Sample = tuple[dict, dict[str, dict]]
-BEFORE = "reference, before PPO"
-AFTER = "policy, after PPO"
+BEFORE = "reference, before training"
+AFTER = "policy, after training"
 
 
 def sample_sources(run: Records) -> list[dict]:
