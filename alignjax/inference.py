@@ -409,7 +409,8 @@ def load(
         locations.architecture(directory), dtype=dtype, remat="nothing", attention="auto"
     )
     architecture.max_length = int(max_length or architecture.max_length)
-    tokenizer_directory = directory / "tokenizer" if is_run else directory
+    source = locations.tokenizer_source(directory)
+    tokenizer_directory = directory / "tokenizer" if is_run else source
     tokenizer = chat.load_tokenizer(tokenizer_directory, chat_template)
     tokenizer_files.check_fits(tokenizer, architecture.vocab_size)
     mesh = mesh or sharding.make_mesh(configs.Mesh())

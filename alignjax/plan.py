@@ -89,8 +89,11 @@ def plans_of(config: Config, topology: str, searching: bool) -> list[Estimate]:
 def architecture(spec: str) -> Model:
     """Return the model of a parent without reading its weights.
 
-    The hub's models that `families.PRESETS` knows are not asked of the hub.
+    The hub's models that `families.PRESETS` knows are not asked of the hub. In BASE+ADAPTER the
+    base has it.
     """
+    if spec.startswith("hf://"):
+        spec = spec.partition("+")[0]
     name = spec.rpartition("/")[2].partition("@")[0].lower().replace("_", ".")
     if spec.startswith("hf://") and name in families.PRESETS:
         return families.PRESETS[name]

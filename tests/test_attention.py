@@ -16,7 +16,15 @@ import pytest
 from alignjax.config import Mesh, UserError
 from alignjax.machine import sharding
 from alignjax.models import attention
-from alignjax.models.attention import KeyValues, SharedKeys, choose, flash, plain, self_attention
+from alignjax.models.attention import (
+    KeyValues,
+    SharedKeys,
+    choose,
+    flash,
+    plain,
+    self_attention,
+    triton,
+)
 
 F32 = np.dtype(np.float32)
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -220,8 +228,33 @@ def test_splash_gives_what_plain_attention_gives(kv_heads):
     assert_same(ours, value_and_gradients(self_attention, vectors, segments, weights), 1e-4)
 
 
+@pytest.mark.parametrize("tokens, kv_heads", [(200, 4), (120, 1)])
+def test_triton_gives_what_plain_attention_gives(tokens, kv_heads):
+    """The kernels are interpreted; rows are padded to 256 and 128, in two blocks or one."""
+    vectors, weights = draw_vectors(6, 3, tokens, heads=4, kv_heads=kv_heads, head_size=16)
+    segments = packed_segments(tokens)
+    ours = value_and_gradients(triton.triton_attention, vectors, segments, weights)
+    assert_same(ours, value_and_gradients(self_attention, vectors, segments, weights), 1e-5)
+
+
+def test_triton_rounds_in_16_bits_as_plain_attention_does():
+    """Both are at most 1 % away from float32, of the mean square."""
+    vectors, weights = draw_vectors(6, batch=3, tokens=192, heads=4, kv_heads=2, head_size=64)
+    segments = packed_segments(192)
+    halves = jax.tree.map(lambda x: x.astype(BF16), vectors)
+    widened = jax.tree.map(lambda x: x.astype(F32), halves)
+    exact = value_and_gradients(self_attention, widened, segments, weights)
+    for attend in (triton.triton_attention, self_attention):
+        rounded = value_and_gradients(attend, halves, segments, weights)
+        for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True):
+            assert a.dtype == BF16
+            error = np.square(np.asarray(a, F32) - b).mean() / np.square(b).mean()
+            assert error < 0.01**2
+
+
+@pytest.mark.parametrize("kernels", [flash.splash_attention, triton.triton_attention])
 @pytest.mark.parametrize("rows", [4, 3])
-def test_splash_over_a_mesh_gives_what_plain_attention_gives(rows):
+def test_kernels_over_a_mesh_give_what_plain_attention_gives(rows, kernels):
     """Three rows do not divide over the four devices, so each device has all of them."""
     if jax.device_count() < 8:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
@@ -230,9 +263,11 @@ def test_splash_over_a_mesh_gives_what_plain_attention_gives(rows):
     alone = value_and_gradients(self_attention, vectors, segments, weights)
     with jax.set_mesh(sharding.make_mesh(Mesh(2, 2, 2))):
         assert attention.shards() == (4, 2)
-        shape_on_a_device = "f32[1,2,128,8]" if rows == 4 else "f32[3,2,128,8]"
-        assert shape_on_a_device in str(jax.make_jaxpr(flash.splash_attention)(*vectors, segments))
-        ours = value_and_gradients(flash.splash_attention, vectors, segments, weights)
+        # Splash has heads before tokens.
+        sizes = "2,128,8" if kernels is flash.splash_attention else "128,2,8"
+        shape_on_a_device = f"f32[{1 if rows == 4 else 3},{sizes}]"
+        assert shape_on_a_device in str(jax.make_jaxpr(kernels)(*vectors, segments))
+        ours = value_and_gradients(kernels, vectors, segments, weights)
     assert_same(ours, alone, 1e-4)
 
 
@@ -244,8 +279,9 @@ LONG = (8, 1024, 4, 64)  # batch, tokens, heads, head_size
     [
         ("cpu", F32, LONG, 2, (1, 1), "xla"),
         ("cpu", BF16, LONG, 2, (4, 2), "xla"),
-        ("gpu", BF16, LONG, 2, (1, 1), "cudnn"),
-        ("gpu", BF16, LONG, 2, (4, 2), "cudnn"),
+        ("gpu", BF16, LONG, 2, (1, 1), "triton"),
+        ("gpu", BF16, LONG, 2, (4, 2), "triton"),
+        ("gpu", BF16, (8, 1024, 4, 80), 2, (4, 2), "cudnn"),
         ("gpu", F32, LONG, 2, (1, 1), "xla"),
         ("gpu", BF16, (8, 1024, 4, 100), 2, (1, 1), "xla"),
         ("gpu", BF16, LONG, 2, (1, 4), "xla"),
@@ -269,6 +305,7 @@ def test_auto_takes_what_the_backend_and_the_shape_allow(
 def test_rows_that_do_not_divide_do_not_prevent_an_explicit_choice():
     """A batch's last rows must not stop a run."""
     assert choose("splash", "tpu", BF16, LONG, 2, (3, 1)) == "splash"
+    assert choose("triton", "gpu", BF16, LONG, 2, (3, 1)) == "triton"
     assert choose("cudnn", "gpu", BF16, LONG, 2, (3, 1)) == "cudnn"
 
 
@@ -293,6 +330,16 @@ def test_rows_that_do_not_divide_do_not_prevent_an_explicit_choice():
             "needs model.head_size=100 to be a multiple of 8 and at most 128",
         ),
         ("cudnn", "gpu", BF16, 64, 4, "needs mesh.tensor=4 to divide model.kv_heads=2"),
+        (
+            "triton",
+            "gpu",
+            F32,
+            64,
+            1,
+            "needs a GPU and model.dtype='bfloat16', not gpu and float32",
+        ),
+        ("triton", "gpu", BF16, 80, 1, "needs model.head_size=80 to be one of 16, 32, 64, 128"),
+        ("triton", "gpu", BF16, 64, 4, "needs mesh.tensor=4 to divide model.kv_heads=2"),
         ("splash", "cpu", BF16, 64, 1, "needs a TPU, not cpu"),
         ("splash", "gpu", BF16, 64, 1, "needs a TPU, not gpu"),
         ("splash", "tpu", BF16, 64, 4, "needs mesh.tensor=4 to divide model.kv_heads=2"),
@@ -306,7 +353,7 @@ def test_a_choice_that_cannot_run_is_refused(name, backend, dtype, head_size, te
 @pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="they are refused where there is neither GPU nor TPU"
 )
-@pytest.mark.parametrize("name", ["cudnn", "splash"])
+@pytest.mark.parametrize("name", ["triton", "cudnn", "splash"])
 def test_kernels_are_refused_on_a_cpu(name):
     vectors, _ = draw_vectors(8, batch=1, tokens=3, heads=4, kv_heads=2, head_size=8)
     with pytest.raises(UserError, match=f"model.attention='{name}' needs a .PU"):

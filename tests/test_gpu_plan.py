@@ -22,8 +22,6 @@ for arguments in json.loads(sys.argv[1]):
 """
 SMALL = [
     "--config.model.dtype=bfloat16",
-    # The plain one: cuDNN is a gigabyte, which the tests do not install.
-    "--config.model.attention=xla",
     "--config.model.d_model=256",
     "--config.model.heads=4",
     "--config.model.kv_heads=4",
@@ -37,6 +35,29 @@ SMALL = [
     "--config.ppo.response_length=64",
     "--config.microbatch_tokens=256",
 ]
+# Prints, for programs that read rows, the kernels of attention that they call and their arrays with
+# two axes as long as a row.
+SQUARES = """
+import json, sys
+import jax
+from alignjax import config as configs
+from alignjax.config.overrides import parse_overrides
+from alignjax.machine import sharding
+from alignjax.planning import cost, hlo, topologies, work
+
+devices = topologies.devices_of("h100:1")
+config = configs.load("ppo.py", parse_overrides(json.loads(sys.argv[1])))
+mesh = sharding.make_mesh(config.mesh, devices)
+row = config.data.max_length + config.ppo.response_length
+with jax.set_mesh(mesh):
+    for program in work.work_of(config, mesh).programs:
+        if program.name in ("scoring", "policy gradient"):
+            text = cost.compile_program(program)[1].as_text()
+            arrays = hlo.parse_module(text).arrays()
+            squares = sorted({sizes for _, sizes in arrays if sizes.count(row) > 1})
+            kernels = [name for name in ("mha_forward", "mha_backward") if name in text]
+            print(json.dumps([program.name, kernels, squares]))
+"""
 MODULE = """
 HloModule m
 
@@ -47,26 +68,32 @@ ENTRY %main (x: f32[1024]) -> f32[4096] {{
 """
 
 
-def plans_of(command_lines):
-    """Return the plans of these command lines, made by a process that has the CUDA compiler."""
+def run_with_compiler(program, words):
+    """Return what a program prints that has the CUDA compiler."""
+    if not (COMPILER / "jax_cuda12_plugin").exists():
+        pytest.skip("needs the CUDA compiler, which tests/run.sh installs")
     # XLA_FLAGS and the cache of compiled programs are meant for the tests' CPU devices.
     for_cpu = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in for_cpu}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{COMPILER}:{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-c", PLAN, json.dumps(command_lines)],
+        [sys.executable, "-c", program, json.dumps(words)],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(text) for text in done.stdout.replace("}\n{", "}\0{").split("\0")]
+    return done.stdout
+
+
+def plans_of(command_lines):
+    """Return the plans of these command lines."""
+    text = run_with_compiler(PLAN, command_lines)
+    return [json.loads(plan) for plan in text.replace("}\n{", "}\0{").split("\0")]
 
 
 def test_a_run_compiles_for_gpus_that_are_not_here():
     """PPO on two of them; a language model on two hosts, whose gradients cross a network."""
-    if not (COMPILER / "jax_cuda12_plugin").exists():
-        pytest.skip("needs the CUDA compiler, which tests/run.sh installs")
     ppo, lm = plans_of(
         [
             ["--config", "ppo.py", *SMALL, "--topology", "h100:2"],
@@ -83,6 +110,15 @@ def test_a_run_compiles_for_gpus_that_are_not_here():
     gradient = next(row for row in lm["rows"] if row["program"] == "gradient")
     assert gradient["bound"] == "network"
     assert gradient["floor"] == pytest.approx(gradient["sent"] / 50e9)
+
+
+def test_a_packed_row_on_an_h100_makes_no_array_of_its_tokens_squared():
+    """Scoring and the policy's gradient call the kernels that read segments themselves."""
+    lines = run_with_compiler(SQUARES, SMALL).splitlines()
+    assert [json.loads(line) for line in lines] == [
+        ["scoring", ["mha_forward"], []],
+        ["policy gradient", ["mha_forward", "mha_backward"], []],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -217,13 +217,16 @@ def test_a_classifier_that_says_to_have_several_labels_is_refused(tmp_path, fiel
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_an_adapter_says_what_it_is(directory, beside):
-    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    config = {"peft_type": "LORA", "target_modules": "all-linear"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
     if not beside:
         (directory / "config.json").unlink()
-    for read in (locations.read_config, locations.is_run, inference.load):
-        with pytest.raises(UserError, match="a PEFT adapter .*merge_and_unload") as raised:
+    for read in (locations.read_config, locations.is_run):
+        with pytest.raises(UserError, match="a PEFT adapter .* must be named here: BASE") as raised:
             read(directory)
         assert str(directory) in str(raised.value)
+    with pytest.raises(UserError, match="base_model_name_or_path='' names no base"):
+        inference.load(directory)
     assert "a PEFT adapter" in refusal(directory)
 
 

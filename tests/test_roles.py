@@ -141,7 +141,7 @@ def test_the_hub_is_asked_once_and_for_no_pickles(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    locations.local_directory.cache_clear()
+    locations.download.cache_clear()
     directory = locations.local_directory("hf://Org/A-model_1.5")
     assert directory == locations.local_directory("hf://Org/A-model_1.5") == tmp_path / "snapshot"
     locations.local_directory("hf://Org/A-model_1.5@refs/pr/1")

@@ -183,7 +183,7 @@ def parent_tokenizer(config: Config, directory: Path) -> PreTrainedTokenizerBase
     source = directory
     if config.tokenizer:
         source = locations.local_directory(config.tokenizer, weights=False)
-    tokenizer = chat.load_tokenizer(source, config.chat_template)
+    tokenizer = chat.load_tokenizer(locations.tokenizer_source(source), config.chat_template)
     templates.set_options(tokenizer, config.template_date, config.special_tokens_in_content)
     return tokenizer
 

@@ -36,7 +36,7 @@ class Model:
     remat: str = (
         "nothing"  # what the backward pass recomputes: nothing, everything, dots (all else)
     )
-    attention: str = "auto"  # auto, xla, cudnn (NVIDIA), splash (TPU)
+    attention: str = "auto"  # auto, xla, triton or cudnn (NVIDIA), splash (TPU)
 
 
 @dataclass
@@ -161,7 +161,8 @@ class Config:
     seed: int = 0
     # Optimiser steps; for PPO, rollouts. 0, not for PPO, is one pass over the examples.
     steps: int = 100
-    # role -> config (NAME.py), run, Hugging Face directory, or hf://ORG/NAME, which is downloaded
+    # role -> config (NAME.py), run, Hugging Face directory, or hf://ORG/NAME, which is downloaded;
+    # a checkpoint may have a PEFT adapter, BASE+ADAPTER
     parents: dict[str, str] = field(default_factory=dict)
     # A directory or hf://ORG/NAME; "" is the parents', or without parents one trained on the text.
     tokenizer: str = ""
@@ -207,7 +208,7 @@ CHOICES = {
     "model.rope_scaling": ("", "linear", "llama3", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("nothing", "everything", "dots"),
-    "model.attention": ("auto", "xla", "cudnn", "splash"),
+    "model.attention": ("auto", "xla", "triton", "cudnn", "splash"),
     "chat_template": ("", "chatml"),
     "data.on_bad_row": ("error", "skip"),
     "optimiser.schedule": ("constant", "cosine"),

@@ -349,7 +349,7 @@ def check_some_pairs_fit(label: str, reader: PairReader, sets: dict[str, list[di
 
 def pair_reader(run: Path, max_length: int) -> PairReader:
     """Return how the reward model of a run or a checkpoint reads comparisons."""
-    directory = run / "tokenizer" if locations.is_run(run) else run
+    directory = run / "tokenizer" if locations.is_run(run) else locations.tokenizer_source(run)
     tokenizer = chat.load_tokenizer(directory)
     ending = ending_of(run, tokenizer)
     return PairReader(tokenizer=tokenizer, ending=ending, max_length=max_length)

@@ -11,7 +11,7 @@ from typing import Any
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from alignjax.algorithms.stage import Loops
-from alignjax.models.attention import decode_attention
+from alignjax.models.attention import decode_attention, triton
 
 ONCE = Loops()
 
@@ -41,6 +41,8 @@ def equation_operations(equation: JaxprEqn, loops: Loops, outermost: bool) -> fl
     if name == "cond":  # which branch is taken is unknown: the mean of all
         return sum(inner) / len(inner)
     if name == "pallas_call":  # the branches of a kernel: the most expensive one
+        if is_packed_attention(equation):
+            return packed_operations(equation)
         if parameters["name"] == decode_attention.KERNEL:
             return decode_operations(equation) * loops.filled
         return max(inner) * math.prod(parameters["grid_mapping"].grid)
@@ -56,6 +58,25 @@ def product_operations(equation: JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(sizes)
+
+
+def is_packed_attention(equation: JaxprEqn) -> bool:
+    """Return whether a kernel is one of `triton`'s: queries and keys have the same shape."""
+    if equation.params["name"] not in triton.PRODUCTS:
+        return False
+    queries, keys = (variable.aval.shape for variable in equation.invars[:2])
+    return queries == keys
+
+
+def packed_operations(equation: JaxprEqn) -> float:
+    """Count the products of attention within rows, queries [batch tokens heads head_size].
+
+    A product has two operations for each channel and pair of tokens; about half of the pairs are
+    in order.
+    """
+    batch, tokens, heads, head_size = equation.invars[0].aval.shape
+    pairs = batch * heads * tokens * (tokens + 1) / 2
+    return 2.0 * triton.PRODUCTS[equation.params["name"]] * pairs * head_size
 
 
 def decode_operations(equation: JaxprEqn) -> float:

@@ -142,7 +142,7 @@ class TrafficCounter:
         if kind == "fusion":
             return self.fusion(instruction, computation)
         read = sum(operand_bytes(instruction, computation))
-        if kind == "custom-call" and decode_attention.KERNEL in instruction.attributes:
+        if kind == "custom-call" and reads_cache(instruction, computation):
             read *= self.loops.filled
         return Traffic(moved=float(read + made))
 
@@ -241,6 +241,17 @@ class TrafficCounter:
             if any(map(self.has_product, callees)):
                 return True
         return False
+
+
+def reads_cache(instruction: Instruction, computation: Computation) -> bool:
+    """Return whether a call is the kernel of decoding, which reads what a row is filled with.
+
+    The kernel of packed rows has the same name, but keys of the queries' own shape.
+    """
+    if decode_attention.KERNEL not in instruction.attributes:
+        return False
+    queries, keys = (computation[name].type for name in instruction.operands[:2])
+    return queries != keys
 
 
 def update_of(instruction: Instruction) -> str:

@@ -37,7 +37,8 @@ def choose_tokenizer(
         tokenizer = shared_tokenizer(config, directories)
     elif config.tokenizer:
         directory = locations.local_directory(config.tokenizer, weights=False)
-        tokenizer = chat.load_tokenizer(directory, config.chat_template)
+        source = locations.tokenizer_source(directory)
+        tokenizer = chat.load_tokenizer(source, config.chat_template)
     else:
         tokenizer = train_tokenizer(config, say)
     tokenizer_files.check_fits(tokenizer, config.model.vocab_size)

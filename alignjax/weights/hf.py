@@ -21,6 +21,7 @@ from alignjax.models import families
 from alignjax.weights import locations
 from alignjax.weights.hf_layout import FileTensor, Layout, join_parts, layout_of
 from alignjax.weights.hf_views import ParameterView, Readable, Zeros, views_of
+from alignjax.weights.peft_config import read_adapter_config
 from alignjax.weights.safetensors import (
     INDEX,
     SINGLE_FILE,
@@ -90,8 +91,12 @@ def head_of(directory: Path) -> str:
     """Return the head of a Hugging Face checkpoint: "scalar" for a sequence classifier, or "lm".
 
     `architectures` says it or, where that is absent, whether there is a tensor score.weight.
-    Raises UserError if `architectures` is not a list of texts.
+    Raises UserError if `architectures` is not a list of texts. An adapter says it itself.
     """
+    adapted = locations.adapted_model(directory)
+    if adapted is not None and read_adapter_config(adapted.adapter).is_classifier:
+        return "scalar"
+    directory = locations.base_directory(directory)
     kinds = locations.read_config(directory).get("architectures")
     if not kinds and kinds in (None, []):
         return "scalar" if SCORE in open_tensors(directory) else "lm"

@@ -75,12 +75,13 @@ def read_imported(directory: Path) -> Imported:
       UserError: for a file that does not hold a JSON object.
     """
     if not locations.is_run(directory):
+        base = locations.base_directory(directory)
         return Imported(
-            config=locations.read_config(directory),
-            generation=read_object(directory / GENERATION_FILE),
-            source=name_of(directory),
-            config_file=str(directory / "config.json"),
-            generation_file=str(directory / GENERATION_FILE),
+            config=locations.read_config(base),
+            generation=read_object(base / GENERATION_FILE),
+            source=name_of(base),
+            config_file=str(base / "config.json"),
+            generation_file=str(base / GENERATION_FILE),
         )
     path = directory / IMPORTED_FILE
     content = {"config": {}, "generation_config": {}, "source": ""} | read_object(path)

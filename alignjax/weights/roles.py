@@ -12,7 +12,7 @@ from alignjax.config import Model, UserError
 from alignjax.machine import sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.models import transformer
-from alignjax.weights import hf, locations
+from alignjax.weights import hf, locations, peft_adapter
 from alignjax.weights.checkpoint import restore_role
 
 # (stage of the parent run, head of the child's role) -> the checkpoint item to load.
@@ -111,30 +111,94 @@ def read_run(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) 
 
 
 def read_hf(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -> Params:
-    """Read the parameters of a Hugging Face checkpoint onto the mesh.
+    """Read the parameters of a Hugging Face checkpoint onto the mesh, with its adapter merged.
 
     The result has no `head` if a scalar head is wanted and the checkpoint has none. A process
     reads only the parts of the files that its own devices hold, one parameter at a time.
     """
     views = open_views(directory, head)
     wanted = abstract_params(model, head, mesh)
+    layout = wanted.get("head")
     if "head" in wanted and "head/kernel" not in views:
         del wanted["head"]
 
     def read_one(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
         return place_view(views[sharding.path_name(path)], shape)
 
-    return jax.tree_util.tree_map_with_path(read_one, wanted)
+    params = jax.tree_util.tree_map_with_path(read_one, wanted)
+    adapted = locations.adapted_model(directory)
+    if adapted is None:
+        return params
+    adapter = peft_adapter.open_adapter(adapted.adapter, model)
+    return merge_adapter(params, adapter, layout)
+
+
+def merge_adapter(params: Params, adapter: peft_adapter.PeftAdapter, head: Params | None) -> Params:
+    """Return a base's parameters with an adapter added, whose arrays are donated.
+
+    Args:
+      params: of the base, on the mesh.
+      adapter: of the base.
+      head: shapes and shardings of the head; that of a sequence classifier is the adapter's.
+    """
+
+    def merge_one(path: tuple, kernel: jax.Array) -> jax.Array:
+        parameter = adapter.parameters.get(sharding.path_name(path))
+        if parameter is None:
+            return kernel
+        factors = parameter.read(scaled=True)
+        merge = jax.jit(add_product, donate_argnums=0, out_shardings=kernel.sharding)
+        return merge(kernel, factors.lora_a, factors.lora_b).block_until_ready()
+
+    params = jax.tree_util.tree_map_with_path(merge_one, params)
+    values = adapter.read_head()
+    if head is None or values is None:
+        return params
+    placed = jax.tree.map(
+        lambda shape, value: jax.make_array_from_callback(
+            shape.shape, shape.sharding, lambda index: value[index]
+        ),
+        head,
+        values,
+    )
+    return params | {"head": placed}
+
+
+def add_product(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+    """Return kernel + lora_a @ lora_b in each layer, in float32.
+
+    The kernel is [layers *inputs *outputs], the factors are [layers *inputs rank] and [layers rank
+    *outputs].
+    """
+    layers, rank = lora_b.shape[:2]
+    product = jnp.matmul(
+        lora_a.reshape(layers, -1, rank),
+        lora_b.reshape(layers, rank, -1),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return kernel + product.reshape(kernel.shape)
 
 
 def open_views(directory: Path, head: str) -> dict[str, Any]:
-    """Return the parameters of a Hugging Face checkpoint as views of its files, by path."""
+    """Return the parameters of a Hugging Face checkpoint as views of its files, by path.
+
+    With an adapter they are those of its base; the files of both are checked.
+    """
     if not workdirs.is_local(directory):
         raise UserError(
             f"{directory}: a Hugging Face checkpoint must be in a local directory, or be named "
             "hf://ORG/NAME"
         )
-    _, views = hf.open_hf(directory, head)
+    base = locations.base_directory(directory)
+    model, views = hf.open_hf(base, head)
+    adapted = locations.adapted_model(directory)
+    if adapted is not None:
+        adapter = peft_adapter.open_adapter(adapted.adapter, model)
+        if head == "lm" and adapter.score is not None:
+            raise UserError(
+                f"{directory}: a language model is wanted, but the adapter is one of a sequence "
+                f"classifier: there is {peft_adapter.SCORE}"
+            )
     return views
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.data import chat
 from alignjax.data.ends import as_list
-from alignjax.weights import hf, locations
+from alignjax.weights import hf, locations, peft_adapter
+from alignjax.weights.peft_adapter import SCORE_BIAS
 from alignjax.weights.safetensors import open_tensors
 
 FIELD = "alignjax_score_at"
@@ -58,9 +59,13 @@ def notice_of_change(parent: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 def is_our_export(directory: Path, stored: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint with this config.json is an export of a run.
 
-    Exports that are older than the field have a bias, which transformers never writes.
+    Exports that are older than the field have a bias, which transformers never writes, and so have
+    exported adapters, whose base has the config.json.
     """
-    return stored.get(FIELD) == END_TOKEN or "score.bias" in open_tensors(directory)
+    adapted = locations.adapted_model(directory)
+    if adapted is not None:
+        return peft_adapter.PREFIX + SCORE_BIAS in peft_adapter.open_weights(adapted.adapter)
+    return stored.get(FIELD) == END_TOKEN or SCORE_BIAS in open_tensors(directory)
 
 
 def without_pads(tokens: tuple[int, ...], pads: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from alignjax.config import Model, UserError
 from alignjax.models.attention.devices import ONE_DEVICE, Shards, platform, shards
 from alignjax.models.attention.flash import LANES, cudnn_attention, splash_attention
 from alignjax.models.attention.plain import masked_softmax, plain_attention
+from alignjax.models.attention.triton import triton_attention
 from alignjax.models.attention.types import KeyValues, SharedKeys
 
 __all__ = [
@@ -29,9 +30,12 @@ __all__ = [
 
 IMPLEMENTATIONS = {
     "xla": plain_attention,
+    "triton": triton_attention,
     "cudnn": cudnn_attention,
     "splash": splash_attention,
 }
+
+TRITON_HEADS = (16, 32, 64, 128)  # powers of two, of which a block fits into registers
 
 
 def self_attention(
@@ -67,16 +71,18 @@ def choose(
     kv_heads: int,
     shards: Shards = ONE_DEVICE,
 ) -> str:
-    """Return "xla", "cudnn" or "splash", for queries of shape [batch tokens heads head_size].
+    """Return a name of IMPLEMENTATIONS, for queries of shape [batch tokens heads head_size].
 
-    "auto" is splash on a TPU if a row fills a tile, cudnn on a GPU in 16 bits, both only if rows
-    and heads divide over their devices, and xla otherwise. Raises UserError if the implementation
-    that the config names can't run.
+    "auto" is splash on a TPU if a row fills a tile, and on a GPU in 16 bits triton, or cudnn for
+    sizes of heads that triton does not take; all of them only if rows and heads divide over their
+    devices. It is xla otherwise. Raises UserError if the implementation that the config names
+    can't run.
     """
     batch, tokens, _, head_size = shape
     row_shards, head_shards = shards
     problems = {
         "xla": None,
+        "triton": triton_problem(backend, dtype, head_size, kv_heads, head_shards),
         "cudnn": cudnn_problem(backend, dtype, head_size, kv_heads, head_shards),
         "splash": splash_problem(backend, kv_heads, head_shards),
     }
@@ -90,9 +96,21 @@ def choose(
     rows_divide = batch % row_shards == 0
     if rows_divide and tokens >= LANES and not problems["splash"]:
         return "splash"
-    if rows_divide and not problems["cudnn"]:
-        return "cudnn"
+    for name in ("triton", "cudnn"):
+        if rows_divide and not problems[name]:
+            return name
     return "xla"
+
+
+def triton_problem(
+    backend: str, dtype: jnp.dtype, head_size: int, kv_heads: int, head_shards: int
+) -> str | None:
+    """Return what JAX's kernels for GPUs need and lack, or None if they can run."""
+    if backend != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return f"a GPU and model.dtype='bfloat16', not {backend} and {dtype}"
+    if head_size not in TRITON_HEADS:
+        return f"model.head_size={head_size} to be one of {', '.join(map(str, TRITON_HEADS))}"
+    return heads_problem(kv_heads, head_shards)
 
 
 def cudnn_problem(

@@ -6,12 +6,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from alignjax.machine.sharding import BATCH
-from alignjax.models.attention.devices import ONE_DEVICE, platform, shards
+from alignjax.models.attention.devices import platform
 from alignjax.models.attention.plain import padded
+from alignjax.models.attention.sharded import over_devices
 
 # Tile sizes of splash attention: it takes the first that divides the tokens of a row. MaxText
 # chooses 512; we have not measured it.
@@ -52,20 +51,10 @@ def splash_attention(
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Call splash attention, a Pallas kernel for TPUs.
 
-    Other backends interpret it, slowly; the tests run it on a CPU. XLA cannot partition a kernel
-    over a mesh, so `shard_map` gives each device its rows and heads. Heads must divide over the
-    devices; rows that do not divide are on every device, as in `sharding.constrain`.
+    Other backends interpret it, slowly; the tests run it on a CPU. Each device gets its rows and
+    heads.
     """
-    devices = shards()
-    if devices == ONE_DEVICE:
-        return splash_padded(queries, keys, values, segments)
-    rows = BATCH[0] if queries.shape[0] % devices.rows == 0 else None
-    heads = P(rows, None, "tensor", None)
-    # check_vma: a Pallas call does not say over which axes its results vary.
-    attend = jax.shard_map(
-        splash_padded, in_specs=(heads, heads, heads, P(rows)), out_specs=heads, check_vma=False
-    )
-    return attend(queries, keys, values, segments)
+    return over_devices(splash_padded, queries, keys, values, segments)
 
 
 def splash_padded(
