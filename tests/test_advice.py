@@ -85,9 +85,14 @@ FAULTS = {
         fields={"steps": 20, "optimiser.learning_rate": 0, "ranking.demonstrations": ""},
         kinds={"chance"},
     ),
-    "mixed up": Fault(
+    "away": Fault(
         config="dpo-tiny",
-        fields={"steps": 20, "optimiser.learning_rate": 0.02, "optimiser.schedule": "constant"},
+        fields={
+            "steps": 20,
+            "optimiser.learning_rate": 0.1,
+            "optimiser.schedule": "constant",
+            "dpo.prompts": "",
+        },
         kinds={"displaced"},
     ),
     "hot": Fault(
