@@ -14,7 +14,7 @@ from runs import STEPS, command, cut, fails, files_of, rows, with_parents
 from test_models import tiny
 
 from alignjax import config as configs
-from alignjax import inference, train
+from alignjax import convert, inference, train
 from alignjax.algorithms import dpo_programs, greedy, losses
 from alignjax.algorithms.comparisons import interleave
 from alignjax.algorithms.dpo import DirectPreference
@@ -278,6 +278,14 @@ def test_reference_and_policy_answer_held_out_prompts(chain):
         for side in ("before", "after"):
             assert len(answer[side]["responses"]) == len(answer[side]["true_score"]) == 2
     assert not any(any(answer["before"]["kl"]) for answer in answers)
+
+
+def test_the_policy_can_be_exported_and_loaded(chain, tmp_path):
+    run = chain.runs / "dpo-tiny"
+    convert.export(run, tmp_path / "exported", None, "float32")
+    assert "A language model, trained by DPO," in (tmp_path / "exported/README.md").read_text()
+    own, exported = (inference.load(path) for path in (run, tmp_path / "exported"))
+    jax.tree.map(np.testing.assert_array_equal, own.params, exported.params)
 
 
 def test_greedy_answers_are_those_of_inference(chain, monkeypatch):
