@@ -25,7 +25,7 @@ from alignjax.data.ends import as_list
 from alignjax.machine import console, output_directories
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
-from alignjax.weights import checkpoint, hf, locations
+from alignjax.weights import checkpoint, hf, locations, roles
 from alignjax.weights.imported import (
     GENERATION_FILE,
     Imported,
@@ -121,6 +121,8 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
             f"--role {role}: {run} is of stage {config['stage']!r}, "
             "which has one model and no roles"
         )
+    if role == "value":
+        roles.check_value_model(run, f"--role value: {run}")
     output_directories.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
     item, head = EXPORTS[config["stage"], role]
     newest = checkpoint.newest(run)

@@ -148,7 +148,7 @@ def test_a_fractional_score_arrives_unchanged_at_the_last_token():
     """Also among whole scores and with a mask of booleans: 0.7 stays 0.7."""
     mask = jnp.asarray([[1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
     zeros = jnp.zeros((3, 3))
-    rewards = advantages.shape_rewards(array(0.7, -0.3, 2.5), zeros, zeros, mask, 0.04)
+    rewards = advantages.shape_rewards(array(0.7, -0.3, 2.5), zeros, mask, 0.04)
     np.testing.assert_array_equal(rewards, np.float32([[0, 0.7, 0], [-0.3, 0, 0], [0, 0, 2.5]]))
 
 
@@ -157,7 +157,8 @@ def test_the_penalty_in_the_reward_is_k1_and_keeps_its_sign():
     mask = jnp.ones((1, 2), bool)
     logprobs = array([-1.0, -1.0])
     ref_logprobs = array([-0.5, -2.0])
-    rewards = advantages.shape_rewards(array(0), logprobs, ref_logprobs, mask, 0.04)
+    kl = losses.kl_estimate(logprobs, ref_logprobs, "k1")
+    rewards = advantages.shape_rewards(array(0), kl, mask, 0.04)
     np.testing.assert_allclose(rewards, [[0.02, -0.04]], rtol=1e-6)
 
 

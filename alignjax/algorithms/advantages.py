@@ -1,10 +1,13 @@
-"""From scores to advantages: pure functions of float32 arrays."""
+"""From scores to advantages: pure functions of float32 arrays.
+
+Responses to one prompt are adjacent, and every prompt has as many.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Scores = Float[Array, " responses"]
 TokenFloats = Float[Array, "responses tokens"]
@@ -40,6 +43,30 @@ class RunningStats(NamedTuple):
         return jnp.sqrt(self.m2 / jnp.maximum(self.count, 1.0))
 
 
+class KLControl(NamedTuple):
+    """The coefficient of the KL penalty, which a controller adapts towards a target."""
+
+    coef: Float[Array, ""]
+
+    def update(
+        self, kl: Float[Array, ""], target: float, responses: int, horizon: int
+    ) -> "KLControl":
+        """Return the control after a rollout (Ziegler et al. 2019, section 2.2).
+
+        coef grows by the factor 1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon. It
+        stays as it is if the KL is not finite.
+
+        Args:
+          kl: mean KL of the rollout's responses to the reference, in nats a response.
+          target: what the KL is to be.
+          responses: how many the rollout has.
+          horizon: responses over which the coefficient would change by the clipped error.
+        """
+        error = jnp.clip(kl / target - 1, -0.2, 0.2)
+        error = jnp.where(jnp.isfinite(kl), error, 0.0)
+        return KLControl(self.coef * (1 + error * responses / horizon))
+
+
 def normalise(scores: Scores, stats: RunningStats, how: str) -> Scores:
     """Normalise scores by running statistics that already hold this batch.
 
@@ -52,20 +79,31 @@ def normalise(scores: Scores, stats: RunningStats, how: str) -> Scores:
     return centred if how == "mean" else centred / (stats.std + 1e-8)
 
 
+def overlong_penalty(
+    lengths: Int[Array, " responses"], response_length: int, buffer: int, penalty: float
+) -> Scores:
+    """Return what to subtract from the scores of long responses (Yu et al. 2025, equation 13).
+
+    It is 0 up to response_length - buffer tokens, and grows linearly to `penalty` at
+    response_length.
+    """
+    excess = lengths - (response_length - buffer)
+    return penalty * jnp.maximum(excess, 0) / buffer
+
+
 def shape_rewards(
     scores: Scores,
-    logprobs: TokenFloats,
-    ref_logprobs: TokenFloats,
+    kl: TokenFloats,
     mask: TokenMask,
-    kl_coef: float,
+    kl_coef: float | Float[Array, ""],
 ) -> TokenFloats:
-    """Return per-token rewards: a KL penalty on each token, and the score on the last one.
+    """Return per-token rewards: -kl_coef * kl on each token, and the score on the last one.
 
-    The penalty is -kl_coef * (logprobs - ref_logprobs): the estimator k1, whose gradient
-    through the return is unbiased (Ziegler et al. 2019, equation 2).
+    With kl = logprobs - ref_logprobs, the estimator k1, the gradient through the return is
+    unbiased (Ziegler et al. 2019, equation 2).
     """
     last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-    penalty = jnp.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
+    penalty = jnp.where(mask, -kl_coef * kl, 0.0)
     return penalty + jnp.where(last, scores[:, None], 0.0).astype(jnp.float32)
 
 
@@ -89,6 +127,38 @@ def gae(
     start = jnp.zeros_like(rewards[:, 0])
     _, advantages = jax.lax.scan(backward_step, start, (deltas.T, mask.T), reverse=True)
     return advantages.T, advantages.T + values
+
+
+def total_rewards(rewards: TokenFloats, mask: TokenMask) -> Scores:
+    """Return the sum of each response's rewards: its score less its KL penalty, if there is one."""
+    return jnp.where(mask, rewards, 0.0).sum(1)
+
+
+def on_every_token(figures: Scores, mask: TokenMask) -> TokenFloats:
+    """Give each token of a response the response's figure, and 0 to what is no token."""
+    return jnp.where(mask, figures[:, None], 0.0)
+
+
+def less_group_mean(totals: Scores, samples: int) -> Scores:
+    """Subtract from each response's total the mean over all `samples` responses to its prompt."""
+    groups = totals.reshape(-1, samples)
+    return (groups - groups.mean(1, keepdims=True)).reshape(-1)
+
+
+def leave_one_out(totals: Scores, samples: int) -> Scores:
+    """Subtract from each response's total the mean over the other responses to its prompt."""
+    return less_group_mean(totals, samples) * samples / (samples - 1)
+
+
+def group_normalise(totals: Scores, samples: int) -> Scores:
+    """Scale the totals of the responses to each prompt to mean 0 and deviation 1.
+
+    The deviation is the sample's, with samples - 1 in the denominator, and 1e-4 is added to it.
+    So equal totals become 0.
+    """
+    centred = less_group_mean(totals, samples).reshape(-1, samples)
+    deviation = jnp.sqrt((centred**2).sum(1, keepdims=True) / (samples - 1))
+    return (centred / (deviation + 1e-4)).reshape(-1)
 
 
 def whiten(x: TokenFloats, mask: TokenMask) -> TokenFloats:

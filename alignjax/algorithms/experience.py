@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.endings import Ending, closing_length, put_ending, tokens_unread
 from alignjax.config import Config, Model
 from alignjax.data import packing
@@ -65,9 +65,13 @@ class Experience:
 
     rollout: Rollout
     old_logprobs: Float[Array, "responses tokens"]  # of the policy that sampled, by the scorer
-    old_values: Float[Array, "responses tokens"]
     advantages: Float[Array, "responses tokens"]  # whitened over the whole rollout
-    returns: Float[Array, "responses tokens"]  # before whitening
+    # Of the value model: None without one.
+    old_values: Float[Array, "responses tokens"] | None = None
+    returns: Float[Array, "responses tokens"] | None = None  # before whitening
+    # Of a KL penalty in the loss: None if the penalty is in the rewards.
+    ref_logprobs: Float[Array, "responses tokens"] | None = None
+    kl_coef: Float[Array, ""] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +81,7 @@ class ScoredRollout:
 
     experience: Experience
     stats: RunningStats  # with the scores of this rollout
+    kl_control: KLControl | None = None  # for the next rollout; None: `ppo.kl_coef` is fixed
     metrics: Metrics
     # score, kl, entropy, length, truncated, each [responses]; log_ratio [responses tokens], the
     # log-probability of the policy less that of the reference.
@@ -91,10 +96,13 @@ class LearningBatch:
     packed: PackedTokens
     targets: Int[Array, "rows targets"]
     weights: Float[Array, "rows targets"]
+    lengths: Int[Array, "rows targets"]  # of the response that each target belongs to
     old_logprobs: Float[Array, "rows targets"]
-    old_values: Float[Array, "rows targets"]
     advantages: Float[Array, "rows targets"]
-    returns: Float[Array, "rows targets"]
+    old_values: Float[Array, "rows targets"] | None
+    returns: Float[Array, "rows targets"] | None
+    ref_logprobs: Float[Array, "rows targets"] | None
+    kl_coef: Float[Array, ""] | None
 
 
 def longest_sequence(config: Config) -> int:
@@ -244,38 +252,41 @@ def select_targets(experience: Experience, microbatch: ResponseMicrobatch) -> Le
     owner = jnp.maximum(owner, 0)
     response_place = jnp.maximum(place - experience.rollout.prompt_lengths[owner], 0)
 
-    def gather(array: jax.Array) -> jax.Array:
-        return sharding.constrain(array[owner, response_place])
+    def gather(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else sharding.constrain(array[owner, response_place])
 
     return LearningBatch(
         packed=pack_tokens(experience.rollout, microbatch),
         targets=sharding.constrain(microbatch.targets),
         weights=sharding.constrain(microbatch.weights),
+        lengths=sharding.constrain(experience.rollout.lengths[owner]),
         old_logprobs=gather(experience.old_logprobs),
-        old_values=gather(experience.old_values),
         advantages=gather(experience.advantages),
+        old_values=gather(experience.old_values),
         returns=gather(experience.returns),
+        ref_logprobs=gather(experience.ref_logprobs),
+        kl_coef=experience.kl_coef,
     )
 
 
 def on_host(scored: ScoredRollout) -> dict[str, np.ndarray]:
     """Return a scored rollout as host arrays by name, to compute its losses again.
 
-    The names are those of the fields of `Rollout` and `Experience`, and the figures of the
-    responses.
+    The names are those of the fields of `Rollout` and `Experience`, as far as the run has them,
+    and the figures of the responses.
     """
     experience = scored.experience
     arrays = dict(scored.responses)
     for part in (experience, experience.rollout):
         arrays |= {field.name: getattr(part, field.name) for field in fields(part)}
     del arrays["rollout"]
-    return {name: sharding.on_host(array) for name, array in arrays.items()}
+    return {name: sharding.on_host(array) for name, array in arrays.items() if array is not None}
 
 
 def from_host(arrays: dict[str, np.ndarray]) -> Experience:
     """Return the experience that `on_host` took apart."""
     rollout = Rollout(**{field.name: arrays[field.name] for field in fields(Rollout)})
-    names = [field.name for field in fields(Experience) if field.name != "rollout"]
+    names = [field.name for field in fields(Experience) if field.name in arrays]
     return Experience(rollout=rollout, **{name: arrays[name] for name in names})
 
 

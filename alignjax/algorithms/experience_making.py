@@ -1,11 +1,14 @@
-"""From the readings of a rollout to rewards, advantages and returns, and what is logged of them."""
+"""From the readings of a rollout to rewards, advantages and returns, and their metrics."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from alignjax.algorithms import advantages, optimisation
-from alignjax.algorithms.advantages import RunningStats
+from alignjax import config as configs
+from alignjax.algorithms import advantages, losses, optimisation
+from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.estimators import AdvantageInputs, find_estimator
 from alignjax.algorithms.experience import Experience, Reading, ScoredRollout
 from alignjax.config import Config
@@ -15,27 +18,38 @@ Metrics = dict[str, jax.Array]
 
 
 def make_experience(
-    config: Config, stats: RunningStats, rollout: Rollout, reading: Reading
+    config: Config,
+    stats: RunningStats,
+    rollout: Rollout,
+    reading: Reading,
+    kl_control: KLControl | None = None,
 ) -> ScoredRollout:
     """Turn the readings of a rollout into rewards, advantages and returns.
 
-    If a metric is not finite, advantages and returns become NaN, so every loss is NaN and no
-    update is applied: the rollout produces no learning.
+    `kl_control` has the coefficient of the KL penalty, if it adapts. If a metric is not finite,
+    advantages and returns become NaN, so every loss is NaN and no update is applied: the rollout
+    produces no learning.
     """
     ppo = config.ppo
     mask = rollout.mask
-    scores = jnp.where(rollout.truncated, ppo.truncated_score, reading.scores)
+    kl_coef = ppo.kl_coef if kl_control is None else kl_control.coef
+    scores = learned_scores(ppo, rollout, reading)
     stats = stats.update(scores)
     normalised = advantages.normalise(scores, stats, ppo.normalise_scores)
-    rewards = advantages.shape_rewards(
-        normalised, reading.logprobs, reading.ref_logprobs, mask, ppo.kl_coef
+    if ppo.score_clip:
+        normalised = jnp.clip(normalised, -ppo.score_clip, ppo.score_clip)
+    log_ratio = jnp.where(mask, reading.logprobs - reading.ref_logprobs, 0.0)
+    inputs = AdvantageInputs(
+        rewards=shape_rewards(ppo, normalised, reading, mask, kl_coef),
+        values=reading.values,
+        mask=mask,
+        scores=normalised,
+        log_ratio=log_ratio,
     )
-    estimate = find_estimator(ppo.advantage_estimator)
-    estimated = estimate(AdvantageInputs(rewards=rewards, values=reading.values, mask=mask), ppo)
+    estimated = find_estimator(ppo.advantage_estimator)(inputs, ppo)
     token_advantages = estimated.advantages
     if ppo.whiten_advantages:
         token_advantages = advantages.whiten(token_advantages, mask)
-    log_ratio = jnp.where(mask, reading.logprobs - reading.ref_logprobs, 0.0)
     responses = {
         "score": reading.scores,
         "kl": log_ratio.sum(1),
@@ -44,32 +58,85 @@ def make_experience(
         "truncated": rollout.truncated,
         "log_ratio": log_ratio,
     }
-    explained = advantages.explained_variance(reading.values, estimated.returns, mask)
-    metrics = score_metrics(scores, normalised, responses["kl"], ppo.kl_coef)
+    metrics = score_metrics(scores, normalised, responses["kl"], kl_coef)
     metrics |= token_metrics(rollout, reading, responses)
-    metrics |= {
-        "value/explained_variance": explained,
-        "reward/running_mean": stats.mean,
-        "reward/running_std": stats.std,
-    }
+    if reading.values is not None:
+        metrics["value/explained_variance"] = advantages.explained_variance(
+            reading.values, estimated.returns, mask
+        )
+    metrics |= {"reward/running_mean": stats.mean, "reward/running_std": stats.std}
+    if configs.needs_of(config).group:
+        metrics["objective/frac_zero_std"] = equal_groups(scores, ppo.samples_per_prompt)
+    if kl_control is not None:
+        metrics["objective/kl_coef"] = kl_coef
+        kl_control = kl_control.update(
+            metrics["objective/kl"], ppo.kl_target, len(scores), ppo.kl_horizon
+        )
     finite = optimisation.all_finite(metrics)
     experience = Experience(
         rollout=rollout,
         old_logprobs=reading.logprobs,
-        old_values=reading.values,
         advantages=jnp.where(finite, token_advantages, jnp.nan),
-        returns=jnp.where(finite, estimated.returns, jnp.nan),
     )
-    return ScoredRollout(experience=experience, stats=stats, metrics=metrics, responses=responses)
+    if reading.values is not None:
+        experience = dataclasses.replace(
+            experience,
+            old_values=reading.values,
+            returns=jnp.where(finite, estimated.returns, jnp.nan),
+        )
+    if ppo.kl_in == "loss":
+        experience = dataclasses.replace(
+            experience,
+            ref_logprobs=reading.ref_logprobs,
+            kl_coef=jnp.asarray(kl_coef, jnp.float32),
+        )
+    return ScoredRollout(
+        experience=experience,
+        stats=stats,
+        kl_control=kl_control,
+        metrics=metrics,
+        responses=responses,
+    )
+
+
+def learned_scores(
+    ppo: configs.PPO, rollout: Rollout, reading: Reading
+) -> Float[Array, " responses"]:
+    """Return the raw scores that are learned from.
+
+    A truncated response has its own score, and long responses are penalised if the config says so.
+    """
+    scores = jnp.where(rollout.truncated, ppo.truncated_score, reading.scores)
+    if not ppo.overlong_buffer:
+        return scores
+    return scores - advantages.overlong_penalty(
+        rollout.lengths, ppo.response_length, ppo.overlong_buffer, ppo.overlong_penalty
+    )
+
+
+def shape_rewards(
+    ppo: configs.PPO,
+    scores: Float[Array, " responses"],
+    reading: Reading,
+    mask: Bool[Array, "responses tokens"],
+    kl_coef: float | Float[Array, ""],
+) -> Float[Array, "responses tokens"]:
+    """Return per-token rewards, with the KL penalty unless it is a term of the loss."""
+    kl = losses.kl_estimate(reading.logprobs, reading.ref_logprobs, ppo.kl_estimator)
+    in_reward = kl_coef if ppo.kl_in == "reward" else 0.0
+    return advantages.shape_rewards(scores, kl, mask, in_reward)
 
 
 def score_metrics(
     scores: Float[Array, " responses"],
     normalised: Float[Array, " responses"],
     kl: Float[Array, " responses"],
-    kl_coef: float,
+    kl_coef: float | Float[Array, ""],
 ) -> Metrics:
-    """Return the metrics of scores and of the KL to the reference, per response."""
+    """Return the metrics of scores and of the KL to the reference, per response.
+
+    The penalty is the same figure wherever it is applied: the coefficient times the KL by k1.
+    """
     mean_kl = kl.mean()
     return {
         "objective/scores": scores.mean(),
@@ -78,6 +145,12 @@ def score_metrics(
         "objective/non_score_reward": -kl_coef * mean_kl,
         "objective/rlhf_reward": normalised.mean() - kl_coef * mean_kl,
     }
+
+
+def equal_groups(scores: Float[Array, " responses"], samples: int) -> Float[Array, ""]:
+    """Return the share of prompts whose responses all have the same score."""
+    groups = scores.reshape(-1, samples)
+    return (groups == groups[:, :1]).all(1).mean()
 
 
 def token_metrics(rollout: Rollout, reading: Reading, responses: dict[str, jax.Array]) -> Metrics:

@@ -7,9 +7,10 @@ no function needs to know how many there are.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Loss = Float[Array, ""]
+Tokens = Float[Array, "*tokens"]
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -95,24 +96,47 @@ def implicit_reward_metrics(
 
 
 def policy_loss(
-    logprobs: Float[Array, "*tokens"],
-    old_logprobs: Float[Array, "*tokens"],
-    advantages: Float[Array, "*tokens"],
-    weights: Float[Array, "*tokens"],
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Tokens,
+    weights: Tokens,
     clip: float,
+    *,
+    clip_high: float = 0.0,
+    dual_clip: float = 0.0,
+    loss_weights: Tokens | None = None,
 ) -> tuple[Loss, Metrics]:
     """Return the clipped surrogate (Schulman et al. 2017, equation 7) and its metrics.
 
-    The loss is -sum(w * min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A)) with
+    The loss is -sum(w * min(ratio * A, clip(ratio, 1 - clip, 1 + clip_high) * A)) with
     ratio = exp(logprobs - old_logprobs). `policy/clipfrac_avg` is the share of tokens on which
     the clip binds, that is, where the clipped term is the smaller one. `policy/approxkl_avg` is
     the estimate (ratio - 1) - log ratio of KL(old, new).
+
+    Args:
+      logprobs: of the policy.
+      old_logprobs: of the policy that sampled.
+      advantages: of each token.
+      weights: of the metrics.
+      clip: how far the ratio may fall below 1.
+      clip_high: how far it may rise above 1 (Yu et al. 2025, DAPO's "clip higher"); 0 is `clip`.
+      dual_clip: where A < 0, the term is at least dual_clip * A (Ye et al. 2020), so that a
+        large ratio has no gradient there either; 0 is no such bound.
+      loss_weights: w of the loss, see `token_weights`; None is `weights`.
     """
+    loss_weights = weights if loss_weights is None else loss_weights
     log_ratio = jnp.where(weights > 0, logprobs - old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
     unclipped = ratio * advantages
-    clipped = jnp.clip(ratio, 1 - clip, 1 + clip) * advantages
-    loss = -jnp.sum(weights * jnp.minimum(unclipped, clipped))
+    clipped = jnp.clip(ratio, 1 - clip, 1 + (clip_high or clip)) * advantages
+    surrogate = jnp.minimum(unclipped, clipped)
+    dual_metrics = {}
+    if dual_clip:
+        bound = dual_clip * advantages
+        binds = (advantages < 0) & (surrogate < bound)
+        surrogate = jnp.where(binds, bound, surrogate)
+        dual_metrics["policy/dual_clipfrac_avg"] = jnp.sum(weights * binds)
+    loss = -jnp.sum(loss_weights * surrogate)
     metrics = {
         "loss/policy_avg": loss,
         "policy/clipfrac_avg": jnp.sum(weights * (clipped < unclipped)),
@@ -120,7 +144,70 @@ def policy_loss(
         "val/ratio": jnp.sum(weights * ratio),
         "val/ratio_var": jnp.sum(weights * (ratio - 1) ** 2),
     }
-    return loss, metrics
+    return loss, metrics | dual_metrics
+
+
+def token_weights(
+    aggregation: str,
+    weights: Tokens,
+    lengths: Int[Array, "*tokens"],
+    responses: int,
+    response_length: int,
+) -> Tokens:
+    """Return the weights of tokens in the policy's loss.
+
+    "token" is the mean over all tokens of the minibatch (DAPO, and PPO in common practice):
+    `weights`. "sequence" is the mean over responses of the mean over their tokens (GRPO): a token
+    of a long response counts less. "constant" divides the sum over a response's tokens by
+    `response_length`, whatever its length (Dr. GRPO), and takes the mean over responses: to a
+    factor, this is the gradient of the log-probabilities of whole responses.
+
+    Args:
+      aggregation: token, sequence or constant.
+      weights: 1 / tokens of the minibatch; 0 on padding.
+      lengths: of the response that each token belongs to.
+      responses: how many the minibatch has.
+      response_length: the longest response that is allowed.
+    """
+    if aggregation == "token":
+        return weights
+    per_response = response_length if aggregation == "constant" else jnp.maximum(lengths, 1)
+    return jnp.where(weights > 0, 1.0 / (per_response * responses), 0.0)
+
+
+def kl_estimate(logprobs: Tokens, ref_logprobs: Tokens, estimator: str) -> Tokens:
+    """Return an estimate of KL(policy, reference) at each token (Schulman 2020).
+
+    With d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. For tokens of the
+    policy itself, k1 and k3 are unbiased, k2 and k3 are never negative.
+
+    Their gradients differ. As a reward, k1 gives the gradient of the KL. As a loss, k1 has a mean
+    gradient of 0, k2 that of the KL, and k3 that of KL(reference, policy).
+    """
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
+    return jnp.exp(-log_ratio) - 1 + log_ratio
+
+
+def kl_loss(
+    logprobs: Tokens, ref_logprobs: Tokens, weights: Tokens, estimator: str
+) -> tuple[Loss, Metrics]:
+    """Return the weighted sum of `kl_estimate` and its metrics."""
+    real = weights > 0
+    estimates = kl_estimate(
+        jnp.where(real, logprobs, 0.0), jnp.where(real, ref_logprobs, 0.0), estimator
+    )
+    loss = jnp.sum(weights * estimates)
+    return loss, {"loss/kl_avg": loss}
+
+
+def entropy_bonus(entropy: Tokens, weights: Tokens) -> tuple[Loss, Metrics]:
+    """Return the mean entropy of the tokens' distributions, in nats, and its metrics."""
+    bonus = jnp.sum(weights * entropy)
+    return bonus, {"loss/entropy_avg": bonus}
 
 
 def value_loss(

@@ -1,6 +1,7 @@
 """Clipped PPO with four roles, section 3.2.2 of the report.
 
-`PPO.step` is one iteration from prompts to new parameters, in the order of the report.
+`PPO.step` is one iteration from prompts to new parameters, in the order of the report. Advantage
+estimators that need no value model leave out everything of that role: see `config.estimators`.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from alignjax import config as configs
 from alignjax.algorithms import (
     experience,
     heldout,
@@ -21,7 +23,7 @@ from alignjax.algorithms import (
     reward_functions,
     rewards,
 )
-from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollout
 from alignjax.algorithms.greedy import GreedyAnswers
@@ -36,6 +38,7 @@ from alignjax.algorithms.ppo_programs import (
     HEADS,
     average_metrics,
     compile_programs,
+    initial_kl_control,
     rollout_mesh,
     trained_roles,
 )
@@ -107,6 +110,7 @@ class PPO:
         self.num_steps = config.steps
         self.reward_model = reward_model or config.model
         self.ending = ending
+        self.roles = configs.trained_roles(config)
         self.trained = trained_roles(config, mesh)
         self.abstract_state = self.trained.abstract_state
         self.compiled = compile_programs(
@@ -187,18 +191,20 @@ class PPO:
         return roles.load(self.config.model, head, self.mesh, key, self.parents[role])
 
     def init_state(self) -> State:
-        """Return the state before the first step, from the parents of policy and value."""
+        """Return the state before the first step, from the parents of the trained roles."""
         optimisers = {
             "policy": self.trained.policy_optimiser,
             "value": self.trained.value_optimiser,
         }
         state: State = {}
-        for role, head in HEADS.items():
-            params = self.load_role(head, role)
+        for role in self.roles:
+            params = self.load_role(HEADS[role], role)
             abstract = self.abstract_state[role]
             state[role] = optimisation.place_state(params, optimisers[role], abstract)
-        replicated = sharding.replicated(self.mesh)
-        return state | {"stats": jax.device_put(RunningStats.zero(), replicated)}
+        counters = {"stats": RunningStats.zero()}
+        if self.config.ppo.kl_target:
+            counters["kl_control"] = initial_kl_control(self.config)
+        return state | jax.device_put(counters, sharding.replicated(self.mesh))
 
     def step(self, state: State, step: int) -> tuple[State, StepOutput]:
         """Sample responses, score them, make experience, and update policy and value."""
@@ -207,11 +213,15 @@ class PPO:
         rollout = self.sample(params["policy"], batch, step, self.phases)
         texts = self.score_texts(self.prompts.train_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
-        scored = self.score(params, state["stats"], rollout, minibatches, texts)
+        scored = self.score(
+            params, state["stats"], rollout, minibatches, texts, state.get("kl_control")
+        )
         self.phases.mark("score", scored.experience)
         if step == 0:
             self.check(params, scored, minibatches, texts)
         state = {**state, "stats": scored.stats}
+        if scored.kl_control is not None:
+            state["kl_control"] = scored.kl_control
         state, update_metrics = self.learn(state, scored.experience, minibatches, step)
         self.phases.mark("update", state)
         responses = self.config.data.batch * self.config.ppo.samples_per_prompt
@@ -245,7 +255,7 @@ class PPO:
 
     def role_params(self, state: State) -> dict[str, dict]:
         """Return the parameters of all roles that read tokens."""
-        trained = {role: state[role].params for role in HEADS}
+        trained = {role: state[role].params for role in self.roles}
         return trained | self.frozen
 
     def sample(
@@ -296,39 +306,48 @@ class PPO:
         rollout: Rollout,
         minibatches: Minibatches,
         texts: np.ndarray | None = None,
+        kl_control: KLControl | None = None,
     ) -> ScoredRollout:
         """Let the roles read the minibatches of the first epoch, and make experience of it.
 
         `texts` holds the text-based rewards, to which the reward model's score is added.
         """
-        reading = experience.empty_reading(rollout, texts, self.mesh)
+        has_value = "value" in params
+        reading = experience.empty_reading(rollout, texts, self.mesh, has_value=has_value)
         for minibatch in minibatches.first_epoch:
             for microbatch in minibatch:
                 reading = self.compiled.read(params, rollout, reading, microbatch)
-        return self.compiled.make_experience(stats, rollout, reading)
+        return self.compiled.make_experience(stats, rollout, reading, kl_control)
 
     def learn(
         self, state: State, experience: Experience, minibatches: Minibatches, step: int
     ) -> tuple[State, Metrics]:
         """Take all updates of an experience; their metrics are averaged.
 
-        Every update moves the value model. The policy moves from update
-        `ppo.value_warmup_steps` of the run on.
+        Every update moves the value model, if there is one. The policy moves from update
+        `ppo.value_warmup_steps` of the run on; without a value model, from the first one on.
         """
-        policy = state["policy"]
-        value = state["value"]
+        state = dict(state)
         all_metrics = []
         for place, update in enumerate(updates_of_step(self.config, step)):
             parts = [
                 (experience, microbatch) for microbatch in minibatches.get(place, update.responses)
             ]
-            value, metrics = self.update_value(value, parts)
-            if update.number >= self.config.ppo.value_warmup_steps:
-                metrics["lr"] = self.compiled.learning_rate(policy.updates)
-                policy, policy_metrics = self.update_policy(policy, parts, update.number)
+            metrics = {}
+            if "value" in self.roles:
+                state["value"], metrics = self.update_value(state["value"], parts)
+            if self.moves_policy(update):
+                metrics["lr"] = self.compiled.learning_rate(state["policy"].updates)
+                state["policy"], policy_metrics = self.update_policy(
+                    state["policy"], parts, update.number
+                )
                 metrics |= policy_metrics
             all_metrics.append(metrics)
-        return {**state, "policy": policy, "value": value}, average_metrics(all_metrics)
+        return state, average_metrics(all_metrics)
+
+    def moves_policy(self, update: Update) -> bool:
+        """Return whether an update comes after the warm-up of the value model."""
+        return update.number >= configs.value_warmup_steps(self.config)
 
     def update_value(
         self, value: optimisation.TrainState, parts: list
@@ -376,7 +395,7 @@ class PPO:
         """Return the arrays from which the losses of a step can be computed again."""
         arrays = experience.on_host(scored) | {"index": index}
         for update in updates_of_step(self.config, step):
-            if update.number >= self.config.ppo.value_warmup_steps:
+            if self.moves_policy(update):
                 rows = self.text.rows(update.number)
                 arrays |= {f"text/{update.number}/{name}": row for name, row in rows.items()}
         return arrays
@@ -394,7 +413,7 @@ class PPO:
         after = self.evaluate_policy(policy, state, limit=None, detailed=detailed)
         before.figures.update(self.greedy_figures(reference))
         after.figures.update(self.greedy_figures(policy))
-        figures = {f"{role}_updates": int(state[role].updates) for role in HEADS}
+        figures = {f"{role}_updates": int(state[role].updates) for role in self.roles}
         figures |= heldout.compare(before.figures, after.figures)
         rows = heldout.side_by_side(before.rows, after.rows)
         return Evaluation(figures=figures, rows=rows[:detailed])
@@ -446,12 +465,13 @@ class PPO:
         rollout = self.sample(policy, batch, self.config.steps, Phases())
         texts = self.score_texts(self.prompts.heldout_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
-        params = {"policy": policy, "value": state["value"].params, **self.frozen}
-        figures = self.score(params, state["stats"], rollout, minibatches, texts).responses
+        params = self.role_params(state) | {"policy": policy}
+        control = state.get("kl_control")
+        figures = self.score(params, state["stats"], rollout, minibatches, texts, control).responses
         trained_policy = state["policy"].params
         if detailed and policy is not trained_policy:
             params = params | {"policy": trained_policy}
-            reread = self.score(params, state["stats"], rollout, minibatches, texts)
+            reread = self.score(params, state["stats"], rollout, minibatches, texts, control)
             figures = figures | {"log_ratio": reread.responses["log_ratio"]}
         return heldout.describe(
             self.config,

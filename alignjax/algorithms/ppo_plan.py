@@ -1,5 +1,6 @@
 """What a step of PPO compiles, and what stays in device memory, as shapes."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from alignjax import config as configs
 from alignjax.algorithms import experience, lm
 from alignjax.algorithms.experience import Experience, Reading, ResponseMicrobatch
 from alignjax.algorithms.ppo_data import pretraining_rows
@@ -77,9 +79,15 @@ class PlannedPrograms:
             name="experience",
             calls=1,
             function=self.compiled.make_experience,
-            arguments=(self.state["stats"], self.rollout, self.reading),
+            arguments=(
+                self.state["stats"],
+                self.rollout,
+                self.reading,
+                self.state.get("kl_control"),
+            ),
         )
-        yield from self.value_programs()
+        if "value" in self.state:
+            yield from self.value_programs()
         yield from self.policy_programs()
 
     def rollout_programs(self) -> Iterable[Program]:
@@ -199,7 +207,11 @@ def abstract_reading(config: Config, mesh: Mesh) -> Reading:
     responses = config.data.batch * config.ppo.samples_per_prompt
     tokens = np.zeros((responses, config.ppo.response_length), np.float32)
     reading = Reading(
-        logprobs=tokens, entropy=tokens, ref_logprobs=tokens, values=tokens, scores=tokens[:, 0]
+        logprobs=tokens,
+        entropy=tokens,
+        ref_logprobs=tokens,
+        values=tokens if configs.has_value(config) else None,
+        scores=tokens[:, 0],
     )
     return sharding.abstract_batch(reading, mesh)
 
@@ -223,22 +235,32 @@ def resident_shapes(config: Config, mesh: Mesh, state: State) -> dict[str, Any]:
     """Return, by name, the shapes of the state, the frozen roles and the experience of a step."""
     ppo = config.ppo
     policy = state["policy"]
-    value = state["value"]
     freeze = functools.partial(
         roles.abstract_frozen,
         config.model,
         dtype=ppo.frozen_dtype,
         memory=ppo.frozen_memory,
     )
-    shapes = {"policy": policy, "value": value, "reference": freeze(policy.params)}
+    shapes = {role: state[role] for role in configs.trained_roles(config)}
+    shapes["reference"] = freeze(policy.params)
     if "reward" in config.parents:  # its architecture is taken to be that of the others
-        shapes["reward"] = freeze(value.params)
+        shapes["reward"] = freeze(roles.abstract_params(config.model, "scalar", mesh))
+    shapes["experience"] = abstract_experience(config, mesh)
+    return shapes
+
+
+def abstract_experience(config: Config, mesh: Mesh) -> Experience:
+    """Return the shapes of the experience of a rollout."""
     reading = abstract_reading(config, mesh)
-    shapes["experience"] = Experience(
+    tokens = reading.logprobs
+    made = Experience(
         rollout=abstract_rollout(config, mesh),
-        old_logprobs=reading.logprobs,
+        old_logprobs=tokens,
+        advantages=tokens,
         old_values=reading.values,
-        advantages=reading.values,
         returns=reading.values,
     )
-    return shapes
+    if config.ppo.kl_in == "reward":
+        return made
+    coefficient = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
+    return dataclasses.replace(made, ref_logprobs=tokens, kl_coef=coefficient)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from alignjax import config as configs
 from alignjax.algorithms import experience, experience_making, lm, losses, optimisation, plugins
-from alignjax.algorithms.advantages import RunningStats
+from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import (
     Experience,
@@ -41,14 +42,43 @@ HEADS = {"policy": "lm", "value": "scalar"}  # of the trained roles
 
 
 def policy_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
-    """Return the clipped objective of a microbatch of experience, and its metrics."""
+    """Return the clipped objective of a microbatch of experience, and its metrics.
+
+    The config may add a KL penalty and an entropy bonus.
+    """
+    ppo = config.ppo
     batch = select_targets(*part)
-    logprobs, _ = scoring.token_logprobs(
-        config.model, params, batch.packed, batch.targets, config.ppo.temperature
+    logprobs, entropy = scoring.token_logprobs(
+        config.model, params, batch.packed, batch.targets, ppo.temperature
     )
-    return losses.policy_loss(
-        logprobs, batch.old_logprobs, batch.advantages, batch.weights, config.ppo.clip
+    loss_weights = losses.token_weights(
+        configs.loss_aggregation(config),
+        batch.weights,
+        batch.lengths,
+        config.data.batch * ppo.samples_per_prompt // ppo.minibatches,
+        ppo.response_length,
     )
+    loss, metrics = losses.policy_loss(
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.weights,
+        ppo.clip,
+        clip_high=ppo.clip_high,
+        dual_clip=ppo.dual_clip,
+        loss_weights=loss_weights,
+    )
+    if ppo.kl_in == "loss":
+        penalty, kl_metrics = losses.kl_loss(
+            logprobs, batch.ref_logprobs, loss_weights, ppo.kl_estimator
+        )
+        loss += batch.kl_coef * penalty
+        metrics |= kl_metrics
+    if ppo.entropy_coef:
+        bonus, entropy_metrics = losses.entropy_bonus(entropy, batch.weights)
+        loss -= ppo.entropy_coef * bonus
+        metrics |= entropy_metrics
+    return loss, metrics
 
 
 def value_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
@@ -81,8 +111,10 @@ def update_policy(
         gradient = jax.tree.map(jnp.add, gradient, added)
     state, skipped = optimisation.apply_gradients(optimiser, state, gradient, metrics)
     if pretraining is not None:
-        ratio = metrics["pretrain/grad_norm"] / metrics["policy/grad_norm"]
-        metrics["pretrain/grad_norm_ratio"] = ratio
+        # The policy's gradient is 0 if the responses to each prompt have equal scores.
+        norm = metrics["policy/grad_norm"]
+        ratio = metrics["pretrain/grad_norm"] / jnp.where(norm > 0, norm, 1.0)
+        metrics["pretrain/grad_norm_ratio"] = jnp.where(norm > 0, ratio, 0.0)
     return state, {**metrics, "policy/skipped": skipped}
 
 
@@ -101,7 +133,7 @@ class TrainedRoles:
     """The optimisers of policy and value, and the shapes of the training state."""
 
     policy_optimiser: optax.GradientTransformation
-    value_optimiser: optax.GradientTransformation
+    value_optimiser: optax.GradientTransformation | None  # None: there is no value model
     policy_schedule: optax.Schedule  # updates of the policy -> learning rate
     abstract_state: State
 
@@ -109,21 +141,34 @@ class TrainedRoles:
 def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
     """Return the optimisers of a run, whose schedules end with its last update."""
     ppo = config.ppo
-    value_updates = config.steps * ppo.epochs * ppo.minibatches
-    policy_updates = max(value_updates - ppo.value_warmup_steps, 1)
+    updates = config.steps * ppo.epochs * ppo.minibatches
+    policy_updates = max(updates - configs.value_warmup_steps(config), 1)
     policy_optimiser = optimisation.make_optimiser(config.optimiser, policy_updates)
-    value_optimiser = optimisation.make_optimiser(config.value_optimiser, value_updates)
     abstract_state = {
         "policy": optimisation.abstract_state(config.model, "lm", policy_optimiser, mesh),
-        "value": optimisation.abstract_state(config.model, "scalar", value_optimiser, mesh),
         "stats": sharding.abstract(jax.eval_shape(RunningStats.zero), mesh),
     }
+    value_optimiser = None
+    if configs.has_value(config):
+        value_optimiser = optimisation.make_optimiser(config.value_optimiser, updates)
+        abstract_state["value"] = optimisation.abstract_state(
+            config.model, "scalar", value_optimiser, mesh
+        )
+    if ppo.kl_target:
+        abstract_state["kl_control"] = sharding.abstract(
+            jax.eval_shape(initial_kl_control, config), mesh
+        )
     return TrainedRoles(
         policy_optimiser=policy_optimiser,
         value_optimiser=value_optimiser,
         policy_schedule=optimisation.learning_rate_schedule(config.optimiser, policy_updates),
         abstract_state=abstract_state,
     )
+
+
+def initial_kl_control(config: Config) -> KLControl:
+    """Return the control of the KL penalty's coefficient before the first rollout."""
+    return KLControl(jnp.float32(config.ppo.kl_coef))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +182,13 @@ class Programs:
     place_rollout: Callable[[Rollout], Rollout]
     # roles' parameters, rollout, reading (donated), microbatch -> reading
     read: Callable[[dict, Rollout, Reading, ResponseMicrobatch], Reading]
-    make_experience: Callable[[RunningStats, Rollout, Reading], ScoredRollout]
+    # statistics, rollout, reading, and the control of the KL penalty if there is one
+    make_experience: Callable[..., ScoredRollout]
     policy_gradient: Accumulate  # of a LearningPart
-    value_gradient: Accumulate  # of a LearningPart
+    value_gradient: Accumulate | None  # of a LearningPart; None: there is no value model
     text_gradient: Accumulate  # of a TextMicrobatch
     update_policy: Callable[..., tuple[TrainState, Metrics]]
-    update_value: Callable[..., tuple[TrainState, Metrics]]
+    update_value: Callable[..., tuple[TrainState, Metrics]] | None
     text_loss: Callable[..., tuple[jax.Array, Metrics]]
     learning_rate: Callable[[jax.Array], jax.Array]  # of the policy, by its updates
 
@@ -198,7 +244,16 @@ def compile_programs(
       ending: of what the reward model reads.
     """
     abstract = trained.abstract_state
-    stats_layout = jax.tree.map(lambda x: x.sharding, abstract["stats"])
+    layout = sharding_of(abstract["stats"])
+    control_layout = sharding_of(abstract.get("kl_control"))
+    value_gradient = None
+    update_value = None
+    if trained.value_optimiser is not None:
+        value_gradient = optimisation.compile_accumulate(functools.partial(value_loss_fn, config))
+        update_value = optimisation.compile_update(
+            functools.partial(optimisation.update_state, trained.value_optimiser),
+            abstract["value"],
+        )
     text_loss = functools.partial(lm.loss_fn, config.model)
     read = functools.partial(
         experience.read_roles, config, reward_model or config.model, ending=ending
@@ -211,22 +266,28 @@ def compile_programs(
         make_experience=jax.jit(
             functools.partial(experience_making.make_experience, config),
             out_shardings=ScoredRollout(
-                experience=None, stats=stats_layout, metrics=None, responses=None
+                experience=None,
+                stats=layout,
+                kl_control=control_layout,
+                metrics=None,
+                responses=None,
             ),
         ),
         policy_gradient=optimisation.compile_accumulate(functools.partial(policy_loss_fn, config)),
-        value_gradient=optimisation.compile_accumulate(functools.partial(value_loss_fn, config)),
+        value_gradient=value_gradient,
         text_gradient=optimisation.compile_accumulate(text_loss),
         update_policy=optimisation.compile_update(
             functools.partial(update_policy, config, trained.policy_optimiser), abstract["policy"]
         ),
-        update_value=optimisation.compile_update(
-            functools.partial(optimisation.update_state, trained.value_optimiser),
-            abstract["value"],
-        ),
+        update_value=update_value,
         text_loss=jax.jit(text_loss),
         learning_rate=jax.jit(trained.policy_schedule),
     )
+
+
+def sharding_of(abstract: Any) -> Any:
+    """Return the shardings of a tree of shapes."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Callable[[dict], dict]:

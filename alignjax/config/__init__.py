@@ -13,6 +13,14 @@ from alignjax.config.errors import (
     reason_of,
     short,
 )
+from alignjax.config.estimators import (
+    has_value,
+    is_external,
+    loss_aggregation,
+    needs_of,
+    trained_roles,
+    value_warmup_steps,
+)
 from alignjax.config.fields import (
     CHOICES,
     DPO,
@@ -52,11 +60,15 @@ __all__ = [
     "difference",
     "first_line",
     "flatten",
+    "has_value",
     "is_encodable",
+    "is_external",
     "is_function_spec",
     "load",
+    "loss_aggregation",
     "model_from_json",
     "nearest",
+    "needs_of",
     "one_line",
     "override",
     "parse_names",
@@ -67,4 +79,6 @@ __all__ = [
     "short",
     "stored_config",
     "to_json",
+    "trained_roles",
+    "value_warmup_steps",
 ]

@@ -8,7 +8,9 @@ import re
 import typing
 from typing import Any
 
-from alignjax.config.errors import UserError, nearest
+from alignjax.config.errors import nearest, rule
+from alignjax.config.estimator_rules import check_estimator
+from alignjax.config.estimators import has_value
 from alignjax.config.fields import CHOICES, KINDS, ROLES, Config, Data, flatten
 
 AT_LEAST_ONE = (
@@ -28,11 +30,18 @@ AT_LEAST_ONE = (
     "data.max_length",
     "ppo.samples_per_prompt",
     "ppo.response_length",
+    "ppo.kl_horizon",
     "ppo.epochs",
     "ppo.minibatches",
     "ppo.eval_prompts",
 )
-MAY_BE_NEGATIVE = ("ppo.truncated_score", "mesh.data", "mesh.fsdp", "mesh.tensor")
+MAY_BE_NEGATIVE = (
+    "ppo.truncated_score",
+    "ppo.value_lam",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
 LARGEST_INT = 2**31 - 1
 LARGEST_SEED = 2**32 - 1  # JAX drops higher bits without a word
 # A source with its weight, or what follows the comma between two options of a public set.
@@ -61,12 +70,6 @@ def check(config: Config) -> None:
         check_dpo(config)
     if config.stage == "ppo":
         check_ppo(config)
-
-
-def rule(holds: bool, message: str) -> None:
-    """Raise UserError unless a rule holds."""
-    if not holds:
-        raise UserError(message)
 
 
 def check_types(group: Any, kind: type = Config, prefix: str = "") -> None:
@@ -232,8 +235,11 @@ def check_ppo(config: Config) -> None:
     """Check the rules of PPO."""
     ppo = config.ppo
     rule(config.steps >= 1, f"steps={config.steps} must be at least 1 for ppo")
-    # A function may be the whole reward.
-    needed = ROLES["ppo"] - ({"reward"} if ppo.reward_fn else set())
+    needed = set(ROLES["ppo"])
+    if ppo.reward_fn:  # a function may be the whole reward
+        needed.discard("reward")
+    if not has_value(config):
+        needed.discard("value")
     rule(
         needed <= set(config.parents),
         f"parents={sorted(config.parents)} must be {sorted(needed)} for ppo",
@@ -244,6 +250,7 @@ def check_ppo(config: Config) -> None:
             not values[key] or is_function_spec(values[key]),
             f"{key}={values[key]!r} must be module:function",
         )
+    check_estimator(config)
     check_ppo_batches(config)
     rule(
         not ppo.pretrain_coef or bool(ppo.pretrain_data.strip(" ,")),

@@ -19,6 +19,12 @@ LONGEST_LINE = 2000  # characters of an error
 LONGEST_VALUE = 80  # characters of a value in it
 
 
+def rule(holds: bool, message: str) -> None:
+    """Raise UserError unless a rule holds."""
+    if not holds:
+        raise UserError(message)
+
+
 def one_line(text: str) -> str:
     """Return a text as one line of printable characters, shortened in the middle if very long."""
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())

@@ -111,21 +111,39 @@ class PPO:
     temperature: float = 1.0  # (i)
     top_p: float = 0.9
     kl_coef: float = 0.04
+    # Where the KL penalty is: in each token's reward, or a term of the policy's loss.
+    kl_in: str = "reward"
+    # Estimate of a token's KL, see `losses.kl_estimate`: k1, k2, k3. In the loss: k2 or k3.
+    kl_estimator: str = "k1"
+    # KL to the reference, in nats a response, that adapts kl_coef; 0 leaves kl_coef as it is.
+    kl_target: float = 0.0
+    kl_horizon: int = 10000  # responses over which kl_coef adapts; more is slower
     clip: float = 0.2  # (i)
+    clip_high: float = 0.0  # the ratio's upper bound is 1 + clip_high; 0 is clip
+    # Bound on ratio x |advantage| where the advantage is negative, above 1; 0 is none.
+    dual_clip: float = 0.0
+    entropy_coef: float = 0.0  # of the entropy of a token's distribution, added to the objective
+    # Weights of tokens in the policy's loss: token, sequence, constant; "" is the estimator's.
+    loss_aggregation: str = ""
     value_clip: float = 0.15
     gamma: float = 1.0  # (i)
     lam: float = 0.95  # (i)
+    value_lam: float = -1.0  # lambda of the value model's targets; -1 is lam
     epochs: int = 1  # (i)
     minibatches: int = 1
     value_warmup_steps: int = 50  # the first updates, which touch only the value model
-    advantage_estimator: str = "gae"  # a name of `algorithms.estimators`, or module:function
+    advantage_estimator: str = "gae"  # a name of `config.estimators`, or module:function
     sampler: str = ""  # module:function(params, prompts, key, settings) -> Rollout; "" is ours
     reward_fn: str = ""  # module:function(prompts, responses, **columns) -> scores
     reward_fn_weight: float = 1.0
     reward_weight: float = 1.0  # of the reward model's score, which is added to the function's
     normalise_scores: str = "mean"  # by running statistics: none, mean, mean_std
+    score_clip: float = 0.0  # bound on the absolute value of a normalised score; 0 is none
     whiten_advantages: bool = True
     truncated_score: float = -1.0  # replaces the raw score of a response that did not end
+    # Tokens before response_length in which a response's raw score falls by overlong_penalty.
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
     pretrain_data: str = "toy/text"  # cut in windows of data.max_length + response_length tokens
     pretrain_heldout: str = "toy/text"  # measures the alignment tax, before and after; "" is none
     pretrain_coef: float = 0.0
@@ -214,6 +232,9 @@ CHOICES = {
     "optimiser.schedule": ("constant", "cosine"),
     "value_optimiser.schedule": ("constant", "cosine"),
     "dpo.loss": ("sigmoid", "ipo"),
+    "ppo.kl_in": ("reward", "loss"),
+    "ppo.kl_estimator": ("k1", "k2", "k3"),
+    "ppo.loss_aggregation": ("", "token", "sequence", "constant"),
     "ppo.normalise_scores": ("none", "mean", "mean_std"),
     "ppo.cache_dtype": ("", "float32", "bfloat16"),
     "ppo.frozen_dtype": ("", "float32", "bfloat16"),

@@ -121,6 +121,8 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
     stage = locations.read_config(directory)["stage"]
     if (stage, head) not in roles.CHECKPOINT_ITEMS:
         raise UserError(f"{where}: a language model is wanted, this run's stage is {stage!r}")
+    if head == "scalar":
+        roles.check_value_model(directory, where)
     if role == "reward" and stage in roles.LANGUAGE_MODELS:
         raise UserError(f"{where}: a reward model is wanted, this run's stage is {stage!r}")
     try:

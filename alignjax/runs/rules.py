@@ -349,8 +349,8 @@ def true_score_falls(history: History) -> str:
     stages=PPO,
     condition=f"`objective/scores_std` is 0, up to rounding, in {SHORT} successive steps",
     meaning=(
-        "the reward does not distinguish responses, so the policy learns from the value model's "
-        "errors"
+        "the reward does not distinguish responses, so the policy learns nothing from it; with a "
+        "value model it learns that model's errors"
     ),
     remedy=(
         "look at samples.jsonl, correct ppo.reward_fn or parents.reward, choose prompts that are "

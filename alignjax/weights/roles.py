@@ -102,12 +102,24 @@ def read_run(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) 
         raise UserError(
             f"parent {directory}: a language model is wanted, this run's stage is {stage!r}"
         )
+    if head == "scalar":
+        check_value_model(directory, f"parent {directory}")
     saved_head = "lm" if stage in LANGUAGE_MODELS else head
     item = CHECKPOINT_ITEMS[stage, head]
     params = restore_role(directory, item, abstract_params(model, saved_head, mesh))
     if saved_head != head:
         params.pop("head", None)  # A language model with tied embeddings has no head.
     return params
+
+
+def check_value_model(run: Path, where: str) -> None:
+    """Raise UserError if a run is of PPO and has trained no value model."""
+    stored = locations.read_config(run)
+    if stored["stage"] == "ppo" and "value" not in stored["parents"]:
+        estimator = stored.get("ppo.advantage_estimator")
+        raise UserError(
+            f"{where}: with ppo.advantage_estimator={estimator!r} a run has no value model"
+        )
 
 
 def read_hf(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -> Params:
