@@ -25,7 +25,7 @@ from alignjax.data.ends import as_list
 from alignjax.machine import console, output_directories
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
-from alignjax.weights import checkpoint, hf, locations, roles
+from alignjax.weights import bases, checkpoint, hf, locations
 from alignjax.weights.imported import (
     GENERATION_FILE,
     Imported,
@@ -122,7 +122,7 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
             "which has one model and no roles"
         )
     if role == "value":
-        roles.check_value_model(run, f"--role value: {run}")
+        bases.check_value_model(run, f"--role value: {run}")
     output_directories.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
     item, head = EXPORTS[config["stage"], role]
     newest = checkpoint.newest(run)

@@ -41,12 +41,13 @@ from alignjax.runs.claim import (
     is_complete,
     prolong,
 )
-from alignjax.runs.lineage import adopt_architecture, check_parent, is_config, parent_of
+from alignjax.runs.lineage import adopt_architecture, check_parent, parent_of
 from alignjax.runs.loop import Loop
 from alignjax.runs.records import Records
 from alignjax.runs.tokenizers import choose_tokenizer
 from alignjax.weights import locations
 from alignjax.weights.imported import inherit
+from alignjax.weights.locations import is_config
 
 __all__ = ["fit", "main", "parent_of"]
 

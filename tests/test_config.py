@@ -117,6 +117,7 @@ def test_counts_are_every_whole_number_of_which_0_would_be_none():
         "steps",
         "max_skipped",
         "data.examples",
+        "lora.rank",
         "ppo.slots",
         "ppo.rollout_tensor",
         "ppo.value_warmup_steps",

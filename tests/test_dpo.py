@@ -18,6 +18,7 @@ from alignjax import convert, inference, train
 from alignjax.algorithms import dpo_programs, greedy, losses
 from alignjax.algorithms.comparisons import interleave
 from alignjax.algorithms.dpo import DirectPreference
+from alignjax.algorithms.ppo_programs import params_placement
 from alignjax.algorithms.stage import RunInputs
 from alignjax.config import DPO, UserError
 from alignjax.data import chat, encoding, toy
@@ -251,7 +252,7 @@ def test_a_run_resumes_to_the_bit_and_reads_no_reference(chain, tmp_path, monkey
     whole = chain.runs / "dpo-tiny"
     runs = with_parents("dpo-tiny", chain.runs, tmp_path)
     cut(whole, runs / "dpo-tiny")
-    monkeypatch.setattr(roles, "load", None)  # a resume has all parameters in its checkpoint
+    monkeypatch.setattr(DirectPreference, "read_reference", None)  # its figures are kept
     assert train.main(command("dpo-tiny", runs)) == 0
     assert files_of(runs / "dpo-tiny") == files_of(whole)
 
@@ -299,13 +300,29 @@ def test_greedy_answers_are_those_of_inference(chain, monkeypatch):
     arrays = encoding.encode(prompts, "prompts", config.data.max_length, tokenizer, print)
     model = inference.load(sft)
     answers = greedy.GreedyAnswers(
-        config, model.mesh, model.params, end_tokens=model.ends, tokenizer=tokenizer
+        config,
+        model.mesh,
+        params_placement(config, model.mesh, model.params),
+        end_tokens=model.ends,
+        tokenizer=tokenizer,
     )
     texts = [row["prompt"][-1]["content"] for row in prompts]
     responses = model.generate(texts, temperature=0, max_tokens=config.ppo.response_length)
     expected = [len(text + response.text) for text, response in zip(texts, responses, strict=True)]
     with jax.default_matmul_precision("highest"):
         assert answers.true_score(model.params, arrays, prompts) == np.mean(expected)
+
+
+def test_adapters_begin_at_the_reference_and_are_all_that_is_trained(chain, tmp_path):
+    shutil.copytree(chain.runs / "sft-tiny", tmp_path / "sft-tiny")
+    options = ["--config.lora.rank=2", "--config.steps=2", "--config.dpo.prompts="]
+    assert train.main(command("dpo-tiny", tmp_path, *options)) == 0
+    first, _ = rows(tmp_path / "dpo-tiny" / "metrics.jsonl")
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    with checkpoint.ocp.PyTreeCheckpointer() as reader:
+        trained = reader.restore(tmp_path / "dpo-tiny" / "checkpoints" / "2" / "policy")
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(trained)}
+    assert names == {"lora_a", "lora_b"}
 
 
 @pytest.mark.parametrize(

@@ -651,7 +651,7 @@ def test_the_self_check_stops_at_each_fault_with_its_figure(world):
         other_kl = world.score(other).responses
         check(other, scored=dataclasses.replace(scored, responses=other_kl))
 
-    def drifting(total, params, batch):
+    def drifting(total, params, batch, base):
         return world.stage.compiled.policy_gradient(total, moved, batch)
 
     with pytest.raises(UserError, match="ratio - 1"):

@@ -9,7 +9,6 @@ microbatch.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -32,7 +31,9 @@ from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config
 from alignjax.data import ends, mixture
 from alignjax.machine import sharding
+from alignjax.models import lora
 from alignjax.weights import roles
+from alignjax.weights.role_reader import RoleReader
 
 Mesh = jax.sharding.Mesh
 
@@ -66,12 +67,10 @@ class DirectPreference(SupervisedStage):
         config: Config,
         mesh: Mesh,
         *,
-        reference: Path | None = None,
         answers: PolicyAnswers | None = None,
         **arguments: Any,
     ):
         super().__init__(config, mesh, **arguments)
-        self.reference = reference
         self.answers = answers
         data = self.data
         trained_pairs = mixture.count_of(data.batches.rows) if data else config.data.batch
@@ -89,14 +88,13 @@ class DirectPreference(SupervisedStage):
     @classmethod
     def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
         """Read and tokenise the data, and return a stage that can train."""
-        policy = inputs.parents["policy"]
+        parents = {"reference": inputs.parents["policy"], **inputs.parents}
         return cls(
             config,
             mesh,
             data=cls.load_data(config, mesh, inputs),
-            parent=policy,
+            reader=RoleReader(config, mesh, parents),
             phases=inputs.phases,
-            reference=inputs.parents.get("reference", policy),
             answers=load_answers(config, mesh, inputs) if config.dpo.prompts else None,
         )
 
@@ -136,7 +134,8 @@ class DirectPreference(SupervisedStage):
     def init_state(self) -> State:
         """Return the policy of its parent, and what the reference says of all responses.
 
-        The reference is read first, and is gone from memory before the policy is read.
+        The reference is read first, and is gone from memory before the policy is read, but for a
+        base that both share.
         """
         reference = self.read_reference()
         return super().init_state() | {"reference": reference}
@@ -153,8 +152,7 @@ class DirectPreference(SupervisedStage):
 
     def load_reference(self) -> dict:
         """Return the parameters of the reference, read from its parent."""
-        key = jax.random.key(self.config.seed)
-        return roles.load(self.config.model, self.head, self.mesh, key, self.reference)
+        return self.reader.frozen("reference", self.config.model)
 
     def read_rows(self, params: dict, rows: Rows) -> Float[np.ndarray, "all_pairs 2"]:
         """Return log p of the responses of comparisons."""
@@ -169,7 +167,7 @@ class DirectPreference(SupervisedStage):
 
     def observe(self, state: State, step: int, parts: list[LearningPart]) -> ObservedPairs | None:
         """Check the packing in step 0; read a microbatch every `sample_every` steps."""
-        params = state[self.role].params
+        params = self.params_of(state)
         if step == 0:
             rows = self.data.batches.get(step)
             dpo_programs.check_packing(self.config, self.read, params, rows, self.mesh)
@@ -207,7 +205,7 @@ class DirectPreference(SupervisedStage):
 
         For the answers the reference is read from its parent once more.
         """
-        params = state[self.role].params
+        params = self.params_of(state)
         reference = sharding.on_host(state["reference"]["heldout"])
         figures = {}
         first = 0
@@ -250,7 +248,10 @@ def load_answers(config: Config, mesh: Mesh, inputs: RunInputs) -> PolicyAnswers
     return PolicyAnswers(
         config,
         mesh,
-        roles.abstract_params(config.model, "lm", mesh),
+        lora.combine(
+            roles.abstract_base(config.model, "lm", mesh, config.lora),
+            roles.abstract_trained(config.model, "lm", mesh, config.lora),
+        ),
         prompts=load_heldout_prompts(config, config.dpo.prompts, inputs),
         end_tokens=end_tokens,
         tokenizer=inputs.tokenizer,

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms import heldout
-from alignjax.algorithms.ppo_programs import params_placement, rollout_mesh, sampling_settings
+from alignjax.algorithms.ppo_programs import rollout_mesh, sampling_settings
 from alignjax.config import Config
 from alignjax.data import toy
 from alignjax.machine import sharding
@@ -21,14 +22,15 @@ Mesh = jax.sharding.Mesh
 class GreedyAnswers:
     """The greedy answers of a policy to held-out prompts of the embedded world.
 
-    They are always made by our own sampler, also in a run with another one.
+    They are always made by our own sampler, also in a run with another one. `place_params` prepares
+    the policy's parameters for it, see `ppo_programs.params_placement`.
     """
 
     def __init__(
         self,
         config: Config,
         mesh: Mesh,
-        abstract_params: dict,
+        place_params: Callable[[dict], dict],
         *,
         end_tokens: tuple[int, ...],
         tokenizer: PreTrainedTokenizerBase,
@@ -39,7 +41,7 @@ class GreedyAnswers:
         self.batch_size = config.data.batch
         self.mesh = rollout_mesh(config, mesh)
         self.tokenizer = tokenizer
-        self.place_params = params_placement(config, mesh, abstract_params)
+        self.place_params = place_params
         self.sample = jax.jit(functools.partial(rollout.generate, settings=settings))
 
     def true_score(self, policy: dict, prompts: dict, rows: list[dict]) -> float:

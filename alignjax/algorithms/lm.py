@@ -24,7 +24,7 @@ from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config, Model
 from alignjax.data import encoding, mixture, packing
 from alignjax.machine import sharding
-from alignjax.models import scoring
+from alignjax.models import lora, scoring
 from alignjax.models.scoring import PackedTokens
 
 Mesh = jax.sharding.Mesh
@@ -156,7 +156,7 @@ class LanguageModelling(SupervisedStage):
 
     def evaluate(self, state: State) -> Evaluation:
         """Return the loss on held-out targets and the number of parameters."""
-        params = state["model"].params
+        params = self.params_of(state)
         loss = heldout_loss(
             self.compiled_loss,
             params,
@@ -165,13 +165,18 @@ class LanguageModelling(SupervisedStage):
             self.config.microbatch_tokens,
             self.mesh,
         )
-        parameters = sum(x.size for x in jax.tree.leaves(params))
-        return Evaluation(figures={"heldout_loss": loss, "parameters": parameters}, rows=[])
+        figures = {"heldout_loss": loss, "parameters": lora.count(params)}
+        if self.base is not None:
+            figures["trained_parameters"] = lora.count(state["model"].params)
+        return Evaluation(figures=figures, rows=[])
 
     def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
         """Return the result of a run at a glance."""
+        parameters = f"{figures['parameters']:,}"
+        if "trained_parameters" in figures:
+            parameters += f", of which {figures['trained_parameters']:,} are trained"
         return [
-            ("parameters", f"{figures['parameters']:,}"),
+            ("parameters", parameters),
             ("loss on held-out targets", f"{figures['heldout_loss']:.3f} nats a token"),
         ]
 

@@ -14,9 +14,12 @@ import optax
 
 from alignjax import config as configs
 from alignjax.machine import sharding
+from alignjax.models import lora
 from alignjax.weights import roles
 
 Metrics = dict[str, jax.Array]
+
+MATRICES = ("kernel", "embedding", "lora_a", "lora_b")  # names of parameters that decay
 
 
 class TrainState(NamedTuple):
@@ -36,7 +39,8 @@ class GradientSum(NamedTuple):
 
 # Losses carry weights that sum to 1 over the whole minibatch, so sums are means.
 LossFunction = Callable[[dict, Any], tuple[jax.Array, Metrics]]
-Accumulate = Callable[[GradientSum | None, dict, Any], GradientSum]
+# (total, trained parameters, microbatch, base or None) -> total
+Accumulate = Callable[..., GradientSum]
 
 
 def learning_rate_schedule(optimiser: configs.Optimiser, steps: int) -> optax.Schedule:
@@ -68,10 +72,8 @@ def make_optimiser(optimiser: configs.Optimiser, steps: int) -> optax.GradientTr
 
 
 def is_matrix(params: dict) -> dict:
-    """Return, for each parameter, whether it is a matrix: a kernel or an embedding."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    """Return, for each parameter, whether it is a matrix: a kernel, adapter or embedding."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in MATRICES, params)
 
 
 def conditional_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
@@ -106,10 +108,11 @@ def abstract_state(
     head: str,
     optimiser: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    adapters: configs.Lora,
 ) -> TrainState:
     """Return the shapes, types and shardings of a trained role's state."""
     init = functools.partial(init_state, optimiser=optimiser)
-    shapes = jax.eval_shape(init, roles.abstract_params(model, head, mesh))
+    shapes = jax.eval_shape(init, roles.abstract_trained(model, head, mesh, adapters))
     return sharding.abstract(shapes, mesh)
 
 
@@ -148,12 +151,27 @@ def from_checkpoint(items: dict) -> dict:
 
 
 def accumulate(
-    loss_fn: LossFunction, total: GradientSum | None, params: dict, microbatch: Any
+    loss_fn: LossFunction,
+    total: GradientSum | None,
+    params: dict,
+    microbatch: Any,
+    base: dict | None = None,
 ) -> GradientSum:
-    """Add the gradient and metrics of a microbatch to a total; None is an empty total."""
-    gradient, metrics = jax.grad(loss_fn, has_aux=True)(params, microbatch)
+    """Add the gradient and metrics of a microbatch to a total; None is an empty total.
+
+    The loss is that of `params` in their frozen `base`, and its gradient that of `params` alone.
+    """
+    loss_in_base = functools.partial(loss_of_combined, loss_fn, base)
+    gradient, metrics = jax.grad(loss_in_base, has_aux=True)(params, microbatch)
     added = GradientSum(gradient, metrics)
     return added if total is None else jax.tree.map(jnp.add, total, added)
+
+
+def loss_of_combined(
+    loss_fn: LossFunction, base: dict | None, params: dict, microbatch: Any
+) -> tuple[jax.Array, Metrics]:
+    """Return a loss of what a role trains, together with its base."""
+    return loss_fn(lora.combine(base, params), microbatch)
 
 
 def compile_accumulate(loss_fn: LossFunction) -> Accumulate:
@@ -162,12 +180,15 @@ def compile_accumulate(loss_fn: LossFunction) -> Accumulate:
 
 
 def sum_gradients(
-    accumulate_fn: Accumulate, params: dict, microbatches: Iterable[Any]
+    accumulate_fn: Accumulate,
+    params: dict,
+    microbatches: Iterable[Any],
+    base: dict | None = None,
 ) -> GradientSum | None:
     """Return the total over the microbatches of a minibatch; None if there are none."""
     total = None
     for microbatch in microbatches:
-        total = accumulate_fn(total, params, microbatch)
+        total = accumulate_fn(total, params, microbatch, base)
     return total
 
 
@@ -240,7 +261,8 @@ class MinibatchUpdate:
         self.update = compile_update(functools.partial(update_state, optimiser), abstract)
 
     def __call__(
-        self, state: TrainState, microbatches: Iterable[Any]
+        self, state: TrainState, microbatches: Iterable[Any], base: dict | None = None
     ) -> tuple[TrainState, Metrics]:
         """Take one optimiser step; the arrays of the state are donated."""
-        return self.update(state, sum_gradients(self.accumulate, state.params, microbatches))
+        total = sum_gradients(self.accumulate, state.params, microbatches, base)
+        return self.update(state, total)

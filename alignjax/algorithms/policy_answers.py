@@ -69,7 +69,7 @@ class PolicyAnswers:
         self.read = jax.jit(functools.partial(experience.read_roles, config, config.model))
         self.figures = jax.jit(figures_of)
         self.greedy = GreedyAnswers(
-            config, mesh, abstract_params, end_tokens=end_tokens, tokenizer=tokenizer
+            config, mesh, self.place_params, end_tokens=end_tokens, tokenizer=tokenizer
         )
 
     def compare(self, reference: dict, policy: dict) -> Evaluation:

@@ -35,7 +35,6 @@ from alignjax.algorithms.ppo_data import (
 )
 from alignjax.algorithms.ppo_plan import PlannedPrograms, resident_shapes
 from alignjax.algorithms.ppo_programs import (
-    HEADS,
     average_metrics,
     compile_programs,
     initial_kl_control,
@@ -54,8 +53,10 @@ from alignjax.config import Config, Model
 from alignjax.data import ends
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
+from alignjax.models import lora
 from alignjax.sampling.types import Prompts, Rollout
 from alignjax.weights import roles
+from alignjax.weights.role_reader import RoleReader
 
 Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
@@ -112,6 +113,8 @@ class PPO:
         self.ending = ending
         self.roles = configs.trained_roles(config)
         self.trained = trained_roles(config, mesh)
+        # Beneath the adapters of each trained role; None if it trains all parameters.
+        self.bases: dict[str, dict | None] = dict.fromkeys(self.roles)
         self.abstract_state = self.trained.abstract_state
         self.compiled = compile_programs(
             config,
@@ -131,7 +134,10 @@ class PPO:
             config.ppo, prompts.train_rows, prompts.heldout_rows
         )
         text = load_pretraining_text(config, mesh, inputs)
-        reward = rewards.build(config, mesh, inputs.parents, inputs.tokenizer, function)
+        reader = RoleReader(config, mesh, inputs.parents)
+        reward = rewards.build(
+            config, mesh, inputs.parents, inputs.tokenizer, function, reader=reader
+        )
         reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
         end_tokens = ends.end_tokens(
             inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
@@ -145,11 +151,11 @@ class PPO:
             ending=None if reward.ending == end_tokens else reward.ending,
             phases=inputs.phases,
         )
-        stage.attach(inputs, prompts=prompts, text=text, reward=reward)
+        stage.attach(inputs, reader, prompts=prompts, text=text, reward=reward)
         stage.greedy = GreedyAnswers(
             config,
             mesh,
-            stage.abstract_state["policy"].params,
+            stage.compiled.place_params,
             end_tokens=end_tokens,
             tokenizer=inputs.tokenizer,
         )
@@ -163,6 +169,7 @@ class PPO:
     def attach(
         self,
         inputs: RunInputs,
+        reader: RoleReader,
         *,
         prompts: PromptData,
         text: PretrainingText,
@@ -170,25 +177,14 @@ class PPO:
     ) -> None:
         """Give the stage the data and the frozen roles that it trains with."""
         self.tokenizer: PreTrainedTokenizerBase = inputs.tokenizer
-        self.parents = inputs.parents
+        self.reader = reader
         self.prompts = prompts
         self.text = text
         self.reward = reward
-        # The frozen roles are read from disk by themselves and never share arrays with the
-        # trained roles, so no update and no donation can reach them.
-        reference = self.load_role("lm", "reference")
-        ppo = self.config.ppo
-        self.frozen = {
-            "reference": roles.freeze(
-                self.config.model, reference, ppo.frozen_dtype, ppo.frozen_memory
-            ),
-            **reward.params,
-        }
-
-    def load_role(self, head: str, role: str) -> dict:
-        """Read a role's parameters from its parent."""
-        key = jax.random.key(self.config.seed)
-        return roles.load(self.config.model, head, self.mesh, key, self.parents[role])
+        # The frozen roles never share arrays with what is trained, so no update and no donation
+        # can reach them. A base is frozen, and all roles that have it share it.
+        self.frozen = {"reference": reader.frozen("reference", self.config.model), **reward.params}
+        self.bases = {role: reader.base(role) for role in self.roles}
 
     def init_state(self) -> State:
         """Return the state before the first step, from the parents of the trained roles."""
@@ -198,7 +194,7 @@ class PPO:
         }
         state: State = {}
         for role in self.roles:
-            params = self.load_role(HEADS[role], role)
+            params = self.reader.initial(role)
             abstract = self.abstract_state[role]
             state[role] = optimisation.place_state(params, optimisers[role], abstract)
         counters = {"stats": RunningStats.zero()}
@@ -242,20 +238,21 @@ class PPO:
         texts: np.ndarray | None = None,
     ) -> None:
         """Stop the run unless ratio, KL and packing are exact before the first update."""
+        policy = lora.select(params["policy"], self.abstract_state["policy"].params)
+        parts = [(scored.experience, microbatch) for microbatch in minibatches.first_epoch[0]]
         ppo_checks.check_first_rollout(
             self.config,
-            self.compiled.policy_gradient,
+            self.sum_policy_gradient(policy, parts).metrics,
             self.reward_model,
             params,
             scored,
-            minibatches.first_epoch[0],
             texts,
             self.ending,
         )
 
     def role_params(self, state: State) -> dict[str, dict]:
         """Return the parameters of all roles that read tokens."""
-        trained = {role: state[role].params for role in self.roles}
+        trained = {role: lora.combine(self.bases[role], state[role].params) for role in self.roles}
         return trained | self.frozen
 
     def sample(
@@ -353,7 +350,9 @@ class PPO:
         self, value: optimisation.TrainState, parts: list
     ) -> tuple[optimisation.TrainState, Metrics]:
         """Take one optimiser step of the value model."""
-        total = optimisation.sum_gradients(self.compiled.value_gradient, value.params, parts)
+        total = optimisation.sum_gradients(
+            self.compiled.value_gradient, value.params, parts, self.bases["value"]
+        )
         value, metrics = self.compiled.update_value(value, total)
         for name in ("grad_norm", "skipped"):
             metrics[f"value/{name}"] = metrics.pop(name)
@@ -363,11 +362,20 @@ class PPO:
         self, policy: optimisation.TrainState, parts: list, update: int
     ) -> tuple[optimisation.TrainState, Metrics]:
         """Take one optimiser step of the policy, with the pretraining gradient if there is one."""
-        total = optimisation.sum_gradients(self.compiled.policy_gradient, policy.params, parts)
+        total = self.sum_policy_gradient(policy.params, parts)
         pretraining = optimisation.sum_gradients(
-            self.compiled.text_gradient, policy.params, self.text.microbatches(update)
+            self.compiled.text_gradient,
+            policy.params,
+            self.text.microbatches(update),
+            self.bases["policy"],
         )
         return self.compiled.update_policy(policy, total, pretraining)
+
+    def sum_policy_gradient(self, policy: dict, parts: list) -> optimisation.GradientSum:
+        """Return the gradient of the clipped objective of a minibatch by what is trained."""
+        return optimisation.sum_gradients(
+            self.compiled.policy_gradient, policy, parts, self.bases["policy"]
+        )
 
     def details(self, step: int, index: np.ndarray, scored: ScoredRollout) -> StepDetails:
         """Return the true score, in the embedded world, and some responses as text."""
@@ -408,9 +416,9 @@ class PPO:
         """Compare the reference and the policy on all that is held out."""
         detailed = self.config.ppo.eval_prompts
         reference = roles.copy_to_device(self.frozen["reference"])
-        policy = state["policy"].params
-        before = self.evaluate_policy(reference, state, limit=None, detailed=detailed)
-        after = self.evaluate_policy(policy, state, limit=None, detailed=detailed)
+        policy = self.role_params(state)["policy"]
+        before = self.evaluate_policy(reference, policy, state, limit=None, detailed=detailed)
+        after = self.evaluate_policy(policy, policy, state, limit=None, detailed=detailed)
         before.figures.update(self.greedy_figures(reference))
         after.figures.update(self.greedy_figures(policy))
         figures = {f"{role}_updates": int(state[role].updates) for role in self.roles}
@@ -434,17 +442,23 @@ class PPO:
         if not self.config.ppo.eval_every:
             return None
         limit = self.config.ppo.eval_prompts
-        policy = state["policy"].params
-        result = self.evaluate_policy(policy, state, limit=limit, detailed=SAMPLED_PROMPTS)
+        policy = self.role_params(state)["policy"]
+        result = self.evaluate_policy(policy, policy, state, limit=limit, detailed=SAMPLED_PROMPTS)
         figures = {"prompts": len(result.rows), **result.figures}
         return Evaluation(figures=figures, rows=result.rows[:SAMPLED_PROMPTS])
 
     def evaluate_policy(
-        self, policy: dict, state: State, *, limit: int | None, detailed: int
+        self,
+        policy: dict,
+        trained_policy: dict,
+        state: State,
+        *,
+        limit: int | None,
+        detailed: int,
     ) -> Evaluation:
         """Evaluate the policy or the reference by the programs of training."""
         return heldout.evaluate(
-            functools.partial(self.answer, policy, state),
+            functools.partial(self.answer, policy, trained_policy, state),
             functools.partial(self.heldout_text_loss, policy),
             self.prompts.heldout,
             self.text.heldout,
@@ -454,7 +468,12 @@ class PPO:
         )
 
     def answer(
-        self, policy: dict, state: State, batch: dict[str, np.ndarray], detailed: int
+        self,
+        policy: dict,
+        trained_policy: dict,
+        state: State,
+        batch: dict[str, np.ndarray],
+        detailed: int,
     ) -> list[dict]:
         """Answer a batch of held-out prompts, and describe the scored responses.
 
@@ -468,7 +487,6 @@ class PPO:
         params = self.role_params(state) | {"policy": policy}
         control = state.get("kl_control")
         figures = self.score(params, state["stats"], rollout, minibatches, texts, control).responses
-        trained_policy = state["policy"].params
         if detailed and policy is not trained_policy:
             params = params | {"policy": trained_policy}
             reread = self.score(params, state["stats"], rollout, minibatches, texts, control)
@@ -501,7 +519,7 @@ class PPO:
     def programs(self) -> Iterable[Program]:
         """Yield the programs of a step, every example as long as it may be."""
         return PlannedPrograms(
-            self.config, self.mesh, self.compiled, self.abstract_state, self.resident()
+            self.config, self.mesh, self.compiled, self.trained, self.resident()
         ).programs()
 
     def resident(self) -> dict[str, Any]:
@@ -511,4 +529,4 @@ class PPO:
     @functools.cached_property
     def resident_shapes(self) -> dict[str, Any]:
         """Hold what `resident` returns: the arguments of the programs are the same objects."""
-        return resident_shapes(self.config, self.mesh, self.abstract_state)
+        return resident_shapes(self.config, self.mesh, self.trained)

@@ -1,7 +1,6 @@
 """What a step of PPO compiles, and what stays in device memory, as shapes."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,13 +10,21 @@ import numpy as np
 from alignjax import config as configs
 from alignjax.algorithms import experience, lm
 from alignjax.algorithms.experience import Experience, Reading, ResponseMicrobatch
+from alignjax.algorithms.optimisation import TrainState
 from alignjax.algorithms.ppo_data import pretraining_rows
-from alignjax.algorithms.ppo_programs import Programs, rollout_mesh, unchanged
-from alignjax.algorithms.stage import Loops, Program, State
+from alignjax.algorithms.ppo_programs import (
+    ROLE_HEADS,
+    Programs,
+    TrainedRoles,
+    rollout_mesh,
+    unchanged,
+)
+from alignjax.algorithms.stage import Loops, Program
 from alignjax.algorithms.supervised import abstract_total
 from alignjax.config import Config
 from alignjax.data import packing
 from alignjax.machine import sharding
+from alignjax.models import lora
 from alignjax.models.attention import decode_attention
 from alignjax.sampling.slots import plan_slots
 from alignjax.sampling.types import Prompts, Rollout
@@ -33,20 +40,25 @@ class PlannedPrograms:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, programs: Programs, state: State, resident: dict
+        self,
+        config: Config,
+        mesh: Mesh,
+        programs: Programs,
+        trained: TrainedRoles,
+        resident: dict[str, Any],
     ):
         ppo = config.ppo
         data = config.data
         self.config = config
         self.mesh = mesh
         self.compiled = programs
-        self.state = state
+        self.state = trained.abstract_state
+        self.bases = trained.abstract_bases
         self.responses = data.batch * ppo.samples_per_prompt
         self.updates = ppo.epochs * ppo.minibatches
         self.params = {
-            role: part.params if role in state else part
-            for role, part in resident.items()
-            if role != "experience"
+            role: lora.combine(base, trained_shapes(resident[role]))
+            for role, base in self.bases.items()
         }
         self.rollout = abstract_rollout(config, mesh)
         self.reading = abstract_reading(config, mesh)
@@ -93,7 +105,7 @@ class PlannedPrograms:
     def rollout_programs(self) -> Iterable[Program]:
         """Yield the program that casts and lays out the policy, if any, and the rollout."""
         mesh = rollout_mesh(self.config, self.mesh)
-        params = self.state["policy"].params
+        params = self.params["policy"]
         placed = params
         if self.compiled.place_params is not unchanged:
             yield Program(
@@ -117,12 +129,13 @@ class PlannedPrograms:
         """Yield the programs of an update of the value model."""
         value = self.state["value"]
         part = (self.experience, self.microbatch)
-        total = abstract_total(self.compiled.value_gradient, value.params, part, self.mesh)
+        base = self.bases["value"]
+        total = abstract_total(self.compiled.value_gradient, value.params, part, self.mesh, base)
         yield Program(
             name="value gradient",
             calls=len(self.microbatches) * self.updates,
             function=self.compiled.value_gradient,
-            arguments=(total, value.params, part),
+            arguments=(total, value.params, part, base),
         )
         yield Program(
             name="value step",
@@ -135,12 +148,13 @@ class PlannedPrograms:
         """Yield the programs of an update of the policy, with the pretraining gradient if any."""
         policy = self.state["policy"]
         part = (self.experience, self.microbatch)
-        total = abstract_total(self.compiled.policy_gradient, policy.params, part, self.mesh)
+        base = self.bases["policy"]
+        total = abstract_total(self.compiled.policy_gradient, policy.params, part, self.mesh, base)
         yield Program(
             name="policy gradient",
             calls=len(self.microbatches) * self.updates,
             function=self.compiled.policy_gradient,
-            arguments=(total, policy.params, part),
+            arguments=(total, policy.params, part, base),
         )
         text_total = None
         if self.config.ppo.pretrain_coef:
@@ -152,12 +166,12 @@ class PlannedPrograms:
             )
             text = sharding.abstract_batch(texts[0], self.mesh)
             text_gradient = self.compiled.text_gradient
-            text_total = abstract_total(text_gradient, policy.params, text, self.mesh)
+            text_total = abstract_total(text_gradient, policy.params, text, self.mesh, base)
             yield Program(
                 name="pretraining gradient",
                 calls=len(texts) * self.updates,
                 function=text_gradient,
-                arguments=(text_total, policy.params, text),
+                arguments=(text_total, policy.params, text, base),
                 beside=(total,),
             )
         yield Program(
@@ -231,20 +245,33 @@ def rollout_loops(config: Config) -> Loops:
     return Loops(refills, -(-steps // refills), filled)
 
 
-def resident_shapes(config: Config, mesh: Mesh, state: State) -> dict[str, Any]:
-    """Return, by name, the shapes of the state, the frozen roles and the experience of a step."""
+def trained_shapes(part: TrainState | dict) -> dict:
+    """Return the parameters of a role among the resident shapes, without its base."""
+    return part.params if isinstance(part, TrainState) else part
+
+
+def frozen_shapes(config: Config, mesh: Mesh, role: str) -> dict:
+    """Return the shapes of a frozen role; with adapters, of those alone: the base is shared."""
     ppo = config.ppo
-    policy = state["policy"]
-    freeze = functools.partial(
-        roles.abstract_frozen,
-        config.model,
-        dtype=ppo.frozen_dtype,
-        memory=ppo.frozen_memory,
-    )
-    shapes = {role: state[role] for role in configs.trained_roles(config)}
-    shapes["reference"] = freeze(policy.params)
+    shapes = roles.abstract_trained(config.model, ROLE_HEADS[role], mesh, config.lora)
+    if config.lora.rank:
+        return shapes
+    return roles.abstract_frozen(config.model, shapes, ppo.frozen_dtype, ppo.frozen_memory)
+
+
+def distinct_leaves(tree: Any) -> list[jax.ShapeDtypeStruct]:
+    """Return the leaves of a tree, those that are one object once."""
+    return list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
+
+
+def resident_shapes(config: Config, mesh: Mesh, trained: TrainedRoles) -> dict[str, Any]:
+    """Return, by name, the shapes of the state, the frozen roles and the experience of a step."""
+    shapes = {role: trained.abstract_state[role] for role in configs.trained_roles(config)}
+    shapes["reference"] = frozen_shapes(config, mesh, "reference")
     if "reward" in config.parents:  # its architecture is taken to be that of the others
-        shapes["reward"] = freeze(roles.abstract_params(config.model, "scalar", mesh))
+        shapes["reward"] = frozen_shapes(config, mesh, "reward")
+    if config.lora.rank:
+        shapes["base"] = distinct_leaves(trained.abstract_bases)
     shapes["experience"] = abstract_experience(config, mesh)
     return shapes
 

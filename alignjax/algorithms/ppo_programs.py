@@ -29,16 +29,18 @@ from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
 from alignjax.algorithms.stage import State
 from alignjax.config import Config, Model
 from alignjax.machine import sharding
-from alignjax.models import scoring, transformer
+from alignjax.models import lora, scoring, transformer
 from alignjax.sampling import rollout as default_sampler
 from alignjax.sampling.external import ExternalSampler
 from alignjax.sampling.types import Prompts, Rollout, SamplingSettings
+from alignjax.weights import bases, roles
 
 Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
 LearningPart = tuple[Experience, ResponseMicrobatch]
 
 HEADS = {"policy": "lm", "value": "scalar"}  # of the trained roles
+ROLE_HEADS = HEADS | {"reference": "lm", "reward": "scalar"}
 
 
 def policy_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
@@ -136,6 +138,7 @@ class TrainedRoles:
     value_optimiser: optax.GradientTransformation | None  # None: there is no value model
     policy_schedule: optax.Schedule  # updates of the policy -> learning rate
     abstract_state: State
+    abstract_bases: dict[str, dict | None]  # beneath adapters; None where there are none
 
 
 def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
@@ -144,16 +147,15 @@ def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
     updates = config.steps * ppo.epochs * ppo.minibatches
     policy_updates = max(updates - configs.value_warmup_steps(config), 1)
     policy_optimiser = optimisation.make_optimiser(config.optimiser, policy_updates)
+    abstract_role = functools.partial(abstract_trained_role, config, mesh)
     abstract_state = {
-        "policy": optimisation.abstract_state(config.model, "lm", policy_optimiser, mesh),
+        "policy": abstract_role("policy", policy_optimiser),
         "stats": sharding.abstract(jax.eval_shape(RunningStats.zero), mesh),
     }
     value_optimiser = None
     if configs.has_value(config):
         value_optimiser = optimisation.make_optimiser(config.value_optimiser, updates)
-        abstract_state["value"] = optimisation.abstract_state(
-            config.model, "scalar", value_optimiser, mesh
-        )
+        abstract_state["value"] = abstract_role("value", value_optimiser)
     if ppo.kl_target:
         abstract_state["kl_control"] = sharding.abstract(
             jax.eval_shape(initial_kl_control, config), mesh
@@ -163,7 +165,47 @@ def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
         value_optimiser=value_optimiser,
         policy_schedule=optimisation.learning_rate_schedule(config.optimiser, policy_updates),
         abstract_state=abstract_state,
+        abstract_bases=abstract_bases(config, mesh),
     )
+
+
+def abstract_bases(config: Config, mesh: Mesh) -> dict[str, dict | None]:
+    """Return the shapes of the base beneath each role; those that share one have one object.
+
+    Without adapters there are none, and each is None. A reward model's architecture is taken to
+    be that of the others.
+    """
+    settings = config.lora
+    wanted = [*configs.trained_roles(config), "reference"]
+    if "reward" in config.parents:
+        wanted.append("reward")
+    if not settings.rank:
+        return dict.fromkeys(wanted)
+    names = {
+        role: bases.planned_base(config.parents[role], ROLE_HEADS[role], settings)
+        for role in wanted
+    }
+    shared: dict[str, dict] = {}
+    for name in names.values():
+        sharing = [role for role in wanted if names[role] == name]
+        head = "lm" if any(ROLE_HEADS[role] == "lm" for role in sharing) else "scalar"
+        shared.setdefault(name, roles.abstract_base(config.model, head, mesh, settings))
+    return {
+        role: without_head(shared[name]) if ROLE_HEADS[role] == "scalar" else shared[name]
+        for role, name in names.items()
+    }
+
+
+def without_head(params: dict) -> dict:
+    """Return parameters without their head."""
+    return {name: part for name, part in params.items() if name != "head"}
+
+
+def abstract_trained_role(
+    config: Config, mesh: Mesh, role: str, optimiser: optax.GradientTransformation
+) -> TrainState:
+    """Return the shapes of the training state of a role."""
+    return optimisation.abstract_state(config.model, HEADS[role], optimiser, mesh, config.lora)
 
 
 def initial_kl_control(config: Config) -> KLControl:
@@ -260,7 +302,9 @@ def compile_programs(
     )
     return Programs(
         sample=make_sampler(config, mesh, sampling_settings(config, end_tokens)),
-        place_params=params_placement(config, mesh, abstract["policy"].params),
+        place_params=params_placement(
+            config, mesh, lora.combine(trained.abstract_bases["policy"], abstract["policy"].params)
+        ),
         place_rollout=rollout_placement(config, mesh),
         read=jax.jit(read, donate_argnums=2),
         make_experience=jax.jit(
@@ -294,15 +338,21 @@ def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Calla
     """Return the function that casts and lays out the policy's parameters for a rollout.
 
     Decoding reads every matrix for every token: half of the bytes if they are cast once before,
-    no transfers over fsdp if they are laid out anew, and fewer products if they are joined.
+    no transfers over fsdp if they are laid out anew, and fewer products if they are joined or have
+    no adapters. With `lora.merge_for_rollout` False there is no copy, unless another layout asks
+    for one, and the adapters stay.
     """
     has_own_layout = config.ppo.rollout_tensor > 0
-    joins = transformer.joins_products()
-    if not (has_own_layout or joins) and config.model.dtype == "float32":
+    keeps_adapters = config.lora.rank > 0 and not config.lora.merge_for_rollout
+    merges_adapters = config.lora.rank > 0 and not keeps_adapters
+    joins = transformer.joins_products() and not keeps_adapters
+    copies = has_own_layout or joins or merges_adapters
+    if not copies and (config.model.dtype == "float32" or keeps_adapters):
         return unchanged
-    place = functools.partial(transformer.for_sampling, config.model)
+    prepare = transformer.rounded if keeps_adapters else transformer.for_sampling
+    place = functools.partial(prepare, config.model)
     layout = None
-    if has_own_layout or joins:
+    if copies:
         shapes = jax.eval_shape(place, abstract_params)
         layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
     return jax.jit(place, out_shardings=layout)

@@ -230,7 +230,7 @@ class Ranking(SupervisedStage):
         self, state: State, step: int, microbatches: list[PairMicrobatch]
     ) -> ScoredPairs | None:
         """Check the packing in step 0; score a microbatch every `sample_every` steps."""
-        params = state["model"].params
+        params = self.params_of(state)
         if step == 0:
             rows = self.data.batches.get(step)
             check_packing(self.config, self.score_fn, params, rows, self.mesh)
@@ -257,8 +257,8 @@ class Ranking(SupervisedStage):
         """Shift all scores so that demonstrations score 0 on average, if there are any."""
         if self.data.demonstrations is None:
             return state
-        params = state["model"].params
-        shifted = shift_scores(params, -self.demonstration_score(params))
+        score = self.demonstration_score(self.params_of(state))
+        shifted = shift_scores(state["model"].params, -score)
         return {"model": state["model"]._replace(params=shifted)}
 
     def demonstration_score(self, params: dict) -> float:
@@ -274,7 +274,7 @@ class Ranking(SupervisedStage):
 
     def evaluate(self, state: State) -> Evaluation:
         """Return the figures of each held-out source, and of the demonstrations."""
-        params = state["model"].params
+        params = self.params_of(state)
         figures = {}
         for source, rows in self.data.heldout.items():
             source_figures = heldout_figures(

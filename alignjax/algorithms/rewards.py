@@ -29,6 +29,7 @@ from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
 from alignjax.weights import locations, roles
+from alignjax.weights.role_reader import RoleReader
 from alignjax.weights.score_place import ending_of
 
 RUNTIME_FIELDS = ("dtype", "remat", "attention")  # of the reward model, as the policy has them
@@ -102,8 +103,12 @@ def build(
     parents: dict[str, Path],
     tokenizer: PreTrainedTokenizerBase,
     function: FunctionReward | None = None,
+    *,
+    reader: RoleReader | None = None,
 ) -> Reward:
     """Build the rewards that the config asks for; `function` is the one that it names, loaded.
+
+    `reader` reads the reward model, which may share its base with other roles.
 
     Raises:
       UserError: for a language model, and for a reward model that cannot read sequences as long as
@@ -117,8 +122,8 @@ def build(
     reward_tokenizer = parent_tokenizer(config, directory)
     ending = ending_of(directory, reward_tokenizer)
     model = reward_architecture(config, directory, ending)
-    params = roles.load_trained(model, "scalar", mesh, directory)
-    params = roles.freeze(model, params, ppo.frozen_dtype, ppo.frozen_memory)
+    reader = reader or RoleReader(config, mesh, parents)
+    params = reader.frozen("reward", model)
     tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)
     if same_tokens(reward_tokenizer, tokenizer):
         return Reward(

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -14,16 +13,22 @@ from alignjax.algorithms.stage import Program, RunInputs, State, StepDetails, St
 from alignjax.config import Config
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
+from alignjax.models import lora
 from alignjax.weights import roles
+from alignjax.weights.role_reader import RoleReader
 
 Mesh = jax.sharding.Mesh
 
 
 def abstract_total(
-    accumulate: optimisation.Accumulate, params: dict, microbatch: Any, mesh: Mesh
+    accumulate: optimisation.Accumulate,
+    params: dict,
+    microbatch: Any,
+    mesh: Mesh,
+    base: dict | None = None,
 ) -> optimisation.GradientSum:
     """Return the shapes of a sum over microbatches: a gradient laid out as its parameters."""
-    metrics = jax.eval_shape(accumulate, None, params, microbatch).metrics
+    metrics = jax.eval_shape(accumulate, None, params, microbatch, base).metrics
     replicated = sharding.replicated(mesh)
     metrics = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), metrics
@@ -46,17 +51,22 @@ class SupervisedStage:
         mesh: Mesh,
         *,
         data: Any = None,
-        parent: Path | None = None,
+        reader: RoleReader | None = None,
         phases: Phases | None = None,
     ):
         self.config = config
         self.mesh = mesh
         self.data = data
-        self.parent = parent
+        self.reader = reader
         self.phases = phases or Phases()
         self.num_steps = config.steps or (data.batches.epoch if data else 1)
         self.optimiser = optimisation.make_optimiser(config.optimiser, self.num_steps)
-        abstract = optimisation.abstract_state(config.model, self.head, self.optimiser, mesh)
+        abstract = optimisation.abstract_state(
+            config.model, self.head, self.optimiser, mesh, config.lora
+        )
+        # Beneath the adapters, frozen; None if all parameters are trained.
+        self.abstract_base = roles.abstract_base(config.model, self.head, mesh, config.lora)
+        self.base = reader.base(self.role) if reader else None
         self.abstract_state: State = {self.role: abstract}
         self.loss_fn = self.make_loss(config)
         self.update = MinibatchUpdate(self.loss_fn, self.optimiser, abstract)
@@ -79,8 +89,8 @@ class SupervisedStage:
     def load(cls, config: Config, mesh: Mesh, inputs: RunInputs) -> Self:
         """Read and tokenise the data, and return a stage that can train."""
         data = cls.load_data(config, mesh, inputs)
-        parent = inputs.parents.get(cls.role)
-        return cls(config, mesh, data=data, parent=parent, phases=inputs.phases)
+        reader = RoleReader(config, mesh, inputs.parents)
+        return cls(config, mesh, data=data, reader=reader, phases=inputs.phases)
 
     @classmethod
     def plan(cls, config: Config, mesh: Mesh) -> Self:
@@ -89,10 +99,13 @@ class SupervisedStage:
 
     def init_state(self) -> State:
         """Return the state of a fresh model, or of the parent's; a missing head is fresh."""
-        key = jax.random.key(self.config.seed)
-        params = roles.load(self.config.model, self.head, self.mesh, key, self.parent)
         abstract = self.abstract_state[self.role]
+        params = self.reader.initial(self.role)
         return {self.role: optimisation.place_state(params, self.optimiser, abstract)}
+
+    def params_of(self, state: State) -> dict:
+        """Return all parameters of the model: what is trained, with its base if it has one."""
+        return lora.combine(self.base, state[self.role].params)
 
     def step(self, state: State, step: int) -> tuple[State, StepOutput]:
         """Take one optimiser step."""
@@ -100,7 +113,7 @@ class SupervisedStage:
         self.phases.mark("data", microbatches)
         parts = self.parts(state, microbatches)
         observation = self.observe(state, step, parts)
-        trained, metrics = self.update(state[self.role], parts)
+        trained, metrics = self.update(state[self.role], parts, self.base)
         self.phases.mark("update", trained)
         output = StepOutput(
             metrics=metrics,
@@ -142,12 +155,13 @@ class SupervisedStage:
         microbatch = sharding.abstract_batch(microbatches[0], self.mesh)
         (part,) = self.parts(self.abstract_state, [microbatch])
         state = self.abstract_state[self.role]
-        total = abstract_total(self.update.accumulate, state.params, part, self.mesh)
+        base = self.abstract_base
+        total = abstract_total(self.update.accumulate, state.params, part, self.mesh, base)
         yield Program(
             name="gradient",
             calls=len(microbatches),
             function=self.update.accumulate,
-            arguments=(total, state.params, part),
+            arguments=(total, state.params, part, base),
         )
         yield Program(
             name="optimiser step",
@@ -157,5 +171,6 @@ class SupervisedStage:
         )
 
     def resident(self) -> dict[str, Any]:
-        """Return the shapes of the training state."""
-        return {"state": self.abstract_state[self.role]}
+        """Return the shapes of the training state, and of the base if there is one."""
+        resident = {"state": self.abstract_state[self.role]}
+        return resident if self.abstract_base is None else resident | {"base": self.abstract_base}

@@ -24,10 +24,12 @@ from alignjax.config.estimators import (
 from alignjax.config.fields import (
     CHOICES,
     DPO,
+    LORA_TARGETS,
     PPO,
     ROLES,
     Config,
     Data,
+    Lora,
     Mesh,
     Model,
     Optimiser,
@@ -36,7 +38,13 @@ from alignjax.config.fields import (
 )
 from alignjax.config.loading import CONFIGS, PACKAGE, SHIPPED, load, run_file
 from alignjax.config.overrides import override, parse_names, parse_overrides, parse_value
-from alignjax.config.stored import difference, model_from_json, stored_config, to_json
+from alignjax.config.stored import (
+    difference,
+    lora_from_json,
+    model_from_json,
+    stored_config,
+    to_json,
+)
 
 __all__ = [
     "AT_LEAST_ONE",
@@ -45,6 +53,8 @@ __all__ = [
     "Config",
     "DPO",
     "Data",
+    "LORA_TARGETS",
+    "Lora",
     "Mesh",
     "Model",
     "Optimiser",
@@ -65,6 +75,7 @@ __all__ = [
     "is_external",
     "is_function_spec",
     "load",
+    "lora_from_json",
     "loss_aggregation",
     "model_from_json",
     "nearest",

@@ -11,7 +11,7 @@ from typing import Any
 from alignjax.config.errors import nearest, rule
 from alignjax.config.estimator_rules import check_estimator
 from alignjax.config.estimators import has_value
-from alignjax.config.fields import CHOICES, KINDS, ROLES, Config, Data, flatten
+from alignjax.config.fields import CHOICES, KINDS, LORA_TARGETS, ROLES, Config, Data, Lora, flatten
 
 AT_LEAST_ONE = (
     "microbatch_tokens",
@@ -66,6 +66,7 @@ def check(config: Config) -> None:
     check_fields(config)
     check_model(config)
     check_stage(config)
+    check_lora(config)
     if config.stage == "dpo":
         check_dpo(config)
     if config.stage == "ppo":
@@ -209,6 +210,39 @@ def check_sources(data: Data) -> None:
 def names_files(sources: str) -> bool:
     """Return whether sources, separated by commas, are not all built in."""
     return not all(BUILT_IN_SOURCE.fullmatch(part.strip()) for part in sources.split(","))
+
+
+def check_lora(config: Config) -> None:
+    """Check the rules of adapters: there is a base for them, and nothing that is set is ignored."""
+    lora = config.lora
+    if not lora.rank:
+        defaults = dict(flatten(Lora(), "lora."))
+        for name, value in flatten(lora, "lora."):
+            rule(
+                value == defaults[name],
+                f"{name}={value!r} has a meaning only with lora.rank, which is 0",
+            )
+        return
+    rule(lora.alpha > 0, f"lora.alpha={lora.alpha} must be above 0")
+    targets = [target.strip() for target in lora.targets.split(",")]
+    known = ",".join(LORA_TARGETS)
+    rule(
+        set(targets) <= set(LORA_TARGETS) and len(set(targets)) == len(targets),
+        f"lora.targets={lora.targets!r} must be some of {known}, separated by commas",
+    )
+    rule(
+        bool(config.parents),
+        f"lora.rank={lora.rank} needs a parent: without one there is no base to adapt",
+    )
+    rule(
+        lora.merge_for_rollout or config.stage == "ppo",
+        f"lora.merge_for_rollout=False has a meaning for ppo only, not for {config.stage}",
+    )
+    rule(
+        lora.merge_for_rollout or not config.ppo.sampler,
+        f"ppo.sampler={config.ppo.sampler!r} takes plain parameters, so lora.merge_for_rollout "
+        "must be True",
+    )
 
 
 def check_dpo(config: Config) -> None:

@@ -162,6 +162,22 @@ class PPO:
 
 
 @dataclass
+class Lora:
+    """Adapters of low rank, which are trained in the place of the parameters, if there are any.
+
+    A product x W becomes x W + alpha / rank (x A) B. The base, which holds W, is frozen, and roles
+    that have the same base share it. The head of a scalar role is trained in full.
+    """
+
+    rank: int = 0  # of A and B; 0 trains all parameters
+    alpha: float = 16.0
+    targets: str = "q,k,v,out,gate,up,down"  # the products that have adapters, of LORA_TARGETS
+    # Whether a rollout samples from a copy of the base with the adapters added to it, rather than
+    # from the base and the adapters as they are, which takes no copy and is slower.
+    merge_for_rollout: bool = True
+
+
+@dataclass
 class Mesh:
     """Devices along each axis."""
 
@@ -199,6 +215,7 @@ class Config:
     ranking: Ranking = field(default_factory=Ranking)
     dpo: DPO = field(default_factory=DPO)
     ppo: PPO = field(default_factory=PPO)
+    lora: Lora = field(default_factory=Lora)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -219,6 +236,16 @@ KINDS = {
     "ranking": ("comparisons",),
     "dpo": ("comparisons",),
     "ppo": ("prompts",),
+}
+# The products of a layer that may have adapters, and the part of the layer that each is in.
+LORA_TARGETS = {
+    "q": "attention",
+    "k": "attention",
+    "v": "attention",
+    "out": "attention",
+    "gate": "mlp",
+    "up": "mlp",
+    "down": "mlp",
 }
 CHOICES = {
     "stage": tuple(ROLES),

@@ -5,7 +5,7 @@ from typing import Any
 
 from alignjax.config.checks import check_fields, check_type, check_types
 from alignjax.config.errors import UserError
-from alignjax.config.fields import ROLES, Config, Model, field_types, flatten
+from alignjax.config.fields import ROLES, Config, Lora, Model, field_types, flatten
 
 
 def difference(config: Config, stored: dict, ignore: tuple[str, ...] = ()) -> list[str]:
@@ -78,3 +78,8 @@ def model_from_json(stored: dict, where: str = "config.json") -> Model:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return model
+
+
+def lora_from_json(stored: dict) -> Lora:
+    """Return the adapters' settings of a config that `stored_config` has read."""
+    return Lora(**{name: stored[f"lora.{name}"] for name in vars(Lora())})

@@ -34,7 +34,7 @@ from alignjax.evals.benchmark import Benchmark, Figure
 from alignjax.machine import console, jsonl, output_directories, outputs
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
-from alignjax.weights import checkpoint, locations, roles
+from alignjax.weights import bases, checkpoint, locations
 
 STANDARD_ERRORS = 1.96  # on either side of an estimate: its 95 % interval
 MICROBATCH_TOKENS = 4096
@@ -165,7 +165,7 @@ def language_model_directory(spec: str) -> Path:
     directory = locations.local_directory(spec)
     if locations.is_run(directory):
         stage = locations.read_config(directory)["stage"]
-        if (stage, "lm") not in roles.CHECKPOINT_ITEMS:
+        if (stage, "lm") not in bases.CHECKPOINT_ITEMS:
             raise UserError(
                 f"--run {spec}: expected a language model, but this run's stage is {stage!r}"
             )

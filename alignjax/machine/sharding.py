@@ -27,6 +27,14 @@ TABLE = (
     (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [l d f]
     (r"mlp/gate_up/kernel$", P(None, "fsdp", "tensor", None)),  # [l d f 2], joined
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [l f d]
+    (r"attention/[qkv]/lora_a$", P(None, "fsdp", None)),  # [l d r]
+    (r"attention/[qkv]/lora_b$", P(None, None, "tensor", None)),  # [l r n h]
+    (r"attention/out/lora_a$", P(None, "tensor", None, None)),  # [l n h r]
+    (r"mlp/(gate|up)/lora_a$", P(None, "fsdp", None)),  # [l d r]
+    (r"mlp/(gate|up)/lora_b$", P(None, None, "tensor")),  # [l r f]
+    (r"mlp/down/lora_a$", P(None, "tensor", None)),  # [l f r]
+    (r"(attention/out|mlp/down)/lora_b$", P(None, None, "fsdp")),  # [l r d]
+    (r"lora_scale$", P()),  # [l]
     (r"(norm|norm1|norm2|q_norm|k_norm)/scale$", P()),
     (r"(^|/)head/kernel$", P("fsdp", "tensor")),  # [d v], or [d 1] of a scalar head
     (r"(^|/)head/bias$", P()),

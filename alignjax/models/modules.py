@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain
+from alignjax.models import lora
 from alignjax.models.attention import KeyValues
 from alignjax.models.rope import Rotation, rotate
 
@@ -34,7 +35,8 @@ def rms_norm(
 class Linear(nnx.Module):
     """A product over the last axes of its input, [... inputs] -> [... outputs].
 
-    The kernel is normal with variance 1 / fan-in.
+    The kernel is normal with variance 1 / fan-in. With adapters, see `models.lora`, the product
+    of those is added.
     """
 
     def __init__(
@@ -44,6 +46,14 @@ class Linear(nnx.Module):
         kernel = jax.random.normal(rngs.params(), (*inputs, *outputs))
         self.kernel = nnx.Param(kernel * math.prod(inputs) ** -0.5)
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.has_adapters = False
+
+    def add_adapters(self) -> None:
+        """Give the product adapters, whose values and rank the parameters bring."""
+        self.has_adapters = True
+        self.lora_a = nnx.Param(jnp.zeros(1))
+        self.lora_b = nnx.Param(jnp.zeros(1))
+        self.lora_scale = nnx.Param(jnp.zeros(()))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.kernel[...].astype(x.dtype)
@@ -51,7 +61,10 @@ class Linear(nnx.Module):
         outputs = kernel.shape[self.input_axes :]
         # One product of two matrices: with batch and tokens as separate axes, XLA's CPU backend
         # takes twice as long for the gradient.
-        y = x.reshape(math.prod(rows), -1) @ kernel.reshape(-1, math.prod(outputs))
+        flat = x.reshape(math.prod(rows), -1)
+        y = flat @ kernel.reshape(-1, math.prod(outputs))
+        if self.has_adapters:
+            y += lora.apply(flat, self.lora_a[...], self.lora_b[...], self.lora_scale[...])
         y = y.reshape(*rows, *outputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 

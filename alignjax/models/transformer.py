@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain
+from alignjax.models import lora
 from alignjax.models.attention import KeyValues, SharedKeys, platform, self_attention
 from alignjax.models.modules import Attend, JoinedLayer, Layer, Transformer, joined, rms_norm
 from alignjax.models.rope import Rotation, rope
@@ -58,13 +59,22 @@ def init(model: Model, key: Array, head: str) -> Params:
 
 
 @functools.lru_cache
-def layer_graph(layer_type: type[Layer], values: tuple) -> tuple[nnx.GraphDef, nnx.State]:
+def layer_graph(
+    layer_type: type[Layer], values: tuple, adapted: tuple[tuple[str, str], ...]
+) -> tuple[nnx.GraphDef, nnx.State]:
     """Return the static half of a layer and the shapes of its state, for a config's values.
 
-    The values are the key of the cache, because a Model is mutable.
+    The values are the key of the cache, because a Model is mutable. `adapted` are the products
+    with adapters.
     """
-    layer = nnx.eval_shape(lambda: layer_type(Model(*values), nnx.Rngs(params=0)))
-    return nnx.split(layer)
+
+    def make() -> Layer:
+        layer = layer_type(Model(*values), nnx.Rngs(params=0))
+        for part, name in adapted:
+            getattr(getattr(layer, part), name).add_adapters()
+        return layer
+
+    return nnx.split(nnx.eval_shape(make))
 
 
 def run_layer(
@@ -76,7 +86,8 @@ def run_layer(
 ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
     """Run one layer with its own parameters, which have no layer axis and may be joined."""
     layer_type = JoinedLayer if "qkv" in params["attention"] else Layer
-    graph, state = layer_graph(layer_type, dataclasses.astuple(model))
+    adapted = lora.adapted_products(params)
+    graph, state = layer_graph(layer_type, dataclasses.astuple(model), adapted)
     state = jax.tree.map(lambda shape: shape, state)  # a copy: the cached state must not change
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)(x, rotation, attend)
@@ -171,23 +182,35 @@ def joins_products() -> bool:
 def for_decoding(model: Model, params: Params) -> Params | list[Params]:
     """Return the layers' parameters as `decode` takes them."""
     layers = params["layers"]
-    if isinstance(layers, list) or not (joins_products() or unrolled(model)):
+    if isinstance(layers, list):
         return layers
-    by_layer = [layer_of(layers, layer) for layer in range(model.layers)]
-    if joins_products():
-        return [joined(model, layer) for layer in by_layer]
-    return by_layer
+    if joins_products() and not lora.adapted_products(layers):
+        return joined_layers(model, layers)
+    return layers_of(model, layers) if unrolled(model) else layers
+
+
+def joined_layers(model: Model, layers: Params) -> list[Params]:
+    """Return the layers one by one, with their adapters added and their products joined."""
+    return [joined(model, lora.merge_layer(layer)) for layer in layers_of(model, layers)]
+
+
+def layers_of(model: Model, layers: Params) -> list[Params]:
+    """Return stacked layers one by one."""
+    return [layer_of(layers, layer) for layer in range(model.layers)]
 
 
 def for_sampling(model: Model, params: Params) -> Params:
     """Return parameters as sampling reads them best: rounded, and laid out for decoding.
 
-    The result serves `apply` and `decode` as the parameters themselves do.
+    Adapters are added to their kernels. The result serves `apply` and `decode` as the parameters
+    themselves do.
     """
-    if not joins_products():
+    if isinstance(params["layers"], list):
         return rounded(model, params)
+    if not joins_products():
+        return rounded(model, lora.merge(params))
     # Joined before they are rounded: XLA would round the whole stack to take one layer of it.
-    return rounded(model, params | {"layers": for_decoding(model, params)})
+    return rounded(model, params | {"layers": joined_layers(model, params["layers"])})
 
 
 def rounded(model: Model, params: Params) -> Params:

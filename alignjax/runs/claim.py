@@ -14,7 +14,7 @@ from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config, UserError
 from alignjax.machine import lock, marker, outputs, processes
 from alignjax.machine import workdir as workdirs
-from alignjax.weights import checkpoint, locations
+from alignjax.weights import bases, checkpoint, locations, roles
 from alignjax.weights.imported import IMPORTED_FILE
 
 # What a run that was interrupted while it claimed a directory leaves: it may be claimed anew.
@@ -92,6 +92,9 @@ def claim_workdir(config: Config, inputs: RunInputs, workdir: Path) -> None:
         entries = marker.read(workdir) or lock.new_run()
         if is_new:
             entries["parents"] = ends_of(inputs.parents)
+            if config.lora.rank:
+                heads = roles.trained_heads(config.stage)
+                entries[bases.BASES] = bases.record(config, workdir, inputs.parents, heads)
         elif "run" not in marker.read(workdir):
             entries |= stored_id(workdir)
         if entries != marker.read(workdir):

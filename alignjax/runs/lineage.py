@@ -10,25 +10,8 @@ from pathlib import Path
 
 from alignjax import config as configs
 from alignjax.config import Config, Model, UserError
-from alignjax.weights import checkpoint, locations, roles
-from alignjax.weights.locations import RUNTIME_FIELDS
-
-# (the child's stage, role) -> the head of the role's model.
-HEADS = {
-    ("lm", "model"): "lm",
-    ("ranking", "model"): "scalar",
-    ("dpo", "policy"): "lm",
-    ("dpo", "reference"): "lm",
-    ("ppo", "policy"): "lm",
-    ("ppo", "reference"): "lm",
-    ("ppo", "value"): "scalar",
-    ("ppo", "reward"): "scalar",
-}
-
-
-def is_config(spec: str) -> bool:
-    """Return whether a parent is named by a config, rather than by a directory or hub name."""
-    return spec.partition(":")[0].endswith(".py")
+from alignjax.weights import bases, checkpoint, locations, roles
+from alignjax.weights.locations import RUNTIME_FIELDS, is_config
 
 
 def parent_of(run: Path, role: str) -> Path | None:
@@ -109,7 +92,7 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
     Raises:
       UserError: it names the parent and what is wrong with it.
     """
-    head = HEADS[config.stage, role]
+    head = roles.HEADS[config.stage, role]
     if role != "reward":
         locations.check_architecture(config.model, directory)
     if not locations.is_run(directory):
@@ -119,10 +102,10 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
     if not (directory / "summary.json").exists():
         raise UserError(f"{where}: this run is not complete")
     stage = locations.read_config(directory)["stage"]
-    if (stage, head) not in roles.CHECKPOINT_ITEMS:
+    if (stage, head) not in bases.CHECKPOINT_ITEMS:
         raise UserError(f"{where}: a language model is wanted, this run's stage is {stage!r}")
     if head == "scalar":
-        roles.check_value_model(directory, where)
+        bases.check_value_model(directory, where)
     if role == "reward" and stage in roles.LANGUAGE_MODELS:
         raise UserError(f"{where}: a reward model is wanted, this run's stage is {stage!r}")
     try:

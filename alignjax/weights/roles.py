@@ -8,25 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.config import Model, UserError
+from alignjax.config import Lora, Model, UserError
 from alignjax.machine import sharding
 from alignjax.machine import workdir as workdirs
-from alignjax.models import transformer
-from alignjax.weights import hf, locations, peft_adapter
+from alignjax.models import lora, transformer
+from alignjax.weights import bases, hf, locations, peft_adapter
 from alignjax.weights.checkpoint import restore_role
 
-# (stage of the parent run, head of the child's role) -> the checkpoint item to load.
-CHECKPOINT_ITEMS = {
-    ("lm", "lm"): "model",
-    ("lm", "scalar"): "model",
-    ("ranking", "scalar"): "model",
-    ("dpo", "lm"): "policy",
-    ("dpo", "scalar"): "policy",
-    ("ppo", "lm"): "policy",
-    ("ppo", "scalar"): "value",
+# (stage, role of a run) -> the head of the role's model.
+HEADS = {
+    ("lm", "model"): "lm",
+    ("ranking", "model"): "scalar",
+    ("dpo", "policy"): "lm",
+    ("dpo", "reference"): "lm",
+    ("ppo", "policy"): "lm",
+    ("ppo", "reference"): "lm",
+    ("ppo", "value"): "scalar",
+    ("ppo", "reward"): "scalar",
 }
+FROZEN_ROLES = ("reference", "reward")
 LANGUAGE_MODELS = ("lm", "dpo")  # stages whose runs have no scalar head
 Params = dict[str, Any]  # a tree of arrays, or of their shapes
+
+
+def trained_heads(stage: str) -> dict[str, str]:
+    """Return the heads of the roles that a stage trains."""
+    return {
+        role: head
+        for (its_stage, role), head in HEADS.items()
+        if its_stage == stage and role not in FROZEN_ROLES
+    }
 
 
 def abstract_params(model: Model, head: str, mesh: jax.sharding.Mesh) -> Params:
@@ -36,6 +47,27 @@ def abstract_params(model: Model, head: str, mesh: jax.sharding.Mesh) -> Params:
     """
     shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
     return sharding.abstract(shapes, mesh)
+
+
+def abstract_trained(model: Model, head: str, mesh: jax.sharding.Mesh, settings: Lora) -> Params:
+    """Return the shapes of what a role trains: adapters, or all parameters if `rank` is 0."""
+    if settings.rank:
+        return abstract_adapters(model, head, mesh, settings)
+    return abstract_params(model, head, mesh)
+
+
+def abstract_base(
+    model: Model, head: str, mesh: jax.sharding.Mesh, settings: Lora
+) -> Params | None:
+    """Return the shapes of the frozen base beneath a role's adapters; None without adapters."""
+    if not settings.rank:
+        return None
+    params = abstract_params(model, head, mesh)
+    if head == "scalar":
+        del params["head"]
+    params = abstract_frozen(model, params, model.dtype, "device")
+    scales = jax.eval_shape(lambda: lora.scales(settings, model.layers))
+    return lora.combine(params, sharding.abstract(scales, mesh))
 
 
 def init_params(
@@ -77,11 +109,16 @@ def load_trained(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Pa
     """
     params = read(model, head, mesh, directory)
     if head == "scalar" and "head" not in params:
-        raise UserError(
-            f"{directory}: a reward model is wanted, but this is a language model: it has no head "
-            f"for scores ({hf.SCORE} in a Hugging Face checkpoint)"
-        )
+        raise no_scores(directory)
     return params
+
+
+def no_scores(directory: Path) -> UserError:
+    """Return the error for a language model in the place of a reward model."""
+    return UserError(
+        f"{directory}: a reward model is wanted, but this is a language model: it has no head "
+        f"for scores ({hf.SCORE} in a Hugging Face checkpoint)"
+    )
 
 
 def read(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -> Params:
@@ -97,29 +134,66 @@ def read_run(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) 
 
     The result has no `head` if a scalar head is wanted and the run is a language model.
     """
-    stage = locations.read_config(directory)["stage"]
-    if (stage, head) not in CHECKPOINT_ITEMS:
-        raise UserError(
-            f"parent {directory}: a language model is wanted, this run's stage is {stage!r}"
-        )
-    if head == "scalar":
-        check_value_model(directory, f"parent {directory}")
-    saved_head = "lm" if stage in LANGUAGE_MODELS else head
-    item = CHECKPOINT_ITEMS[stage, head]
+    item = bases.item_of(directory, head)
+    saved_head = saved_head_of(directory, head)
+    settings = bases.adapters_of(directory)
+    if settings is not None:
+        return read_merged(model, head, mesh, directory, settings)
     params = restore_role(directory, item, abstract_params(model, saved_head, mesh))
     if saved_head != head:
         params.pop("head", None)  # A language model with tied embeddings has no head.
     return params
 
 
-def check_value_model(run: Path, where: str) -> None:
-    """Raise UserError if a run is of PPO and has trained no value model."""
-    stored = locations.read_config(run)
-    if stored["stage"] == "ppo" and "value" not in stored["parents"]:
-        estimator = stored.get("ppo.advantage_estimator")
-        raise UserError(
-            f"{where}: with ppo.advantage_estimator={estimator!r} a run has no value model"
-        )
+def saved_head_of(run: Path, head: str) -> str:
+    """Return the head that a run has saved of the role that becomes one with `head`."""
+    return "lm" if locations.read_config(run)["stage"] in LANGUAGE_MODELS else head
+
+
+def read_merged(
+    model: Model, head: str, mesh: jax.sharding.Mesh, run: Path, settings: Lora
+) -> Params:
+    """Read a role of a run with adapters, and add them to their base."""
+    base = bases.base_of(run, head)
+    params = read(model, head, mesh, bases.directory_of(run, base.place))
+    trained = read_adapters(model, head, mesh, run, settings)
+    if "head" in trained:
+        params.pop("head", None)
+    return merge(params, lora.combine(lora.scales(settings, model.layers), trained), mesh)
+
+
+def merge(base: Params, adapters: Params, mesh: jax.sharding.Mesh) -> Params:
+    """Return a base, whose arrays are donated, with adapters and their scales added to it."""
+    layout = sharding.param_shardings(jax.eval_shape(merge_combined, base, adapters), mesh)
+    return jax.jit(merge_combined, out_shardings=layout, donate_argnums=0)(base, adapters)
+
+
+def merge_combined(base: Params, adapters: Params) -> Params:
+    """Return a base with adapters and their scales added to it."""
+    return lora.merge(lora.combine(base, adapters))
+
+
+def read_adapters(
+    model: Model, head: str, mesh: jax.sharding.Mesh, run: Path, settings: Lora
+) -> Params:
+    """Read what a run with adapters has trained of a role: adapters, and a scalar head if any."""
+    shapes = abstract_adapters(model, saved_head_of(run, head), mesh, settings)
+    return restore_role(run, bases.item_of(run, head), shapes)
+
+
+def draw_adapters(model: Model, head: str, key: jax.Array, settings: Lora) -> Params:
+    """Draw what a role with adapters trains: new adapters, and a scalar head if it has one."""
+    shapes = jax.eval_shape(lambda: transformer.init(model, key, head))
+    adapters = lora.init(settings, shapes["layers"], key)
+    if head == "scalar":
+        adapters["head"] = transformer.init(model, key, head)["head"]
+    return adapters
+
+
+def abstract_adapters(model: Model, head: str, mesh: jax.sharding.Mesh, settings: Lora) -> Params:
+    """Return the shapes, types and shardings of what a role with adapters trains."""
+    shapes = jax.eval_shape(lambda: draw_adapters(model, head, jax.random.key(0), settings))
+    return sharding.abstract(shapes, mesh)
 
 
 def read_hf(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -> Params:
