@@ -144,7 +144,7 @@ class Learning:
         self.gradient = self.compile_gradient()
 
     def compile_gradient(self) -> Compiled:
-        return policy_gradient(self.config).lower(None, self.state.params, self.part).compile()
+        return policy_gradient(self.config).lower(self.state.params, self.part).compile()
 
     def memory(self) -> str:
         """Return the memory of the gradient, as it is and with all logits at once."""
@@ -196,7 +196,7 @@ class Learning:
         )
 
     def run_gradient(self) -> optimisation.GradientSum:
-        return self.gradient(None, self.state.params, self.part)
+        return optimisation.GradientSum(*self.gradient(self.state.params, self.part))
 
 
 def read_policy(model: Model, params: dict, part: LearningPart) -> tuple[jax.Array, jax.Array]:

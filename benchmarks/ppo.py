@@ -18,7 +18,7 @@ from alignjax import config as configs
 from alignjax.algorithms import optimisation
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.ppo import PPO
-from alignjax.algorithms.ppo_data import PretrainingText
+from alignjax.algorithms.ppo_data import PretrainingText, choose_ladder
 from alignjax.config import Config
 from alignjax.machine import sharding
 from alignjax.machine.profile import Compilations, Phases
@@ -83,6 +83,12 @@ class Iterations:
             "reward": shapes.parameters(config.model, "scalar", 2),
         }
         self.stage.text = PretrainingText()
+        self.stage.ladder = choose_ladder(
+            config,
+            lambda step: np.full(PROMPTS, PROMPT_TOKENS),
+            sharding.row_shards(self.mesh),
+            None,
+        )
         policy = shapes.parameters(config.model, "lm", 0)
         value = shapes.parameters(config.model, "scalar", 1)
         trained = self.stage.trained

@@ -19,7 +19,7 @@ from alignjax.algorithms import optimisation, ranking
 from alignjax.algorithms.optimisation import MinibatchUpdate, TrainState
 from alignjax.algorithms.ranking import PairMicrobatch
 from alignjax.config import Model
-from alignjax.data import mixture, packing
+from alignjax.data import ladders, mixture, packing
 from alignjax.machine import sharding
 
 PAIRS = 16
@@ -31,7 +31,7 @@ WARM_UP = 5  # steps
 
 
 def pad(
-    lengths: np.ndarray, groups: list[list[int]], longest: int, budget: int, shards: int = 1
+    lengths: np.ndarray, groups: list[list[int]], longest: int, budget: int, *_: object
 ) -> list[packing.Layout]:
     """Lay out as `packing.pack`, but each sequence alone in a row of the longest width."""
     groups_per_part = max(budget // longest // len(groups[0]), 1)
@@ -39,7 +39,7 @@ def pad(
     for start in range(0, len(groups), groups_per_part):
         part = sum(groups[start : start + groups_per_part], [])
         spots = [packing.Spot(sequence, row, 0) for row, sequence in enumerate(part)]
-        layouts.append(packing.layout(spots, lengths, len(part), longest))
+        layouts.append(packing.layout(spots, lengths, packing.Shape(len(part), longest, 0)))
     return layouts
 
 
@@ -59,13 +59,25 @@ class RandomPairs:
             tokens = random.integers(2, model.vocab_size, (pairs, LONGEST))
             self.rows[side] = tokens.astype(np.int32)
             self.rows[f"{side}_length"] = self.lengths[:, place]
+        batches = [self.get(step) for step in range(steps)]
+        shards = sharding.row_shards(self.mesh)
+        self.ladder = ladders.for_minibatches(
+            batches,
+            lambda rows, ladder: ranking.pack_minibatch(rows, microbatch_tokens, shards, ladder),
+            ladders.costs_of(model, "scalar", microbatch_tokens),
+            shards,
+        )
+
+    def get(self, step: int) -> ranking.Rows:
+        """Return the comparisons of a step; after the last one come the first again."""
+        start = step % self.steps * PAIRS
+        return {name: array[start : start + PAIRS] for name, array in self.rows.items()}
 
     def pack(self, step: int) -> list[PairMicrobatch]:
-        """Return the microbatches of a step; after the last one come the first again."""
-        start = step % self.steps * PAIRS
-        rows = {name: array[start : start + PAIRS] for name, array in self.rows.items()}
+        """Return the microbatches of a step."""
+        rows = self.get(step)
         shards = sharding.row_shards(self.mesh)
-        return ranking.pack_minibatch(rows, self.microbatch_tokens, shards)
+        return ranking.pack_minibatch(rows, self.microbatch_tokens, shards, self.ladder)
 
     def on_mesh(self, microbatches: list[PairMicrobatch]) -> list[PairMicrobatch]:
         return [sharding.shard_batch(microbatch, self.mesh) for microbatch in microbatches]

@@ -25,9 +25,8 @@ import numpy as np
 import shapes
 from sampling import rollout_program
 
-from alignjax.algorithms import experience, optimisation, ppo_programs
+from alignjax.algorithms import experience, ppo_programs
 from alignjax.algorithms.experience import Experience
-from alignjax.algorithms.optimisation import Accumulate
 from alignjax.algorithms.ppo_programs import LearningPart
 from alignjax.config import Config, Model
 from alignjax.models import transformer
@@ -109,10 +108,10 @@ def learning_part(config: Config, rows: int, length: int) -> LearningPart:
     return jax.tree.map(jnp.asarray, (made, microbatch))
 
 
-def policy_gradient(config: Config) -> Accumulate:
-    """Return the compiled gradient of the policy's loss, as PPO has it."""
+def policy_gradient(config: Config) -> Callable[[dict, LearningPart], tuple[dict, dict]]:
+    """Return the compiled gradient of the policy's loss, with its metrics."""
     loss = functools.partial(ppo_programs.policy_loss_fn, config)
-    return optimisation.compile_accumulate(loss)
+    return jax.jit(jax.grad(loss, has_aux=True))
 
 
 def cost_of(program: Callable, arguments: tuple, repeats: int) -> Cost:
@@ -141,7 +140,7 @@ def costs_at(axis: str, size: int, repeats: int) -> list[float]:
     config = learning_config(model, rows, length)
     part = learning_part(config, rows, length)
     rollout = rollout_program(model, rows, length // 2, length // 2)
-    gradient_cost = cost_of(policy_gradient(config), (None, params, part), repeats)
+    gradient_cost = cost_of(policy_gradient(config), (params, part), repeats)
     rollout_cost = cost_of(rollout.sample, (params, rollout.prompts, rollout.key), repeats)
     return gradient_cost.figures() + rollout_cost.figures()
 

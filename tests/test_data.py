@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from alignjax import config as configs
 from alignjax.algorithms import lm, ranking
 from alignjax.config import UserError
-from alignjax.data import chat, encoding, files, mixture, sources, toy
+from alignjax.data import chat, encoding, files, mixture, packing, sources, toy
 from alignjax.machine import sharding
 
 USER = {"role": "user", "content": "last : red cat box"}
@@ -478,7 +478,7 @@ def test_the_held_out_loss_is_the_mean_of_all_targets(budget, monkeypatch):
     monkeypatch.setattr(sharding, "shard_batch", lambda batch, mesh: batch)
 
     def loss(params, part):
-        tokens = np.take_along_axis(part.packed.tokens, part.targets, axis=1)
+        tokens = packing.at_targets(part.packed.tokens, part.targets)
         return (part.weights * (tokens % 100)).sum(), {}
 
     rows = conversations_of(5, n=11)

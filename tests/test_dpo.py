@@ -186,7 +186,7 @@ def test_packed_pairs_have_the_loss_and_gradient_of_a_brute_force_twin(dpo):
     differentiate = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     total = 0.0
     gradient = None
-    for microbatch in dpo_programs.pack_minibatch(pairs, 18, 1, numbers):
+    for microbatch in dpo_programs.pack_minibatch(pairs, 18, 1, numbers=numbers):
         (loss, _), part = differentiate(PARAMS, (table, microbatch))
         total += float(loss)
         gradient = part if gradient is None else jax.tree.map(jnp.add, gradient, part)

@@ -26,12 +26,12 @@ ROWS = {
 @pytest.fixture(scope="module")
 def gradients():
     """Return budget -> (total over the minibatch, number of microbatches)."""
-    accumulate = optimisation.compile_accumulate(functools.partial(lm.loss_fn, MODEL))
+    accumulate = optimisation.Accumulate(functools.partial(lm.loss_fn, MODEL))
 
     @functools.cache
     def total_of(budget):
         microbatches = lm.pack_minibatch(ROWS, budget, 1)
-        return optimisation.sum_gradients(accumulate, PARAMS, microbatches), len(microbatches)
+        return accumulate(PARAMS, microbatches), len(microbatches)
 
     return total_of
 
@@ -98,10 +98,10 @@ PARTS = [
 def test_a_total_by_hand():
     """Microbatches of any shapes: 3/2 + 4/4 + 8/4 = 4.5, and the sum of the weights."""
     params = jax.tree.map(jnp.float32, LINE)
-    total = optimisation.sum_gradients(optimisation.compile_accumulate(line), params, PARTS)
+    total = optimisation.Accumulate(line)(params, PARTS)
     assert total.gradient == {"kernel": 4.5, "bias": 1.0}
     assert total.metrics == {"loss": 2 * 4.5 + 1, "seen": 8}
-    assert optimisation.sum_gradients(None, None, []) is None
+    assert optimisation.Accumulate(line)(params, []) is None
 
 
 def test_a_minibatch_update_is_one_optimiser_step_that_donates_the_state():

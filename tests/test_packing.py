@@ -193,24 +193,31 @@ def test_a_layout_by_hand():
 
 def test_layouts_of_spots_by_hand():
     layout = packing.layout(
-        [packing.Spot(*spot) for spot in ((1, 0, 0), (0, 0, 3), (2, 1, 0))], [2, 3, 1], 2, 6
+        [packing.Spot(*spot) for spot in ((1, 0, 0), (0, 0, 3), (2, 1, 0))],
+        [2, 3, 1],
+        packing.Shape(2, 6, 5),
     )
+    assert layout.target_room == 5
     assert layout.sequence.tolist() == [[1, 1, 1, 0, 0, -1], [2, -1, -1, -1, -1, -1]]
     assert layout.place.tolist() == [[0, 1, 2, 0, 1, 0], [0] * 6]
 
 
-@pytest.mark.parametrize("most, k", [(0, 3), (3, 3), (4, 5), (6, 8), (9, 10)])
-def test_the_places_of_targets_are_whole_quarters_of_a_row(most, k):
-    """Widths of ten: a quarter is three, rounded up."""
-    mask = np.zeros((3, 10), bool)
-    mask[0, 10 - most :] = True
-    mask[1, [1, 4]] = most > 1
-    places, real = packing.targets(mask)
-    assert places.shape == real.shape == (3, k) and places.dtype == np.int32
-    assert real.sum(axis=1).tolist() == mask.sum(axis=1).tolist()
-    for row in range(3):
-        assert places[row][real[row]].tolist() == np.flatnonzero(mask[row]).tolist()
-        assert not mask[row][places[row][~real[row]]].any()
+@pytest.mark.parametrize("shards, room, k", [(1, 0, 5), (1, 8, 8), (2, 0, 3), (2, 4, 4)])
+def test_the_places_of_targets_are_those_of_each_devices_rows(shards, room, k):
+    """Of four rows of three, each of two devices has two."""
+    mask = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]], bool)
+    places, real = packing.targets(mask, shards, room)
+    assert places.shape == real.shape == (shards, k) and places.dtype == np.int32
+    wanted = [[1, 3, 9, 10, 11]] if shards == 1 else [[1, 3], [3, 4, 5]]
+    for device in range(shards):
+        assert places[device][real[device]].tolist() == wanted[device]
+    assert packing.at_targets(mask, places)[real].all()
+    assert not packing.at_targets(mask, places)[~real].any()
+
+
+def test_a_minibatch_without_targets_has_room_for_one():
+    places, real = packing.targets(np.zeros((2, 8), bool))
+    assert places.shape == (1, 1) and not real.any()
 
 
 def test_padded_by_hand():
@@ -244,9 +251,9 @@ def text():
 
 
 def targets_of(batch):
-    """Return (example, place) [2 rows targets] of a microbatch's targets, and which are real."""
-    segments = np.take_along_axis(batch.packed.segments, batch.targets, axis=1)
-    places = np.take_along_axis(batch.packed.positions, batch.targets, axis=1)
+    """Return (example, place) [2 shards targets] of a microbatch's targets, and which are real."""
+    segments = packing.at_targets(batch.packed.segments, batch.targets)
+    places = packing.at_targets(batch.packed.positions, batch.targets)
     return np.stack([segments // (T + 1), places]), batch.weights > 0
 
 
@@ -327,7 +334,7 @@ def test_packed_text_is_each_document_alone(budget, shards, documents):
 
 
 def gradient(loss_fn, params, batches):
-    return optimisation.sum_gradients(optimisation.compile_accumulate(loss_fn), params, batches)
+    return optimisation.Accumulate(loss_fn)(params, batches)
 
 
 def assert_close(ours, theirs):

@@ -20,7 +20,7 @@ from alignjax.algorithms.experience import Minibatches, Reading, pack_minibatch
 from alignjax.algorithms.ppo import PPO, updates_of_step
 from alignjax.algorithms.ppo_checks import CHECKED_RESPONSES
 from alignjax.config import UserError
-from alignjax.data import encoding
+from alignjax.data import encoding, packing
 from alignjax.machine import sharding
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.models import scoring, transformer
@@ -149,7 +149,7 @@ class World:
     def policy_gradient(self, params, responses):
         """Return the gradient and metrics of the policy's objective on a minibatch."""
         parts = [(self.experience, microbatch) for microbatch in self.pack(responses)]
-        return optimisation.sum_gradients(self.stage.compiled.policy_gradient, params, parts)
+        return self.stage.compiled.policy_gradient(params, parts)
 
     def learn(self, text=None, learning_rate=None):
         """Take the updates of a step from a copy of the initial state."""
@@ -207,9 +207,7 @@ def test_before_an_update_the_ratio_is_1_and_the_kl_0(temperature, budget):
     assert not np.asarray(scored.responses["kl"]).any()
     for minibatch in world.minibatches.first_epoch:
         parts = [(scored.experience, microbatch) for microbatch in minibatch]
-        metrics = optimisation.sum_gradients(
-            world.stage.compiled.policy_gradient, world.params["policy"], parts
-        ).metrics
+        metrics = world.stage.compiled.policy_gradient(world.params["policy"], parts).metrics
         assert metrics["val/ratio_var"] < 1e-12
         assert abs(metrics["val/ratio"] - 1) < 1e-6
         assert metrics["policy/clipfrac_avg"] == 0
@@ -379,7 +377,7 @@ def test_the_pretraining_gradient_is_added_with_its_coefficient(world, text):
         jax.value_and_grad(lambda params: lm.loss_fn(config.model, params, batch)[0])
     )
     loss, pretraining = text_loss(state.params)
-    total = optimisation.sum_gradients(world.stage.compiled.text_gradient, state.params, text(4096))
+    total = world.stage.compiled.text_gradient(state.params, text(4096))
     step = jax.jit(functools.partial(ppo_programs.update_policy, config, recorder))
     new, metrics = step(state, alone, total)
     expected = jax.tree.map(lambda a, b: a + 0.25 * b, alone.gradient, pretraining)
@@ -442,8 +440,8 @@ def test_every_token_of_a_response_is_read_once_and_its_figure_comes_back(
         assert len(part.sequence) % shards == 0
         assert part.sequence.shape == part.place.shape
         number = np.where(part.sequence >= 0, 100 * part.sequence + part.place, -1)
-        target = np.take_along_axis(number, part.targets, axis=1)
-        before = np.take_along_axis(number, np.maximum(part.targets - 1, 0), axis=1)
+        target = packing.at_targets(number, part.targets)
+        before = packing.at_targets(number, np.maximum(part.targets - 1, 0))
         real = part.weights > 0
         assert (before[real] == target[real] - 1).all()  # a target follows a token of its own
         assert np.allclose(part.weights[real], 1 / lengths[responses].sum(), rtol=1e-6)
@@ -546,7 +544,7 @@ def test_tokens_before_a_prompt_and_after_an_end_are_never_read(packed_world):
     policy = packed_world.params["policy"]
     parts = [(scored.experience, part) for part in packed_world.pack(FIRST_MINIBATCH)]
     gradient = packed_world.stage.compiled.policy_gradient
-    total = optimisation.sum_gradients(gradient, policy, parts)
+    total = gradient(policy, parts)
     assert equal(total, packed_world.policy_gradient(policy, FIRST_MINIBATCH))
 
 
@@ -565,8 +563,7 @@ def test_what_stands_after_an_end_in_the_experience_is_never_learned_from(packed
         ("value", compiled.value_gradient),
     ):
         totals = [
-            optimisation.sum_gradients(
-                gradient,
+            gradient(
                 packed_world.params[role],
                 [(experience, microbatch) for microbatch in microbatches],
             )

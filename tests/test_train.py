@@ -15,9 +15,11 @@ from runs import PARENTS, STEPS, command, cut, fails, files_of, rows, with_paren
 from alignjax import config as configs
 from alignjax import train
 from alignjax.algorithms import ranking
+from alignjax.algorithms.stage import RunInputs
 from alignjax.config import UserError
-from alignjax.data import chat, mixture, packing
+from alignjax.data import chat, ladders, packing
 from alignjax.machine import sharding
+from alignjax.machine.profile import Phases
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
 from alignjax.runs.claim import check_workdir
@@ -285,30 +287,22 @@ def test_the_final_policy_reads_the_references_responses(chain):
     assert np.abs(policy - reference).max() > 1e-3
 
 
-def microbatches_of_steps(config, runs: Path) -> list:
-    """Return the microbatches of each step of the tiny reward model's run."""
-    tokenizer = chat.load_tokenizer(runs / PARENTS["rm-tiny"][0] / "tokenizer")
-    data = config.data
-    sets = mixture.sets(config, data.kind, data.train, data.heldout, print)
-    batches = mixture.batches(
-        config, sets, data.kind, data.max_length, data.batch, tokenizer, print
+def load_comparisons(config, runs: Path) -> ranking.RankingData:
+    """Return the data of the tiny reward model's run."""
+    parent = runs / PARENTS["rm-tiny"][0]
+    inputs = RunInputs(
+        parents={"model": parent},
+        tokenizer=chat.load_tokenizer(parent / "tokenizer"),
+        say=print,
+        phases=Phases(),
     )
-    return [
-        ranking.pack_minibatch(batches.get(step), config.microbatch_tokens, 1)
-        for step in range(config.steps)
-    ]
+    return ranking.load_comparisons(config, sharding.make_mesh(config.mesh), inputs)
 
 
-def shapes_of(microbatch) -> tuple:
-    return tuple(array.shape for array in jax.tree.leaves(microbatch))
+def test_a_run_compiles_a_program_for_each_of_at_most_four_shapes(chain, tmp_path):
+    """All other programs are compiled in step 0, or with the save at the end.
 
-
-def test_programs_are_compiled_for_new_shapes_only(chain, tmp_path):
-    """A program is compiled for each new shape of a microbatch, in each of three places.
-
-    These are a step's first microbatch, its later ones (which are added to a total), and the
-    ones that are sampled from. Packing can give few shapes. All other programs are compiled in
-    step 0, or with the save at the end. Rows lie over one device, so there are several shapes.
+    Rows lie over one device, and a microbatch is small, so microbatches need many shapes.
     """
     runs = with_parents("rm-tiny", chain.runs, tmp_path)
     changes = {
@@ -321,30 +315,16 @@ def test_programs_are_compiled_for_new_shapes_only(chain, tmp_path):
     config = configs.load("rm.py:tiny", {name: str(value) for name, value in changes.items()})
     assert train.main(command("rm-tiny", runs, *arguments_of(changes))) == 0
     compilations = [row["compilations"] for row in rows(runs / "rm-tiny" / "timing.jsonl")]
-    seen = set()
-    new_programs = []
-    layouts = set()
-    for step, microbatches in enumerate(microbatches_of_steps(config, runs)):
-        programs = {
-            ("first" if place == 0 else "later", shapes_of(microbatch))
-            for place, microbatch in enumerate(microbatches)
-        }
-        if step % config.sample_every == 0:
-            programs.add(("sampled", shapes_of(microbatches[0])))
-        new_programs.append(len(programs - seen))
-        seen |= programs
-        layouts |= {microbatch.packed.tokens.shape for microbatch in microbatches}
-    assert np.diff(compilations[:-1]).tolist() == new_programs[1:-1]
-    assert sum(new_programs[1:-1]) > 0
-    longest = config.data.max_length
-    widths = {packing.width_of(length, longest) for length in range(1, longest + 1)}
-    possible = {
-        (packing.rows_of(count, 1), width)
-        for width in widths
-        for count in range(1, max(128 // width, 2) + 1)
-    }
-    assert layouts <= possible
-    assert len(possible) == 12 + 8 + 4
+    data = load_comparisons(config, runs)
+    shapes = set()
+    needs = set()
+    for step in range(config.steps):
+        shapes |= {ladders.shape_of(part) for part in data.prefetch.get(step)}
+        batch = data.batches.get(step)
+        parts = ranking.pack_minibatch(batch, config.microbatch_tokens, 1, packing.exact)
+        needs |= {ladders.shape_of(part) for part in parts}
+    assert 1 < len(shapes) <= 4 < len(needs)
+    assert compilations[-2] - compilations[0] <= 2 * (len(shapes) - 1)  # gradient and scores
 
 
 def test_ppo_of_a_function_and_of_a_reward_model_with_its_own_tokenizer(chain, tmp_path):

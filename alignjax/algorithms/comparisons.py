@@ -22,8 +22,9 @@ Mesh = jax.sharding.Mesh
 Rows = dict[str, Any]
 # (parameters, microbatch) -> a figure of each response, [pairs 2]
 ReadPairs = Callable[[dict, Any], jax.Array]
-# (rows, tokens of a microbatch, devices that its rows lie over) -> microbatches, each with `pair`
-PackPairs = Callable[[Rows, int, int], list[Any]]
+# (rows, tokens of a microbatch, devices that its rows lie over, the shapes of microbatches, for how
+# many pairs) -> microbatches, each with `pair`
+PackPairs = Callable[[Rows, int, int, packing.Ladder, int], list[Any]]
 
 SIDES = ("chosen", "rejected")
 
@@ -63,11 +64,18 @@ def interleave(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lay_out(
-    lengths: np.ndarray, longest: int, microbatch_tokens: int, row_shards: int
+    lengths: np.ndarray,
+    longest: int,
+    microbatch_tokens: int,
+    row_shards: int,
+    ladder: packing.Ladder,
+    counts: np.ndarray | None = None,
 ) -> list[packing.Layout]:
     """Pack interleaved sequences into microbatches; both of a pair are in the same one."""
     pairs = [[first, first + 1] for first in range(0, len(lengths), 2)]
-    return packing.pack(lengths, pairs, longest, microbatch_tokens, row_shards)
+    return packing.pack(
+        lengths, pairs, longest, microbatch_tokens, row_shards, ladder, counts=counts
+    )
 
 
 def read_rows(
@@ -77,10 +85,13 @@ def read_rows(
     rows: Rows,
     microbatch_tokens: int,
     mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
+    room: int = 0,
 ) -> np.ndarray:
     """Return what a compiled function makes of comparisons, [pairs 2], in their order."""
     figures = np.zeros((len(rows["margin"]) + 1, 2), np.float32)
-    for microbatch in pack(rows, microbatch_tokens, sharding.row_shards(mesh)):
+    row_shards = sharding.row_shards(mesh)
+    for microbatch in pack(rows, microbatch_tokens, row_shards, ladder, room):
         batch_figures = read(params, sharding.shard_batch(microbatch, mesh))
         figures[microbatch.pair] = sharding.on_host(batch_figures)
     return figures[:-1]  # the last row took the padding

@@ -29,7 +29,7 @@ from alignjax.algorithms.ppo_data import load_heldout_prompts
 from alignjax.algorithms.stage import Evaluation, RunInputs, State, StepDetails
 from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config
-from alignjax.data import ends, mixture
+from alignjax.data import ends, ladders, mixture, packing
 from alignjax.machine import sharding
 from alignjax.models import lora
 from alignjax.weights import roles
@@ -52,6 +52,7 @@ class PreferenceData:
     batches: mixture.Batches
     prefetch: mixture.Ahead  # step -> list of microbatches, packed while the device works
     heldout: dict[str, Rows]  # source -> comparisons
+    ladder: packing.Ladder  # the shapes of microbatches
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -108,16 +109,25 @@ class DirectPreference(SupervisedStage):
         """Read and tokenise the comparisons."""
         read = comparisons.load(config, inputs)
         row_shards = sharding.row_shards(mesh)
+        ladder = ladders.for_minibatches(
+            ladders.samples(read.batches, read.heldout.values(), config.data.batch),
+            lambda rows, ladder: pack_minibatch(rows, config.microbatch_tokens, row_shards, ladder),
+            ladders.costs_of(config.model, "lm", config.microbatch_tokens),
+            row_shards,
+        )
 
         def pack_step(step: int) -> list[PreferenceMicrobatch]:
             numbers = read.batches.order(step)
             rows = {name: array[numbers] for name, array in read.batches.rows.items()}
-            return pack_minibatch(rows, config.microbatch_tokens, row_shards, numbers)
+            return pack_minibatch(
+                rows, config.microbatch_tokens, row_shards, ladder, numbers=numbers
+            )
 
         return PreferenceData(
             batches=read.batches,
             prefetch=mixture.Ahead(pack_step),
             heldout=read.heldout,
+            ladder=ladder,
             tokenizer=inputs.tokenizer,
         )
 
@@ -158,7 +168,13 @@ class DirectPreference(SupervisedStage):
         """Return log p of the responses of comparisons."""
         config = self.config
         return dpo_programs.read_all(
-            self.read, params, rows, config.data.batch, config.microbatch_tokens, self.mesh
+            self.read,
+            params,
+            rows,
+            config.data.batch,
+            config.microbatch_tokens,
+            self.mesh,
+            self.data.ladder,
         )
 
     def parts(self, state: State, microbatches: list[Any]) -> list[LearningPart]:
@@ -170,7 +186,9 @@ class DirectPreference(SupervisedStage):
         params = self.params_of(state)
         if step == 0:
             rows = self.data.batches.get(step)
-            dpo_programs.check_packing(self.config, self.read, params, rows, self.mesh)
+            dpo_programs.check_packing(
+                self.config, self.read, params, rows, self.mesh, self.data.ladder
+            )
         observed = None
         if step % self.config.sample_every == 0:
             _, microbatch = parts[0]

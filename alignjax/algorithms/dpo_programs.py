@@ -31,10 +31,13 @@ class PreferenceMicrobatch:
     """Packed comparisons, of which the tokens of the responses are targets."""
 
     packed: PackedTokens
-    targets: Int[Array, "rows targets"]  # places of the responses' tokens in their rows
+    # Places of the tokens of responses in each device's rows, see `scoring.at_targets`.
+    targets: Int[Array, "shards targets"]
     # Response of each target, 2 * place of its pair + side; 2 * pairs on padding.
-    owner: Int[Array, "rows targets"]
-    token_weights: Float[Array, "rows targets"]  # 1 / tokens of the batch's responses; 0 on padding
+    owner: Int[Array, "shards targets"]
+    token_weights: Float[
+        Array, "shards targets"
+    ]  # 1 / tokens of the batch's responses; 0 on padding
     lengths: Float[Array, "pairs 2"]  # tokens of the responses, end token included; 1 on padding
     weights: Float[Array, " pairs"]  # 1 / pairs of the batch; 0 on padding
     pair: Int[Array, " pairs"]  # number in the batch; the count of pairs on padding
@@ -54,7 +57,12 @@ class PairLogprobs(NamedTuple):
 
 
 def pack_minibatch(
-    rows: Rows, microbatch_tokens: int, row_shards: int, numbers: np.ndarray | None = None
+    rows: Rows,
+    microbatch_tokens: int,
+    row_shards: int,
+    ladder: packing.Ladder = packing.fine,
+    room: int = 0,
+    numbers: np.ndarray | None = None,
 ) -> list[PreferenceMicrobatch]:
     """Pack comparisons into microbatches, as host arrays; a pair stays in one microbatch.
 
@@ -62,6 +70,8 @@ def pack_minibatch(
       rows: chosen and rejected [pairs tokens], their lengths and the prompts' lengths [pairs].
       microbatch_tokens: tokens of a microbatch, roughly.
       row_shards: devices that the rows of a microbatch lie over.
+      ladder: the shapes of microbatches.
+      room: for how many pairs; 0: for those of `rows`.
       numbers: of the pairs among all pairs; by default, those of the batch.
     """
     tokens, lengths = interleave(rows)
@@ -70,32 +80,41 @@ def pack_minibatch(
     place = np.arange(tokens.shape[1])
     mask = (place >= prompt_lengths[:, None]) & (place < lengths[:, None])
     count = len(rows["margin"])
+    room = max(room, count)
     if numbers is None:
         numbers = np.arange(count)
+    layouts = comparisons.lay_out(
+        lengths,
+        tokens.shape[1],
+        microbatch_tokens,
+        row_shards,
+        ladder,
+        counts=mask.sum(axis=1),
+    )
     microbatches = []
-    for layout in comparisons.lay_out(lengths, tokens.shape[1], microbatch_tokens, row_shards):
+    for layout in layouts:
         pair = layout.members[::2] // 2
-        targets, real = packing.targets(layout.take(mask))
-        sequence = np.take_along_axis(layout.sequence, targets, axis=1)
+        targets, real = packing.targets(layout.take(mask), row_shards, layout.target_room)
+        sequence = packing.at_targets(layout.sequence, targets)
         owner = 2 * np.searchsorted(pair, sequence // 2) + sequence % 2
         microbatch = PreferenceMicrobatch(
             packed=PackedTokens(
                 tokens=layout.take(tokens), positions=layout.place, segments=layout.sequence + 1
             ),
             targets=targets,
-            owner=np.where(real, owner, 2 * count).astype(np.int32),
+            owner=np.where(real, owner, 2 * room).astype(np.int32),
             token_weights=real.astype(np.float32) / max(mask.sum(), 1),
-            lengths=packing.padded(response_lengths[pair], count, 1),
-            weights=packing.padded(np.full(len(pair), 1 / count, np.float32), count, 0),
-            pair=packing.padded(pair, count, count),
-            number=packing.padded(numbers[pair].astype(np.int32), count, 0),
+            lengths=packing.padded(response_lengths[pair], room, 1),
+            weights=packing.padded(np.full(len(pair), 1 / count, np.float32), room, 0),
+            pair=packing.padded(pair, room, count),
+            number=packing.padded(numbers[pair].astype(np.int32), room, 0),
         )
         microbatches.append(microbatch)
     return microbatches
 
 
 def sum_by_response(
-    tokens: Float[Array, "rows targets"], owner: Int[Array, "rows targets"], pairs: int
+    tokens: Float[Array, "shards targets"], owner: Int[Array, "shards targets"], pairs: int
 ) -> Float[Array, "pairs 2"]:
     """Sum a figure of tokens over each response.
 
@@ -155,10 +174,13 @@ def read_all(
     batch_size: int,
     microbatch_tokens: int,
     mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
 ) -> Float[np.ndarray, "all_pairs 2"]:
     """Return log p of the responses of all rows, `batch_size` pairs at a time."""
     parts = [
-        comparisons.read_rows(read, pack_minibatch, params, part, microbatch_tokens, mesh)
+        comparisons.read_rows(
+            read, pack_minibatch, params, part, microbatch_tokens, mesh, ladder, batch_size
+        )
         for part in mixture.in_order(rows, batch_size)
     ]
     return np.concatenate(parts)
@@ -201,7 +223,14 @@ def logprobs_alone(
     return jnp.sum(jnp.where(is_response, logprobs, 0.0), axis=1)
 
 
-def check_packing(config: Config, read: ReadPairs, params: dict, rows: Rows, mesh: Mesh) -> None:
+def check_packing(
+    config: Config,
+    read: ReadPairs,
+    params: dict,
+    rows: Rows,
+    mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
+) -> None:
     """Check that some responses are as probable packed as they are alone, behind their pads.
 
     Raises:
@@ -209,7 +238,14 @@ def check_packing(config: Config, read: ReadPairs, params: dict, rows: Rows, mes
     """
     some = {name: array[:CHECKED_PAIRS] for name, array in rows.items()}
     packed = comparisons.read_rows(
-        read, pack_minibatch, params, some, config.microbatch_tokens, mesh
+        read,
+        pack_minibatch,
+        params,
+        some,
+        config.microbatch_tokens,
+        mesh,
+        ladder,
+        config.data.batch,
     )
     read_alone = jax.jit(functools.partial(logprobs_alone, config.model))
     sequences = (*interleave(some), np.repeat(some["prompt_length"], 2))

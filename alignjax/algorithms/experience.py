@@ -37,9 +37,10 @@ class ResponseMicrobatch:
 
     sequence: Int[Array, "rows width"]  # response of each token; -1 on pads
     place: Int[Array, "rows width"]  # of each token in its prompt and response
-    targets: Int[Array, "rows targets"]  # places in the row of the response's tokens
+    # Places of the tokens of responses in each device's rows, see `scoring.at_targets`.
+    targets: Int[Array, "shards targets"]
     # 1 / tokens of the minibatch on targets, 0 on padding: they sum to 1 over the minibatch.
-    weights: Float[Array, "rows targets"]
+    weights: Float[Array, "shards targets"]
     members: Int[Array, " members"]
     ends: Int[Array, " members"]  # places in the flattened rows where scores are read
     # Place of each token of a member in the flattened targets.
@@ -91,17 +92,17 @@ class ScoredRollout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LearningBatch:
-    """The tokens of a microbatch and the fixed parts of its targets, each [rows targets]."""
+    """The tokens of a microbatch and the fixed parts of its targets, each [shards targets]."""
 
     packed: PackedTokens
-    targets: Int[Array, "rows targets"]
-    weights: Float[Array, "rows targets"]
-    lengths: Int[Array, "rows targets"]  # of the response that each target belongs to
-    old_logprobs: Float[Array, "rows targets"]
-    advantages: Float[Array, "rows targets"]
-    old_values: Float[Array, "rows targets"] | None
-    returns: Float[Array, "rows targets"] | None
-    ref_logprobs: Float[Array, "rows targets"] | None
+    targets: Int[Array, "shards targets"]
+    weights: Float[Array, "shards targets"]
+    lengths: Int[Array, "shards targets"]  # of the response that each target belongs to
+    old_logprobs: Float[Array, "shards targets"]
+    advantages: Float[Array, "shards targets"]
+    old_values: Float[Array, "shards targets"] | None
+    returns: Float[Array, "shards targets"] | None
+    ref_logprobs: Float[Array, "shards targets"] | None
     kl_coef: Float[Array, ""] | None
 
 
@@ -120,6 +121,7 @@ def pack_minibatch(
     responses: np.ndarray,
     row_shards: int,
     ending: Ending = None,
+    ladder: packing.Ladder = packing.fine,
 ) -> list[ResponseMicrobatch]:
     """Pack the responses of a minibatch into microbatches, as host arrays.
 
@@ -133,6 +135,7 @@ def pack_minibatch(
       responses: numbers of the minibatch's responses.
       row_shards: devices that the rows of a microbatch lie over.
       ending: of what the reward model reads, see `Ending`.
+      ladder: the shapes of microbatches.
     """
     response_length = config.ppo.response_length
     closing = closing_length(ending)
@@ -142,15 +145,18 @@ def pack_minibatch(
         longest_sequence(config) + closing,
         config.microbatch_tokens,
         row_shards,
+        ladder,
+        counts=lengths,
     )
     token_count = lengths[responses].sum()
     microbatches = []
     for layout in layouts:
         response_place = layout.place - prompt_lengths[layout.sequence]
         is_response = (response_place >= 0) & (response_place < lengths[layout.sequence])
-        targets, real = packing.targets(layout.real & is_response)
-        owner = np.take_along_axis(layout.sequence, targets, axis=1)[real]
-        place = np.take_along_axis(response_place, targets, axis=1)[real]
+        is_target = layout.real & is_response
+        targets, real = packing.targets(is_target, row_shards, layout.target_room)
+        owner = packing.at_targets(layout.sequence, targets)[real]
+        place = packing.at_targets(response_place, targets)[real]
         source = np.zeros((len(layout.members), response_length), np.int32)
         source[np.searchsorted(layout.members, owner), place] = np.flatnonzero(real)
         microbatch = ResponseMicrobatch(
@@ -247,8 +253,8 @@ def read_roles(
 
 def select_targets(experience: Experience, microbatch: ResponseMicrobatch) -> LearningBatch:
     """Gather the tokens of a microbatch and what the losses compare them with."""
-    owner = jnp.take_along_axis(microbatch.sequence, microbatch.targets, axis=1)
-    place = jnp.take_along_axis(microbatch.place, microbatch.targets, axis=1)
+    owner = scoring.at_targets(microbatch.sequence, microbatch.targets)
+    place = scoring.at_targets(microbatch.place, microbatch.targets)
     owner = jnp.maximum(owner, 0)
     response_place = jnp.maximum(place - experience.rollout.prompt_lengths[owner], 0)
 
@@ -304,8 +310,10 @@ class Minibatches:
         prompt_lengths: np.ndarray,
         lengths: np.ndarray,
         ending: Ending = None,
+        ladder: packing.Ladder = packing.fine,
     ):
         self.config = config
+        self.ladder = ladder
         self.ending = ending
         self.mesh = mesh
         self.prompt_lengths = prompt_lengths
@@ -323,6 +331,7 @@ class Minibatches:
             responses,
             sharding.row_shards(self.mesh),
             self.ending,
+            self.ladder,
         )
         return sharding.shard_batch(microbatches, self.mesh)
 

@@ -22,7 +22,7 @@ from alignjax.algorithms.stage import (
 )
 from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config, Model
-from alignjax.data import encoding, mixture, packing
+from alignjax.data import encoding, ladders, mixture, packing
 from alignjax.machine import sharding
 from alignjax.models import lora, scoring
 from alignjax.models.scoring import PackedTokens
@@ -36,8 +36,9 @@ class TextMicrobatch:
     """Packed examples and their targets."""
 
     packed: PackedTokens
-    targets: Int[Array, "rows targets"]  # places of target tokens in their rows
-    weights: Float[Array, "rows targets"]  # sum to 1 over the minibatch; 0 on padding
+    # Places of target tokens in each device's rows, see `scoring.at_targets`.
+    targets: Int[Array, "shards targets"]
+    weights: Float[Array, "shards targets"]  # sum to 1 over the minibatch; 0 on padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,15 @@ class TextData:
     batches: mixture.Batches
     prefetch: mixture.Ahead  # step -> list of microbatches, packed while the device works
     heldout: dict
+    ladder: packing.Ladder  # the shapes of microbatches
     tokenizer: PreTrainedTokenizerBase
 
 
 def pack_minibatch(
-    rows: dict[str, np.ndarray], microbatch_tokens: int, row_shards: int
+    rows: dict[str, np.ndarray],
+    microbatch_tokens: int,
+    row_shards: int,
+    ladder: packing.Ladder = packing.fine,
 ) -> list[TextMicrobatch]:
     """Pack examples into microbatches, as host arrays; each target counts alike.
 
@@ -59,15 +64,25 @@ def pack_minibatch(
       rows: tokens, mask (1 on targets), segments (of an example, from 1), [examples tokens].
       microbatch_tokens: tokens of a microbatch, roughly.
       row_shards: devices that the rows of a microbatch lie over.
+      ladder: the shapes of microbatches.
     """
     lengths = (rows["segments"] > 0).sum(axis=1)
     count, longest = rows["tokens"].shape
     mask = (rows["mask"] > 0) & (np.arange(longest) > 0)
     target_count = max(mask.sum(), 1)
     examples = [[number] for number in range(count)]
+    layouts = packing.pack(
+        lengths,
+        examples,
+        longest,
+        microbatch_tokens,
+        row_shards,
+        ladder,
+        counts=mask.sum(axis=1),
+    )
     microbatches = []
-    for layout in packing.pack(lengths, examples, longest, microbatch_tokens, row_shards):
-        targets, real = packing.targets(layout.take(mask))
+    for layout in layouts:
+        targets, real = packing.targets(layout.take(mask), row_shards, layout.target_room)
         # Segments of different examples in a row must differ.
         segments = layout.sequence * (longest + 1) + layout.take(rows["segments"])
         packed = PackedTokens(
@@ -96,14 +111,16 @@ def heldout_loss(
     batch_size: int,
     microbatch_tokens: int,
     mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
 ) -> float:
     """Return the mean loss per target of all rows, in nats."""
+    row_shards = sharding.row_shards(mesh)
     total = 0.0
     target_count = 0.0
     for part in mixture.in_order(rows, batch_size):
         part_targets = float((part["mask"][:, 1:] > 0).sum())
         part_loss = 0.0
-        for microbatch in pack_minibatch(part, microbatch_tokens, sharding.row_shards(mesh)):
+        for microbatch in pack_minibatch(part, microbatch_tokens, row_shards, ladder):
             loss, _ = compiled_loss(params, sharding.shard_batch(microbatch, mesh))
             part_loss += float(loss)
         total += part_targets * part_loss
@@ -164,6 +181,7 @@ class LanguageModelling(SupervisedStage):
             self.config.data.batch,
             self.config.microbatch_tokens,
             self.mesh,
+            self.data.ladder,
         )
         figures = {"heldout_loss": loss, "parameters": lora.count(params)}
         if self.base is not None:
@@ -203,7 +221,26 @@ def load_text(config: Config, mesh: Mesh, inputs: RunInputs) -> TextData:
         config, sets, data.kind, data.max_length, data.batch, inputs.tokenizer, inputs.say
     )
     row_shards = sharding.row_shards(mesh)
+    ladder = choose_ladder(config, batches, heldout, row_shards)
     prefetch = mixture.Ahead(
-        lambda step: pack_minibatch(batches.get(step), config.microbatch_tokens, row_shards)
+        lambda step: pack_minibatch(batches.get(step), config.microbatch_tokens, row_shards, ladder)
     )
-    return TextData(batches=batches, prefetch=prefetch, heldout=heldout, tokenizer=inputs.tokenizer)
+    return TextData(
+        batches=batches,
+        prefetch=prefetch,
+        heldout=heldout,
+        ladder=ladder,
+        tokenizer=inputs.tokenizer,
+    )
+
+
+def choose_ladder(
+    config: Config, batches: mixture.Batches | None, heldout: dict | None, row_shards: int
+) -> packing.Ladder:
+    """Return the shapes for the text that a run trains on and holds out."""
+    return ladders.for_minibatches(
+        ladders.samples(batches, [heldout] if heldout else [], config.data.batch),
+        lambda rows, ladder: pack_minibatch(rows, config.microbatch_tokens, row_shards, ladder),
+        ladders.costs_of(config.model, "lm", config.microbatch_tokens),
+        row_shards,
+    )

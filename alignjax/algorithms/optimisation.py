@@ -39,8 +39,6 @@ class GradientSum(NamedTuple):
 
 # Losses carry weights that sum to 1 over the whole minibatch, so sums are means.
 LossFunction = Callable[[dict, Any], tuple[jax.Array, Metrics]]
-# (total, trained parameters, microbatch, base or None) -> total
-Accumulate = Callable[..., GradientSum]
 
 
 def learning_rate_schedule(optimiser: configs.Optimiser, steps: int) -> optax.Schedule:
@@ -152,19 +150,18 @@ def from_checkpoint(items: dict) -> dict:
 
 def accumulate(
     loss_fn: LossFunction,
-    total: GradientSum | None,
+    total: GradientSum,
     params: dict,
     microbatch: Any,
     base: dict | None = None,
 ) -> GradientSum:
-    """Add the gradient and metrics of a microbatch to a total; None is an empty total.
+    """Add the gradient and metrics of a microbatch to a total.
 
     The loss is that of `params` in their frozen `base`, and its gradient that of `params` alone.
     """
     loss_in_base = functools.partial(loss_of_combined, loss_fn, base)
     gradient, metrics = jax.grad(loss_in_base, has_aux=True)(params, microbatch)
-    added = GradientSum(gradient, metrics)
-    return added if total is None else jax.tree.map(jnp.add, total, added)
+    return jax.tree.map(jnp.add, total, GradientSum(gradient, metrics))
 
 
 def loss_of_combined(
@@ -174,22 +171,55 @@ def loss_of_combined(
     return loss_fn(lora.combine(base, params), microbatch)
 
 
-def compile_accumulate(loss_fn: LossFunction) -> Accumulate:
-    """Return `accumulate` of a loss, compiled; the total that it is given is donated."""
-    return jax.jit(functools.partial(accumulate, loss_fn), donate_argnums=0)
+class Accumulate:
+    """The compiled gradient of a loss.
+
+    A sum begins with zeros, so the first microbatch of a minibatch needs no program of its own.
+    """
+
+    def __init__(self, loss_fn: LossFunction, abstract_params: dict | None = None):
+        """Compile for parameters of these shardings; by default the compiler lays out totals."""
+        self.loss_fn = loss_fn
+        self.layout = None
+        if abstract_params is not None:
+            layout = jax.tree.map(lambda x: x.sharding, abstract_params)
+            mesh = jax.tree.leaves(layout)[0].mesh
+            self.layout = GradientSum(layout, sharding.replicated(mesh))
+        self.add = jax.jit(
+            functools.partial(accumulate, loss_fn), donate_argnums=0, out_shardings=self.layout
+        )
+        self.make_empty: Callable[[dict], GradientSum] | None = None
+
+    def metric_shapes(self, params: dict, microbatch: Any, base: dict | None) -> Metrics:
+        """Return the shapes of the loss's metrics."""
+        loss = functools.partial(loss_of_combined, self.loss_fn)
+        _, metrics = jax.eval_shape(loss, base, params, microbatch)
+        return metrics
+
+    def empty(self, params: dict, microbatch: Any, base: dict | None = None) -> GradientSum:
+        """Return a total of zeros."""
+        if self.make_empty is None:
+            metrics = self.metric_shapes(params, microbatch, base)
+            make_empty = functools.partial(empty_total, metrics)
+            self.make_empty = jax.jit(make_empty, out_shardings=self.layout)
+        return self.make_empty(params)
+
+    def __call__(
+        self, params: dict, microbatches: Iterable[Any], base: dict | None = None
+    ) -> GradientSum | None:
+        """Return the total over the microbatches of a minibatch; None if there are none."""
+        total = None
+        for microbatch in microbatches:
+            if total is None:
+                total = self.empty(params, microbatch, base)
+            total = self.add(total, params, microbatch, base)
+        return total
 
 
-def sum_gradients(
-    accumulate_fn: Accumulate,
-    params: dict,
-    microbatches: Iterable[Any],
-    base: dict | None = None,
-) -> GradientSum | None:
-    """Return the total over the microbatches of a minibatch; None if there are none."""
-    total = None
-    for microbatch in microbatches:
-        total = accumulate_fn(total, params, microbatch, base)
-    return total
+def empty_total(metrics: Any, params: dict) -> GradientSum:
+    """Return a total of zeros for parameters and metrics, of which `metrics` has the shapes."""
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    return GradientSum(zeros(params), zeros(metrics))
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -257,12 +287,12 @@ class MinibatchUpdate:
         optimiser: optax.GradientTransformation,
         abstract: TrainState | None = None,
     ):
-        self.accumulate = compile_accumulate(loss_fn)
+        params = None if abstract is None else abstract.params
+        self.accumulate = Accumulate(loss_fn, params)
         self.update = compile_update(functools.partial(update_state, optimiser), abstract)
 
     def __call__(
         self, state: TrainState, microbatches: Iterable[Any], base: dict | None = None
     ) -> tuple[TrainState, Metrics]:
         """Take one optimiser step; the arrays of the state are donated."""
-        total = sum_gradients(self.accumulate, state.params, microbatches, base)
-        return self.update(state, total)
+        return self.update(state, self.accumulate(state.params, microbatches, base))

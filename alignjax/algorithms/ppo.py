@@ -30,6 +30,7 @@ from alignjax.algorithms.greedy import GreedyAnswers
 from alignjax.algorithms.ppo_data import (
     PretrainingText,
     PromptData,
+    choose_ladder,
     load_pretraining_text,
     load_prompts,
 )
@@ -50,7 +51,7 @@ from alignjax.algorithms.stage import (
     StepOutput,
 )
 from alignjax.config import Config, Model
-from alignjax.data import ends
+from alignjax.data import ends, packing
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.models import lora
@@ -111,6 +112,7 @@ class PPO:
         self.num_steps = config.steps
         self.reward_model = reward_model or config.model
         self.ending = ending
+        self.ladder: packing.Ladder = packing.fine  # a run that has prompts chooses its own
         self.roles = configs.trained_roles(config)
         self.trained = trained_roles(config, mesh)
         # Beneath the adapters of each trained role; None if it trains all parameters.
@@ -181,6 +183,8 @@ class PPO:
         self.prompts = prompts
         self.text = text
         self.reward = reward
+        row_shards = sharding.row_shards(self.mesh)
+        self.ladder = choose_ladder(self.config, prompts.lengths, row_shards, self.ending)
         # The frozen roles never share arrays with what is trained, so no update and no donation
         # can reach them. A base is frozen, and all roles that have it share it.
         self.frozen = {"reference": reader.frozen("reference", self.config.model), **reward.params}
@@ -294,7 +298,9 @@ class PPO:
         """
         prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
         lengths = sharding.on_host(rollout.lengths)
-        return Minibatches(self.config, self.mesh, prompt_lengths, lengths, self.ending)
+        return Minibatches(
+            self.config, self.mesh, prompt_lengths, lengths, self.ending, self.ladder
+        )
 
     def score(
         self,
@@ -350,9 +356,7 @@ class PPO:
         self, value: optimisation.TrainState, parts: list
     ) -> tuple[optimisation.TrainState, Metrics]:
         """Take one optimiser step of the value model."""
-        total = optimisation.sum_gradients(
-            self.compiled.value_gradient, value.params, parts, self.bases["value"]
-        )
+        total = self.compiled.value_gradient(value.params, parts, self.bases["value"])
         value, metrics = self.compiled.update_value(value, total)
         for name in ("grad_norm", "skipped"):
             metrics[f"value/{name}"] = metrics.pop(name)
@@ -363,19 +367,14 @@ class PPO:
     ) -> tuple[optimisation.TrainState, Metrics]:
         """Take one optimiser step of the policy, with the pretraining gradient if there is one."""
         total = self.sum_policy_gradient(policy.params, parts)
-        pretraining = optimisation.sum_gradients(
-            self.compiled.text_gradient,
-            policy.params,
-            self.text.microbatches(update),
-            self.bases["policy"],
+        pretraining = self.compiled.text_gradient(
+            policy.params, self.text.microbatches(update), self.bases["policy"]
         )
         return self.compiled.update_policy(policy, total, pretraining)
 
     def sum_policy_gradient(self, policy: dict, parts: list) -> optimisation.GradientSum:
         """Return the gradient of the clipped objective of a minibatch by what is trained."""
-        return optimisation.sum_gradients(
-            self.compiled.policy_gradient, policy, parts, self.bases["policy"]
-        )
+        return self.compiled.policy_gradient(policy, parts, self.bases["policy"])
 
     def details(self, step: int, index: np.ndarray, scored: ScoredRollout) -> StepDetails:
         """Return the true score, in the embedded world, and some responses as text."""
@@ -510,6 +509,7 @@ class PPO:
             self.config.data.batch,
             self.config.microbatch_tokens,
             self.mesh,
+            self.text.ladder,
         )
 
     def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """What PPO reads: prompts, and text for the pretraining gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +8,12 @@ import jax
 import numpy as np
 
 from alignjax.algorithms import lm
-from alignjax.algorithms.experience import longest_sequence
+from alignjax.algorithms.endings import Ending
+from alignjax.algorithms.experience import longest_sequence, pack_minibatch
 from alignjax.algorithms.lm import TextMicrobatch
 from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config
-from alignjax.data import encoding, mixture
+from alignjax.data import encoding, ladders, mixture, packing
 from alignjax.machine import sharding
 
 Mesh = jax.sharding.Mesh
@@ -32,11 +34,16 @@ class PromptData:
     train_rows: list[dict]
     heldout_rows: list[dict]
     heldout: dict[str, Any]  # arrays
+    batches: mixture.Batches
     prefetch: mixture.Ahead  # step -> batch of prompts, as narrow as the longest allows
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Return the prompts of a step: prompts [batch width], lengths, index [batch]."""
         return self.prefetch.get(step)
+
+    def lengths(self, step: int) -> np.ndarray:
+        """Return the lengths of a step's prompts, [batch]."""
+        return self.batches.get(step)["lengths"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,7 @@ class PretrainingText:
     batches: mixture.Batches | None = None  # None: there is no pretraining gradient
     prefetch: mixture.Ahead | None = None  # number of the update -> microbatches
     heldout: dict[str, Any] | None = None
+    ladder: packing.Ladder = packing.fine  # the shapes of microbatches
     mesh: Mesh | None = None
 
     def microbatches(self, update: int) -> list[TextMicrobatch]:
@@ -86,6 +94,7 @@ def load_prompts(config: Config, inputs: RunInputs) -> PromptData:
         train_rows=train_rows,
         heldout_rows=heldout_rows,
         heldout=heldout,
+        batches=batches,
         prefetch=mixture.Ahead(lambda step: encoding.narrowed(batches.get(step))),
     )
 
@@ -103,6 +112,51 @@ def load_heldout_prompts(config: Config, source: str, inputs: RunInputs) -> Held
         skip=config.data.on_bad_row == "skip",
     )
     return HeldoutPrompts(rows=rows, arrays=arrays)
+
+
+def choose_ladder(
+    config: Config,
+    prompt_lengths: Callable[[int], np.ndarray],
+    row_shards: int,
+    ending: Ending,
+) -> packing.Ladder:
+    """Return the shapes of microbatches for a run's prompts with responses of any length.
+
+    How long responses will be is not known, so those of the sample's minibatches are of all mean
+    lengths up to the longest.
+
+    Args:
+      config: of the run.
+      prompt_lengths: step -> lengths of its prompts.
+      row_shards: devices that the rows of a microbatch lie over.
+      ending: of what the reward model reads, see `Ending`.
+    """
+    ppo = config.ppo
+    random = np.random.default_rng(0)
+    count = ladders.sample_size(config.data.batch * ppo.samples_per_prompt)
+    rollouts = []
+    for number in range(count):
+        prompts = np.repeat(prompt_lengths(number), ppo.samples_per_prompt)
+        mean = (number + 1) / count * ppo.response_length
+        lengths = np.ceil(2 * mean * random.random(len(prompts))).astype(np.int32)
+        rollouts.append({"prompts": prompts, "responses": lengths.clip(1, ppo.response_length)})
+    longest = np.full(len(prompts), ppo.response_length, np.int32)
+    rollouts.append({"prompts": prompts, "responses": longest})
+    first_minibatch = np.arange(len(prompts))[:: ppo.minibatches]
+    return ladders.for_minibatches(
+        rollouts,
+        lambda rollout, ladder: pack_minibatch(
+            config,
+            rollout["prompts"],
+            rollout["responses"],
+            first_minibatch,
+            row_shards,
+            ending,
+            ladder,
+        ),
+        ladders.costs_of(config.model, "lm", config.microbatch_tokens),
+        row_shards,
+    )
 
 
 def load_pretraining_text(config: Config, mesh: Mesh, inputs: RunInputs) -> PretrainingText:
@@ -124,13 +178,19 @@ def load_pretraining_text(config: Config, mesh: Mesh, inputs: RunInputs) -> Pret
             inputs.say,
             skip=config.data.on_bad_row == "skip",
         )
+    row_shards = sharding.row_shards(mesh)
     if not ppo.pretrain_coef:
-        return PretrainingText(heldout=heldout)
+        ladder = lm.choose_ladder(config, None, heldout, row_shards)
+        return PretrainingText(heldout=heldout, ladder=ladder)
     batches = mixture.batches(
         config, sets, "text", length, pretraining_rows(config), inputs.tokenizer, inputs.say
     )
-    row_shards = sharding.row_shards(mesh)
+    ladder = lm.choose_ladder(config, batches, heldout, row_shards)
     prefetch = mixture.Ahead(
-        lambda update: lm.pack_minibatch(batches.get(update), config.microbatch_tokens, row_shards)
+        lambda update: lm.pack_minibatch(
+            batches.get(update), config.microbatch_tokens, row_shards, ladder
+        )
     )
-    return PretrainingText(batches=batches, prefetch=prefetch, heldout=heldout, mesh=mesh)
+    return PretrainingText(
+        batches=batches, prefetch=prefetch, heldout=heldout, ladder=ladder, mesh=mesh
+    )

@@ -134,7 +134,7 @@ class PlannedPrograms:
         yield Program(
             name="value gradient",
             calls=len(self.microbatches) * self.updates,
-            function=self.compiled.value_gradient,
+            function=self.compiled.value_gradient.add,
             arguments=(total, value.params, part, base),
         )
         yield Program(
@@ -153,7 +153,7 @@ class PlannedPrograms:
         yield Program(
             name="policy gradient",
             calls=len(self.microbatches) * self.updates,
-            function=self.compiled.policy_gradient,
+            function=self.compiled.policy_gradient.add,
             arguments=(total, policy.params, part, base),
         )
         text_total = None
@@ -170,7 +170,7 @@ class PlannedPrograms:
             yield Program(
                 name="pretraining gradient",
                 calls=len(texts) * self.updates,
-                function=text_gradient,
+                function=text_gradient.add,
                 arguments=(text_total, policy.params, text, base),
                 beside=(total,),
             )

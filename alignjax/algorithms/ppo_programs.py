@@ -28,6 +28,7 @@ from alignjax.algorithms.experience import (
 from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
 from alignjax.algorithms.stage import State
 from alignjax.config import Config, Model
+from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import lora, scoring, transformer
 from alignjax.sampling import rollout as default_sampler
@@ -288,10 +289,12 @@ def compile_programs(
     abstract = trained.abstract_state
     layout = sharding_of(abstract["stats"])
     control_layout = sharding_of(abstract.get("kl_control"))
+    policy = abstract["policy"].params
     value_gradient = None
     update_value = None
     if trained.value_optimiser is not None:
-        value_gradient = optimisation.compile_accumulate(functools.partial(value_loss_fn, config))
+        value_loss = functools.partial(value_loss_fn, config)
+        value_gradient = Accumulate(value_loss, abstract["value"].params)
         update_value = optimisation.compile_update(
             functools.partial(optimisation.update_state, trained.value_optimiser),
             abstract["value"],
@@ -317,9 +320,9 @@ def compile_programs(
                 responses=None,
             ),
         ),
-        policy_gradient=optimisation.compile_accumulate(functools.partial(policy_loss_fn, config)),
+        policy_gradient=Accumulate(functools.partial(policy_loss_fn, config), policy),
         value_gradient=value_gradient,
-        text_gradient=optimisation.compile_accumulate(text_loss),
+        text_gradient=Accumulate(text_loss, policy),
         update_policy=optimisation.compile_update(
             functools.partial(update_policy, config, trained.policy_optimiser), abstract["policy"]
         ),
@@ -359,11 +362,21 @@ def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Calla
 
 
 def rollout_placement(config: Config, mesh: Mesh) -> Callable[[Rollout], Rollout]:
-    """Return the function that lays out a rollout for training."""
-    if not config.ppo.rollout_tensor:
-        return unchanged
+    """Return the function that lays out a rollout for training, as wide as any may be.
+
+    A rollout is as narrow as its prompts allow; of one width, it adds no shape to what reads it.
+    """
+    longest = config.data.max_length
+    place = functools.partial(with_prompt_width, width=packing.width_of(longest, longest))
     responses = config.data.batch * config.ppo.samples_per_prompt
-    return jax.jit(unchanged, out_shardings=sharding.row_layout((responses,), mesh))
+    return jax.jit(place, out_shardings=sharding.row_layout((responses,), mesh))
+
+
+def with_prompt_width(rollout: Rollout, width: int) -> Rollout:
+    """Return a rollout with pads in front of its prompts, up to `width` tokens of prompt."""
+    missing = width + rollout.logprobs.shape[1] - rollout.tokens.shape[1]
+    tokens = jnp.pad(rollout.tokens, ((0, 0), (missing, 0)))
+    return dataclasses.replace(rollout, tokens=tokens)
 
 
 def unchanged(x: Any) -> Any:

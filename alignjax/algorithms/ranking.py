@@ -24,7 +24,7 @@ from alignjax.algorithms.stage import (
 from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config, Model
 from alignjax.config import Ranking as RankingConfig
-from alignjax.data import encoding, mixture, packing, sources
+from alignjax.data import encoding, ladders, mixture, packing, sources
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
@@ -62,21 +62,32 @@ class RankingData:
     prefetch: mixture.Ahead  # step -> list of microbatches, packed while the device works
     heldout: dict[str, Rows]  # source -> comparisons
     demonstrations: dict | None  # conversations whose mean score is shifted to 0
+    ladder: packing.Ladder  # the shapes of microbatches
     tokenizer: PreTrainedTokenizerBase
 
 
-def pack_minibatch(rows: Rows, microbatch_tokens: int, row_shards: int) -> list[PairMicrobatch]:
+def pack_minibatch(
+    rows: Rows,
+    microbatch_tokens: int,
+    row_shards: int,
+    ladder: packing.Ladder = packing.fine,
+    room: int = 0,
+) -> list[PairMicrobatch]:
     """Pack comparisons into microbatches, as host arrays; a pair stays in one microbatch.
 
     Args:
       rows: chosen and rejected [pairs tokens], their lengths and margins [pairs].
       microbatch_tokens: tokens of a microbatch, roughly.
       row_shards: devices that the rows of a microbatch lie over.
+      ladder: the shapes of microbatches.
+      room: for how many pairs; 0: for those of `rows`.
     """
     tokens, lengths = interleave(rows)
     count = len(rows["margin"])
+    room = max(room, count)
+    longest = tokens.shape[1]
     microbatches = []
-    for layout in comparisons.lay_out(lengths, tokens.shape[1], microbatch_tokens, row_shards):
+    for layout in comparisons.lay_out(lengths, longest, microbatch_tokens, row_shards, ladder):
         pair = layout.members[::2] // 2
         packed = PackedTokens(
             tokens=layout.take(tokens), positions=layout.place, segments=layout.sequence + 1
@@ -84,10 +95,10 @@ def pack_minibatch(rows: Rows, microbatch_tokens: int, row_shards: int) -> list[
         weights = np.full(len(pair), 1 / count, np.float32)
         microbatch = PairMicrobatch(
             packed=packed,
-            ends=packing.padded(layout.ends().reshape(-1, 2), count, 0),
-            margin=packing.padded(rows["margin"][pair], count, 0),
-            weights=packing.padded(weights, count, 0),
-            pair=packing.padded(pair, count, count),
+            ends=packing.padded(layout.ends().reshape(-1, 2), room, 0),
+            margin=packing.padded(rows["margin"][pair], room, 0),
+            weights=packing.padded(weights, room, 0),
+            pair=packing.padded(pair, room, count),
         )
         microbatches.append(microbatch)
     return microbatches
@@ -110,10 +121,18 @@ def loss_fn(
 
 
 def score_rows(
-    score_fn: ReadPairs, params: dict, rows: Rows, microbatch_tokens: int, mesh: Mesh
+    score_fn: ReadPairs,
+    params: dict,
+    rows: Rows,
+    microbatch_tokens: int,
+    mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
+    room: int = 0,
 ) -> np.ndarray:
     """Return the scores [pairs 2] of comparisons by a compiled `score_pairs`."""
-    return comparisons.read_rows(score_fn, pack_minibatch, params, rows, microbatch_tokens, mesh)
+    return comparisons.read_rows(
+        score_fn, pack_minibatch, params, rows, microbatch_tokens, mesh, ladder, room
+    )
 
 
 def score_all(
@@ -123,10 +142,11 @@ def score_all(
     batch_size: int,
     microbatch_tokens: int,
     mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
 ) -> np.ndarray:
     """Return the scores [pairs 2] of all rows in float64, `batch_size` pairs at a time."""
     scores = [
-        score_rows(score_fn, params, part, microbatch_tokens, mesh)
+        score_rows(score_fn, params, part, microbatch_tokens, mesh, ladder, batch_size)
         for part in mixture.in_order(rows, batch_size)
     ]
     return np.concatenate(scores).astype(np.float64)
@@ -139,9 +159,10 @@ def heldout_figures(
     batch_size: int,
     microbatch_tokens: int,
     mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
 ) -> dict[str, float]:
     """Return the figures of `figures_of` for all rows."""
-    scores = score_all(score_fn, params, rows, batch_size, microbatch_tokens, mesh)
+    scores = score_all(score_fn, params, rows, batch_size, microbatch_tokens, mesh, ladder)
     return figures_of(scores[:, 0] - scores[:, 1])
 
 
@@ -165,6 +186,7 @@ def mean_score(
     batch_size: int,
     microbatch_tokens: int,
     mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
 ) -> float:
     """Return the mean score of conversations at their last tokens.
 
@@ -175,12 +197,17 @@ def mean_score(
     for side in SIDES:
         pairs[side] = rows["tokens"]
         pairs[f"{side}_length"] = lengths
-    scores = score_all(score_fn, params, pairs, batch_size, microbatch_tokens, mesh)
+    scores = score_all(score_fn, params, pairs, batch_size, microbatch_tokens, mesh, ladder)
     return float(scores[:, 0].mean())
 
 
 def check_packing(
-    config: Config, score_fn: ReadPairs, params: dict, rows: Rows, mesh: Mesh
+    config: Config,
+    score_fn: ReadPairs,
+    params: dict,
+    rows: Rows,
+    mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
 ) -> None:
     """Check that some pairs score packed as they score alone, each behind its pads.
 
@@ -188,7 +215,9 @@ def check_packing(
       UserError: with the largest difference.
     """
     some = {name: array[:CHECKED_PAIRS] for name, array in rows.items()}
-    packed = score_rows(score_fn, params, some, config.microbatch_tokens, mesh)
+    packed = score_rows(
+        score_fn, params, some, config.microbatch_tokens, mesh, ladder, config.data.batch
+    )
     score_alone = jax.jit(functools.partial(scoring.score_alone, config.model))
     alone = score_alone(params, *sharding.shard_batch(interleave(some), mesh))
     change = np.abs(sharding.on_host(alone).reshape(-1, 2) - packed).max()
@@ -233,7 +262,7 @@ class Ranking(SupervisedStage):
         params = self.params_of(state)
         if step == 0:
             rows = self.data.batches.get(step)
-            check_packing(self.config, self.score_fn, params, rows, self.mesh)
+            check_packing(self.config, self.score_fn, params, rows, self.mesh, self.data.ladder)
         scored = None
         if step % self.config.sample_every == 0:
             scores = self.score_fn(params, microbatches[0])
@@ -270,6 +299,7 @@ class Ranking(SupervisedStage):
             self.config.data.batch,
             self.config.microbatch_tokens,
             self.mesh,
+            self.data.ladder,
         )
 
     def evaluate(self, state: State) -> Evaluation:
@@ -284,6 +314,7 @@ class Ranking(SupervisedStage):
                 self.config.data.batch,
                 self.config.microbatch_tokens,
                 self.mesh,
+                self.data.ladder,
             )
             figures |= {f"{name}/{source}": value for name, value in source_figures.items()}
         if self.data.demonstrations is not None:
@@ -328,13 +359,22 @@ def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingDa
             skip=config.data.on_bad_row == "skip",
         )
     row_shards = sharding.row_shards(mesh)
+    ladder = ladders.for_minibatches(
+        ladders.samples(read.batches, read.heldout.values(), config.data.batch),
+        lambda rows, ladder: pack_minibatch(rows, config.microbatch_tokens, row_shards, ladder),
+        ladders.costs_of(config.model, "scalar", config.microbatch_tokens),
+        row_shards,
+    )
     prefetch = mixture.Ahead(
-        lambda step: pack_minibatch(read.batches.get(step), config.microbatch_tokens, row_shards)
+        lambda step: pack_minibatch(
+            read.batches.get(step), config.microbatch_tokens, row_shards, ladder
+        )
     )
     return RankingData(
         batches=read.batches,
         prefetch=prefetch,
         heldout=read.heldout,
         demonstrations=demonstrations,
+        ladder=ladder,
         tokenizer=inputs.tokenizer,
     )

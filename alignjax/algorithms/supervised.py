@@ -28,7 +28,7 @@ def abstract_total(
     base: dict | None = None,
 ) -> optimisation.GradientSum:
     """Return the shapes of a sum over microbatches: a gradient laid out as its parameters."""
-    metrics = jax.eval_shape(accumulate, None, params, microbatch, base).metrics
+    metrics = accumulate.metric_shapes(params, microbatch, base)
     replicated = sharding.replicated(mesh)
     metrics = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), metrics
@@ -160,7 +160,7 @@ class SupervisedStage:
         yield Program(
             name="gradient",
             calls=len(microbatches),
-            function=self.update.accumulate,
+            function=self.update.accumulate.add,
             arguments=(total, state.params, part, base),
         )
         yield Program(

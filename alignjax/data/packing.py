@@ -2,15 +2,15 @@
 
 A minibatch is a fixed set of examples; only its layout is decided here. Its
 sequences are packed, longest first, into microbatches of about `budget` tokens, whose rows are as
-wide as the longest sequence needs. Shapes come from a short list, so a run compiles a bounded
-number of programs. (Grain's packing fills batches from a stream, which changes the examples that a
-step learns from, so it does not serve here.)
+wide as the longest sequence needs. A ladder says which shapes there are: the few of a run
+(`ladders`), or a bounded list. (Grain's packing fills batches from a stream, which changes the
+examples that a step learns from, so it does not serve here.)
 
 In shapes, n is the number of sequences, m the number of those in a microbatch, w the width of a
-row and k the number of targets of a row.
+row, s the number of devices that rows are divided over, and k the number of targets of each one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,25 @@ FINE = 8  # up to so many rows every number is a shape, then four shapes for eac
 ALIGNMENT = 8  # widths are multiples of this
 
 
+class Shape(NamedTuple):
+    """What decides which compiled program serves a microbatch."""
+
+    rows: int  # a multiple of the devices that they are divided over
+    width: int
+    targets: int  # room for the targets of each device's rows
+
+
+# (what a microbatch needs, devices that rows are divided over) -> the shapes to try, best first.
+# A microbatch gets the first one that holds its longest group; the last one must.
+Ladder = Callable[[Shape, int], Iterable[Shape]]
+
+
 class Layout(NamedTuple):
     """One microbatch: which token of which sequence stands where."""
 
     sequence: np.ndarray  # [rows w] int32, number of the sequence; -1 on pads
     place: np.ndarray  # [rows w] int32, the token's number in its sequence; 0 on pads
+    target_room: int = 0  # how many targets each device's rows may have
 
     @property
     def members(self) -> np.ndarray:
@@ -58,10 +72,51 @@ class Spot(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The places of the targets in each row, [rows k] int32, and which of them are real."""
+    """The targets of each device's rows, [s k], and which of them are real.
 
-    places: np.ndarray
-    real: np.ndarray
+    A place is that in the device's rows, one behind the other.
+    """
+
+    places: np.ndarray  # int32
+    real: np.ndarray  # bool
+
+
+class Room:
+    """What still fits in a microbatch while sequences are placed."""
+
+    def __init__(self, shape: Shape, shards: int):
+        self.width = shape.width
+        self.tokens = np.full(shape.rows, shape.width)  # free in each row
+        self.targets = np.full(shards, shape.targets)  # free on each device
+        self.shard = np.arange(shape.rows) // (shape.rows // shards)  # of each row
+
+    def place(self, group: Sequence[int], lengths: np.ndarray, counts: np.ndarray) -> list["Spot"]:
+        """Place each sequence of a group in the first row with room, and take the room.
+
+        If one of them finds none, nothing is placed, and the result is empty. `counts` are the
+        targets of the sequences.
+        """
+        before = (self.tokens.copy(), self.targets.copy())
+        spots = []
+        for sequence in group:
+            fits = self.tokens >= lengths[sequence]
+            if counts[sequence]:
+                fits &= (self.targets >= counts[sequence])[self.shard]
+            row = int(np.argmax(fits))
+            if not fits[row]:
+                self.tokens, self.targets = before
+                return []
+            spots.append(Spot(sequence, row, self.width - self.tokens[row]))
+            self.tokens[row] -= lengths[sequence]
+            self.targets[self.shard[row]] -= counts[sequence]
+        return spots
+
+
+class Filling(NamedTuple):
+    """A microbatch of a shape: where its sequences stand, and the groups that found no room."""
+
+    spots: list[Spot]
+    postponed: list[Sequence[int]]
 
 
 def width_of(length: int, longest: int) -> int:
@@ -86,17 +141,34 @@ def rows_of(used: int, shards: int) -> int:
     return share * shards
 
 
+def exact(need: Shape, shards: int) -> list[Shape]:
+    """Return what a microbatch needs, as it is."""
+    return [need]
+
+
+def fine(need: Shape, shards: int) -> list[Shape]:
+    """Return a shape of a bounded list: rows as `rows_of` has them, targets in quarters."""
+    rows = rows_of(need.rows, shards)
+    tokens = rows // shards * need.width
+    quarters = [-(-tokens * count // 4) for count in range(5)]
+    targets = next(quarter for quarter in quarters if quarter >= need.targets)
+    return [Shape(rows, need.width, targets)]
+
+
 def pack(
     lengths: Sequence[int] | np.ndarray,
     groups: Iterable[Sequence[int]],
     longest: int,
     budget: int,
     shards: int = 1,
+    ladder: Ladder = fine,
+    counts: Sequence[int] | np.ndarray | None = None,
 ) -> list[Layout]:
     """Pack groups of sequences into microbatches, longest first; each group stays together.
 
-    A microbatch has as many rows as `budget` tokens fill, or the fewest of `rows_of` that its
-    sequences need. Each sequence goes to the first row with room for it.
+    What is left after a microbatch needs some rows of the narrowest width that holds its longest
+    sequence, at most as many as `budget` tokens fill. The ladder gives a shape for that need, which
+    is then filled. Each sequence goes to the first row with room for it.
 
     Args:
       lengths: [n], of the sequences.
@@ -104,74 +176,92 @@ def pack(
       longest: the length of the longest possible sequence.
       budget: tokens of a microbatch, pads included.
       shards: devices that rows are divided over.
+      ladder: the shapes that there are.
+      counts: [n], targets of the sequences; None: none.
     """
     lengths = np.asarray(lengths)
+    counts = np.zeros(len(lengths), int) if counts is None else np.asarray(counts)
     remaining = sorted(groups, key=lambda group: -max(lengths[i] for i in group))
     layouts = []
     while remaining:
-        first_group = remaining[0]
-        width = width_of(max(lengths[i] for i in first_group), longest)
-        rows_in_budget = budget // width // shards * shards
-        most_rows = max(rows_in_budget, rows_of(len(first_group), shards))
-        free = np.full(most_rows, width)  # tokens that still fit in each row
-        spots = []
-        postponed = []
-        for group in remaining:
-            group_spots = place_group(group, lengths, free, width)
-            if group_spots is None:
-                postponed.append(group)
-            else:
-                spots += group_spots
-        used_rows = int((free < width).sum())
-        rows = min(rows_of(used_rows, shards), most_rows)
-        layouts.append(layout(spots, lengths, rows, width))
-        remaining = postponed
+        need = needed(remaining, lengths, longest, budget, shards, counts)
+        for shape in ladder(need, shards):
+            filling = fill(remaining, lengths, shape, shards, counts)
+            if filling.spots:
+                break
+        layouts.append(layout(filling.spots, lengths, shape))
+        remaining = filling.postponed
     return layouts
 
 
-def place_group(
-    group: Sequence[int], lengths: np.ndarray, free: np.ndarray, width: int
-) -> list[Spot] | None:
-    """Place every sequence of a group in the first row with room, and take the room from `free`.
+def needed(
+    groups: list[Sequence[int]],
+    lengths: np.ndarray,
+    longest: int,
+    budget: int,
+    shards: int,
+    counts: np.ndarray,
+) -> Shape:
+    """Return the smallest shape for what the budget takes of groups, the longest first."""
+    first_group = groups[0]
+    width = width_of(max(lengths[i] for i in first_group), longest)
+    rows_in_budget = budget // width // shards * shards
+    most_rows = max(rows_in_budget, rows_of(len(first_group), shards))
+    most = Shape(most_rows, width, most_rows * width)
+    spots = fill(groups, lengths, most, shards, counts).spots
+    of_row = np.zeros(most_rows, int)  # targets
+    for spot in spots:
+        of_row[spot.row] += counts[spot.sequence]
+    used = 1 + max(spot.row for spot in spots)
+    rows = -(-used // shards) * shards
+    return Shape(rows, width, int(of_row[:rows].reshape(shards, -1).sum(axis=1).max()))
 
-    If one of them finds no room, return None and leave `free` as it was.
-    """
-    free_before = free.copy()
-    spots = []
-    for sequence in group:
-        row = int(np.argmax(free >= lengths[sequence]))
-        if free[row] < lengths[sequence]:
-            free[:] = free_before
-            return None
-        spots.append(Spot(sequence, row, width - free[row]))
-        free[row] -= lengths[sequence]
-    return spots
+
+def fill(
+    groups: list[Sequence[int]],
+    lengths: np.ndarray,
+    shape: Shape,
+    shards: int,
+    counts: np.ndarray,
+) -> Filling:
+    """Place what a shape has room for, the groups in their order."""
+    room = Room(shape, shards)
+    filling = Filling([], [])
+    for group in groups:
+        spots = room.place(group, lengths, counts)
+        filling.spots.extend(spots)
+        if not spots:
+            filling.postponed.append(group)
+    return filling
 
 
-def layout(spots: Iterable[Spot], lengths: np.ndarray, rows: int, width: int) -> Layout:
-    """Return the layout with each sequence at its spot."""
-    sequence = np.full((rows, width), -1, np.int32)
-    place = np.zeros((rows, width), np.int32)
+def layout(spots: Iterable[Spot], lengths: np.ndarray, shape: Shape) -> Layout:
+    """Return the layout of a shape with each sequence at its spot."""
+    sequence = np.full((shape.rows, shape.width), -1, np.int32)
+    place = np.zeros((shape.rows, shape.width), np.int32)
     for spot in spots:
         length = lengths[spot.sequence]
         tokens = slice(spot.start, spot.start + length)
         sequence[spot.row, tokens] = spot.sequence
         place[spot.row, tokens] = np.arange(length)
-    return Layout(sequence, place)
+    return Layout(sequence, place, shape.targets)
 
 
-def targets(mask: np.ndarray) -> Targets:
-    """Return the places in each row where mask [rows w] holds.
+def targets(mask: np.ndarray, shards: int = 1, room: int = 0) -> Targets:
+    """Return the places where mask [rows w] holds, of each device's rows by themselves.
 
-    Logits are computed for these alone.
-    k is w, or one, two or three quarters of it.
+    Logits are computed for these alone. `room` is k, the number of places; 0 is as many as there
+    are.
     """
-    width = mask.shape[1]
-    most = int(mask.sum(axis=1).max())
-    quarters = [-(-width * count // 4) for count in (1, 2, 3, 4)]
-    size = next(quarter for quarter in quarters if quarter >= most)
-    places = np.argsort(~mask, axis=1, kind="stable")[:, :size].astype(np.int32)
-    return Targets(places, np.take_along_axis(mask, places, axis=1))
+    by_shard = mask.reshape(shards, -1)
+    size = room or max(int(by_shard.sum(axis=1).max()), 1)
+    places = np.argsort(~by_shard, axis=1, kind="stable")[:, :size].astype(np.int32)
+    return Targets(places, np.take_along_axis(by_shard, places, axis=1))
+
+
+def at_targets(array: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return what array [rows w] has at targets [s k]."""
+    return np.take_along_axis(array.reshape(len(targets), -1), targets, axis=1)
 
 
 def padded(array: Any, count: int, fill: float) -> np.ndarray:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from alignjax.config import Model, UserError
+from alignjax.machine.sharding import constrain
 from alignjax.models import transformer, vocabulary
 
 # What rounding may make of a figure that is 0, by the type of the computation.
@@ -34,37 +35,48 @@ def hidden_states(
     return transformer.apply(model, params, packed.tokens, packed.positions, packed.segments)[0]
 
 
+def at_targets(
+    array: Shaped[Array, "rows width *features"], targets: Int[Array, "shards targets"]
+) -> Shaped[Array, "shards targets *features"]:
+    """Select what an array has at targets: places in each device's rows, one behind the other."""
+    shards, count = targets.shape
+    features = array.shape[2:]
+    by_shard = constrain(array.reshape(shards, -1, *features))
+    places = targets.reshape(shards, count, *(1 for _ in features))
+    return jnp.take_along_axis(by_shard, places, axis=1)
+
+
 def before_targets(
-    hidden: Float[Array, "rows width d_model"], targets: Int[Array, "rows targets"]
-) -> Float[Array, "rows targets d_model"]:
+    hidden: Float[Array, "rows width d_model"], targets: Int[Array, "shards targets"]
+) -> Float[Array, "shards targets d_model"]:
     """Select the hidden state of the token before each target.
 
-    The result for a target at place 0 is meaningless: such entries are padding.
+    The result for a target at the first place of a row is meaningless: such entries are padding.
     """
-    return jnp.take_along_axis(hidden, jnp.maximum(targets - 1, 0)[..., None], axis=1)
+    return at_targets(hidden, jnp.maximum(targets - 1, 0))
 
 
 def token_logprobs(
     model: Model,
     params: dict,
     packed: PackedTokens,
-    targets: Int[Array, "rows targets"],
+    targets: Int[Array, "shards targets"],
     temperature: float | Float[Array, ""] = 1.0,
-) -> tuple[Float[Array, "rows targets"], Float[Array, "rows targets"]]:
+) -> tuple[Float[Array, "shards targets"], Float[Array, "shards targets"]]:
     """Return log p of each target given what precedes it, and the entropy of p, in nats.
 
-    `targets` are places of tokens in their rows. The distribution is the full one at
+    `targets` are places of tokens, see `at_targets`. The distribution is the full one at
     `temperature`: top-p shapes the sampling only, see `sampling.rollout`.
     """
     hidden = before_targets(hidden_states(model, params, packed), targets)
-    labels = jnp.take_along_axis(packed.tokens, targets, axis=1)
+    labels = at_targets(packed.tokens, targets)
     kernel = params["embed"]["embedding"] if model.tied else params["head"]["kernel"]
     return vocabulary.token_logprobs(hidden, kernel, labels, temperature, model.tied)
 
 
 def token_values(
-    model: Model, params: dict, packed: PackedTokens, targets: Int[Array, "rows targets"]
-) -> Float[Array, "rows targets"]:
+    model: Model, params: dict, packed: PackedTokens, targets: Int[Array, "shards targets"]
+) -> Float[Array, "shards targets"]:
     """Return the value before each target: the scalar head at the token that precedes it."""
     hidden = hidden_states(model, params, packed)
     return transformer.scalar(params, before_targets(hidden, targets))
