@@ -17,7 +17,7 @@ from alignjax.planning.chips import GIB, Chip
 from alignjax.planning.hlo import Module, parse_module
 from alignjax.planning.operations import count_operations
 from alignjax.planning.traffic import Traffic, count_traffic
-from alignjax.planning.work import bytes_beside, device_bytes
+from alignjax.planning.work import bytes_beside, device_bytes, repeated_bytes
 
 ROLLOUT = "rollout"  # the program whose costs are given in two rows
 # How the TPU compiler says what a program would have needed, in G or in M.
@@ -100,7 +100,8 @@ def memory_row(
 ) -> ProgramCost:
     """Return a row with the memory of a compiled program, while `beside` bytes are there too."""
     memory = compiled.memory_analysis()
-    arguments = memory.argument_size_in_bytes
+    # The compiler takes each argument for an array of its own.
+    arguments = memory.argument_size_in_bytes - repeated_bytes(program.arguments)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + results
     peak = arguments + temporaries + beside
