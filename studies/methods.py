@@ -41,10 +41,10 @@ those of answering the held-out prompts.""",
         "rewards/accuracies",
         "rewards/margins",
     ),
-    found="""One seed so far. All methods raise the true score of sampled answers, from 0.60 to 0.87
-or more. Best of 16 ends below those that train (0.87). GRPO and RLOO reach 0.93 with as little KL
-as PPO (0.90), which spends 25 of its 60 rollouts on the value model alone. DPO reaches 0.93 too, in a
-fifth of the time and without the reward model, but moves twice as far from the reference. Greedy
-answers of the SFT policy are true already (0.98); DPO and PPO lose a little of that, GRPO and RLOO
-nothing.""",
+    found="""One seed so far. All methods raise the true score of sampled answers, from 0.60 to
+0.87 or more. Best of 16 ends below those that train (0.87). GRPO and RLOO reach 0.93 with as
+little KL as PPO (0.90), which spends 25 of its 60 rollouts on the value model alone. DPO reaches
+0.93 too, in a fifth of the time and without the reward model, but moves twice as far from the
+reference. Greedy answers of the SFT policy are true already (0.98); DPO and PPO lose a little of
+that, GRPO and RLOO nothing.""",
 )
