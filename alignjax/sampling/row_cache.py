@@ -16,6 +16,7 @@ from alignjax.config import Model
 from alignjax.machine.sharding import constrain, spec_of
 from alignjax.models import transformer
 from alignjax.models.attention import KeyValues, decode_attention
+from alignjax.models.layer_kinds import FULL, LayerKind, select
 
 SLOT_AXIS = 0
 HEAD_AXIS = 2
@@ -82,7 +83,11 @@ class RowCache:
         """Return what each slot sees: its row from the first real token on."""
         del clock
         first = self.prompt_width - real.sum(axis=1, dtype=jnp.int32)
-        return RowReader(first=first, place=self.prompt_width + lengths - 1)
+        place = self.prompt_width + lengths - 1
+        windowed = first
+        if self.model.window:
+            windowed = jnp.maximum(first, place + 1 - self.model.window)
+        return RowReader(first=first, first_in_window=windowed, place=place)
 
     def write(
         self,
@@ -101,6 +106,7 @@ class RowReader:
     """What each slot sees in one step: its row from `first` to `place`, the token in hand."""
 
     first: Int[Array, " slots"]
+    first_in_window: Int[Array, " slots"]  # the same in layers with a window
     place: Int[Array, " slots"]
 
     def attend(
@@ -110,10 +116,12 @@ class RowReader:
         queries: Float[Array, "slots heads head_size"],
         keys: Float[Array, "slots kv_heads head_size"],
         values: Float[Array, "slots kv_heads head_size"],
+        kind: LayerKind = FULL,
     ) -> tuple[Float[Array, "slots heads head_size"], KeyValues]:
         """Write the token in hand into its rows, attend to them, and return them as kept."""
         del layer
-        arguments = (queries, keys, values, *rows, self.first, self.place)
+        first = select(kind.windowed, self.first_in_window, self.first)
+        arguments = (queries, keys, values, *rows, first, self.place)
         spec = spec_of(rows.keys.shape, SLOT_AXIS, HEAD_AXIS)
         if spec is None:
             seen, written = write_and_attend(*arguments)
