@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from alignjax.algorithms import optimisation
 from alignjax.algorithms.optimisation import LossFunction, MinibatchUpdate
@@ -42,6 +43,7 @@ class SupervisedStage:
     """
 
     head: str  # "lm" or "scalar"
+    role: str = "model"  # of the trained model: among the parents, in the state, in checkpoints
 
     def __init__(
         self,
@@ -64,8 +66,8 @@ class SupervisedStage:
         )
         # Beneath the adapters, frozen; None if all parameters are trained.
         self.abstract_base = roles.abstract_base(config.model, self.head, mesh, config.lora)
-        self.base = reader.base("model") if reader else None
-        self.abstract_state: State = {"model": abstract}
+        self.base = reader.base(self.role) if reader else None
+        self.abstract_state: State = {self.role: abstract}
         self.loss_fn = self.make_loss(config)
         self.update = MinibatchUpdate(self.loss_fn, self.optimiser, abstract)
 
@@ -97,29 +99,41 @@ class SupervisedStage:
 
     def init_state(self) -> State:
         """Return the state of a fresh model, or of the parent's; a missing head is fresh."""
-        abstract = self.abstract_state["model"]
-        params = self.reader.initial("model")
-        return {"model": optimisation.place_state(params, self.optimiser, abstract)}
+        abstract = self.abstract_state[self.role]
+        params = self.reader.initial(self.role)
+        return {self.role: optimisation.place_state(params, self.optimiser, abstract)}
 
     def params_of(self, state: State) -> dict:
         """Return all parameters of the model: what is trained, with its base if it has one."""
-        return lora.combine(self.base, state["model"].params)
+        return lora.combine(self.base, state[self.role].params)
 
     def step(self, state: State, step: int) -> tuple[State, StepOutput]:
         """Take one optimiser step."""
         microbatches = sharding.shard_batch(self.data.prefetch.get(step), self.mesh)
         self.phases.mark("data", microbatches)
-        observation = self.observe(state, step, microbatches)
-        model, metrics = self.update(state["model"], microbatches, self.base)
-        self.phases.mark("update", model)
+        parts = self.parts(state, microbatches)
+        observation = self.observe(state, step, parts)
+        trained, metrics = self.update(state[self.role], parts, self.base)
+        self.phases.mark("update", trained)
         output = StepOutput(
             metrics=metrics,
             details=functools.partial(self.details, step, observation),
-            batch=functools.partial(self.data.batches.get, step),
+            batch=functools.partial(self.learned_from, state, step),
         )
-        return {"model": model}, output
+        return {**state, self.role: trained}, output
 
-    def observe(self, state: State, step: int, microbatches: list[Any]) -> Any:
+    def parts(self, state: State, microbatches: list[Any]) -> list[Any]:
+        """Return what the loss takes for each microbatch: by default, the microbatch."""
+        return microbatches
+
+    def learned_from(self, state: State, step: int) -> dict[str, np.ndarray]:
+        """Return the arrays from which the loss of a step can be computed again.
+
+        It is called after later steps, which have donated the trained role's part of the state.
+        """
+        return self.data.batches.get(step)
+
+    def observe(self, state: State, step: int, parts: list[Any]) -> Any:
         """Return what `details` needs of the state before the step; nothing by default."""
         return None
 
@@ -139,14 +153,15 @@ class SupervisedStage:
         """Yield the two programs of a step; the largest microbatch stands for all."""
         microbatches = self.longest_microbatches()
         microbatch = sharding.abstract_batch(microbatches[0], self.mesh)
-        state = self.abstract_state["model"]
+        (part,) = self.parts(self.abstract_state, [microbatch])
+        state = self.abstract_state[self.role]
         base = self.abstract_base
-        total = abstract_total(self.update.accumulate, state.params, microbatch, self.mesh, base)
+        total = abstract_total(self.update.accumulate, state.params, part, self.mesh, base)
         yield Program(
             name="gradient",
             calls=len(microbatches),
             function=self.update.accumulate.add,
-            arguments=(total, state.params, microbatch, base),
+            arguments=(total, state.params, part, base),
         )
         yield Program(
             name="optimiser step",
@@ -157,5 +172,5 @@ class SupervisedStage:
 
     def resident(self) -> dict[str, Any]:
         """Return the shapes of the training state, and of the base if there is one."""
-        resident = {"state": self.abstract_state["model"]}
+        resident = {"state": self.abstract_state[self.role]}
         return resident if self.abstract_base is None else resident | {"base": self.abstract_base}

@@ -23,6 +23,7 @@ from alignjax.config.estimators import (
 )
 from alignjax.config.fields import (
     CHOICES,
+    DPO,
     LORA_TARGETS,
     PPO,
     ROLES,
@@ -63,6 +64,7 @@ __all__ = [
     "CHOICES",
     "CONFIGS",
     "Config",
+    "DPO",
     "Data",
     "LORA_TARGETS",
     "Lora",
