@@ -81,7 +81,7 @@ CHOICES = {
     "model.family": "'qwen', 'qwen2', 'qwen3', 'llama'",
     "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
     "model.dtype": "'float32', 'bfloat16'",
-    "model.remat": "'nothing', 'everything', 'dots'",
+    "model.remat": "'nothing', 'everything', 'dots', 'auto'",
     "model.attention": "'auto', 'xla', 'cudnn', 'splash'",
     "optimiser.schedule": "'constant', 'cosine'",
     "value_optimiser.schedule": "'constant', 'cosine'",

@@ -33,9 +33,9 @@ class Model:
     max_length: int = 2048
     # Type of the computation. Parameters, softmax, log-probabilities and losses are float32.
     dtype: str = "float32"
-    remat: str = (
-        "nothing"  # what the backward pass recomputes: nothing, everything, dots (all else)
-    )
+    # What the backward pass recomputes: nothing, everything, dots (all else), or auto, the least
+    # that fits the device's memory (nothing, on a CPU). config.json has the level that was chosen.
+    remat: str = "nothing"
     attention: str = "auto"  # auto, xla, triton or cudnn (NVIDIA), splash (TPU)
 
 
@@ -233,7 +233,7 @@ CHOICES = {
     "model.family": ("qwen", "qwen2", "qwen3", "llama"),  # `models.families.register` adds more
     "model.rope_scaling": ("", "linear", "llama3", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("nothing", "everything", "dots"),
+    "model.remat": ("nothing", "everything", "dots", "auto"),
     "model.attention": ("auto", "xla", "triton", "cudnn", "splash"),
     "chat_template": ("", "chatml"),
     "data.on_bad_row": ("error", "skip"),
