@@ -1,9 +1,10 @@
 """Write a run's model as a Hugging Face checkpoint, with its tokenizer and chat template.
 
     python -m alignjax.convert --to_hf runs/ppo --out DIR [--role policy|value] \
-        [--dtype float32|bfloat16]
+        [--dtype float32|bfloat16] [--merged] [--base NAME]
 
-`alignjax.weights.hf` has the format.
+Of a run with adapters (`lora.rank` above 0) it writes a PEFT adapter, or with --merged the base
+with the adapters added. `alignjax.weights.hf` and `alignjax.weights.peft_export` have the formats.
 """
 
 import argparse
@@ -25,7 +26,15 @@ from alignjax.data.ends import as_list
 from alignjax.machine import console, output_directories
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
-from alignjax.weights import bases, checkpoint, hf, locations
+from alignjax.weights import (
+    bases,
+    checkpoint,
+    export_base,
+    hf,
+    host_reader,
+    locations,
+    peft_export,
+)
 from alignjax.weights.imported import (
     GENERATION_FILE,
     Imported,
@@ -78,7 +87,15 @@ def run(argv: Sequence[str] | None) -> None:
     jax.config.update("jax_platforms", "cpu")
     directory = workdirs.resolve(arguments.to_hf)
     out = workdirs.resolve(arguments.out)
-    export(directory, out, arguments.role, arguments.dtype, arguments.overwrite)
+    export(
+        directory,
+        out,
+        arguments.role,
+        arguments.dtype,
+        arguments.overwrite,
+        merged=arguments.merged,
+        base=arguments.base,
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -102,11 +119,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32"
     )
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="write a run with adapters as a whole model, not as a PEFT adapter",
+    )
+    parser.add_argument(
+        "--base",
+        default="",
+        metavar="NAME",
+        help="the base of a PEFT adapter, a directory or hf://ORG/NAME, where the run's own base "
+        "is not such a checkpoint: an export of it",
+    )
     return parser.parse_args(argv)
 
 
-def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool = False) -> None:
+def export(
+    run: Path,
+    out: Path,
+    role: str | None,
+    dtype: str,
+    overwrite: bool = False,
+    *,
+    merged: bool = False,
+    base: str = "",
+) -> None:
     """Write a complete run's model, tokenizer and chat template to the local directory `out`.
+
+    Of a run with adapters this is a PEFT adapter of `base`, by default the run's own base; with
+    `merged` it is the whole model.
 
     `out` appears when it is complete. An export that is killed leaves a hidden directory beside
     it, which the next one to the same `out` removes.
@@ -125,10 +166,17 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
     output_directories.check_replaceable(out, f"--out {out}", COMMAND, overwrite)
     item, head = EXPORTS[config["stage"], role]
     newest = checkpoint.newest(run)
-    read = functools.partial(checkpoint.restore_array, newest / item)
+    read = host_reader.read_item(run, head)
     tokenizer = chat.load_tokenizer(run / "tokenizer")
     model = model_from_json(config, str(run / "config.json"))
+    settings = bases.adapters_of(run)
+    if settings is None and (merged or base):
+        raise UserError(f"{run}: lora.rank=0, so there are no adapters for --merged or --base")
+    peft_base = None
+    if settings is not None and not merged:
+        peft_base = export_base.base_for_peft(run, head, base)
     bias = float(read("head/bias")[0]) if head == "scalar" else 0.0
+    imported = read_imported(run)
     exported = ExportedModel(
         config=config,
         item=item,
@@ -136,20 +184,37 @@ def export(run: Path, out: Path, role: str | None, dtype: str, overwrite: bool =
         dtype=dtype,
         ends=ends_of(run, tokenizer, model.vocab_size) if head == "lm" else (),
         bias=bias,
-        base=read_imported(run).source,
+        base=imported.source,
+        adapted=peft_base.name if peft_base else "",
+        revision=peft_base.revision if peft_base else "",
+        pad=special_tokens(tokenizer, head, imported)["pad_token_id"],
     )
-    files = small_files(exported, model, head, tokenizer, read_imported(run))
+    files = small_files(exported, model, head, tokenizer, imported)
 
     with output_directories.new_directory(
         out, "--out", command=COMMAND, overwrite=overwrite
     ) as partial:
         write_tokenizer(run, tokenizer, head, files.config["pad_token_id"], partial)
-        if files.generation is not None:
-            write_json(partial / GENERATION_FILE, files.generation)
         (partial / CARD_FILE).write_text(files.card, encoding="utf-8")
-        size = hf.write_hf(model, head, read, partial, dtype, config=files.config)
+        if peft_base is not None:
+            adapters = peft_export.AdaptersToWrite(
+                model=model,
+                head=head,
+                paths=host_reader.adapted_paths(settings, model),
+                rank=settings.rank,
+                alpha=settings.alpha,
+                base=peft_base.name,
+                revision=peft_base.revision,
+            )
+            size = peft_export.write_adapter(adapters, read, partial, dtype)
+        else:
+            if files.generation is not None:
+                write_json(partial / GENERATION_FILE, files.generation)
+            read_whole = host_reader.read_whole(run, head)
+            size = hf.write_hf(model, head, read_whole, partial, dtype, config=files.config)
 
-    print(f"{run}: {item} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
+    what = f"adapters of {item}" if peft_base else item
+    print(f"{run}: {what} of step {newest.name} written to {out}, {size / 1e6:,.1f} MB of {dtype}")
     if head == "scalar":
         print(f"{out / CARD_FILE} says how transformers gives the scores of alignjax")
     if bias:

@@ -11,6 +11,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+# The variants of every other family: name -> fields of its configuration. Each is read with more
+# layers, and also decoded greedily.
+OTHER_FAMILIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "granite": {
+        "multipliers": {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.5,
+        },
+        "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    },
+    "olmo2": {"plain": {}, "biases": {"attention_bias": True, "tie_word_embeddings": True}},
+    "seed_oss": {
+        "plain": {},
+        "biases": {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    },
+    "smollm3": {
+        "intervals": {"no_rope_layer_interval": 2},
+        "list": {"no_rope_layers": [0, 1, 1, 0], "attention_bias": True, "mlp_bias": True},
+    },
+}
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -20,7 +42,11 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+# Within the small vocabulary; other families' defaults are not.
+SPECIAL_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LENGTH = 40  # tokens of a row; longer than the original lengths of scaled RoPE
+PROMPT = 6  # tokens of a row after which others are decoded
+NEW_TOKENS = 24
 # The fields that each kind of scaling has beside its type and rope_theta.
 SCALINGS: Mapping[str, Mapping[str, Any]] = {
     "linear": {"factor": 3.0},
@@ -48,6 +74,7 @@ class Case:
     built: fields of the configuration of which transformers makes the weights, beside SIZES.
     fields: what config.json says beside that, or instead.
     dropped: fields that config.json lacks.
+    greedy: whether tokens are also decoded greedily.
     files: the name of a function of the judge that changes the files, or "".
     """
 
@@ -58,14 +85,45 @@ class Case:
     built: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    greedy: bool = False
     files: str = ""
 
 
-def all_cases() -> list[Case]:
-    """Return every case; no two have the same name."""
-    cases = [*shapes(), *scalings(), *both_places(), *lengths(), *without_effect(), *stored()]
+def all_cases(only: str = "") -> list[Case]:
+    """Return every case whose name has this text in it; no two have the same name."""
+    cases = [
+        *other_families(),
+        *shapes(),
+        *biases(),
+        *scalings(),
+        *both_places(),
+        *lengths(),
+        *without_effect(),
+        *stored(),
+    ]
     cases += [*unsupported(), *wrong()]
-    return cases
+    return [case for case in cases if only in case.name]
+
+
+def other_families() -> Iterator[Case]:
+    """Yield the variants of the families that are not in FAMILIES, and their classifiers."""
+    for family, variants in OTHER_FAMILIES.items():
+        for name, fields in variants.items():
+            yield Case(
+                topic=f"{family}: logits, and tokens decoded greedily",
+                name=f"{family}-{name}",
+                family=family,
+                built={"num_hidden_layers": 4} | SPECIAL_TOKENS | dict(fields),
+                greedy=True,
+            )
+        if family != "granite":
+            yield Case(
+                topic="sequence classifiers of the other families",
+                name=f"{family}-score",
+                family=family,
+                head="scalar",
+                built={**SPECIAL_TOKENS, "tie_word_embeddings": False},
+            )
 
 
 def shapes() -> Iterator[Case]:
@@ -131,6 +189,17 @@ def shapes() -> Iterator[Case]:
         built={"num_key_value_heads": 4},
         dropped=("num_key_value_heads",),
     )
+
+
+def biases() -> Iterator[Case]:
+    """Yield models with biases of families that mostly have none."""
+    topic = "biases: `attention_bias`, `mlp_bias`"
+    for name, family, built in (
+        ("bias-llama", "llama", {"attention_bias": True}),
+        ("bias-mlp", "llama", {"mlp_bias": True}),
+        ("bias-qwen3", "qwen3", {"attention_bias": True}),
+    ):
+        yield Case(topic=topic, name=name, family=family, built=built)
 
 
 def scalings() -> Iterator[Case]:
@@ -295,21 +364,6 @@ def unsupported() -> Iterator[Case]:
     window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     for topic, name, changes in (
         ("a sliding window", "window", {"built": window}),
-        (
-            "biases: `attention_bias`, `mlp_bias`",
-            "bias-llama",
-            {"family": "llama", "built": {"attention_bias": True}},
-        ),
-        (
-            "biases: `attention_bias`, `mlp_bias`",
-            "bias-qwen3",
-            {"family": "qwen3", "built": {"attention_bias": True}},
-        ),
-        (
-            "biases: `attention_bias`, `mlp_bias`",
-            "bias-mlp",
-            {"family": "llama", "built": {"mlp_bias": True}},
-        ),
         ("another `hidden_act`", "gelu", {"built": {"hidden_act": "gelu"}}),
         (
             "attention in both directions: `is_causal` false",
@@ -345,7 +399,7 @@ def unsupported() -> Iterator[Case]:
         ("a tensor is missing", "untied", {"files": "untied"}),
         ("a tensor more than the model has", "extra", {"files": "extra"}),
         ("`pytorch_model.bin` alone", "pickle", {"files": "pickle"}),
-        ("another `model_type`", "mistral", {"fields": {"model_type": "mistral"}}),
+        ("another `model_type`", "mamba", {"fields": {"model_type": "mamba"}}),
     ):
         yield Case(**{"topic": topic, "name": f"no-{name}", **changes})
 

@@ -9,6 +9,7 @@ import pytest
 
 from alignjax import config as configs
 from alignjax.config import CONFIGS, Config, UserError
+from alignjax.models import families
 
 FILES = sorted(CONFIGS.glob("*.py"))
 VARIANTS = [
@@ -78,7 +79,9 @@ def test_a_broken_rule_names_field_and_both_values(key, value, message):
 
 CHOICES = {
     "stage": "'lm', 'ranking', 'ppo'",
-    "model.family": "'qwen', 'qwen2', 'qwen3', 'llama'",
+    "model.family": ", ".join(map(repr, families.FAMILIES)),
+    "model.qk_norm_over": "'head', 'width'",
+    "model.norms": "'before', 'after'",
     "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
     "model.dtype": "'float32', 'bfloat16'",
     "model.remat": "'nothing', 'everything', 'dots', 'auto'",

@@ -56,15 +56,18 @@ def test_export_gives_the_files_tensors_back(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("head", ["lm", "scalar"])
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [(name, head) for name, family in families.FAMILIES.items() for head in family.classes],
+)
 def test_in_and_out_again_gives_the_same_bytes(family, head, dtype, tmp_path):
     """Tensors that the safetensors library wrote come back byte for byte, in their own type."""
     rng = np.random.default_rng(0)
     tensors = load_file(GOLDEN / family / "model.safetensors")
     if head == "scalar":
-        tensors |= {"score.weight": np.zeros((1, 32)), "score.bias": np.zeros(1)}
-        del tensors["lm_head.weight"]
+        size = read_model(GOLDEN / family).d_model
+        tensors |= {"score.weight": np.zeros((1, size)), "score.bias": np.zeros(1)}
+        tensors.pop("lm_head.weight", None)
     tensors = {name: rng.normal(size=x.shape).astype(dtype) for name, x in tensors.items()}
     (tmp_path / "in").mkdir()
     shutil.copy(GOLDEN / family / "config.json", tmp_path / "in")
@@ -172,7 +175,7 @@ def test_a_parameter_that_is_missing_or_misshapen_is_named(tmp_path):
 
 def model_and_shapes(family, head, layers=4, **changes):
     """Return a small model of a family, and the shapes of its parameters by path."""
-    flags = families.FAMILIES[family].flags
+    flags = families.FAMILIES[family].flags | {"qkv_bias": read_model(GOLDEN / family).qkv_bias}
     kv_heads = 4 if family == "qwen" else 2
     model = Model(family=family, layers=layers, kv_heads=kv_heads, **flags, **changes)
     return model, hf.layout_of(model, head).shapes
@@ -235,12 +238,12 @@ def test_reading_holds_the_part_that_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     "name, field, value",
     [
-        ("qwen2", "model_type", "mistral"),
+        ("qwen2", "model_type", "mamba"),
         ("qwen2", "hidden_act", "gelu"),
         ("qwen2", "layer_types", ["sliding_attention"]),
-        ("llama", "attention_bias", True),
-        ("llama", "mlp_bias", True),
-        ("qwen3", "attention_bias", True),
+        ("llama", "attention_bias", "yes"),
+        ("granite", "logits_scaling", 0),
+        ("smollm3", "no_rope_layers", [1, 0]),
         ("qwen", "no_bias", False),
         ("qwen", "rotary_pct", 0.5),
         ("qwen2", "rope_parameters", {"rope_type": "longrope", "factor": 2.0}),
@@ -271,6 +274,6 @@ def test_presets_survive_their_config(name):
 
 
 def test_a_model_outside_its_family_is_not_written(tmp_path):
-    model = Model(family="llama", d_model=32, layers=1, vocab_size=50)  # has qkv_bias
-    with pytest.raises(UserError, match=r"model.qk_norm must be \(False, False\)"):
+    model = Model(family="qwen2", d_model=32, layers=1, vocab_size=50, qkv_bias=False)
+    with pytest.raises(UserError, match=r"model.qk_norm must be \(True, False\)"):
         hf.save_hf(model, {"head": {}}, tmp_path)

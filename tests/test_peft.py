@@ -1,5 +1,6 @@
 """PEFT adapters as parents: merged exactly, or refused in one line that says why."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,12 +14,12 @@ from test_convert import GOLDEN
 from test_models import LM
 
 from alignjax import inference, plan
-from alignjax.config import Mesh, UserError
+from alignjax.config import Config, Lora, Mesh, UserError
 from alignjax.data import chat
 from alignjax.machine import sharding
-from alignjax.models import families
+from alignjax.models import families, lora
 from alignjax.runs import lineage
-from alignjax.weights import hf, locations, roles, score_place
+from alignjax.weights import bases, hf, locations, role_reader, roles, score_place
 from alignjax.weights.hf_layout import layout_of
 
 KEY = jax.random.key(0)
@@ -309,3 +310,25 @@ def test_a_directory_whose_name_has_a_plus_is_itself(tmp_path):
     assert locations.adapted_model(plus) is None
     adapter = simple(tmp_path)
     assert close(load(f"{plus}+{adapter}"), load(f"{GOLDEN / 'qwen2'}+{adapter}"))
+
+
+def test_a_child_with_the_same_form_goes_on_with_an_adapter(tmp_path):
+    base = GOLDEN / "qwen2"
+    model = locations.architecture(base)
+    modules = [module for module in modules_of(base, model) if Q in module]
+    write_adapter(tmp_path / "adapter", base, dict.fromkeys(modules, 3), target_modules=["q_proj"])
+    directory = locations.local_directory(f"{base}+{tmp_path / 'adapter'}")
+    same_form = Lora(rank=3, alpha=6.0, targets="q")
+    origin = bases.origin_of(directory, "lm", same_form)
+    assert (origin.base, origin.adapters) == (base, directory)
+    other_form = dataclasses.replace(same_form, rank=4)
+    origin = bases.origin_of(directory, "lm", other_form)
+    assert (origin.base, origin.adapters) == (directory, None)
+    parents = {"model": directory}
+    for settings in (same_form, other_form):
+        config = Config(stage="lm", lora=settings, model=model, parents={"model": str(directory)})
+        reader = role_reader.RoleReader(config, sharding.make_mesh(Mesh()), parents)
+        whole = lora.merge(lora.combine(reader.base("model"), reader.initial("model")))
+        assert close(whole, load(directory))
+        place = bases.record(config, tmp_path / "run", parents, {"model": "lm"})["model"]["place"]
+        assert locations.local_directory(place) == (base if settings == same_form else directory)

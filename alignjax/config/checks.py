@@ -11,7 +11,17 @@ from typing import Any
 from alignjax.config.errors import nearest, rule
 from alignjax.config.estimator_rules import check_estimator
 from alignjax.config.estimators import has_value
-from alignjax.config.fields import CHOICES, KINDS, LORA_TARGETS, ROLES, Config, Data, Lora, flatten
+from alignjax.config.fields import (
+    CHOICES,
+    KINDS,
+    LAYER_TYPES,
+    LORA_TARGETS,
+    ROLES,
+    Config,
+    Data,
+    Lora,
+    flatten,
+)
 
 AT_LEAST_ONE = (
     "microbatch_tokens",
@@ -163,6 +173,15 @@ def check_model(config: Config) -> None:
         f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}",
     )
     rule(model.head_size % 2 == 0, f"model.head_size={model.head_size} must be even")
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_divisor"):
+        value = getattr(model, name)
+        rule(value > 0, f"model.{name}={value} must be above 0")
+    for kind in model.layer_types.split(","):
+        rule(
+            kind in LAYER_TYPES,
+            f"model.layer_types={model.layer_types!r}: {kind!r} must be one of "
+            + ", ".join(map(repr, LAYER_TYPES)),
+        )
     rule(
         data.max_length <= model.max_length,
         f"data.max_length={data.max_length} is over model.max_length={model.max_length}",

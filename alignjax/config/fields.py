@@ -12,7 +12,7 @@ class Model:
     """A decoder."""
 
     # The Hugging Face layout that weights are read from and written to.
-    family: str = "qwen2"  # qwen, qwen2, qwen3, llama
+    family: str = "qwen2"  # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3
     vocab_size: int = 1024
     d_model: int = 128
     layers: int = 4
@@ -21,8 +21,19 @@ class Model:
     head_size: int = 32
     d_ff: int = 352
     qkv_bias: bool = True
+    out_bias: bool = False  # a bias of the attention's output projection
+    mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: str = "head"  # what one norm of qk_norm covers: head, width (all heads)
+    norms: str = "before"  # where a layer's norms are: before or after attention and feed-forward
     tied: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what a layer adds to its input
+    attention_multiplier: float = 0.0  # of the attention's scores; 0 is 1 / sqrt(head_size)
+    logits_divisor: float = 1.0
+    # The kinds of the layers, a list with commas that repeats until all layers have one: full,
+    # full_nope (without rotary positions).
+    layer_types: str = "full"
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: str = ""  # "", linear, llama3, yarn
@@ -218,6 +229,7 @@ ROLES = {
     "ppo": {"policy", "reference", "value", "reward"},
 }
 KINDS = {"lm": ("text", "conversations"), "ranking": ("comparisons",), "ppo": ("prompts",)}
+LAYER_TYPES = ("full", "full_nope")  # the kinds that `model.layer_types` may list
 # The products of a layer that may have adapters, and the part of the layer that each is in.
 LORA_TARGETS = {
     "q": "attention",
@@ -230,7 +242,19 @@ LORA_TARGETS = {
 }
 CHOICES = {
     "stage": tuple(ROLES),
-    "model.family": ("qwen", "qwen2", "qwen3", "llama"),  # `models.families.register` adds more
+    # `models.families.register` adds more.
+    "model.family": (
+        "qwen",
+        "qwen2",
+        "qwen3",
+        "llama",
+        "granite",
+        "olmo2",
+        "seed_oss",
+        "smollm3",
+    ),
+    "model.qk_norm_over": ("head", "width"),
+    "model.norms": ("before", "after"),
     "model.rope_scaling": ("", "linear", "llama3", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("nothing", "everything", "dots", "auto"),

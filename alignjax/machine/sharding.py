@@ -24,8 +24,11 @@ TABLE = (
     (r"attention/qkv/kernel$", P(None, "fsdp", "tensor", None, None)),  # [l d k g h], joined
     (r"attention/qkv/bias$", P(None, "tensor", None, None)),  # [l k g h]
     (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),  # [l n h d]
+    (r"(out|down)/bias$", P()),  # [l d]
     (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [l d f]
+    (r"mlp/(gate|up)/bias$", P(None, "tensor")),  # [l f]
     (r"mlp/gate_up/kernel$", P(None, "fsdp", "tensor", None)),  # [l d f 2], joined
+    (r"mlp/gate_up/bias$", P(None, "tensor", None)),  # [l f 2], joined
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [l f d]
     (r"attention/[qkv]/lora_a$", P(None, "fsdp", None)),  # [l d r]
     (r"attention/[qkv]/lora_b$", P(None, None, "tensor", None)),  # [l r n h]

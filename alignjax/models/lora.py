@@ -129,8 +129,14 @@ def merge_product(product: dict[str, Array]) -> dict[str, Array]:
     kernel = product["kernel"]
     lora_a = product["lora_a"]
     rank = lora_a.shape[-1]
-    change = lora_a.reshape(-1, rank) @ product["lora_b"].reshape(rank, -1) * product["lora_scale"]
-    summed = kernel.astype(jnp.float32) + change.reshape(kernel.shape)
+    # A TPU would otherwise round the factors to bfloat16, even for a kernel in float32.
+    change = jnp.matmul(
+        lora_a.reshape(-1, rank),
+        product["lora_b"].reshape(rank, -1),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    scaled = change.reshape(kernel.shape) * product["lora_scale"]
+    summed = kernel.astype(jnp.float32) + scaled
     others = {name: x for name, x in product.items() if not name.startswith("lora_")}
     return others | {"kernel": summed.astype(kernel.dtype)}
 

@@ -1,8 +1,8 @@
 """The decoder's NNX modules: what each layer computes, and how its parameters start.
 
-Pre-norm RMSNorm, RoPE, SwiGLU and grouped queries; biases on queries, keys and values and norms on
-queries and keys as the config says. The names of the attributes are the parameters' paths, such as
-`layers/attention/q/kernel`: `sharding.TABLE` and `models.families` refer to them.
+RMSNorm, RoPE, gated feed-forward and grouped queries; the config says where there are norms and
+biases. The names of the attributes are the parameters' paths, such as `layers/attention/q/kernel`:
+`sharding.TABLE` and `models.families` refer to them.
 """
 
 import math
@@ -80,19 +80,28 @@ class Norm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
+def norm_if(exists: bool, size: int, model: Model) -> Norm | None:
+    """Return a norm of this size, or None."""
+    return Norm(size, model.norm_eps) if exists else None
+
+
 class Attention(nnx.Module):
     """Projections, RoPE and the output projection around an `attend` function."""
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
+        self.score_multiplier = model.attention_multiplier * model.head_size**0.5 or 1.0
+        self.norms_width = model.qk_norm_over == "width"
         width = (model.d_model,)
         queries = (model.heads, model.head_size)
         keys = (model.kv_heads, model.head_size)
         self.q = Linear(width, queries, model.qkv_bias, rngs)
         self.k = Linear(width, keys, model.qkv_bias, rngs)
         self.v = Linear(width, keys, model.qkv_bias, rngs)
-        self.out = Linear(queries, width, False, rngs)
-        self.q_norm = Norm(model.head_size, model.norm_eps) if model.qk_norm else None
-        self.k_norm = Norm(model.head_size, model.norm_eps) if model.qk_norm else None
+        self.out = Linear(queries, width, model.out_bias, rngs)
+        query_size = math.prod(queries) if self.norms_width else model.head_size
+        key_size = math.prod(keys) if self.norms_width else model.head_size
+        self.q_norm = norm_if(model.qk_norm, query_size, model)
+        self.k_norm = norm_if(model.qk_norm, key_size, model)
 
     def project(
         self, x: Float[Array, "batch tokens d_model"]
@@ -100,14 +109,25 @@ class Attention(nnx.Module):
         """Return the queries, and the keys and values with the token axis before the heads."""
         return self.q(x), KeyValues(keys=self.k(x), values=self.v(x))
 
+    def normalise(
+        self, norm: Norm, x: Float[Array, "batch tokens heads head_size"]
+    ) -> Float[Array, "batch tokens heads head_size"]:
+        """Apply a norm to each head, or to all heads of a token as one."""
+        if not self.norms_width:
+            return norm(x)
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+
     def __call__(
-        self, x: Float[Array, "batch tokens d_model"], rotation: Rotation, attend: Attend
+        self, x: Float[Array, "batch tokens d_model"], rotation: Rotation | None, attend: Attend
     ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
         queries, (keys, values) = self.project(x)
         if self.q_norm is not None:
-            queries = self.q_norm(queries)
-            keys = self.k_norm(keys)
-        y, kept = attend(rotate(queries, rotation), rotate(keys, rotation), values)
+            queries = self.normalise(self.q_norm, queries)
+            keys = self.normalise(self.k_norm, keys)
+        # Every kernel divides scores by the square root of the head size. Queries take whatever
+        # else multiplies them where they are in float32 anyway.
+        queries = rotate(queries, rotation, self.score_multiplier)
+        y, kept = attend(queries, rotate(keys, rotation), values)
         return self.out(y), kept
 
 
@@ -138,9 +158,9 @@ class MLP(nnx.Module):
     """The feed-forward network, SwiGLU."""
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
-        self.gate = Linear((model.d_model,), (model.d_ff,), False, rngs)
-        self.up = Linear((model.d_model,), (model.d_ff,), False, rngs)
-        self.down = Linear((model.d_ff,), (model.d_model,), False, rngs)
+        self.gate = Linear((model.d_model,), (model.d_ff,), model.mlp_bias, rngs)
+        self.up = Linear((model.d_model,), (model.d_ff,), model.mlp_bias, rngs)
+        self.down = Linear((model.d_ff,), (model.d_model,), model.mlp_bias, rngs)
 
     def __call__(
         self, x: Float[Array, "batch tokens d_model"]
@@ -158,7 +178,7 @@ class JoinedMLP(MLP):
     def __init__(self, model: Model, rngs: nnx.Rngs):
         super().__init__(model, rngs)
         del self.gate, self.up
-        self.gate_up = Linear((model.d_model,), (model.d_ff, 2), False, rngs)
+        self.gate_up = Linear((model.d_model,), (model.d_ff, 2), model.mlp_bias, rngs)
 
     def __call__(
         self, x: Float[Array, "batch tokens d_model"]
@@ -168,24 +188,48 @@ class JoinedMLP(MLP):
 
 
 class Layer(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to its input."""
+    """One layer: attention and feed-forward, each with a norm and added to its input.
+
+    `norm1` and `norm2` come before the two, `post_norm1` and `post_norm2` after them.
+    """
 
     attention_type = Attention
     mlp_type = MLP
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
-        self.norm1 = Norm(model.d_model, model.norm_eps)
-        self.norm2 = Norm(model.d_model, model.norm_eps)
+        before = model.norms == "before"
+        after = model.norms == "after"
+        self.norm1 = norm_if(before, model.d_model, model)
+        self.norm2 = norm_if(before, model.d_model, model)
         self.attention = self.attention_type(model, rngs)
         self.mlp = self.mlp_type(model, rngs)
+        self.post_norm1 = norm_if(after, model.d_model, model)
+        self.post_norm2 = norm_if(after, model.d_model, model)
+        self.residual_multiplier = model.residual_multiplier
 
     def __call__(
-        self, x: Float[Array, "batch tokens d_model"], rotation: Rotation, attend: Attend
+        self, x: Float[Array, "batch tokens d_model"], rotation: Rotation | None, attend: Attend
     ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
         """Return x after the layer, and the keys and values that `attend` keeps."""
-        y, kept = self.attention(self.norm1(x), rotation, attend)
-        x = constrain(x + y)
-        return constrain(x + self.mlp(self.norm2(x))), kept
+        y, kept = self.attention(normed(self.norm1, x), rotation, attend)
+        x = self.add(x, normed(self.post_norm1, y))
+        y = self.mlp(normed(self.norm2, x))
+        return self.add(x, normed(self.post_norm2, y)), kept
+
+    def add(
+        self, x: Float[Array, "batch tokens d_model"], y: Float[Array, "batch tokens d_model"]
+    ) -> Float[Array, "batch tokens d_model"]:
+        """Add the result of attention or feed-forward to their input."""
+        if self.residual_multiplier != 1.0:
+            y = y * self.residual_multiplier
+        return constrain(x + y)
+
+
+def normed(
+    norm: Norm | None, x: Float[Array, "batch tokens d_model"]
+) -> Float[Array, "batch tokens d_model"]:
+    """Return x behind a norm, or x itself where there is none."""
+    return x if norm is None else norm(x)
 
 
 class JoinedLayer(Layer):
@@ -208,10 +252,12 @@ def joined(model: Model, layer: dict) -> dict:
         part: join_heads(model, *(attention[name][part] for name in "qkv"))
         for part in attention["q"]  # the kernel, and the bias if there is one
     }
-    gate_up = jnp.stack([mlp["gate"]["kernel"], mlp["up"]["kernel"]], axis=-1)
+    gate_up = {
+        part: jnp.stack([mlp["gate"][part], mlp["up"][part]], axis=-1) for part in mlp["gate"]
+    }
     return layer | {
         "attention": others | {"qkv": qkv},
-        "mlp": {"gate_up": {"kernel": gate_up}, "down": mlp["down"]},
+        "mlp": {"gate_up": gate_up, "down": mlp["down"]},
     }
 
 

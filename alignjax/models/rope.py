@@ -66,9 +66,19 @@ def yarn_magnitude(model: Model) -> float:
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads head_size"], rotation: Rotation
+    x: Float[Array, "batch tokens heads head_size"],
+    rotation: Rotation | None,
+    multiplier: float = 1.0,
 ) -> Float[Array, "batch tokens heads head_size"]:
-    """Rotate each head's pairs of numbers; a pair has one number in each half of the head."""
+    """Rotate each head's pairs of numbers; a pair has one number in each half of the head.
+
+    None rotates nothing. The result is multiplied before it is rounded to the type of x.
+    """
+    if multiplier != 1.0:
+        scaled = x.astype(jnp.float32) * multiplier
+        return rotate(scaled, rotation).astype(x.dtype)
+    if rotation is None:
+        return x
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [
         first * rotation.cos - second * rotation.sin,

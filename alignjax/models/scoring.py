@@ -71,6 +71,8 @@ def token_logprobs(
     hidden = before_targets(hidden_states(model, params, packed), targets)
     labels = at_targets(packed.tokens, targets)
     kernel = params["embed"]["embedding"] if model.tied else params["head"]["kernel"]
+    if model.logits_divisor != 1.0:
+        temperature = temperature * model.logits_divisor
     return vocabulary.token_logprobs(hidden, kernel, labels, temperature, model.tied)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain
-from alignjax.models import lora
+from alignjax.models import layer_kinds, lora
 from alignjax.models.attention import KeyValues, SharedKeys, platform, self_attention
 from alignjax.models.modules import Attend, JoinedLayer, Layer, Transformer, joined, rms_norm
 from alignjax.models.rope import Rotation, rope
@@ -81,7 +81,7 @@ def run_layer(
     model: Model,
     params: Params,
     x: Float[Array, "batch tokens d_model"],
-    rotation: Rotation,
+    rotation: Rotation | None,
     attend: Attend,
 ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
     """Run one layer with its own parameters, which have no layer axis and may be joined."""
@@ -98,7 +98,17 @@ def embed(
 ) -> Float[Array, "batch tokens d_model"]:
     """Return the tokens' embeddings in the type of the computation."""
     embedding = jnp.asarray(params["embed"]["embedding"])
-    return constrain(embedding[tokens].astype(model.dtype))
+    x = embedding[tokens].astype(model.dtype)
+    if model.embedding_multiplier != 1.0:
+        x = x * model.embedding_multiplier
+    return constrain(x)
+
+
+def final_norm(
+    model: Model, params: Params, x: Float[Array, "*rows d_model"]
+) -> Float[Array, "*rows d_model"]:
+    """Return hidden states behind the norm that follows the last layer."""
+    return rms_norm(x, params["norm"]["scale"], model.norm_eps)
 
 
 def apply(
@@ -117,8 +127,9 @@ def apply(
     Every token sees the real tokens of `prefix`. Positions matter to RoPE alone.
     """
     rotation = rope(model, positions)
+    kinds = layer_kinds.of(model)
 
-    def step(x, layer):
+    def step(kind, x, layer):
         layer_params, layer_prefix = layer
 
         def attend(queries, keys, values):
@@ -129,23 +140,34 @@ def apply(
             y = self_attention(queries, keys, values, segments, model.attention, shared)
             return y, kept
 
-        return run_layer(model, layer_params, x, rotation, attend)
+        return run_layer(model, layer_params, x, kind.rotation(rotation), attend)
 
-    if model.remat != "nothing":
-        step = jax.checkpoint(step, policy=REMAT[model.remat])
+    def scan_step(x, layer):
+        varying, layer = layer
+        return step(varying.or_constant(kinds[0]), x, layer)
+
     layers = params["layers"]
     prefixes = None if prefix is None else prefix.key_values
     x = embed(model, params, tokens)
     if isinstance(layers, list):
         kept_by_layer = []
         for number, layer in enumerate(layers):
-            x, kept = step(x, (layer, layer_of(prefixes, number)))
+            layer_step = with_remat(model, functools.partial(step, kinds[number]))
+            x, kept = layer_step(x, (layer, layer_of(prefixes, number)))
             kept_by_layer.append(kept)
         kept = jax.tree.map(stack, *kept_by_layer)
     else:
         unroll = model.layers if unrolled(model) else 1
-        x, kept = jax.lax.scan(step, x, (layers, prefixes), unroll=unroll)
-    return Activations(rms_norm(x, params["norm"]["scale"], model.norm_eps), kept)
+        by_layer = (layer_kinds.varying(kinds), (layers, prefixes))
+        x, kept = jax.lax.scan(with_remat(model, scan_step), x, by_layer, unroll=unroll)
+    return Activations(final_norm(model, params, x), kept)
+
+
+def with_remat(model: Model, step: Callable) -> Callable:
+    """Return a layer's step whose backward pass recomputes what the config says."""
+    if model.remat == "nothing":
+        return step
+    return jax.checkpoint(step, policy=REMAT[model.remat])
 
 
 def stack(*arrays: Array) -> Array:
@@ -259,24 +281,29 @@ def decode(
     of its layer is None; elsewhere attend gets the cache of all layers and that number.
     """
     rotation = rope(model, positions[:, None])
+    kinds = layer_kinds.of(model)
 
-    def step(x, layer_cache, layer, layer_params):
+    def step(kind, x, layer_cache, layer, layer_params):
         def attend_one(queries, keys, values):
             y, kept = attend(layer_cache, layer, queries[:, 0], keys[:, 0], values[:, 0])
             return y[:, None], kept
 
-        return run_layer(model, layer_params, x, rotation, attend_one)
+        return run_layer(model, layer_params, x, kind.rotation(rotation), attend_one)
+
+    def scan_step(x, numbered):
+        varying, (layer, layer_params) = numbered
+        return step(varying.or_constant(kinds[0]), x, cache, layer, layer_params)
 
     x = embed(model, params, tokens[:, None])
     if isinstance(layers, list):
         key_values = []
-        for layer_params, layer_cache in zip(layers, cache, strict=True):
-            x, kept = step(x, layer_cache, None, layer_params)
+        for kind, layer_params, layer_cache in zip(kinds, layers, cache, strict=True):
+            x, kept = step(kind, x, layer_cache, None, layer_params)
             key_values.append(kept)
     else:
-        numbered = (jnp.arange(model.layers), layers)
-        x, key_values = jax.lax.scan(lambda x, layer: step(x, cache, *layer), x, numbered)
-    return Activations(rms_norm(x[:, 0], params["norm"]["scale"], model.norm_eps), key_values)
+        numbered = (layer_kinds.varying(kinds), (jnp.arange(model.layers), layers))
+        x, key_values = jax.lax.scan(scan_step, x, numbered)
+    return Activations(final_norm(model, params, x[:, 0]), key_values)
 
 
 def output_kernel(model: Model, params: Params) -> Float[Array, "d_model vocab"]:
@@ -291,6 +318,8 @@ def logits(
     kernel = output_kernel(model, params).astype(hidden.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
     z = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+    if model.logits_divisor != 1.0:
+        z = z / model.logits_divisor
     return z.reshape(*hidden.shape[:-1], -1)
 
 

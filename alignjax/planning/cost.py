@@ -18,7 +18,7 @@ from alignjax.planning.chips import GIB, Chip
 from alignjax.planning.hlo import Module, parse_module
 from alignjax.planning.operations import count_operations
 from alignjax.planning.traffic import Traffic, count_traffic
-from alignjax.planning.work import bytes_beside, device_bytes
+from alignjax.planning.work import bytes_beside, device_bytes, repeated_bytes
 
 ROLLOUT = "rollout"  # the program whose costs are given in two rows
 # How the TPU compiler says what a program would have needed, in G or in M.
@@ -100,7 +100,7 @@ def memory_row(
     program: Program, compiled: Compiled, beside: int, chip: Chip, seconds: float
 ) -> ProgramCost:
     """Return a row with the memory of a compiled program, while `beside` bytes are there too."""
-    needs = memory_needs(compiled, beside)
+    needs = memory_needs(program, compiled, beside)
     return ProgramCost(
         program=program.name,
         calls=program.calls,
@@ -121,10 +121,11 @@ class MemoryNeeds(NamedTuple):
     peak: int  # with everything else that is in memory during the call
 
 
-def memory_needs(compiled: Compiled, beside: int) -> MemoryNeeds:
+def memory_needs(program: Program, compiled: Compiled, beside: int) -> MemoryNeeds:
     """Return the memory of a compiled program, while `beside` bytes are there too."""
     memory = compiled.memory_analysis()
-    arguments = memory.argument_size_in_bytes
+    # The compiler takes each argument for an array of its own.
+    arguments = memory.argument_size_in_bytes - repeated_bytes(program.arguments)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + results
     return MemoryNeeds(arguments, temporaries, arguments + temporaries + beside)

@@ -68,7 +68,7 @@ def peak_of(program: Program, work: Work) -> float:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return cost.rejected_row(program, str(error), resident, 0.0).peak
-    return cost.memory_needs(compiled, bytes_beside(program, work.resident)).peak / GIB
+    return cost.memory_needs(program, compiled, bytes_beside(program, work.resident)).peak / GIB
 
 
 def choose_here(config: Config, mesh: jax.sharding.Mesh) -> RematChoice:

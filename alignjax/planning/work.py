@@ -38,6 +38,12 @@ def device_bytes(tree: Any) -> int:
     )
 
 
+def repeated_bytes(tree: Any) -> int:
+    """Return the bytes of shapes that a tree has again: one array, which several roles share."""
+    leaves = jax.tree.leaves(tree)
+    return device_bytes(leaves) - device_bytes(list({id(leaf): leaf for leaf in leaves}.values()))
+
+
 def total_bytes(tree: Any) -> int:
     """Return the bytes of all arrays of a tree of shapes, each once."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

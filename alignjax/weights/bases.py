@@ -15,7 +15,7 @@ from alignjax.config import Config, Lora, UserError, lora_from_json
 from alignjax.config import load as load_config
 from alignjax.machine import marker
 from alignjax.machine import workdir as workdirs
-from alignjax.weights import checkpoint, locations
+from alignjax.weights import checkpoint, locations, peft_parameters
 
 BASES = "bases"  # an entry of the marker: trained role -> `Base`
 BESIDE = "../"  # begins the place of a base beside the run
@@ -36,7 +36,8 @@ class Origin:
 
     base: Path  # a run or a checkpoint, which may itself have other adapters
     item: str  # of the base's checkpoint; "" if it is no run
-    adapters: Path | None  # the run whose adapters it goes on with; None if they are new
+    # The run or the PEFT adapter (BASE+ADAPTER) that it goes on with; None if adapters are new.
+    adapters: Path | None
     hub_name: str = ""  # hf://ORG/NAME of the base, if that is how the run in `adapters` names it
 
 
@@ -55,7 +56,7 @@ def planned_base(spec: str, head: str, settings: Lora) -> str:
     Equal names mean one base. The head is that of the role that the parent is for.
     """
     if not locations.is_config(spec):
-        return spec
+        return locations.base_spec(spec) if goes_on_with_adapter(spec, settings) else spec
     parent = load_config(spec)
     role = CHECKPOINT_ITEMS.get((parent.stage, head))
     if parent.lora.rank and have_same_form(parent.lora, settings) and role in parent.parents:
@@ -63,8 +64,26 @@ def planned_base(spec: str, head: str, settings: Lora) -> str:
     return spec
 
 
+def goes_on_with_adapter(spec: str, settings: Lora) -> bool:
+    """Return whether a child can go on with the PEFT adapter that a spec names, if it names one.
+
+    A model on the hub is taken to have none unless the spec says so, and is not downloaded.
+    """
+    if spec.startswith(locations.HUB_PREFIX) and locations.JOINT not in spec:
+        return False
+    own = adapters_of(locations.local_directory(spec, weights=False))
+    return own is not None and have_same_form(own, settings)
+
+
 def adapters_of(directory: Path) -> Lora | None:
-    """Return the settings of a run's adapters, None for a run or a checkpoint without any."""
+    """Return the settings of the adapters of a run or a PEFT adapter.
+
+    None if there are none, or if no run could train them.
+    """
+    adapted = locations.adapted_model(directory)
+    if adapted is not None:
+        model = locations.architecture(adapted.base)
+        return peft_parameters.settings_of(adapted.adapter, model)
     values = locations.read_config(directory)
     if not locations.is_run_config(values):
         return None
@@ -89,6 +108,9 @@ def sorted_targets(settings: Lora) -> list[str]:
 def origin_of(directory: Path, head: str, settings: Lora) -> Origin:
     """Return what a role with adapters begins with whose parent is in `directory`."""
     own = adapters_of(directory)
+    adapted = locations.adapted_model(directory)
+    if adapted is not None and own is not None and have_same_form(own, settings):
+        return Origin(base=adapted.base, item="", adapters=directory)
     if own is not None and have_same_form(own, settings):
         base = base_of(directory, head)
         return Origin(
@@ -194,7 +216,11 @@ def place_of(origin: Origin, spec: str, workdir: Path) -> str:
     """Return how a run records where its base is; `spec` names the parent in the config."""
     if origin.hub_name:
         return origin.hub_name
-    if origin.adapters is None and spec.startswith("hf://"):
+    goes_on = origin.adapters is not None
+    if goes_on and locations.adapted_model(origin.adapters) is not None:
+        spec = locations.base_spec(spec)
+        goes_on = False
+    if not goes_on and spec.startswith(locations.HUB_PREFIX):
         return spec
     is_plain = locations.adapted_model(origin.base) is None
     if is_plain and siblings_of(origin.base) == siblings_of(workdir):

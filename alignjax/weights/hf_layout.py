@@ -27,6 +27,11 @@ class FileTensor(NamedTuple):
     paths: tuple[str, ...]
     layer: int | None  # None if the parameters are not stacked
 
+    @property
+    def module(self) -> str:
+        """The name of the module that has the tensor as its weight or bias."""
+        return self.name.rpartition(".")[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -72,6 +77,15 @@ def layout_of(model: Model, head: str) -> Layout:
         layers = range(model.layers) if "{}" in name else [None]
         tensors += [FileTensor(name.format(layer), tuple(paths), layer) for layer in layers]
     return Layout(shapes=shapes, tensors=tensors)
+
+
+def kernel_tensors(layout: Layout) -> list[FileTensor]:
+    """Return the tensors of the products within layers, which may have adapters."""
+    return [
+        tensor
+        for tensor in layout.tensors
+        if tensor.layer is not None and tensor.paths[0].endswith("kernel")
+    ]
 
 
 def flags_text(model: Model) -> str:

@@ -92,6 +92,15 @@ def splits(spec: str) -> Iterator[tuple[str, str]]:
         yield spec[: place.start()], spec[place.end() :]
 
 
+def base_spec(spec: str) -> str:
+    """Return how the spec of a model with an adapter names its base; itself without an adapter."""
+    for base, adapter in splits(spec):
+        if names_model(base) or (adapter and names_model(adapter)):
+            return base
+    directory = plain_directory(spec, weights=False)
+    return base_of(directory) if is_adapter(directory) else spec
+
+
 def names_model(spec: str) -> bool:
     """Return whether a spec names a model on the hub, or a local directory that exists."""
     return spec.startswith(HUB_PREFIX) or ("://" not in spec and Path(spec).is_dir())
@@ -162,7 +171,8 @@ def joint_directory(base: Path, adapter: Path) -> Path:
             f"{joint}: the base of an adapter must be a Hugging Face checkpoint, and {base} is a "
             "run; write it as one with alignjax.convert first"
         )
-    return Path(joint)
+    # Absolute, because a path of two parts has no directory that it could be relative to.
+    return Path(f"{base.absolute()}{JOINT}{adapter.absolute()}")
 
 
 def adapted_model(directory: Path) -> AdaptedModel | None:

@@ -18,7 +18,7 @@ KINDS = {
 }
 CARD = """\
 ---
-library_name: transformers
+{header}
 tags:
 - alignjax
 ---
@@ -30,18 +30,27 @@ in {dtype}.{origin}
 {use}"""
 GENERATE = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 directory = "."  # of this file, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForCausalLM.from_pretrained(directory)
+{load}
 {prompt}
 ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-response = model.generate(ids, max_new_tokens=256)[0, ids.shape[1] :]
+response = model.generate({arguments})[0, ids.shape[1] :]
 print(tokenizer.decode(response, skip_special_tokens=True))
 ```
 
-A response ends at any of the tokens {ends}, which `generation_config.json` lists.
+A response ends at any of the tokens {ends}, which {place} lists.
+"""
+LOAD = "model = {loader}.from_pretrained(directory{options})"
+LOAD_ADAPTED = """\
+base = {loader}.from_pretrained({base!r}{options})
+model = PeftModel.from_pretrained(base, directory)"""
+IMPORT_PEFT = "from peft import PeftModel\n"
+ADAPTER = """\
+It is a LoRA adapter in PEFT's format, of the base `{base}`, which must be loaded with it.
+
 """
 CHAT_PROMPT = """\
 messages = [{"role": "user", "content": "..."}]
@@ -58,11 +67,12 @@ there:
 
 ```python
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+{imports}from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 directory = "."  # of this file, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+{load}
+model.eval()
 messages = [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]
 end = {end!r}
 {tokenise}
@@ -102,6 +112,9 @@ class ExportedModel:
     ends: tuple[int, ...]  # of a response; empty for a scalar head
     bias: float  # of a scalar head, which transformers does not read
     base: str  # name of the checkpoint that the run's models came from; "" if there is none
+    adapted: str = ""  # the base of an adapter; "" if the export is a whole model
+    revision: str = ""  # of that base on the hub
+    pad: int | None = None  # of a sequence classifier
 
 
 def model_card(exported: ExportedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -114,7 +127,13 @@ def model_card(exported: ExportedModel, tokenizer: PreTrainedTokenizerBase) -> s
         ("ppo", "value"): value_use,
     }
     use = uses.get(kind, generation_use)
+    header = "library_name: transformers"
+    about = ""
+    if exported.adapted:
+        header = f"library_name: peft\nbase_model: {exported.adapted}"
+        about = ADAPTER.format(base=exported.adapted)
     return CARD.format(
+        header=header,
         name=config["name"],
         kind=KINDS[kind],
         item=exported.item,
@@ -122,15 +141,36 @@ def model_card(exported: ExportedModel, tokenizer: PreTrainedTokenizerBase) -> s
         step=exported.step,
         dtype=exported.dtype,
         origin=origin,
-        use=use(exported, tokenizer),
+        use=about + use(exported, tokenizer),
     )
+
+
+def loading_lines(exported: ExportedModel, loader: str, options: str = "") -> str:
+    """Return the lines of Python that load the model; `options` are of an adapter's base."""
+    if exported.adapted:
+        if exported.revision:
+            options += f", revision={exported.revision!r}"
+        return LOAD_ADAPTED.format(loader=loader, base=exported.adapted, options=options)
+    return LOAD.format(loader=loader, options="")
 
 
 def generation_use(exported: ExportedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return how to let a language model respond."""
     reads_text = exported.config.get("data.kind") == "text" or not tokenizer.chat_template
     ends = ", ".join(f"`{tokenizer.decode([token])}`" for token in exported.ends)
-    return GENERATE.format(prompt=TEXT_PROMPT if reads_text else CHAT_PROMPT, ends=ends)
+    arguments = "ids, max_new_tokens=256"
+    place = "`generation_config.json`"
+    if exported.adapted:
+        arguments += f", eos_token_id={list(exported.ends)}"
+        place = "`eos_token_id`"
+    return GENERATE.format(
+        imports=IMPORT_PEFT if exported.adapted else "",
+        load=loading_lines(exported, "AutoModelForCausalLM"),
+        arguments=arguments,
+        prompt=TEXT_PROMPT if reads_text else CHAT_PROMPT,
+        ends=ends,
+        place=place,
+    )
 
 
 def value_use(exported: ExportedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -149,7 +189,10 @@ def score_use(exported: ExportedModel, tokenizer: PreTrainedTokenizerBase) -> st
             "The number that is added is `score.bias` of the file, which transformers does not "
             "read: it brings the mean score of the run's demonstrations to 0. "
         )
+    options = f", num_labels=1, pad_token_id={exported.pad}"
     return SCORE.format(
+        imports=IMPORT_PEFT if exported.adapted else "",
+        load=loading_lines(exported, "AutoModelForSequenceClassification", options),
         end=tokenizer.decode([chat.end_token(tokenizer)]),
         tokenise=tokenising_lines(tokenizer),
         bias=bias,

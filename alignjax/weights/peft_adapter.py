@@ -15,7 +15,14 @@ import numpy as np
 
 from alignjax.config import Model, UserError
 from alignjax.models import families
-from alignjax.weights.hf_layout import Layout, Shape, axis_groups, file_shape_of, layout_of
+from alignjax.weights.hf_layout import (
+    Layout,
+    Shape,
+    axis_groups,
+    file_shape_of,
+    kernel_tensors,
+    layout_of,
+)
 from alignjax.weights.peft_config import CONFIG, AdapterConfig, read_adapter_config
 from alignjax.weights.safetensors import StoredTensor, open_file
 
@@ -62,8 +69,8 @@ class ParameterAdapter:
         """Return the highest rank of a layer."""
         return max(part.rank for part in self.layers if part is not None)
 
-    def read(self, scaled: bool) -> Factors:
-        """Read the factors; with `scaled`, lora_b is multiplied by the scale of its layer."""
+    def read(self) -> Factors:
+        """Read the factors, without their scales."""
         count = len(self.layers)
         lora_a = np.zeros((count, *self.inputs, self.rank), np.float32)
         lora_b = np.zeros((count, self.rank, *self.outputs), np.float32)
@@ -75,8 +82,6 @@ class ParameterAdapter:
             up = part.up.read((slice(part.first_row, part.first_row + rows), slice(None)))
             lora_a[number, ..., : part.rank] = down.T.reshape(*self.inputs, part.rank)
             lora_b[number, : part.rank] = up.T.reshape(part.rank, *self.outputs)
-            if scaled:
-                lora_b[number] *= np.float32(part.scale)
         return Factors(lora_a=lora_a, lora_b=lora_b)
 
 
@@ -185,10 +190,8 @@ def adapted_parts(
     remaining: dict[str, StoredTensor],
 ) -> Iterator[AdaptedPart]:
     """Yield all kernels of all layers in order; tensors that they have leave `remaining`."""
-    for tensor in layout.tensors:
-        module = tensor.name.removesuffix(".weight")
-        if tensor.layer is None or not tensor.paths[0].endswith("kernel"):
-            continue
+    for tensor in kernel_tensors(layout):
+        module = tensor.module
         if not config.targets(module):
             yield from (AdaptedPart(path=path, adapter=None) for path in tensor.paths)
             continue

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,8 +227,8 @@ def config_content(
     alpha: float,
     targets: Sequence[str],
     is_classifier: bool,
-    rank_pattern: dict[str, int],
-    alpha_pattern: dict[str, float],
+    rank_pattern: Mapping[str, int],
+    alpha_pattern: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the content of adapter_config.json for an export.
 
@@ -249,8 +249,8 @@ def config_content(
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "target_modules": list(targets),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        "rank_pattern": dict(rank_pattern),
+        "alpha_pattern": dict(alpha_pattern),
         "modules_to_save": [SAVED_MODULES[0]] if is_classifier else None,
         "bias": "none",
         "use_rslora": False,

@@ -14,7 +14,7 @@ from alignjax.config import Lora, Model, UserError
 from alignjax.machine import sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.models import lora, transformer
-from alignjax.weights import bases, hf, locations, peft_adapter
+from alignjax.weights import bases, hf, locations, peft_adapter, peft_parameters
 from alignjax.weights.checkpoint import restore_role
 
 # (stage, role of a run) -> the head of the role's model.
@@ -156,7 +156,12 @@ def read_run(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) 
 
 
 def saved_head_of(run: Path, head: str) -> str:
-    """Return the head that a run has saved of the role that becomes one with `head`."""
+    """Return the head that a run has saved of the role that becomes one with `head`.
+
+    A PEFT adapter has its own.
+    """
+    if locations.adapted_model(run) is not None:
+        return hf.head_of(run)
     return "lm" if locations.read_config(run)["stage"] == "lm" else head
 
 
@@ -186,7 +191,11 @@ def merge_combined(base: Params, adapters: Params) -> Params:
 def read_adapters(
     model: Model, head: str, mesh: jax.sharding.Mesh, run: Path, settings: Lora
 ) -> Params:
-    """Read what a run with adapters has trained of a role: adapters, and a scalar head if any."""
+    """Read the adapters of a run or a PEFT directory, and the scalar head if there is one."""
+    adapted = locations.adapted_model(run)
+    if adapted is not None:
+        adapter = peft_adapter.open_adapter(adapted.adapter, model)
+        return peft_parameters.factor_tree(adapter, mesh)
     shapes = abstract_adapters(model, saved_head_of(run, head), mesh, settings)
     return restore_role(run, bases.item_of(run, head), shapes)
 
@@ -214,7 +223,6 @@ def read_hf(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -
     """
     views = open_views(directory, head)
     wanted = abstract_params(model, head, mesh)
-    layout = wanted.get("head")
     if "head" in wanted and "head/kernel" not in views:
         del wanted["head"]
 
@@ -226,53 +234,10 @@ def read_hf(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -
     if adapted is None:
         return params
     adapter = peft_adapter.open_adapter(adapted.adapter, model)
-    return merge_adapter(params, adapter, layout)
-
-
-def merge_adapter(params: Params, adapter: peft_adapter.PeftAdapter, head: Params | None) -> Params:
-    """Return a base's parameters with an adapter added, whose arrays are donated.
-
-    Args:
-      params: of the base, on the mesh.
-      adapter: of the base.
-      head: shapes and shardings of the head; that of a sequence classifier is the adapter's.
-    """
-
-    def merge_one(path: tuple, kernel: jax.Array) -> jax.Array:
-        parameter = adapter.parameters.get(sharding.path_name(path))
-        if parameter is None:
-            return kernel
-        factors = parameter.read(scaled=True)
-        merge = jax.jit(add_product, donate_argnums=0, out_shardings=kernel.sharding)
-        return merge(kernel, factors.lora_a, factors.lora_b).block_until_ready()
-
-    params = jax.tree_util.tree_map_with_path(merge_one, params)
-    values = adapter.read_head()
-    if head is None or values is None:
-        return params
-    placed = jax.tree.map(
-        lambda shape, value: jax.make_array_from_callback(
-            shape.shape, shape.sharding, lambda index: value[index]
-        ),
-        head,
-        values,
-    )
-    return params | {"head": placed}
-
-
-def add_product(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
-    """Return kernel + lora_a @ lora_b in each layer, in float32.
-
-    The kernel is [layers *inputs *outputs], the factors are [layers *inputs rank] and [layers rank
-    *outputs].
-    """
-    layers, rank = lora_b.shape[:2]
-    product = jnp.matmul(
-        lora_a.reshape(layers, -1, rank),
-        lora_b.reshape(layers, rank, -1),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return kernel + product.reshape(kernel.shape)
+    factors = peft_parameters.factor_tree(adapter, mesh)
+    if head == "scalar" and "head" in factors:
+        params.pop("head", None)
+    return merge(params, lora.combine(peft_parameters.scale_tree(adapter, mesh), factors), mesh)
 
 
 def open_views(directory: Path, head: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Build the checkpoints of checkpoint_cases.py, and let transformers compute what they mean.
 
-usage: python checkpoints_judge.py DIRECTORY
+usage: python checkpoints_judge.py DIRECTORY [TEXT]
 
-Writes DIRECTORY/NAME, a checkpoint, for every case, and DIRECTORY/judged/NAME.json: what
-transformers says, "" if it loads the checkpoint; and NAME.npy: the logits, or the scores, of the
-tokens in DIRECTORY/judged/tokens.npy. transformers runs no code of a checkpoint, in float32.
+Writes DIRECTORY/NAME, a checkpoint, for every case with TEXT in its name. DIRECTORY/judged has
+NAME.json, what transformers says, or "" if it loads the checkpoint; NAME.npy, the logits or scores
+of the tokens in tokens.npy; and NAME.greedy.npy, the tokens that are decoded. transformers runs no
+code of a checkpoint, in float32.
 """
 
 import json
@@ -32,7 +33,7 @@ CLASSES = {
 
 
 def main() -> None:
-    """Write everything to the directory that is the only argument."""
+    """Write everything to the directory that is the first argument."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -42,7 +43,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 64, (2, checkpoint_cases.LENGTH), generator=generator)
     np.save(judged / "tokens.npy", tokens.numpy())
-    for seed, case in enumerate(checkpoint_cases.all_cases()):
+    for seed, case in enumerate(checkpoint_cases.all_cases(*sys.argv[2:])):
         torch.manual_seed(seed)
         build(case, directory / case.name)
         verdict = judge(case, directory / case.name, tokens, judged / f"{case.name}.npy")
@@ -69,15 +70,35 @@ def judge(case: Case, directory: Path, tokens: torch.Tensor, out: Path) -> dict[
     """Save what transformers computes; return its error, and the tensors that it made up."""
     try:
         model, report = CLASSES[case.head].from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            directory,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            attn_implementation="eager",  # others leave out soft caps
         )
         with torch.no_grad():
             rows = [model.eval()(row[None]).logits[0].float().numpy() for row in tokens]
+            if case.greedy:
+                np.save(out.with_suffix(".greedy.npy"), greedy(model, tokens))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         return {"error": f"{type(error).__name__}: {lines[0]}", "made_up": ""}
     np.save(out, np.stack(rows))
     return {"error": "", "made_up": ", ".join(sorted(report["missing_keys"]))}
+
+
+def greedy(model: torch.nn.Module, tokens: torch.Tensor) -> np.ndarray:
+    """Return what transformers decodes greedily after the first tokens of each row."""
+    prompts = tokens[:, : checkpoint_cases.PROMPT]
+    decoded = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=checkpoint_cases.NEW_TOKENS,
+        min_new_tokens=checkpoint_cases.NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return decoded[:, prompts.shape[1] :].numpy()
 
 
 def tensors_of(directory: Path) -> Tensors:

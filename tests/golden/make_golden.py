@@ -1,14 +1,16 @@
 """Write the golden checkpoints and logits of this folder; needs torch and transformers.
 
-python tests/golden/make_golden.py
+python tests/golden/make_golden.py [NAME ...]
 
 Each case is a tiny random checkpoint as transformers saves it, and what torch computes from it in
-float32 for two rows of tokens: plain, padded on the left, and padded on the right. Weights have
-fan-in scale, and norms and biases are random, so that each of them matters. Made with torch 2.13.0
-and transformers 5.23.0.
+float32 for two rows of tokens: plain, padded on the left, and padded on the right. The cases of
+SMALL have longer rows, longer than their windows, on the left only. Weights have fan-in scale, and
+norms and biases are random, so that each of them matters. Made with torch 2.13.0 and transformers
+5.23.0.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,50 @@ QWEN = dict(
     emb_dropout_prob=0.0,
 )
 LENGTHS = (13, 9)
+SMALL_SIZE = dict(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-6,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
+SMALL_LENGTHS = (20, 15)
+SMALL = {
+    "llama_bias": (
+        transformers.LlamaConfig(**SMALL_SIZE, attention_bias=True, mlp_bias=True),
+        transformers.LlamaForCausalLM,
+    ),
+    "granite": (
+        transformers.GraniteConfig(
+            **SMALL_SIZE,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.3,
+            logits_scaling=2.5,
+        ),
+        transformers.GraniteForCausalLM,
+    ),
+    "olmo2": (transformers.Olmo2Config(**SMALL_SIZE), transformers.Olmo2ForCausalLM),
+    "seed_oss": (
+        transformers.SeedOssConfig(**SMALL_SIZE, head_dim=8, attention_out_bias=True),
+        transformers.SeedOssForCausalLM,
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config(**SMALL_SIZE, no_rope_layers=[1, 0, 1, 1]),
+        transformers.SmolLM3ForCausalLM,
+    ),
+    "olmo2_score": (
+        transformers.Olmo2Config(**SMALL_SIZE, num_labels=1),
+        transformers.Olmo2ForSequenceClassification,
+    ),
+}
 
 
 def randomise(named, generator):
@@ -98,16 +144,16 @@ def randomise(named, generator):
         x.data.copy_(noise.bfloat16().float())
 
 
-def inputs(generator):
+def inputs(generator, words=64, lengths=LENGTHS):
     """Return layout -> (tokens, mask), each [batch tokens]; "plain" has only full rows."""
-    tokens = torch.randint(1, 64, (2, max(LENGTHS)), generator=generator)
+    tokens = torch.randint(1, words, (2, max(lengths)), generator=generator)
     right = tokens.clone()
     mask = torch.ones_like(tokens)
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         right[row, length:] = 0
         mask[row, length:] = 0
     left = torch.stack(
-        [torch.roll(x, max(LENGTHS) - n) for x, n in zip(right, LENGTHS, strict=True)]
+        [torch.roll(x, max(lengths) - n) for x, n in zip(right, lengths, strict=True)]
     )
     return {
         "plain": (tokens, torch.ones_like(tokens)),
@@ -173,7 +219,10 @@ def qwen_logits(w, tokens, mask, positions):
 
 
 def main():
-    for seed, name in enumerate([*CASES, "qwen"]):
+    chosen = sys.argv[1:]
+    for seed, name in enumerate([*CASES, "qwen", *SMALL]):
+        if chosen and name not in chosen:
+            continue
         generator = torch.Generator().manual_seed(seed)
         folder = HERE / name
         folder.mkdir(exist_ok=True)
@@ -187,11 +236,17 @@ def main():
             )
             (folder / "config.json").write_text(json.dumps(QWEN, indent=1))
         else:
-            config, kind = CASES[name]
+            config, kind = (CASES | SMALL)[name]
+            # Other implementations leave out soft caps.
+            config._attn_implementation = "eager"
             model = kind(config).eval()
             randomise(model.named_parameters(), generator)
         arrays = {}
-        for layout, (tokens, mask) in inputs(generator).items():
+        if name in SMALL:
+            layouts = {"left": inputs(generator, 32, SMALL_LENGTHS)["left"]}
+        else:
+            layouts = inputs(generator)
+        for layout, (tokens, mask) in layouts.items():
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             with torch.no_grad():
                 logits = (

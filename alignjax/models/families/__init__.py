@@ -11,11 +11,15 @@ from typing import Any
 from alignjax import config as configs
 from alignjax.config import Model, UserError
 from alignjax.models.families.family import Family
+from alignjax.models.families.granite import GRANITE
 from alignjax.models.families.hf_config import HFConfig, shown
 from alignjax.models.families.llama import LLAMA
+from alignjax.models.families.olmo2 import OLMO2
 from alignjax.models.families.qwen import QWEN
 from alignjax.models.families.qwen2 import QWEN2
 from alignjax.models.families.qwen3 import QWEN3
+from alignjax.models.families.seed_oss import SEED_OSS
+from alignjax.models.families.smollm3 import SMOLLM3
 
 __all__ = [
     "FAMILIES",
@@ -30,7 +34,7 @@ __all__ = [
     "weight_names",
 ]
 
-BUILT_IN = (QWEN, QWEN2, QWEN3, LLAMA)
+BUILT_IN = (QWEN, QWEN2, QWEN3, LLAMA, GRANITE, OLMO2, SEED_OSS, SMOLLM3)
 FAMILIES: dict[str, Family] = {}
 # Fields of config.json on which the shapes of tensors depend.
 SIZES = (

@@ -1,5 +1,7 @@
 """What a model family is: its checkpoint format, and what all of its models share."""
 
+import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,14 @@ HEAD_TENSORS = {
     "lm": {"head/kernel": "lm_head.weight"},
     "scalar": {"head/kernel": "score.weight", "head/bias": "score.bias"},
 }
+# The fields of `config.Model` that say how a model is run, not what it is.
+NOT_IN_FILES = ("dtype", "remat", "attention")
+# The parameters that a model has only if a field of its config says so.
+OPTIONAL_PARAMETERS = (
+    (r"attention/[qkv]/bias$", lambda model: model.qkv_bias),
+    (r"attention/out/bias$", lambda model: model.out_bias),
+    (r"mlp/\w+/bias$", lambda model: model.mlp_bias),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +40,10 @@ class Family:
         Paths that share a name are parts of one tensor, in this order along its first axis. In the
         file a kernel is [outputs inputs], with heads and head size as one axis; everything else
         has the shape that it has here.
+    optional: as `tensors`, for biases that only some of the family's models have; the fields of
+        `config.Model` say which.
     classes: head ("lm" or "scalar") -> the class that config.json names under "architectures".
+        Without "scalar", models with a scalar head cannot be exported.
     read_config: returns the other fields of `config.Model` from a config.json. It must refuse, by
         `HFConfig.allow`, whatever we can't compute.
     write_config: returns the family's own fields of config.json for a model; `common_config` has
@@ -46,13 +59,15 @@ class Family:
     classes: Mapping[str, str]
     read_config: Callable[[HFConfig], dict[str, Any]]
     write_config: Callable[[Model], dict[str, Any]]
+    optional: Mapping[str, str] = field(default_factory=dict)
     head_tensors: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: HEAD_TENSORS)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor_names(self, model: Model, head: str) -> dict[str, str]:
         """Return parameter path -> tensor name for a model with a head, "lm" or "scalar"."""
-        names = {**self.tensors, **self.head_tensors[head]}
+        optional = {path: name for path, name in self.optional.items() if has(model, path)}
+        names = {**self.tensors, **optional, **self.head_tensors[head]}
         if head == "lm" and model.tied:
             del names["head/kernel"]
         return names
@@ -68,10 +83,28 @@ class Family:
     def to_hf(self, model: Model, head: str, dtype: str) -> dict[str, Any]:
         """Return the content of config.json; UserError if the family can't express the model."""
         self.check_flags(model)
+        if head not in self.classes:
+            raise UserError(
+                f"transformers has no sequence classifier for model.family={self.name!r}, so its "
+                "reward and value models cannot be exported"
+            )
         config = common_config(model, self.classes[head], dtype)
         if head == "scalar":
             config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        return config | self.write_config(model)
+        config |= self.write_config(model)
+        self.check_expressed(model, config)
+        return config
+
+    def check_expressed(self, model: Model, config: Mapping[str, Any]) -> None:
+        """Raise UserError if a config.json of the family describes another model than ours."""
+        described = self.from_hf(config, "config.json")
+        for name, value in dataclasses.asdict(model).items():
+            theirs = getattr(described, name)
+            if name not in NOT_IN_FILES and theirs != value:
+                raise UserError(
+                    f"model.{name}={value!r} has no place in the config.json of "
+                    f"model.family={self.name!r}, which would mean {theirs!r}"
+                )
 
     def check_flags(self, model: Model) -> None:
         """Raise UserError unless the model has the family's flags."""
@@ -84,6 +117,11 @@ class Family:
         """Return a released model, set up to train in bfloat16 with little memory."""
         fields = {"dtype": "bfloat16", "remat": "everything", **self.presets[name]}
         return Model(family=self.name, **self.flags, **fields)
+
+
+def has(model: Model, path: str) -> bool:
+    """Return whether a model has a parameter that is among the optional ones."""
+    return any(is_in(model) for pattern, is_in in OPTIONAL_PARAMETERS if re.search(pattern, path))
 
 
 def common_config(model: Model, architecture: str, dtype: str) -> dict[str, Any]:

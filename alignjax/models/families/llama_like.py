@@ -25,6 +25,14 @@ QKV_BIAS_TENSORS = {
     "layers/attention/k/bias": "model.layers.{}.self_attn.k_proj.bias",
     "layers/attention/v/bias": "model.layers.{}.self_attn.v_proj.bias",
 }
+OUT_BIAS_TENSOR = {"layers/attention/out/bias": "model.layers.{}.self_attn.o_proj.bias"}
+MLP_BIAS_TENSORS = {
+    "layers/mlp/gate/bias": "model.layers.{}.mlp.gate_proj.bias",
+    "layers/mlp/up/bias": "model.layers.{}.mlp.up_proj.bias",
+    "layers/mlp/down/bias": "model.layers.{}.mlp.down_proj.bias",
+}
+ATTENTION_BIAS_TENSORS = QKV_BIAS_TENSORS | OUT_BIAS_TENSOR
+ALL_BIAS_TENSORS = ATTENTION_BIAS_TENSORS | MLP_BIAS_TENSORS
 QK_NORM_TENSORS = {
     "layers/attention/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
     "layers/attention/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
@@ -40,6 +48,11 @@ COMMON_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+LLAMA_DEFAULTS = COMMON_DEFAULTS | {
+    "vocab_size": 32000,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+}
 # Qwen2's and Qwen3's classes share these.
 QWEN_DEFAULTS = COMMON_DEFAULTS | {
     "vocab_size": 151936,
@@ -52,11 +65,10 @@ QWEN_DEFAULTS = COMMON_DEFAULTS | {
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 
-def read_config(config: HFConfig) -> dict[str, Any]:
+def read_common_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`, except the family's flags."""
     fields = common_fields(config)
     config.allow("hidden_act", *ACTIVATIONS)
-    config.allow("mlp_bias", False)
     check_layer_types(config, fields["layers"])
     check_window(config, fields["layers"])
     return {
@@ -111,10 +123,36 @@ def check_window(config: HFConfig, layers: int) -> None:
 def read_config_without_bias(config: HFConfig) -> dict[str, Any]:
     """Read the config of a family whose `attention_bias` must be off, because it adds biases."""
     config.allow("attention_bias", False)
-    return read_config(config)
+    return read_common_config(config)
 
 
-def write_config(model: Model) -> dict[str, Any]:
+def read_attention_bias(config: HFConfig) -> dict[str, Any]:
+    """Read whether all four projections of the attention have biases."""
+    is_used = config.get("attention_bias") is not None and config.flag("attention_bias")
+    return {"qkv_bias": is_used, "out_bias": is_used}
+
+
+def read_mlp_bias(config: HFConfig) -> dict[str, Any]:
+    """Read whether the three projections of the feed-forward network have biases."""
+    return {"mlp_bias": config.get("mlp_bias") is not None and config.flag("mlp_bias")}
+
+
+def read_biases(config: HFConfig) -> dict[str, Any]:
+    """Read which projections have biases, by `attention_bias` and `mlp_bias`."""
+    return read_attention_bias(config) | read_mlp_bias(config)
+
+
+def write_attention_bias(model: Model) -> dict[str, Any]:
+    """Return `attention_bias` of a family that has biases on all four projections or on none."""
+    if model.qkv_bias != model.out_bias:
+        raise UserError(
+            f"model.qkv_bias={model.qkv_bias} and model.out_bias={model.out_bias} must be the "
+            f"same for model.family={model.family!r}"
+        )
+    return {"attention_bias": model.qkv_bias}
+
+
+def write_common_config(model: Model) -> dict[str, Any]:
     """Return the fields of config.json that only this format has."""
     return {
         "num_key_value_heads": model.kv_heads,
@@ -128,3 +166,9 @@ def write_config(model: Model) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_sliding_window": False,
     }
+
+
+def write_config_with_biases(model: Model) -> dict[str, Any]:
+    """Return the fields of config.json that only this format has, `mlp_bias` among them."""
+    config = write_common_config(model) | write_attention_bias(model)
+    return config | {"mlp_bias": model.mlp_bias}

@@ -5,8 +5,8 @@ from alignjax.models.families.llama_like import (
     QKV_BIAS_TENSORS,
     QWEN_DEFAULTS,
     TENSORS,
-    read_config,
-    write_config,
+    read_common_config,
+    write_common_config,
 )
 
 PRESETS = {
@@ -39,8 +39,8 @@ QWEN2 = Family(
     flags={"qkv_bias": True, "qk_norm": False},
     tensors=TENSORS | QKV_BIAS_TENSORS,
     classes={"lm": "Qwen2ForCausalLM", "scalar": "Qwen2ForSequenceClassification"},
-    read_config=read_config,  # whatever `attention_bias` says: Qwen2 always has its biases
-    write_config=write_config,
+    read_config=read_common_config,  # whatever `attention_bias` says: Qwen2 always has its biases
+    write_config=write_common_config,
     presets=PRESETS,
     defaults=QWEN_DEFAULTS,
 )

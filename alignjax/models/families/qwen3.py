@@ -2,14 +2,18 @@
 
 from typing import Any
 
+from alignjax.config import Model
 from alignjax.models.families.family import Family
 from alignjax.models.families.hf_config import HFConfig
 from alignjax.models.families.llama_like import (
+    ATTENTION_BIAS_TENSORS,
     QK_NORM_TENSORS,
     QWEN_DEFAULTS,
     TENSORS,
-    read_config_without_bias,
-    write_config,
+    read_attention_bias,
+    read_common_config,
+    write_attention_bias,
+    write_common_config,
 )
 
 PRESETS = {
@@ -24,6 +28,19 @@ PRESETS = {
         "rope_theta": 1000000.0,
         "max_length": 40960,
         "tied": True,
+        "qkv_bias": False,
+    },
+    "qwen3-8b": {
+        "vocab_size": 151936,
+        "d_model": 4096,
+        "layers": 36,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_size": 128,
+        "d_ff": 12288,
+        "rope_theta": 1000000.0,
+        "max_length": 40960,
+        "qkv_bias": False,
     },
 }
 
@@ -31,13 +48,19 @@ PRESETS = {
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`; the size of a head is a number of its own."""
     config.require("head_dim")
-    return read_config_without_bias(config)
+    return {**read_common_config(config), **read_attention_bias(config)}
+
+
+def write_config(model: Model) -> dict[str, Any]:
+    """Return the fields of config.json that only this format has."""
+    return write_common_config(model) | write_attention_bias(model)
 
 
 QWEN3 = Family(
     name="qwen3",
-    flags={"qkv_bias": False, "qk_norm": True},
+    flags={"qk_norm": True},
     tensors=TENSORS | QK_NORM_TENSORS,
+    optional=ATTENTION_BIAS_TENSORS,
     classes={"lm": "Qwen3ForCausalLM", "scalar": "Qwen3ForSequenceClassification"},
     read_config=read_config,
     write_config=write_config,

@@ -61,7 +61,7 @@ def read_theta(config: HFConfig, rope: HFConfig) -> float:
     for source in (rope, config):
         if "rope_theta" in source.values:
             return source.positive("rope_theta")
-    return DEFAULT_THETA
+    return config.defaults.get("rope_theta", DEFAULT_THETA)
 
 
 def read_original_length(config: HFConfig, rope: HFConfig) -> int:

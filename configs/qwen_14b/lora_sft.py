@@ -1,0 +1,20 @@
+"""SFT of Qwen 14B by adapters of low rank: as qwen_1_8b/sft.py otherwise.
+
+python -m alignjax.train --config qwen_14b/lora_sft.py
+
+The base is frozen, and lora_ppo.py goes on with these adapters. The learning rate is ten times
+the report's for all parameters (ours), as adapters need one.
+
+Expect: nothing has been measured here.
+"""
+
+from alignjax.config import Config, Lora, load
+
+
+def config(variant: str) -> Config:
+    base = load("qwen_1_8b/sft.py")
+    base.name = "qwen-14b-lora-sft"
+    base.parents = {"model": "hf://Qwen/Qwen-14B"}
+    base.lora = Lora(rank=16, alpha=32.0)
+    base.optimiser.learning_rate = 2e-5
+    return base

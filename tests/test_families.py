@@ -1,0 +1,114 @@
+"""Families whose layers differ from Llama's: against torch, padded, packed and classified.
+
+test_models.py decodes them through the caches, test_convert.py reads and writes their files.
+"""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_models import (
+    GOLDEN,
+    SMALL,
+    apply,
+    count_positions,
+    error,
+    golden,
+    golden_case,
+    largest_error,
+    run,
+    sum_of_sines,
+    tiny,
+    words,
+)
+
+from alignjax.config import Model, UserError
+from alignjax.models import families, layer_kinds, scoring, transformer
+from alignjax.weights import hf
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_logits_are_those_of_torch_padded_and_packed(name):
+    """Both rows of the golden file, padded on the left; then one behind the other."""
+    model, params, data = golden(name)
+    tokens, mask, theirs = golden_case(data, "left")
+    real = mask > 0
+    assert error(run(model, params, tokens, mask)[real], theirs[real]) < 2e-5
+    segments = np.repeat([[1], [2]], tokens.shape[1], axis=1)[real][None]
+    positions = count_positions(mask)[real][None]
+    packed = run(model, params, tokens[real][None], segments, positions)
+    assert error(packed[0], theirs[real]) < 2e-5
+
+
+@pytest.mark.parametrize("fields", [{"logits_divisor": 2.5}])
+def test_logprobs_and_entropies_are_those_of_the_logits(fields):
+    """What follows the output kernel is in the chunked log-probabilities, and in their gradient."""
+    model, params = tiny(layers=1, **fields)
+    tokens = words(1, 2, 9)
+    places = count_positions(tokens)
+    packed = scoring.PackedTokens(tokens=tokens, positions=places, segments=np.ones_like(tokens))
+    targets = places[:, 1:]
+
+    def chunked(params):
+        logprobs, entropy = scoring.token_logprobs(model, params, packed, targets, 0.7)
+        return (logprobs * np.sin(targets) + entropy).sum()
+
+    def dense(params):
+        hidden = scoring.hidden_states(model, params, packed)[:, :-1]
+        all_logprobs = jax.nn.log_softmax(transformer.logits(model, params, hidden) / 0.7)
+        entropy = -(jnp.exp(all_logprobs) * all_logprobs).sum(-1)
+        logprobs = jnp.take_along_axis(all_logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+        return (logprobs * np.sin(targets) + entropy).sum()
+
+    ours, our_gradient = jax.jit(jax.value_and_grad(chunked))(params)
+    theirs, their_gradient = jax.jit(jax.value_and_grad(dense))(params)
+    assert abs(ours - theirs) < 2e-5 * abs(theirs)
+    assert largest_error(our_gradient, their_gradient) < 2e-5
+
+
+def test_the_score_of_another_family_is_that_of_torch():
+    model, params, data = golden("olmo2_score")
+    tokens, mask, theirs = golden_case(data, "left")
+    hidden = apply(model, params, tokens, count_positions(mask), mask).hidden
+    assert error(np.asarray(transformer.scalar(params, hidden))[:, -1:], theirs) < 2e-5
+
+
+def test_a_field_that_a_format_cannot_express_is_named():
+    model = Model(family="qwen2", residual_multiplier=0.5)
+    with pytest.raises(UserError, match="model.residual_multiplier=0.5 has no place"):
+        families.hf_from_model(model, "lm")
+
+
+def test_a_family_without_a_classifier_in_transformers_exports_none():
+    model = golden("granite").model
+    with pytest.raises(UserError, match="transformers has no sequence classifier"):
+        families.hf_from_model(model, "scalar")
+
+
+def test_biases_of_a_model_are_wanted_in_its_files(tmp_path):
+    shutil.copytree(GOLDEN / "llama_bias", tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"mlp_bias": False}))
+    with pytest.raises(UserError, match="mlp.*bias.* has no place in 'llama'"):
+        hf.load_hf(tmp_path / "copy", "lm")
+
+
+def test_layer_types_repeat_until_all_layers_have_one():
+    model = Model(layers=5, layer_types="full,full_nope")
+    assert layer_kinds.names(model) == ["full", "full_nope"] * 2 + ["full"]
+    assert layer_kinds.pattern_of(layer_kinds.names(model)) == model.layer_types
+    assert layer_kinds.pattern_of(["full"] * 3) == "full"
+
+
+def test_scanned_layers_are_those_that_are_written_out(monkeypatch):
+    """A scan selects what sets a layer apart by arrays, with a gradient through it."""
+    model, params = tiny(layers=3, layer_types="full,full_nope", remat="everything")
+    tokens = words(0, 2, 9)
+    written_out = jax.jit(jax.grad(sum_of_sines, 1), static_argnums=0)(model, params, tokens)
+    monkeypatch.setattr(transformer, "UNROLLED", 0)
+    scanned = jax.jit(jax.grad(sum_of_sines, 1), static_argnums=0)(model, params, tokens)
+    assert largest_error(scanned, written_out) < 1e-5
