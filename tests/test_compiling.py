@@ -1,5 +1,7 @@
 """What the steps run is compiled before the first of them, once, on several threads."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -76,11 +78,11 @@ def ahead_of(programs, lines, clock=lambda: 0.0) -> CompileAhead:
 
 def test_a_line_counts_the_programs_while_they_are_compiled():
     """The clock goes on by the time of a line whenever it is read."""
-    times = iter(range(0, 10000, int(REPORT_SECONDS)))
+    clock = itertools.count(0.0, REPORT_SECONDS).__next__
     lines = []
     function = jax.jit(double)
     programs = [program_of(function, size) for size in (3, 4, 5)]
-    with ahead_of(programs, lines, lambda: next(times)) as ahead:
+    with ahead_of(programs, lines, clock) as ahead:
         ahead.wait()
     assert lines[-1].startswith("lm: compiling 3 programs: 3 of 3, ")
 
