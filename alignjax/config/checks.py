@@ -255,6 +255,17 @@ def check_lora(config: Config) -> None:
         lora.merge_for_rollout or config.stage == "ppo",
         f"lora.merge_for_rollout=False has a meaning for ppo only, not for {config.stage}",
     )
+    parents = config.parents
+    shares_bases = (
+        config.stage == "ppo"
+        and parents.get("reference") == parents.get("policy")
+        and parents.get("reward") in (None, parents.get("value"))
+    )
+    rule(
+        config.ppo.frozen_memory == "device" or not shares_bases,
+        f"ppo.frozen_memory={config.ppo.frozen_memory!r} has no meaning with lora.rank={lora.rank} "
+        "here: reference and reward model share the bases of policy and value model",
+    )
     rule(
         lora.merge_for_rollout or not config.ppo.sampler,
         f"ppo.sampler={config.ppo.sampler!r} takes plain parameters, so lora.merge_for_rollout "
