@@ -256,7 +256,7 @@ def resolve_remat(
     if config.model.remat != remat.AUTO:
         return
     if (workdir / "config.json").exists():
-        config.model.remat = locations.read_config(workdir)["model"]["remat"]
+        config.model.remat = locations.read_config(workdir)["model.remat"]
         say(f"{config.name}: remat: {config.model.remat}, as when the run began")
         return
     choice = remat.choose_here(config, mesh)

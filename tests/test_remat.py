@@ -59,7 +59,7 @@ def test_a_run_says_its_level_and_a_resume_keeps_it(tmp_path, monkeypatch, capsy
     run = tmp_path / "runs" / "lm-tiny"
     line = "lm-tiny: remat: dots, 61.0 of 79.1 GiB; nothing would need 81.2"
     assert line in capsys.readouterr().out
-    assert json.loads((run / "config.json").read_text())["model"]["remat"] == "dots"
+    assert json.loads((run / "config.json").read_text())["model.remat"] == "dots"
     resumed = tmp_path / "resumed" / "lm-tiny"
     resumed.parent.mkdir()
     cut(run, resumed)
