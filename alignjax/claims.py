@@ -17,19 +17,36 @@ Figure = str | Callable[[Records], float]  # a name in summary.json, or what to 
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestOf:
+    """An arm that trains nothing: the best of n responses under a reward model.
+
+    Policy, reward model, prompts and sampling are those of the study's config, whose parents an
+    earlier arm has run.
+    """
+
+    n: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A comparison of several configs, each run with the same seeds."""
 
     title: str
     claim: str  # what the report says, what is compared, and at which budget
-    # Label -> {dotted field: value}, and "config" where it differs from the study's. All arms are
-    # compared with the first one.
-    arms: dict[str, dict[str, Any]]
-    figures: dict[str, Figure]  # label -> figure
+    # Label -> {dotted field: value}, and "config" where it differs from the study's; or BestOf. All
+    # arms are compared with the first one, which trains.
+    arms: dict[str, dict[str, Any] | BestOf]
+    # Label -> figure; an arm whose summary lacks a named figure has none, but for the first arm.
+    figures: dict[str, Figure]
     curves: tuple[str, ...] = ()  # metrics to draw over the steps
     config: str = "ppo.py"
     # What the runs have shown, once they are complete. Files of studies use this name.
     found: str = ""
+
+
+def fields_of(arm: dict[str, Any] | BestOf) -> dict[str, Any]:
+    """Return what makes an arm, as JSON takes it."""
+    return {"best_of": arm.n} if isinstance(arm, BestOf) else arm
 
 
 def check(study: Any, where: str) -> Study:
@@ -44,7 +61,12 @@ def check(study: Any, where: str) -> Study:
         value = getattr(study, name)
         expect(isinstance(value, str), where, name, "a text", value)
     expect(is_table(study.arms), where, "arms", "a dict that is not empty", study.arms)
+    first_arm = next(iter(study.arms))
+    is_trained = not isinstance(study.arms[first_arm], BestOf)
+    expect(is_trained, where, f"arms[{first_arm!r}]", "{dotted field: value}", study.arms)
     for arm, fields in study.arms.items():
+        if isinstance(fields, BestOf):
+            continue
         is_right = isinstance(fields, dict) and all(isinstance(name, str) for name in fields)
         expect(is_right, where, f"arms[{arm!r}]", "{dotted field: value}", fields)
         spec = fields.get("config", study.config)

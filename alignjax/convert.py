@@ -67,6 +67,7 @@ class SmallFiles:
 EXPORTS = {
     ("lm", None): Export("model", "lm"),
     ("ranking", None): Export("model", "scalar"),
+    ("dpo", None): Export("policy", "lm"),
     ("ppo", None): Export("policy", "lm"),
     ("ppo", "policy"): Export("policy", "lm"),
     ("ppo", "value"): Export("value", "scalar"),

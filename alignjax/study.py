@@ -107,7 +107,7 @@ def write_results(name: str, study: Study, trials: list[study_runs.Trial], out: 
     """Write the figures, the picture and the page of a study, and print its table."""
     runs = {arm: [] for arm in study.arms}
     for trial in trials:
-        runs[trial.arm].append(records.read(trial.workdir))
+        runs[trial.arm].append(records.read_result(trial.workdir))
     record = study_results.study_record(name, study, trials, runs)
     files = study_results.result_files(out, name)
     with outputs.writing(files.record.parent):

@@ -84,5 +84,6 @@ def chain(tmp_path_factory: pytest.TempPathFactory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(train, "say", printed.append)
                 assert train.main(command("ppo-tiny", shared / "runs")) == 0
+                assert train.main(command("dpo-tiny", shared / "runs")) == 0
             printed_file.write_text(json.dumps(printed))
     return Chain(runs=shared / "runs", printed=json.loads(printed_file.read_text()))

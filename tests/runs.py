@@ -22,15 +22,17 @@ PARENTS = {
     "lm-tiny": [],
     "sft-tiny": ["lm-tiny"],
     "rm-tiny": ["pmp-tiny"],
+    "dpo-tiny": ["sft-tiny"],
     "ppo-tiny": ["sft-tiny", "rm-tiny"],
+    "grpo-tiny": ["sft-tiny", "rm-tiny"],
 }
 STEPS = 4
 
 
 class Chain(NamedTuple):
-    """The five tiny runs, made by one command without interruption."""
+    """The tiny runs: five made by one command without interruption, and that of DPO."""
 
-    runs: Path  # the directory that holds the five runs
+    runs: Path  # the directory that holds the runs
     printed: list[str]
 
 

@@ -85,6 +85,16 @@ FAULTS = {
         fields={"steps": 20, "optimiser.learning_rate": 0, "ranking.demonstrations": ""},
         kinds={"chance"},
     ),
+    "away": Fault(
+        config="dpo-tiny",
+        fields={
+            "steps": 20,
+            "optimiser.learning_rate": 0.1,
+            "optimiser.schedule": "constant",
+            "dpo.prompts": "",
+        },
+        kinds={"displaced"},
+    ),
     "hot": Fault(
         config="sft-tiny", fields={"steps": 12, "optimiser.learning_rate": 1}, kinds={"loss"}
     ),
@@ -135,6 +145,7 @@ def finished(chain, tmp_path_factory) -> dict[str, FinishedRun]:
         "ppo-tiny": {"policy": sft, "reference": sft, "value": reward, "reward": reward},
         "rm-tiny": {"model": pmp},
         "sft-tiny": {"model": sft},
+        "dpo-tiny": {"policy": sft, "reference": sft},
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
@@ -308,6 +319,9 @@ def test_text_loss_is_compared_with_the_first_evaluation():
         ("ranking", [{"loss": 0.69, "accuracy": 0.5, "ties": 0.0}] * 29, {}),  # too early
         ("ranking", [{"loss": 0.69, "accuracy": 0.5, "ties": 0.0}] * 30, {"chance": 29}),
         ("ranking", [{"loss": 0.69, "accuracy": 0.3, "ties": 0.5}] * 40, {}),
+        ("dpo", [{"rewards/accuracies": 0.5}] * 30, {"chance": 29}),
+        ("dpo", [{"rewards/chosen": -1.0, "rewards/margins": 1.1}] * 20, {}),
+        ("dpo", [{"rewards/chosen": -1.0, "rewards/margins": 0.9}] * 20, {"displaced": 19}),
         ("ppo", [{"loss": 1.0 + i} for i in range(40)], {}),  # not a rule of this stage
     ],
 )

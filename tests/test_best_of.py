@@ -1,11 +1,13 @@
 """Best of n: which response is taken, what its KL is, and the commands that answer with it."""
 
+import json
 import math
 
 import jax
 import numpy as np
 import pytest
 
+from alignjax import best_of as command
 from alignjax import inference
 from alignjax.config import Mesh, UserError
 from alignjax.evals import best_of
@@ -87,3 +89,27 @@ def test_settings_without_a_choice_are_user_errors(policy, reward, settings, mes
 def test_a_language_model_is_no_reward_model(policy):
     with pytest.raises(UserError, match="this needs a reward model"):
         best_of.generate(policy, policy, PROMPTS, n=2, max_tokens=4)
+
+
+def test_the_command_writes_answers_and_their_figures(chain, tmp_path, capsys):
+    """A second run answers the same; a directory that it did not make is left alone."""
+    options = ["--policy", str(chain.runs / "sft-tiny"), "--reward", str(chain.runs / "rm-tiny")]
+    options += ["--n", "2", "--examples", "4", "--max_tokens", "10"]
+    out = tmp_path / "best"
+    assert command.main([*options, "--out", str(out)]) == 0
+    answers = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(answers) == 4 and summary["name"] == "best-of-2"
+    for name in ("score", "true_score", "length"):
+        expected = np.mean([answer[name] for answer in answers])
+        assert summary[f"{name}/after"] == pytest.approx(expected)
+    assert summary["kl/after"] == best_of.kl_bound(2)
+    assert summary["score/before"] <= summary["score/after"]
+    first = (out / "responses.jsonl").read_bytes()
+    assert command.main([*options, "--out", str(out)]) == 0
+    assert (out / "responses.jsonl").read_bytes() == first
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("kept")
+    assert command.main([*options, "--out", str(tmp_path / "other")]) == 2
+    assert "other: this directory holds files" in capsys.readouterr().err

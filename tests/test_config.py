@@ -22,7 +22,7 @@ VARIANTS = [
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("stage", "dpo", r"stage='dpo' must be one of 'lm', 'ranking', 'ppo'"),
+        ("stage", "dpq", r"stage='dpq' must be one of 'lm', 'ranking', 'dpo', 'ppo'"),
         ("model.dtype", "float16", "model.dtype='float16' must be one of 'float32', 'bfloat16'"),
         ("optimiser.schedule", "step", "optimiser.schedule='step' must be one of"),
         ("ppo.normalise_scores", "max", "ppo.normalise_scores='max' must be one of"),
@@ -78,7 +78,7 @@ def test_a_broken_rule_names_field_and_both_values(key, value, message):
 
 
 CHOICES = {
-    "stage": "'lm', 'ranking', 'ppo'",
+    "stage": "'lm', 'ranking', 'dpo', 'ppo'",
     "model.family": ", ".join(map(repr, families.FAMILIES)),
     "model.qk_norm_over": "'head', 'width'",
     "model.norms": "'before', 'after'",
@@ -88,6 +88,7 @@ CHOICES = {
     "model.attention": "'auto', 'xla', 'cudnn', 'splash'",
     "optimiser.schedule": "'constant', 'cosine'",
     "value_optimiser.schedule": "'constant', 'cosine'",
+    "dpo.loss": "'sigmoid', 'ipo'",
     "ppo.kl_in": "'reward', 'loss'",
     "ppo.kl_estimator": "'k1', 'k2', 'k3'",
     "ppo.loss_aggregation": "'', 'token', 'sequence', 'constant'",

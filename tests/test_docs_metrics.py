@@ -52,6 +52,7 @@ def summary_keys(chain: Chain) -> set[str]:
     [
         ("metrics.jsonl: lm", "metrics.jsonl", ["lm-tiny", "sft-tiny"]),
         ("metrics.jsonl: ranking", "metrics.jsonl", ["pmp-tiny", "rm-tiny"]),
+        ("metrics.jsonl: dpo", "metrics.jsonl", ["dpo-tiny"]),
         ("metrics.jsonl: ppo", "metrics.jsonl", ["ppo-tiny"]),
         ("evaluations.jsonl", "evaluations.jsonl", ["ppo-tiny"]),
         ("timing.jsonl", "timing.jsonl", ["lm-tiny", "rm-tiny", "ppo-tiny"]),
@@ -72,7 +73,7 @@ def test_every_name_has_its_line_and_every_line_its_name(section, file, runs, ch
 
 
 def test_the_keys_of_samples_are_documented(chain):
-    for run in ("lm-tiny", "rm-tiny", "ppo-tiny"):
+    for run in ("lm-tiny", "rm-tiny", "dpo-tiny", "ppo-tiny"):
         for key in keys(chain, "samples.jsonl", run) - {"step"}:
             assert f"`{key}`" in SECTIONS["samples.jsonl"], key
 

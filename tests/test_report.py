@@ -101,6 +101,7 @@ CHART_OF_STAGE = {
     "sft": "Loss",
     "pmp": "Accuracy",
     "rm": "Accuracy",
+    "dpo": "Implicit rewards",
     "ppo": "True score",
 }
 

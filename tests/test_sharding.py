@@ -14,7 +14,7 @@ from test_models import tiny
 from test_ppo import make
 
 from alignjax import config as configs
-from alignjax.algorithms import lm, optimisation, ranking
+from alignjax.algorithms import dpo_programs, lm, optimisation, ranking
 from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.ppo import PPO
 from alignjax.config import UserError
@@ -70,6 +70,7 @@ def comparison_batch(step):
         "chosen_length": lengths[0],
         "rejected_length": lengths[1],
         "margin": np.zeros(8, np.float32),
+        "prompt_length": np.ones(8, np.int32),
     }
 
 
@@ -146,9 +147,15 @@ def ranking_loss(model, params, microbatch):
     return ranking.loss_fn(model, configs.Ranking(), params, microbatch)
 
 
+def dpo_loss(model, params, microbatch):
+    reference = jnp.linspace(-30, -10, 16).reshape(8, 2)
+    return dpo_programs.loss_fn(model, configs.DPO(), params, (reference, microbatch))
+
+
 RUNS = {
     "lm": functools.partial(run_supervised, lm, lm.loss_fn, "lm", lm_batch),
     "ranking": functools.partial(run_supervised, ranking, ranking_loss, "scalar", comparison_batch),
+    "dpo": functools.partial(run_supervised, dpo_programs, dpo_loss, "lm", comparison_batch),
     "ppo": run_ppo,
 }
 
@@ -160,7 +167,13 @@ def run_on_one_device(stage):
 
 @pytest.mark.parametrize(
     "stage, sizes",
-    [("lm", (8, 1, 1)), ("lm", (1, 4, 2)), ("ranking", (2, 2, 2)), ("ppo", (2, 2, 2))],
+    [
+        ("lm", (8, 1, 1)),
+        ("lm", (1, 4, 2)),
+        ("ranking", (2, 2, 2)),
+        ("dpo", (2, 2, 2)),
+        ("ppo", (2, 2, 2)),
+    ],
 )
 def test_a_mesh_gives_the_single_devices_result(stage, sizes):
     params, figures = RUNS[stage](mesh_of(*sizes))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from runs import rows
 
+from alignjax import claims, study
 from alignjax import config as configs
-from alignjax import study
 from alignjax.config import UserError
 from alignjax.reports import study_picture, study_results, study_runs
 from alignjax.runs import records
+from alignjax.runs.record_checks import EXAMPLE_OF_SUMMARY
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TINY = """
@@ -130,6 +131,34 @@ def test_a_run_is_a_process_that_trains_and_its_errors_are_reported(
     assert "is not empty and has no config.json" in capsys.readouterr().err
 
 
+def test_an_arm_without_training_answers_by_the_parents_of_an_earlier_arm(tmp_path):
+    """It has no metrics, and a figure that its summary lacks is a dash."""
+    path = tmp_path / "methods.py"
+    text = TINY.replace("lm.py:tiny", "ppo.py:tiny").replace("import Study", "import BestOf, Study")
+    path.write_text(text.replace('{"steps": 1}', "BestOf(n=2)"))
+    loaded = study.load(str(path))
+    *_, trial = study_runs.plan_trials(loaded, 1, tmp_path / "runs")
+    runs = tmp_path / "runs/0"
+    assert trial.workdir == runs / "best-of-2,of=ppo-tiny"
+    assert trial.command_line == (
+        f"python -m alignjax.best_of --policy {runs}/sft-tiny --reward {runs}/rm-tiny "
+        "--prompts toy/prompts --n 2 --examples 64 --temperature 1.0 --top_p 0.9 "
+        f"--max_tokens 14 --out {trial.workdir}"
+    )
+    trial.workdir.mkdir(parents=True)
+    summary = EXAMPLE_OF_SUMMARY | {"kl/after": 0.2}
+    (trial.workdir / "summary.json").write_text(json.dumps(summary))
+    run = records.read_result(trial.workdir)
+    assert run.metrics == [] and study_results.figure_value("kl/after", run, True) == 0.2
+    assert study_results.figure_value("heldout_loss", run, may_lack=True) is None
+    with pytest.raises(UserError, match="summary.json: there is no figure heldout_loss"):
+        study_results.figure_value("heldout_loss", run)
+    assert study_results.figure_cell([None], [1.0]) == "-"
+    path.write_text(text.replace('"whole": {}', '"whole": BestOf()'))
+    with pytest.raises(UserError, match=r"arms\['whole'\] must be \{dotted field: value\}"):
+        study.load(str(path))
+
+
 def test_a_failed_run_is_reported_with_its_last_line(tmp_path):
     trial = study_runs.Trial(
         arm="an arm",
@@ -172,7 +201,8 @@ def test_every_study_of_the_repository_is_sound(name):
     loaded = study.load(name)
     trials = study_runs.plan_trials(loaded, 2, Path("runs/none"))
     assert len({trial.workdir for trial in trials}) == len(trials) == 2 * len(loaded.arms)
-    assert all(trial.command[:3] == ("python", "-m", "alignjax.train") for trial in trials)
+    commands = {("python", "-m", f"alignjax.{name}") for name in ("train", "best_of")}
+    assert {trial.command[:3] for trial in trials} <= commands
     assert len(loaded.arms) <= len(study_picture.COLOURS)
     assert loaded.claim.strip()
     assert all(callable(figure) or isinstance(figure, str) for figure in loaded.figures.values())
@@ -193,7 +223,8 @@ def test_the_page_of_studies_follows_from_the_records_and_the_files():
     for path in paths:
         loaded = study.load(path.stem)
         record = json.loads(path.read_text())
-        assert {arm: kept["fields"] for arm, kept in record["arms"].items()} == loaded.arms
+        arms = {arm: claims.fields_of(fields) for arm, fields in loaded.arms.items()}
+        assert {arm: kept["fields"] for arm, kept in record["arms"].items()} == arms
         texts = (record["title"], record["claim"], record["found"])
         assert texts == (loaded.title, loaded.claim, loaded.found)
         assert loaded.found

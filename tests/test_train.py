@@ -40,7 +40,10 @@ RUN_FILES = {
     "tokenizer",
     "environment.json",
 }
-PPO_FILES = {"evaluations.jsonl", "responses.jsonl"}
+EVALUATION_FILES = {
+    "ppo-tiny": {"evaluations.jsonl", "responses.jsonl"},
+    "dpo-tiny": {"responses.jsonl"},
+}
 
 
 def arguments_of(fields: dict) -> list[str]:
@@ -53,14 +56,14 @@ def summary_of(run: Path) -> dict:
 
 def test_one_command_runs_the_chain_in_order(chain):
     started = [line.split(":")[0] for line in chain.printed if " steps on " in line]
-    assert started == ["lm-tiny", "sft-tiny", "pmp-tiny", "rm-tiny", "ppo-tiny"]
+    assert started == ["lm-tiny", "sft-tiny", "pmp-tiny", "rm-tiny", "ppo-tiny", "dpo-tiny"]
     assert "ppo-tiny: sft.py:tiny comes first" in chain.printed
     assert any(
         line.startswith("pmp-tiny: lm.py:tiny is complete in") and line.endswith("reused")
         for line in chain.printed
     )
     for run in chain.runs.iterdir():
-        expected = RUN_FILES | (PPO_FILES if run.name == "ppo-tiny" else set())
+        expected = RUN_FILES | EVALUATION_FILES.get(run.name, set())
         assert {path.name for path in run.iterdir()} == expected
         assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(STEPS))
         assert list((run / "tensorboard").iterdir())

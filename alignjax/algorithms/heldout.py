@@ -1,6 +1,6 @@
 """Evaluation of a policy on held-out prompts and text, during a run and at its end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from alignjax.sampling.types import Rollout
 NOT_AVERAGED = ("prompt", "responses", "tokens", "log_ratio")  # parts of an entry
 LABELS = {
     "true_score": "true score (best 1)",
+    "true_score_greedy": "true score of greedy answers",
     "score": "reward model's score",
     "kl": "KL to the reference, nats",
     "length": "response length, tokens",
@@ -78,7 +79,7 @@ def describe(
         samples_of_prompt = slice(place * samples, (place + 1) * samples)
         entry = {"prompt": prompt, "responses": texts[samples_of_prompt]}
         entry |= {name: value[samples_of_prompt] for name, value in values.items()}
-        if config.data.train.startswith("toy/"):
+        if has_true_score(config):
             entry["true_score"] = [toy.true_score(prompt, text) for text in entry["responses"]]
         entries.append(entry)
     if detailed:
@@ -137,16 +138,29 @@ def evaluate(
     """
     entries = []
     count = len(prompts["index"][:limit])
-    for first in range(0, count, batch_size):
-        wrapped = np.arange(first, first + batch_size) % count
-        batch = encoding.narrowed({name: array[wrapped] for name, array in prompts.items()})
+    for first, batch in whole_batches(prompts, batch_size, count):
         detailed_here = max(min(detailed, count) - first, 0)
-        entries += answer(batch, detailed_here)[: count - first]
+        entries += answer(encoding.narrowed(batch), detailed_here)[: count - first]
     figures = means(entries)
     figures["entropy"] /= figures["length"]
     if text is not None:
         figures["pretrain_loss"] = text_loss({name: array[:limit] for name, array in text.items()})
     return Evaluation(figures=figures, rows=entries)
+
+
+def whole_batches(
+    prompts: dict, batch_size: int, count: int
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yield (number of the first prompt, batch); the first prompts fill up the last batch."""
+    for first in range(0, count, batch_size):
+        wrapped = np.arange(first, first + batch_size) % count
+        yield first, {name: array[wrapped] for name, array in prompts.items()}
+
+
+def has_true_score(config: Config) -> bool:
+    """Return whether a run's held-out prompts are of the embedded world."""
+    prompts = config.dpo.prompts if config.stage == "dpo" else config.data.train
+    return prompts.startswith("toy/")
 
 
 def side_by_side(before: list[dict], after: list[dict]) -> list[dict]:
@@ -177,7 +191,7 @@ def gap_closed(figures: dict[str, float]) -> dict[str, float]:
 
 
 def table(figures: dict[str, float]) -> list[tuple[str, str]]:
-    """Return the figures before and after PPO as (label, text) lines."""
+    """Return the figures before and after training as (label, text) lines."""
     lines = []
     for name, label in LABELS.items():
         if f"{name}/before" in figures:

@@ -47,6 +47,54 @@ def ranking_loss(
     return total, metrics
 
 
+def sigmoid_losses(
+    log_ratios: Float[Array, "pairs 2"], beta: float, label_smoothing: float
+) -> Float[Array, " pairs"]:
+    """Return each pair's loss of DPO (Rafailov et al. 2023, equation 7), with smoothed labels.
+
+    `log_ratios` are log p of a response under the policy less that under the reference, of the
+    chosen response first. With d = beta * (chosen - rejected), the loss is
+    -(1 - e) * log sigmoid(d) - e * log sigmoid(-d), where e = `label_smoothing` is the share of
+    labels that are taken to be wrong (Mitchell 2023, "conservative DPO").
+    """
+    difference = beta * (log_ratios[:, 0] - log_ratios[:, 1])
+    agreeing = -jax.nn.log_sigmoid(difference)
+    disagreeing = -jax.nn.log_sigmoid(-difference)
+    return (1 - label_smoothing) * agreeing + label_smoothing * disagreeing
+
+
+def ipo_losses(
+    log_ratios: Float[Array, "pairs 2"], lengths: Float[Array, "pairs 2"], beta: float
+) -> Float[Array, " pairs"]:
+    """Return each pair's loss of IPO (Azar et al. 2023, equation 17), beta being its tau.
+
+    The loss is (h - 1 / (2 beta))^2, where h is the difference of the log-ratios, each divided by
+    the tokens of its response. The paper does not state this division; its authors told those of
+    TRL that its results are of that form.
+    """
+    per_token = log_ratios / lengths
+    return (per_token[:, 0] - per_token[:, 1] - 1 / (2 * beta)) ** 2
+
+
+def implicit_reward_metrics(
+    logprobs: Float[Array, "pairs 2"],
+    log_ratios: Float[Array, "pairs 2"],
+    weights: Float[Array, " pairs"],
+    beta: float,
+) -> Metrics:
+    """Return the metrics of DPO by TRL's names; an implicit reward is beta times a log-ratio."""
+    rewards = beta * log_ratios
+    difference = rewards[:, 0] - rewards[:, 1]
+    return {
+        "rewards/chosen": jnp.sum(weights * rewards[:, 0]),
+        "rewards/rejected": jnp.sum(weights * rewards[:, 1]),
+        "rewards/accuracies": jnp.sum(weights * (difference > 0)),
+        "rewards/margins": jnp.sum(weights * difference),
+        "logps/chosen": jnp.sum(weights * logprobs[:, 0]),
+        "logps/rejected": jnp.sum(weights * logprobs[:, 1]),
+    }
+
+
 def policy_loss(
     logprobs: Tokens,
     old_logprobs: Tokens,

@@ -20,6 +20,14 @@ Mesh = jax.sharding.Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldoutPrompts:
+    """Prompts that are only answered: as rows, and as arrays of tokens."""
+
+    rows: list[dict]
+    arrays: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptData:
     """The prompts of a run: as rows, and as arrays of tokens."""
 
@@ -89,6 +97,21 @@ def load_prompts(config: Config, inputs: RunInputs) -> PromptData:
         batches=batches,
         prefetch=mixture.Ahead(lambda step: encoding.narrowed(batches.get(step))),
     )
+
+
+def load_heldout_prompts(config: Config, source: str, inputs: RunInputs) -> HeldoutPrompts:
+    """Read and tokenise the held-out prompts of a source."""
+    sets = mixture.sets(config, "prompts", "", source, inputs.say)
+    rows = sets.heldout_rows
+    arrays = encoding.encode(
+        rows,
+        "prompts",
+        config.data.max_length,
+        inputs.tokenizer,
+        inputs.say,
+        skip=config.data.on_bad_row == "skip",
+    )
+    return HeldoutPrompts(rows=rows, arrays=arrays)
 
 
 def choose_ladder(

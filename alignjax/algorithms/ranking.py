@@ -5,16 +5,17 @@ a batch.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.algorithms import losses, optimisation
+from alignjax.algorithms import comparisons, losses, optimisation
+from alignjax.algorithms.comparisons import SIDES, ReadPairs, Rows, interleave
 from alignjax.algorithms.stage import (
     Evaluation,
     RunInputs,
@@ -31,11 +32,7 @@ from alignjax.models.scoring import PackedTokens
 from alignjax.weights.score_place import notice_of_change
 
 Mesh = jax.sharding.Mesh
-Rows = dict[str, Any]  # chosen, rejected, their lengths, margin, as `encoding.encode` makes them
-# (parameters, microbatch) -> scores [pairs 2]
-ScorePairs = Callable[[dict, Any], jax.Array]
 
-SIDES = ("chosen", "rejected")
 CHECKED_PAIRS = 8  # pairs whose responses the check of step 0 scores once more, each alone
 
 
@@ -70,13 +67,6 @@ class RankingData:
     tokenizer: PreTrainedTokenizerBase
 
 
-def interleave(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and lengths of all sequences; the two of a pair are neighbours."""
-    tokens = np.stack([rows[side] for side in SIDES], axis=1)
-    lengths = np.stack([rows[f"{side}_length"] for side in SIDES], axis=1)
-    return tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)
-
-
 def pack_minibatch(
     rows: Rows,
     microbatch_tokens: int,
@@ -96,10 +86,9 @@ def pack_minibatch(
     tokens, lengths = interleave(rows)
     count = len(rows["margin"])
     room = max(room, count)
-    pairs = [[2 * number, 2 * number + 1] for number in range(count)]
     longest = tokens.shape[1]
     microbatches = []
-    for layout in packing.pack(lengths, pairs, longest, microbatch_tokens, row_shards, ladder):
+    for layout in comparisons.lay_out(lengths, longest, microbatch_tokens, row_shards, ladder):
         pair = layout.members[::2] // 2
         packed = PackedTokens(
             tokens=layout.take(tokens), positions=layout.place, segments=layout.sequence + 1
@@ -133,7 +122,7 @@ def loss_fn(
 
 
 def score_rows(
-    score_fn: ScorePairs,
+    score_fn: ReadPairs,
     params: dict,
     rows: Rows,
     microbatch_tokens: int,
@@ -142,16 +131,13 @@ def score_rows(
     room: int = 0,
 ) -> np.ndarray:
     """Return the scores [pairs 2] of comparisons by a compiled `score_pairs`."""
-    scores = np.zeros((len(rows["margin"]) + 1, 2), np.float32)
-    row_shards = sharding.row_shards(mesh)
-    for microbatch in pack_minibatch(rows, microbatch_tokens, row_shards, ladder, room):
-        batch_scores = score_fn(params, sharding.shard_batch(microbatch, mesh))
-        scores[microbatch.pair] = sharding.on_host(batch_scores)
-    return scores[:-1]  # the last row took the padding
+    return comparisons.read_rows(
+        score_fn, pack_minibatch, params, rows, microbatch_tokens, mesh, ladder, room
+    )
 
 
 def score_all(
-    score_fn: ScorePairs,
+    score_fn: ReadPairs,
     params: dict,
     rows: Rows,
     batch_size: int,
@@ -168,7 +154,7 @@ def score_all(
 
 
 def heldout_figures(
-    score_fn: ScorePairs,
+    score_fn: ReadPairs,
     params: dict,
     rows: Rows,
     batch_size: int,
@@ -195,7 +181,7 @@ def figures_of(difference: np.ndarray) -> dict[str, float]:
 
 
 def mean_score(
-    score_fn: ScorePairs,
+    score_fn: ReadPairs,
     params: dict,
     rows: dict,
     batch_size: int,
@@ -218,7 +204,7 @@ def mean_score(
 
 def check_packing(
     config: Config,
-    score_fn: ScorePairs,
+    score_fn: ReadPairs,
     params: dict,
     rows: Rows,
     mesh: Mesh,
@@ -249,18 +235,6 @@ def shift_scores(params: dict, amount: float) -> dict:
     return {**params, "head": {**head, "bias": head["bias"] + np.float32(amount)}}
 
 
-def describe_pair(
-    tokenizer: PreTrainedTokenizerBase, rows: Rows, number: int, scores: np.ndarray
-) -> dict[str, Any]:
-    """Return a comparison as text with its two scores."""
-    sample = {}
-    for side, score in zip(SIDES, scores, strict=True):
-        length = rows[f"{side}_length"][number]
-        sample[side] = tokenizer.decode(rows[side][number][:length])
-        sample[f"{side}_score"] = float(score)
-    return sample
-
-
 class Ranking(SupervisedStage):
     """PMP and RM: one model with a scalar head, one loss."""
 
@@ -273,12 +247,12 @@ class Ranking(SupervisedStage):
         return functools.partial(loss_fn, config.model, config.ranking)
 
     @functools.cached_property
-    def score_fn(self) -> ScorePairs:
+    def score_fn(self) -> ReadPairs:
         """Return the compiled scores of a microbatch."""
         return jax.jit(functools.partial(score_pairs, self.config.model))
 
     @property
-    def evaluation_program(self) -> ScorePairs:
+    def evaluation_program(self) -> ReadPairs:
         """Return the scores of a microbatch."""
         return self.score_fn
 
@@ -318,7 +292,9 @@ class Ranking(SupervisedStage):
         pair = sharding.on_host(observation.pair)[0]
         number = self.data.batches.order(step)[pair]
         scores = sharding.on_host(observation.scores)[0]
-        sample = describe_pair(self.data.tokenizer, self.data.batches.rows, number, scores)
+        sample = comparisons.describe(
+            self.data.tokenizer, self.data.batches.rows, number, "score", scores
+        )
         return StepDetails(metrics={}, samples=[sample])
 
     def finalise(self, state: State) -> State:
@@ -363,12 +339,10 @@ class Ranking(SupervisedStage):
 
     def table(self, figures: dict[str, float]) -> list[tuple[str, str]]:
         """Return the result of a run at a glance."""
-        lines = []
-        for source in self.data.heldout:
-            accuracy = f"{100 * figures[f'accuracy/{source}']:.1f} %"
-            ties = f"{100 * figures[f'ties/{source}']:.1f} % ties"
-            count = figures[f"comparisons/{source}"]
-            lines.append((f"held-out accuracy, {source}", f"{accuracy} ({ties}) of {count}"))
+        lines = [
+            comparisons.accuracy_line(figures, source, "held-out accuracy")
+            for source in self.data.heldout
+        ]
         if self.data.demonstrations is not None:
             score = f"{figures['demonstrations/score']:.4f}, after the shift"
             lines.append(("mean score of demonstrations", score))
@@ -376,53 +350,45 @@ class Ranking(SupervisedStage):
 
     def longest_microbatches(self) -> list[PairMicrobatch]:
         """Return a minibatch of comparisons that are as long as they may be."""
-        count = self.config.data.batch
-        length = self.config.data.max_length
-        rows: Rows = {"margin": np.zeros(count, np.float32)}
-        for side in SIDES:
-            rows[side] = np.ones((count, length), np.int32)
-            rows[f"{side}_length"] = np.full(count, length, np.int32)
+        rows = comparisons.longest_rows(self.config.data.batch, self.config.data.max_length)
         return pack_minibatch(rows, self.config.microbatch_tokens, sharding.row_shards(self.mesh))
 
 
 def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingData:
     """Read and tokenise what the config trains on, holds out, and takes as demonstrations."""
-    data = config.data
     if "model" in inputs.parents:
         notice = notice_of_change(inputs.parents["model"], inputs.tokenizer)
         if notice:
             inputs.say(f"{config.name}: {notice}")
-    sets = mixture.sets(config, "comparisons", data.train, data.heldout, inputs.say)
-    encode = functools.partial(
-        encoding.encode,
-        length=data.max_length,
-        tokenizer=inputs.tokenizer,
-        say=inputs.say,
-        skip=data.on_bad_row == "skip",
-    )
-    heldout = {source: encode(rows, "comparisons") for source, rows in sets.heldout.items()}
-    batches = mixture.batches(
-        config, sets, "comparisons", data.max_length, data.batch, inputs.tokenizer, inputs.say
-    )
+    read = comparisons.load(config, inputs)
     demonstrations = None
     if config.ranking.demonstrations:
         options = sources.read_options(config, "conversations", inputs.say)
         rows = sources.load(config.ranking.demonstrations, "conversations", "heldout", options)
-        demonstrations = encode(rows, "conversations")
+        demonstrations = encoding.encode(
+            rows,
+            "conversations",
+            config.data.max_length,
+            inputs.tokenizer,
+            inputs.say,
+            skip=config.data.on_bad_row == "skip",
+        )
     row_shards = sharding.row_shards(mesh)
     ladder = ladders.for_minibatches(
-        ladders.samples(batches, heldout.values(), data.batch),
+        ladders.samples(read.batches, read.heldout.values(), config.data.batch),
         lambda rows, ladder: pack_minibatch(rows, config.microbatch_tokens, row_shards, ladder),
         ladders.costs_of(config.model, "scalar", config.microbatch_tokens),
         row_shards,
     )
     prefetch = mixture.Ahead(
-        lambda step: pack_minibatch(batches.get(step), config.microbatch_tokens, row_shards, ladder)
+        lambda step: pack_minibatch(
+            read.batches.get(step), config.microbatch_tokens, row_shards, ladder
+        )
     )
     return RankingData(
-        batches=batches,
+        batches=read.batches,
         prefetch=prefetch,
-        heldout=heldout,
+        heldout=read.heldout,
         demonstrations=demonstrations,
         ladder=ladder,
         tokenizer=inputs.tokenizer,

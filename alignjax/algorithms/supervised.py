@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from alignjax.algorithms import optimisation
 from alignjax.algorithms.optimisation import LossFunction, MinibatchUpdate
@@ -54,6 +55,7 @@ class SupervisedStage:
     """
 
     head: str  # "lm" or "scalar"
+    role: str = "model"  # of the trained model: among the parents, in the state, in checkpoints
 
     def __init__(
         self,
@@ -76,8 +78,8 @@ class SupervisedStage:
         )
         # Beneath the adapters, frozen; None if all parameters are trained.
         self.abstract_base = roles.abstract_base(config.model, self.head, mesh, config.lora)
-        self.base = reader.base("model") if reader else None
-        self.abstract_state: State = {"model": abstract}
+        self.base = reader.base(self.role) if reader else None
+        self.abstract_state: State = {self.role: abstract}
         self.loss_fn = self.make_loss(config)
         self.update = MinibatchUpdate(self.loss_fn, self.optimiser, abstract)
 
@@ -109,29 +111,41 @@ class SupervisedStage:
 
     def init_state(self) -> State:
         """Return the state of a fresh model, or of the parent's; a missing head is fresh."""
-        abstract = self.abstract_state["model"]
-        params = self.reader.initial("model")
-        return {"model": optimisation.place_state(params, self.optimiser, abstract)}
+        abstract = self.abstract_state[self.role]
+        params = self.reader.initial(self.role)
+        return {self.role: optimisation.place_state(params, self.optimiser, abstract)}
 
     def params_of(self, state: State) -> dict:
         """Return all parameters of the model: what is trained, with its base if it has one."""
-        return lora.combine(self.base, state["model"].params)
+        return lora.combine(self.base, state[self.role].params)
 
     def step(self, state: State, step: int) -> tuple[State, StepOutput]:
         """Take one optimiser step."""
         microbatches = sharding.shard_batch(self.data.prefetch.get(step), self.mesh)
         self.phases.mark("data", microbatches)
-        observation = self.observe(state, step, microbatches)
-        model, metrics = self.update(state["model"], microbatches, self.base)
-        self.phases.mark("update", model)
+        parts = self.parts(state, microbatches)
+        observation = self.observe(state, step, parts)
+        trained, metrics = self.update(state[self.role], parts, self.base)
+        self.phases.mark("update", trained)
         output = StepOutput(
             metrics=metrics,
             details=functools.partial(self.details, step, observation),
-            batch=functools.partial(self.data.batches.get, step),
+            batch=functools.partial(self.learned_from, state, step),
         )
-        return {"model": model}, output
+        return {**state, self.role: trained}, output
 
-    def observe(self, state: State, step: int, microbatches: list[Any]) -> Any:
+    def parts(self, state: State, microbatches: list[Any]) -> list[Any]:
+        """Return what the loss takes for each microbatch: by default, the microbatch."""
+        return microbatches
+
+    def learned_from(self, state: State, step: int) -> dict[str, np.ndarray]:
+        """Return the arrays from which the loss of a step can be computed again.
+
+        It is called after later steps, which have donated the trained role's part of the state.
+        """
+        return self.data.batches.get(step)
+
+    def observe(self, state: State, step: int, parts: list[Any]) -> Any:
         """Return what `details` needs of the state before the step; nothing by default."""
         return None
 
@@ -155,16 +169,17 @@ class SupervisedStage:
 
     def step_programs(self, microbatches: list[Any], calls: int) -> Iterable[Program]:
         """Yield the programs of a step: the gradient of each shape, and the optimiser step."""
-        state = self.abstract_state["model"]
+        state = self.abstract_state[self.role]
         base = self.abstract_base
         accumulate = self.update.accumulate
-        total = abstract_total(accumulate, state.params, microbatches[0], self.mesh, base)
-        for microbatch in microbatches:
+        parts = self.parts(self.abstract_state, microbatches)
+        total = abstract_total(accumulate, state.params, parts[0], self.mesh, base)
+        for part in parts:
             yield Program(
                 name="gradient",
                 calls=calls,
                 function=accumulate.add,
-                arguments=(total, state.params, microbatch, base),
+                arguments=(total, state.params, part, base),
             )
         yield Program(
             name="optimiser step",
@@ -179,7 +194,7 @@ class SupervisedStage:
         packed = [self.data.prefetch.make(step) for step in steps]
         microbatches = distinct_shapes(itertools.chain(*packed), self.mesh)
         yield from self.step_programs(microbatches, 1)
-        params = lora.combine(self.abstract_base, self.abstract_state["model"].params)
+        params = lora.combine(self.abstract_base, self.abstract_state[self.role].params)
         sampled = [packed[step][0] for step in steps if step % self.config.sample_every == 0]
         for microbatch in distinct_shapes(self.evaluated_microbatches(sampled), self.mesh):
             yield Program(
@@ -203,5 +218,5 @@ class SupervisedStage:
 
     def resident(self) -> dict[str, Any]:
         """Return the shapes of the training state, and of the base if there is one."""
-        resident = {"state": self.abstract_state["model"]}
+        resident = {"state": self.abstract_state[self.role]}
         return resident if self.abstract_base is None else resident | {"base": self.abstract_base}

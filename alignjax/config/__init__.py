@@ -23,6 +23,7 @@ from alignjax.config.estimators import (
 )
 from alignjax.config.fields import (
     CHOICES,
+    DPO,
     LORA_TARGETS,
     PPO,
     ROLES,
@@ -50,6 +51,7 @@ __all__ = [
     "CHOICES",
     "CONFIGS",
     "Config",
+    "DPO",
     "Data",
     "LORA_TARGETS",
     "Lora",

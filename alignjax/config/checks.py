@@ -77,6 +77,8 @@ def check(config: Config) -> None:
     check_model(config)
     check_stage(config)
     check_lora(config)
+    if config.stage == "dpo":
+        check_dpo(config)
     if config.stage == "ppo":
         check_ppo(config)
 
@@ -183,6 +185,11 @@ def check_model(config: Config) -> None:
             + ", ".join(map(repr, LAYER_TYPES)),
         )
     rule(
+        (model.window > 0) == ("window" in model.layer_types),
+        f"model.window={model.window} does not go with model.layer_types={model.layer_types!r}: "
+        "layers of the kind window need a window, and others have none",
+    )
+    rule(
         data.max_length <= model.max_length,
         f"data.max_length={data.max_length} is over model.max_length={model.max_length}",
     )
@@ -273,6 +280,26 @@ def check_lora(config: Config) -> None:
     )
 
 
+def check_dpo(config: Config) -> None:
+    """Check the rules of DPO."""
+    dpo = config.dpo
+    rule(
+        "policy" in config.parents,
+        f"parents={sorted(config.parents)} must have policy for dpo",
+    )
+    rule(dpo.beta > 0, f"dpo.beta={dpo.beta} must be above 0")
+    rule(
+        dpo.label_smoothing < 0.5,
+        f"dpo.label_smoothing={dpo.label_smoothing} must be below 0.5",
+    )
+    rule(
+        dpo.loss == "sigmoid" or not dpo.label_smoothing,
+        f"dpo.label_smoothing={dpo.label_smoothing} has no meaning for dpo.loss={dpo.loss!r}",
+    )
+    if dpo.prompts:
+        check_sampling(config)
+
+
 def check_ppo(config: Config) -> None:
     """Check the rules of PPO."""
     ppo = config.ppo
@@ -304,6 +331,12 @@ def check_ppo(config: Config) -> None:
         f"ppo.frozen_dtype={ppo.frozen_dtype!r} needs model.dtype='bfloat16', "
         f"not {config.model.dtype!r}",
     )
+    check_sampling(config)
+
+
+def check_sampling(config: Config) -> None:
+    """Check the rules of sampled responses."""
+    ppo = config.ppo
     rule(0 < ppo.top_p <= 1, f"ppo.top_p={ppo.top_p} must lie in (0, 1]")
     rule(ppo.temperature > 0, f"ppo.temperature={ppo.temperature} must be above 0")
     rule(

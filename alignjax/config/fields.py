@@ -12,7 +12,7 @@ class Model:
     """A decoder."""
 
     # The Hugging Face layout that weights are read from and written to.
-    family: str = "qwen2"  # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3
+    family: str = "qwen2"  # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3, mistral
     vocab_size: int = 1024
     d_model: int = 128
     layers: int = 4
@@ -32,8 +32,10 @@ class Model:
     attention_multiplier: float = 0.0  # of the attention's scores; 0 is 1 / sqrt(head_size)
     logits_divisor: float = 1.0
     # The kinds of the layers, a list with commas that repeats until all layers have one: full,
-    # full_nope (without rotary positions).
+    # window (sees the last `window` tokens, its own included), full_nope and window_nope (without
+    # rotary positions).
     layer_types: str = "full"
+    window: int = 0
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: str = ""  # "", linear, llama3, yarn
@@ -74,9 +76,9 @@ class Data:
     A source is "toy/NAME", "tfds/NAME" or a path; commas separate several, see `data.mixture`.
     """
 
-    kind: str = "text"  # lm: text, conversations; ranking: comparisons; ppo: prompts
+    kind: str = "text"  # lm: text, conversations; ranking, dpo: comparisons; ppo: prompts
     train: str = "toy/text"
-    heldout: str = "toy/text"  # ranking reports figures for each source separately
+    heldout: str = "toy/text"  # ranking and dpo report figures for each source separately
     # Share of prompts, by their hash, to hold out of a file that train and heldout both name.
     heldout_share: float = 0.0
     on_bad_row: str = "error"  # in a user's file: error, or skip (and count)
@@ -96,6 +98,18 @@ class Ranking:
     centring: float = 0.0  # coefficient of (score_chosen + score_rejected)^2
     # Conversations whose mean score is brought to 0 after training, by a shift of the head's bias.
     demonstrations: str = ""
+
+
+@dataclass
+class DPO:
+    """Direct preference optimisation (Rafailov et al. 2023), which needs no reward model."""
+
+    # Weighs the log-ratio of policy to reference: the larger, the closer they stay. tau of IPO.
+    beta: float = 0.1
+    loss: str = "sigmoid"  # sigmoid, ipo (Azar et al. 2023: squared, on log-ratios per token)
+    label_smoothing: float = 0.0  # of sigmoid: the share of comparisons with the wrong label
+    # Held-out prompts that both answer at the end, sampled as the fields of `ppo` say; "" is none.
+    prompts: str = ""
 
 
 @dataclass
@@ -189,7 +203,7 @@ class Mesh:
 class Config:
     """One run: a stage, its parents, and everything that determines its result."""
 
-    stage: str = "lm"  # lm, ranking, ppo
+    stage: str = "lm"  # lm, ranking, dpo, ppo
     name: str = "lm"
     seed: int = 0
     # Optimiser steps; for PPO, rollouts. 0, not for PPO, is one pass over the examples.
@@ -212,6 +226,7 @@ class Config:
     value_optimiser: Optimiser = field(default_factory=Optimiser)
     data: Data = field(default_factory=Data)
     ranking: Ranking = field(default_factory=Ranking)
+    dpo: DPO = field(default_factory=DPO)
     ppo: PPO = field(default_factory=PPO)
     lora: Lora = field(default_factory=Lora)
     mesh: Mesh = field(default_factory=Mesh)
@@ -226,10 +241,17 @@ class Config:
 ROLES = {
     "lm": {"model"},
     "ranking": {"model"},
+    "dpo": {"policy", "reference"},
     "ppo": {"policy", "reference", "value", "reward"},
 }
-KINDS = {"lm": ("text", "conversations"), "ranking": ("comparisons",), "ppo": ("prompts",)}
-LAYER_TYPES = ("full", "full_nope")  # the kinds that `model.layer_types` may list
+KINDS = {
+    "lm": ("text", "conversations"),
+    "ranking": ("comparisons",),
+    "dpo": ("comparisons",),
+    "ppo": ("prompts",),
+}
+# The kinds that `model.layer_types` may list.
+LAYER_TYPES = ("full", "window", "full_nope", "window_nope")
 # The products of a layer that may have adapters, and the part of the layer that each is in.
 LORA_TARGETS = {
     "q": "attention",
@@ -252,6 +274,7 @@ CHOICES = {
         "olmo2",
         "seed_oss",
         "smollm3",
+        "mistral",
     ),
     "model.qk_norm_over": ("head", "width"),
     "model.norms": ("before", "after"),
@@ -263,6 +286,7 @@ CHOICES = {
     "data.on_bad_row": ("error", "skip"),
     "optimiser.schedule": ("constant", "cosine"),
     "value_optimiser.schedule": ("constant", "cosine"),
+    "dpo.loss": ("sigmoid", "ipo"),
     "ppo.kl_in": ("reward", "loss"),
     "ppo.kl_estimator": ("k1", "k2", "k3"),
     "ppo.loss_aggregation": ("", "token", "sequence", "constant"),

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignjax.config import UserError
 from alignjax.data import chat_format, tokenizer_files
-from alignjax.data.chat_format import EncodedConversation
+from alignjax.data.chat_format import EncodedConversation, EncodedTurn
 
 START = "<|im_start|>"
 END = "<|im_end|>"
@@ -158,15 +158,21 @@ def encode_comparisons(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]
 ) -> list[EncodedComparison]:
     """Encode each comparison: the prompt's ids, then a response's, as PPO has them scored."""
-    chat = chat_format.format_of(tokenizer)
-    turns = []
-    for row in rows:
-        turns += [chat.turn(row["prompt"], row[side]) for side in ("chosen", "rejected")]
-    encoded = [turn.prompt + turn.response for turn in chat.encode_turns(turns)]
+    turns = comparison_turns(tokenizer, rows)
+    encoded = [turn.prompt + turn.response for turn in turns]
     return [
         EncodedComparison(chosen, rejected)
         for chosen, rejected in zip(encoded[::2], encoded[1::2], strict=True)
     ]
+
+
+def comparison_turns(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]) -> list[EncodedTurn]:
+    """Return the turns of each comparison, chosen then rejected; both have the same prompt."""
+    chat = chat_format.format_of(tokenizer)
+    turns = []
+    for row in rows:
+        turns += [chat.turn(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+    return chat.encode_turns(turns)
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

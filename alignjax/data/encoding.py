@@ -214,10 +214,12 @@ def split_sequences(rows: list[np.ndarray], lengths: list[np.ndarray]) -> list[n
 
 
 def comparison_columns(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> IdColumns:
-    encoded = chat.encode_comparisons(tokenizer, rows)
+    turns = chat.comparison_turns(tokenizer, rows)
+    sequences = [turn.prompt + turn.response for turn in turns]
     return {
-        "chosen": [pair.chosen for pair in encoded],
-        "rejected": [pair.rejected for pair in encoded],
+        "chosen": sequences[::2],
+        "rejected": sequences[1::2],
+        "prompt_length": [[len(turn.prompt)] for turn in turns[::2]],
     }
 
 
@@ -227,13 +229,21 @@ def encode_comparisons(
     length: int,
     rules: RowRules = DEFAULT_RULES,
 ) -> Encoded:
-    """Return chosen and rejected [n length], their lengths [n], and margin [n] float32."""
-    names = ("chosen", "rejected")
-    sides, numbers = tokenise(comparison_columns, names, tokenizer, rows, "comparisons", rules)
+    """Return chosen and rejected [n length], each a prompt with a response, as arrays by name.
+
+    Beside them are their lengths, the prompt's length, and the margin (float32), each [n].
+    """
+    names = ("chosen", "rejected", "prompt_length")
+    columns, numbers = tokenise(comparison_columns, names, tokenizer, rows, "comparisons", rules)
+    prompt_lengths = np.array([count for (count,) in columns["prompt_length"]], np.int32)
+    sides = {side: columns[side] for side in ("chosen", "rejected")}
     longer = np.maximum(lengths_of(sides["chosen"]), lengths_of(sides["rejected"]))
     kept, dropped = fitting(longer, length, "comparisons")
     margins = [rows[number].get("margin", 0.0) for number in numbers[kept]]
-    arrays: Arrays = {"margin": np.array(margins, np.float32)}
+    arrays: Arrays = {
+        "margin": np.array(margins, np.float32),
+        "prompt_length": prompt_lengths[kept],
+    }
     for side, sequences in sides.items():
         ids = [sequences[i] for i in kept]
         arrays[side] = Ragged(ids, length)

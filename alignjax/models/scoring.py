@@ -104,15 +104,22 @@ def score_alone(
 ) -> Float[Array, " sequences"]:
     """Score each sequence alone in a row, behind its pads: what `sequence_scores` must equal."""
     count, width = tokens.shape
+    ends = jnp.arange(1, count + 1) * width - 1
+    return sequence_scores(model, params, pack_alone(tokens, lengths), ends)
+
+
+def pack_alone(
+    tokens: Int[Array, "sequences width"], lengths: Int[Array, " sequences"]
+) -> PackedTokens:
+    """Put each sequence alone in a row, behind its pads."""
+    width = tokens.shape[1]
     place = jnp.arange(width) - (width - lengths[:, None])
     source = jnp.maximum(place, 0)
-    packed = PackedTokens(
+    return PackedTokens(
         tokens=jnp.take_along_axis(tokens, source, axis=1),
         positions=source,
         segments=(place >= 0).astype(jnp.int32),
     )
-    ends = jnp.arange(1, count + 1) * width - 1
-    return sequence_scores(model, params, packed, ends)
 
 
 def self_check(what: str, figure: float | jax.Array, dtype: str) -> None:

@@ -9,6 +9,7 @@ import jax
 
 from alignjax.config import Config
 from alignjax.machine import sharding
+from alignjax.machine.precision import products_of
 from alignjax.models import attention
 from alignjax.planning import remat
 from alignjax.planning.chips import GIB, chip_of
@@ -63,7 +64,7 @@ def make_plan(config: Config, topology: str, stop: bool = False) -> Plan:
     mesh = sharding.make_mesh(config.mesh, devices)
     chip = chip_of(devices)
     remat_choice = ""
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), products_of(config.model.dtype):
         attention.check(config.model)
         if config.model.remat == remat.AUTO:
             choice = remat.choose_remat(config, mesh, chip.memory)

@@ -13,8 +13,8 @@ class Chart:
     # Metric -> its label. A name that ends with "*" stands for all metrics that begin so, each
     # labelled by the rest of its name.
     lines: Mapping[str, str]
-    # The figure of evaluations.jsonl that belongs here. Its value before PPO, in the summary, is
-    # drawn as a dashed line.
+    # The figure of evaluations.jsonl that belongs here. Its value before training, in the summary,
+    # is drawn as a dashed line.
     heldout: str = ""
     # Figures of the summary that begin with one of these are dashed lines, a parent's too.
     ends: tuple[str, ...] = ()
@@ -120,13 +120,28 @@ CHARTS = (
     Chart(
         title="Accuracy",
         unit="share of pairs",
-        lines={"accuracy": "in training"},
+        lines={"accuracy": "in training", "rewards/accuracies": "of implicit rewards, in training"},
         ends=("accuracy/",),
     ),
     Chart(
         title="Margin",
         unit="chosen minus rejected score",
         lines={"margin": "margin", "mean_reward": "mean score"},
+    ),
+    Chart(
+        title="Implicit rewards",
+        unit="beta times the log-ratio to the reference",
+        lines={
+            "rewards/chosen": "chosen",
+            "rewards/rejected": "rejected",
+            "rewards/margins": "margin",
+        },
+        ends=("margin/",),
+    ),
+    Chart(
+        title="Log-probabilities",
+        unit="nats per response",
+        lines={"logps/chosen": "chosen", "logps/rejected": "rejected"},
     ),
     Chart(
         title="Policy loss",
@@ -281,13 +296,13 @@ def page_chart(chart: Chart, lines: Mapping[str, str], heldout: str, marks: list
 def dashed_lines(chart: Chart, runs: list[dict]) -> Iterator[dict]:
     """Yield a chart's dashed lines as {"run": number, "words": label, "value"}.
 
-    They are the figure on held-out data before PPO, and figures at the end of a run and, for
+    They are the figure on held-out data before training, and figures at the end of a run and, for
     comparison, at the end of its parents.
     """
     for number, run in enumerate(runs):
         before = run["summary"].get(f"{chart.heldout}/before")
-        if before is not None and chart.heldout != "kl":  # the KL before PPO is 0
-            yield {"run": number, "words": "before PPO, held-out", "value": before}
+        if before is not None and chart.heldout != "kl":  # the KL before training is 0
+            yield {"run": number, "words": "before training, held-out", "value": before}
         names = [name for name in run["summary"] if name.startswith(chart.ends)]
         ends = [("at the end", run["summary"])]
         if run["stage"] == "ranking":  # language models learn from different texts than parents

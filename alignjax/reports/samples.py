@@ -10,15 +10,17 @@ ROWS = 400  # of a kind of samples, taken evenly from all of them
 # Figure of a response -> its label on the page.
 FIGURES = {
     "score": "score",
+    "reward": "implicit reward",
     "true_score": "true score",
     "kl": "KL",
     "length": "length",
     "truncated": "cut off",
 }
+SORTED_BY = ("score", "implicit reward", "true score", "KL", "length")
 # A row of a file, and {title of a column: responses with lists of their figures}.
 Sample = tuple[dict, dict[str, dict]]
-BEFORE = "reference, before PPO"
-AFTER = "policy, after PPO"
+BEFORE = "reference, before training"
+AFTER = "policy, after training"
 
 
 def sample_sources(run: Records) -> list[dict]:
@@ -64,11 +66,17 @@ def training_columns(row: dict) -> dict[str, dict]:
     if "responses" in row:
         return {"policy": row}
     if "chosen" in row:
-        return {
-            side: {"responses": [row[side]], "score": [row.get(f"{side}_score")]}
-            for side in ("chosen", "rejected")
-        }
+        return {side: comparison_column(row, side) for side in ("chosen", "rejected")}
     return {name: {"responses": [row[name]]} for name in ("text", "targets") if name in row}
+
+
+def comparison_column(row: dict, side: str) -> dict:
+    """Return a side of a comparison as a column, with the reward model's score or DPO's reward."""
+    column = {"responses": [row[side]]}
+    for name in ("score", "reward"):
+        if f"{side}_{name}" in row:
+            column[name] = [row[f"{side}_{name}"]]
+    return column
 
 
 def page_row(row: dict, columns: dict[str, dict]) -> dict:
@@ -99,15 +107,15 @@ def sort_keys(row: dict) -> dict[str, float]:
     """Return what a row can be sorted by.
 
     That is its step, the mean figures of its last column (of a comparison, the chosen one), and
-    the difference of the scores of two columns.
+    the difference of the scores or rewards of two columns.
     """
     columns = list(row["sides"].values())
     if "chosen" in row["sides"]:
         columns.reverse()
     *others, own = columns
-    keys = {name: mean_figure(own, name) for name in ("score", "true score", "KL", "length")}
+    keys = {name: mean_figure(own, name) for name in SORTED_BY}
     keys["step"] = row.get("step")
-    for name in ("score", "true score"):
+    for name in ("score", "implicit reward", "true score"):
         other = mean_figure(others[0], name) if others else None
         if keys[name] is not None and other is not None:
             keys[f"difference of {name}s"] = keys[name] - other

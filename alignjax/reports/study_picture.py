@@ -73,6 +73,8 @@ def draw_figure(axis: Axes, label: str, arms: dict[str, dict]) -> None:
     """Draw a figure: for each arm a point for each seed, and the mean with its interval."""
     for place, (results, colour) in enumerate(zip(arms.values(), COLOURS, strict=False)):
         values = results["figures"][label]
+        if None in values:
+            continue
         middle, half = interval(values)
         axis.plot(values, np.full(len(values), place), ".", color=colour, alpha=0.5)
         axis.errorbar(

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from alignjax.claims import Figure, Study
+from alignjax.claims import BestOf, Figure, Study, fields_of
+from alignjax.config import UserError
 from alignjax.machine import outputs, pictures
 from alignjax.reports.study_runs import Trial
 from alignjax.runs.records import Records
@@ -54,19 +55,28 @@ def study_record(
 def arm_record(study: Study, trials: list[Trial], runs: list[Records]) -> dict:
     """Return an arm's fields and command, and its training time and figures for each seed."""
     first = trials[0]
+    arm = study.arms[first.arm]
     return {
-        "fields": study.arms[first.arm],
+        "fields": fields_of(arm),
         "command": first.command_line,
         "seconds": [run.summary["training_seconds"] for run in runs],
         "figures": {
-            label: [figure_value(figure, run) for run in runs]
+            label: [figure_value(figure, run, may_lack=isinstance(arm, BestOf)) for run in runs]
             for label, figure in study.figures.items()
         },
     }
 
 
-def figure_value(figure: Figure, run: Records) -> float:
-    return run.summary[figure] if isinstance(figure, str) else figure(run)
+def figure_value(figure: Figure, run: Records, may_lack: bool = False) -> float | None:
+    """Return a figure of a run; None if the run may lack it and does.
+
+    Raises UserError if the run must have it.
+    """
+    if not isinstance(figure, str):
+        return figure(run)
+    if figure not in run.summary and not may_lack:
+        raise UserError(f"{run.workdir / 'summary.json'}: there is no figure {figure}")
+    return run.summary.get(figure)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -93,7 +103,9 @@ def table_rows(record: dict) -> list[list[str]]:
     return rows
 
 
-def figure_cell(values: list[float], first_values: list[float]) -> str:
+def figure_cell(values: list[float | None], first_values: list[float]) -> str:
+    if None in values:
+        return "-"
     middle, half = interval(values)
     change, half_of_change = interval(np.subtract(values, first_values))
     arrow = ""

@@ -19,11 +19,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from alignjax import config as configs
-from alignjax.claims import Study
+from alignjax.claims import BestOf, Study
 from alignjax.config import UserError
 from alignjax.machine import console, lock, outputs, signals
 from alignjax.runs.claim import check_workdir
-from alignjax.runs.lineage import adopt_architecture
+from alignjax.runs.lineage import adopt_architecture, is_config
 
 LONGEST_NAME = 100  # characters of a directory's name
 BAR_REFRESH = 60  # seconds between two lines of the bar where there is no terminal
@@ -70,7 +70,10 @@ def plan_trials(study: Study, seeds: int, workdir: Path) -> list[Trial]:
 
 
 def plan_trial(study: Study, arm: str, seed: int, workdir: Path) -> Trial:
-    fields = dict(study.arms[arm])
+    fields = study.arms[arm]
+    if isinstance(fields, BestOf):
+        return plan_best_of(study, arm, seed, workdir)
+    fields = dict(fields)
     spec = fields.pop("config", study.config)
     overrides = {name: str(value) for name, value in fields.items()}
     config = configs.load(spec, overrides | {"seed": str(seed)})
@@ -85,6 +88,42 @@ def plan_trial(study: Study, arm: str, seed: int, workdir: Path) -> Trial:
         workdir=directory,
         command=(*program, *options, "--workdir", str(directory)),
         steps=config.steps,
+    )
+
+
+def plan_best_of(study: Study, arm: str, seed: int, workdir: Path) -> Trial:
+    """Return a trial that trains nothing and answers the config's held-out prompts.
+
+    Raises `UserError` if policy and reward model are not runs of configs.
+    """
+    best_of = study.arms[arm]
+    config = configs.load(study.config, {"seed": str(seed)})
+    runs = workdir / str(seed)
+    directories = {}
+    for role in ("policy", "reward"):
+        spec = config.parents.get(role, "")
+        if not is_config(spec):
+            raise UserError(f"arm {arm}: parents.{role}={spec!r} of {study.config} is no config")
+        directories[role] = runs / configs.load(spec).name
+    directory = runs / directory_name(f"best-of-{best_of.n}", {"of": config.name})
+    options = {
+        "policy": directories["policy"],
+        "reward": directories["reward"],
+        "prompts": config.data.heldout,
+        "n": best_of.n,
+        "examples": config.data.examples,
+        "temperature": config.ppo.temperature,
+        "top_p": config.ppo.top_p,
+        "max_tokens": config.ppo.response_length,
+        "out": directory,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return Trial(
+        arm=arm,
+        seed=seed,
+        workdir=directory,
+        command=("python", "-m", "alignjax.best_of", *words),
+        steps=0,
     )
 
 

@@ -106,7 +106,7 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
         raise UserError(f"{where}: a language model is wanted, this run's stage is {stage!r}")
     if head == "scalar":
         bases.check_value_model(directory, where)
-    if role == "reward" and stage == "lm":
+    if role == "reward" and stage in roles.LANGUAGE_MODELS:
         raise UserError(f"{where}: a reward model is wanted, this run's stage is {stage!r}")
     try:
         checkpoint.newest(directory)

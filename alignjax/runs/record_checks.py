@@ -73,7 +73,7 @@ def check_sample(row: Any, where: str) -> None:
         check_responses(row, where)
         return
     for name, value in row.items():
-        if name.endswith("_score"):
+        if name.endswith(("_score", "_reward")):
             expect(is_number(value), f"{where}: {name}", "a number", value)
         elif name != "step":
             expect(isinstance(value, str), f"{where}: {name}", "a text", value)

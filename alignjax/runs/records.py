@@ -46,6 +46,22 @@ def read(workdir: Path) -> Records:
     )
 
 
+def read_result(workdir: Path) -> Records:
+    """Read the records of a run, or of an evaluation, which has nothing but a summary."""
+    if (workdir / "config.json").exists():
+        return read(workdir)
+    return Records(
+        workdir=workdir,
+        config={},
+        summary=read_summary(workdir / "summary.json"),
+        metrics=[],
+        samples=[],
+        evaluations=[],
+        timing=[],
+        responses=[],
+    )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config as {dotted field: value}."""
     return stored_config(read_object(path), str(path))

@@ -18,6 +18,7 @@ LONG = 20
 
 PPO = ("ppo",)
 RANKING = ("ranking",)
+DPO = ("dpo",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,10 +396,10 @@ def text_loss_rises(history: History) -> str:
 
 @rule(
     kind="chance",
-    stages=RANKING,
+    stages=(*RANKING, *DPO),
     condition=(
-        f"mean `accuracy` plus half of `ties` of {LONG} steps is below 0.52 after three quarters "
-        "of the run (with steps=0, after 200 steps)"
+        f"mean `accuracy` plus half of `ties` (dpo: mean `rewards/accuracies`) of {LONG} steps is "
+        "below 0.52 after three quarters of the run (with steps=0, after 200 steps)"
     ),
     meaning=(
         "the labels do not depend on the text (chosen and rejected are mixed up), or the learning "
@@ -407,16 +408,46 @@ def text_loss_rises(history: History) -> str:
     remedy="look at samples.jsonl and data.train, change optimiser.learning_rate, run PMP first",
 )
 def accuracy_is_chance(history: History) -> str:
-    """Observe a reward model that still guesses late in its run."""
+    """Observe a reward model, or the implicit reward of DPO, that still guesses late in its run."""
     late = 0.75 * history.config["steps"] or 200
     if not history.rows or history.rows[-1]["step"] + 1 < late:
         return ""
-    correct = history.mean("accuracy", LONG) + history.mean("ties", LONG) / 2
+    if history.config["stage"] == "dpo":
+        correct = history.mean("rewards/accuracies", LONG)
+        ties = ""
+    else:
+        correct = history.mean("accuracy", LONG) + history.mean("ties", LONG) / 2
+        ties = ", with a tie counted as half,"
     if not correct < 0.52:
         return ""
+    return f"accuracy is {100 * correct:.1f} %{ties} over steps {history.steps(LONG)}"
+
+
+@rule(
+    kind="displaced",
+    stages=DPO,
+    condition=(
+        f"mean `rewards/chosen` of {LONG} steps is below 0, and further from 0 than mean "
+        "`rewards/margins`"
+    ),
+    meaning=(
+        "both responses become less probable, the rejected one a little more so: the policy moves "
+        "to other responses than those of the comparisons"
+    ),
+    remedy=(
+        "raise dpo.beta, lower optimiser.learning_rate or steps, train parents.policy on the "
+        "chosen responses"
+    ),
+)
+def chosen_is_displaced(history: History) -> str:
+    """Observe chosen responses that become less probable by more than the margin grows."""
+    chosen = history.mean("rewards/chosen", LONG)
+    margin = history.mean("rewards/margins", LONG)
+    if not (chosen < 0 and -chosen > margin):
+        return ""
     return (
-        f"accuracy is {100 * correct:.1f} %, with a tie counted as half, over steps "
-        f"{history.steps(LONG)}"
+        f"the implicit reward of chosen responses is {chosen:.3g}, the margin {margin:.3g}, means "
+        f"of steps {history.steps(LONG)}"
     )
 
 

@@ -25,6 +25,8 @@ CHECKPOINT_ITEMS = {
     ("lm", "lm"): "model",
     ("lm", "scalar"): "model",
     ("ranking", "scalar"): "model",
+    ("dpo", "lm"): "policy",
+    ("dpo", "scalar"): "policy",
     ("ppo", "lm"): "policy",
     ("ppo", "scalar"): "value",
 }

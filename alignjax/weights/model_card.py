@@ -13,6 +13,7 @@ CARD_FILE = "README.md"
 KINDS = {
     ("lm", "model"): "A language model",
     ("ranking", "model"): "A reward model, which scores the last reply of a conversation,",
+    ("dpo", "policy"): "A language model, trained by DPO,",
     ("ppo", "policy"): "A language model, trained by PPO,",
     ("ppo", "value"): "The value model of PPO, which predicts returns,",
 }

@@ -21,12 +21,15 @@ from alignjax.weights.checkpoint import restore_role
 HEADS = {
     ("lm", "model"): "lm",
     ("ranking", "model"): "scalar",
+    ("dpo", "policy"): "lm",
+    ("dpo", "reference"): "lm",
     ("ppo", "policy"): "lm",
     ("ppo", "reference"): "lm",
     ("ppo", "value"): "scalar",
     ("ppo", "reward"): "scalar",
 }
 FROZEN_ROLES = ("reference", "reward")
+LANGUAGE_MODELS = ("lm", "dpo")  # stages whose runs have no scalar head
 Params = dict[str, Any]  # a tree of arrays, or of their shapes
 
 
@@ -162,7 +165,7 @@ def saved_head_of(run: Path, head: str) -> str:
     """
     if locations.adapted_model(run) is not None:
         return hf.head_of(run)
-    return "lm" if locations.read_config(run)["stage"] == "lm" else head
+    return "lm" if locations.read_config(run)["stage"] in LANGUAGE_MODELS else head
 
 
 def read_merged(

@@ -1,0 +1,72 @@
+"""Greedy answers to held-out prompts: the most probable token each time, without a draw."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from alignjax.algorithms import heldout
+from alignjax.algorithms.ppo_programs import rollout_mesh, sampling_settings
+from alignjax.config import Config
+from alignjax.data import toy
+from alignjax.machine import sharding
+from alignjax.sampling import rollout
+from alignjax.sampling.types import Prompts
+
+Mesh = jax.sharding.Mesh
+
+
+class GreedyAnswers:
+    """The greedy answers of a policy to held-out prompts of the embedded world.
+
+    They are always made by our own sampler, also in a run with another one. `place_params` prepares
+    the policy's parameters for it, see `ppo_programs.params_placement`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        place_params: Callable[[dict], dict],
+        *,
+        end_tokens: tuple[int, ...],
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        settings = dataclasses.replace(
+            sampling_settings(config, end_tokens), temperature=0.0, samples_per_prompt=1
+        )
+        self.batch_size = config.data.batch
+        self.mesh = rollout_mesh(config, mesh)
+        self.tokenizer = tokenizer
+        self.place_params = place_params
+        self.sample = jax.jit(functools.partial(rollout.generate, settings=settings))
+
+    def true_score(self, policy: dict, prompts: dict, rows: list[dict]) -> float:
+        """Return the mean true score of the answers.
+
+        Args:
+          policy: its parameters.
+          prompts: arrays of prompts, as `encoding.encode` makes them.
+          rows: rows of the prompts' data set.
+        """
+        scores = []
+        count = len(prompts["index"])
+        with jax.set_mesh(self.mesh):
+            params = self.place_params(policy)
+            for first, batch in heldout.whole_batches(prompts, self.batch_size, count):
+                scores += self.score_batch(params, batch, rows)[: count - first]
+        return float(np.mean(scores))
+
+    def score_batch(
+        self, params: dict, batch: dict[str, np.ndarray], rows: list[dict]
+    ) -> list[float]:
+        """Return the true score of the answer to each prompt of a batch."""
+        prompts = Prompts(tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"])
+        key = jax.random.key(0)  # nothing is drawn
+        answers = self.sample(params, sharding.shard_batch(prompts, self.mesh), key)
+        texts = heldout.response_texts(self.tokenizer, answers)
+        questions = [rows[number]["prompt"][-1]["content"] for number in batch["index"]]
+        return [toy.true_score(*pair) for pair in zip(questions, texts, strict=True)]

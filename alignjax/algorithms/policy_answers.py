@@ -1,0 +1,124 @@
+"""Answers of a policy that was trained without rollouts to held-out prompts.
+
+The programs are those of PPO's evaluation, so the figures of both can be compared.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from alignjax.algorithms import experience, heldout
+from alignjax.algorithms.experience import Reading
+from alignjax.algorithms.greedy import GreedyAnswers
+from alignjax.algorithms.ppo_data import HeldoutPrompts
+from alignjax.algorithms.ppo_programs import (
+    make_sampler,
+    params_placement,
+    rollout_mesh,
+    rollout_placement,
+    sampling_settings,
+)
+from alignjax.algorithms.stage import Evaluation
+from alignjax.config import Config
+from alignjax.machine import sharding
+from alignjax.sampling.types import Prompts, Rollout
+
+Mesh = jax.sharding.Mesh
+
+
+def figures_of(rollout: Rollout, reading: Reading) -> dict[str, jax.Array]:
+    """Return figures of each response that need no reward model, for `heldout.describe`.
+
+    They are kl, entropy, length, truncated, each [responses], and log_ratio [responses tokens].
+    """
+    log_ratio = jnp.where(rollout.mask, reading.logprobs - reading.ref_logprobs, 0.0)
+    return {
+        "kl": log_ratio.sum(1),
+        "entropy": jnp.where(rollout.mask, reading.entropy, 0.0).sum(1),
+        "length": rollout.lengths,
+        "truncated": rollout.truncated,
+        "log_ratio": log_ratio,
+    }
+
+
+class PolicyAnswers:
+    """The answers to held-out prompts, sampled as `config.ppo` says, and greedy ones."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        abstract_params: dict,
+        *,
+        prompts: HeldoutPrompts,
+        end_tokens: tuple[int, ...],
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.rollout_mesh = rollout_mesh(config, mesh)
+        self.place_params = params_placement(config, mesh, abstract_params)
+        self.place_rollout = rollout_placement(config, mesh)
+        settings = sampling_settings(config, end_tokens)
+        self.sample = make_sampler(config, self.rollout_mesh, settings)
+        self.read = jax.jit(functools.partial(experience.read_roles, config, config.model))
+        self.figures = jax.jit(figures_of)
+        self.greedy = GreedyAnswers(
+            config, mesh, self.place_params, end_tokens=end_tokens, tokenizer=tokenizer
+        )
+
+    def compare(self, reference: dict, policy: dict) -> Evaluation:
+        """Return the figures of both by name, and rows that show their answers side by side."""
+        before = self.evaluate(reference, reference)
+        after = self.evaluate(policy, reference)
+        figures = heldout.compare(before.figures, after.figures)
+        rows = heldout.side_by_side(before.rows, after.rows)
+        return Evaluation(figures=figures, rows=rows[: self.config.ppo.eval_prompts])
+
+    def evaluate(self, policy: dict, reference: dict) -> Evaluation:
+        """Return the figures of a policy's answers, and an entry for each prompt."""
+        answer = functools.partial(self.answer, {"policy": policy, "reference": reference})
+        arrays = self.prompts.arrays
+        batch_size = self.config.data.batch
+        result = heldout.evaluate(answer, None, arrays, None, batch_size)
+        if heldout.has_true_score(self.config):
+            score = self.greedy.true_score(policy, arrays, self.prompts.rows)
+            result.figures["true_score_greedy"] = score
+        return result
+
+    def answer(
+        self, params: dict[str, dict], batch: dict[str, np.ndarray], detailed: int
+    ) -> list[dict]:
+        """Answer a batch of prompts, and describe the responses; the draw is always the same."""
+        rollout = self.respond(params["policy"], batch)
+        reading = experience.empty_reading(rollout, None, self.mesh, has_value=False)
+        prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
+        lengths = sharding.on_host(rollout.lengths)
+        minibatches = experience.Minibatches(self.config, self.mesh, prompt_lengths, lengths)
+        for minibatch in minibatches.first_epoch:
+            for microbatch in minibatch:
+                reading = self.read(params, rollout, reading, microbatch)
+        figures = self.figures(rollout, reading)
+        return heldout.describe(
+            self.config,
+            self.tokenizer,
+            self.prompts.rows,
+            batch["index"],
+            rollout,
+            figures,
+            detailed,
+        )
+
+    def respond(self, policy: dict, batch: dict[str, np.ndarray]) -> Rollout:
+        """Sample the responses to a batch of prompts, laid out as in training."""
+        prompts = Prompts(tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"])
+        key = jax.random.key(self.config.seed)
+        with jax.set_mesh(self.rollout_mesh):
+            params = self.place_params(policy)
+            rollout = self.sample(params, sharding.shard_batch(prompts, self.rollout_mesh), key)
+        return self.place_rollout(rollout)
