@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FAMILIES = ("qwen2", "qwen3", "llama")
-# The variants of every other family: name -> fields of its configuration. Each is read with more
-# layers, and also decoded greedily.
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+# The variants of every other family, and windows of these: name -> fields of its configuration.
+# Each is read with more layers, and also decoded greedily.
 OTHER_FAMILIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "granite": {
         "multipliers": {
@@ -28,7 +29,11 @@ OTHER_FAMILIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "plain": {},
         "biases": {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
     },
+    "mistral": {"plain": {"sliding_window": None}, "window": {"sliding_window": 5}},
+    "qwen2": {"window": WINDOW | {"max_window_layers": 1}},
+    "qwen3": {"window": WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2}},
     "smollm3": {
+        "window": WINDOW | {"no_rope_layer_interval": 2},
         "intervals": {"no_rope_layer_interval": 2},
         "list": {"no_rope_layers": [0, 1, 1, 0], "attention_bias": True, "mlp_bias": True},
     },
@@ -116,7 +121,7 @@ def other_families() -> Iterator[Case]:
                 built={"num_hidden_layers": 4} | SPECIAL_TOKENS | dict(fields),
                 greedy=True,
             )
-        if family != "granite":
+        if family not in ("granite", *FAMILIES):
             yield Case(
                 topic="sequence classifiers of the other families",
                 name=f"{family}-score",
@@ -361,9 +366,7 @@ def unsupported() -> Iterator[Case]:
         yield Case(
             topic=topic, name=f"no-{name}", fields={"rope_parameters": {"rope_theta": THETA} | rope}
         )
-    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     for topic, name, changes in (
-        ("a sliding window", "window", {"built": window}),
         ("another `hidden_act`", "gelu", {"built": {"hidden_act": "gelu"}}),
         (
             "attention in both directions: `is_causal` false",

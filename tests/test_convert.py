@@ -240,7 +240,8 @@ def test_reading_holds_the_part_that_is_asked_for(tmp_path):
     [
         ("qwen2", "model_type", "mamba"),
         ("qwen2", "hidden_act", "gelu"),
-        ("qwen2", "layer_types", ["sliding_attention"]),
+        ("qwen2", "layer_types", ["chunked_attention"] * 2),
+        ("llama", "layer_types", ["sliding_attention"] * 2),
         ("llama", "attention_bias", "yes"),
         ("granite", "logits_scaling", 0),
         ("smollm3", "no_rope_layers", [1, 0]),

@@ -3,6 +3,7 @@
 test_models.py decodes them through the caches, test_convert.py reads and writes their files.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -25,8 +26,9 @@ from test_models import (
     words,
 )
 
-from alignjax.config import Model, UserError
-from alignjax.models import families, layer_kinds, scoring, transformer
+from alignjax.config import Config, Model, UserError, check
+from alignjax.models import attention, families, layer_kinds, scoring, transformer
+from alignjax.models.attention import flash, plain
 from alignjax.weights import hf
 
 
@@ -112,3 +114,88 @@ def test_scanned_layers_are_those_that_are_written_out(monkeypatch):
     monkeypatch.setattr(transformer, "UNROLLED", 0)
     scanned = jax.jit(jax.grad(sum_of_sines, 1), static_argnums=0)(model, params, tokens)
     assert largest_error(scanned, written_out) < 1e-5
+
+
+def test_a_scan_selects_the_layers_that_see_a_window(monkeypatch):
+    model, params = tiny(layers=3, layer_types="full,window,window_nope", window=3)
+    tokens = words(0, 2, 9)
+    ones = np.ones_like(tokens)
+    written_out = run(model, params, tokens, ones)
+    monkeypatch.setattr(transformer, "UNROLLED", 0)
+    jax.clear_caches()
+    assert error(run(model, params, tokens, ones), written_out) < 2e-6
+    everything = dataclasses.replace(model, window=9)
+    assert error(run(everything, params, tokens, ones), written_out) > 1e-3
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def attended(queries, keys, values, mask):
+    """Return attention by its definition; `mask` is [batch queries keys]."""
+    keys, values = (jnp.repeat(x, queries.shape[2] // x.shape[2], axis=2) for x in (keys, values))
+    scores = jnp.einsum("bqnh,bknh->bnqk", queries, keys) * queries.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bnqk,bknh->bqnh", weights, values)
+
+
+@pytest.mark.parametrize("tokens", [40, 100, 600])
+def test_a_window_is_that_of_its_definition_in_rows_of_any_length(tokens):
+    queries = draw(0, 1, tokens, 4, 8)
+    keys = draw(1, 1, tokens, 2, 8)
+    values = draw(2, 1, tokens, 2, 8)
+    first = tokens // 3
+    segments = np.repeat([[1, 2]], [first, tokens - first], axis=1)
+    positions = np.concatenate([np.arange(first), np.arange(tokens - first)])[None]
+    distance = np.arange(tokens)[:, None] - np.arange(tokens)
+    mask = (segments[:, :, None] == segments[:, None]) & (distance >= 0) & (distance < 7)
+    ours = attention.self_attention(
+        queries, keys, values, segments, window=attention.Window(7, positions, True)
+    )
+    assert error(ours, attended(queries, keys, values, mask)) < 2e-5
+
+
+def test_a_window_reaches_into_a_prefix_that_has_pads():
+    queries = draw(0, 1, 6, 2, 8)
+    keys = draw(1, 1, 10, 2, 8)
+    values = draw(2, 1, 10, 2, 8)
+    padded = [jnp.pad(x[0, :4], ((3, 0), (0, 0), (0, 0))) for x in (keys, values)]
+    prefix = attention.SharedKeys(*padded, real=jnp.arange(7) >= 3)
+    window = attention.Window(5, np.arange(4, 10)[None], True)
+    ones = jnp.ones((1, 6), jnp.int32)
+    ours = attention.self_attention(
+        queries, keys[:, 4:], values[:, 4:], ones, prefix=prefix, window=window
+    )
+    distance = np.arange(4, 10)[:, None] - np.arange(10)
+    mask = (distance >= 0) & (distance < 5)
+    assert error(ours, attended(queries, keys, values, mask[None])) < 2e-5
+
+
+@pytest.mark.parametrize("applies", [True, False])
+def test_splash_attention_has_windows_in_layers_that_are_scanned(applies):
+    queries = draw(0, 1, 128, 2, 8)
+    segments = jnp.repeat(jnp.array([[1, 2]]), 64, axis=1)
+    positions = jnp.tile(jnp.arange(64), 2)[None]
+    window = attention.Window(9, positions, jnp.asarray(applies))
+    ours = flash.splash_windowed(window, queries, queries, queries, segments)
+    theirs = plain.plain_attention(queries, queries, queries, segments, window=window)
+    assert error(ours, theirs) < 2e-5
+
+
+def test_the_kernels_for_gpus_that_know_no_windows_are_not_chosen():
+    shape = (8, 256, 4, 64)
+    dtype = jnp.dtype(jnp.bfloat16)
+    assert attention.choose("auto", "gpu", dtype, shape, 4) == "triton"
+    assert attention.choose("auto", "gpu", dtype, shape, 4, has_window=True) == "cudnn"
+    with pytest.raises(UserError, match="model.window of at least the 256 tokens"):
+        attention.choose("triton", "gpu", dtype, shape, 4, has_window=True)
+
+
+def test_layers_with_a_window_need_one():
+    for changes in ({"window": 4}, {"layer_types": "full,window"}):
+        config = Config()
+        for field, value in changes.items():
+            setattr(config.model, field, value)
+        with pytest.raises(UserError, match="does not go with model.layer_types"):
+            check(config)

@@ -143,11 +143,17 @@ def test_fields_without_effect_are_accepted(fields):
     assert read(**fields) == read()
 
 
-def test_a_window_that_no_layer_has_is_accepted_and_another_refused():
+def test_the_layers_that_see_a_window_are_those_of_transformers():
     window = {"use_sliding_window": True, "sliding_window": 4}
     assert read(dropped=("layer_types",), **window, max_window_layers=2) == read()
-    message = refusal(dropped=("layer_types",), **window, max_window_layers=1)
-    assert "sliding_window=4, max_window_layers=1 and num_hidden_layers=2" in message
+    late = read(dropped=("layer_types",), **window, max_window_layers=1)
+    assert (late.window, late.layer_types) == (4, "full,window")
+    everywhere = read(layer_types=["sliding_attention"] * 2, **window)
+    assert (everywhere.window, everywhere.layer_types) == (4, "window")
+    message = refusal(layer_types=["sliding_attention"] * 2, use_sliding_window=False)
+    assert "with use_sliding_window=false is no window" in message
+    assert read("mistral", sliding_window=None).window == 0
+    assert read("mistral", dropped=("sliding_window", "layer_types")).window == 4096
 
 
 @pytest.mark.parametrize(

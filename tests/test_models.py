@@ -24,8 +24,8 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 SCORES = ["olmo2_score", "qwen2_score"]
 # These have four layers, and longer rows on the left only; see test_families.py.
-SMALL = ["granite", "llama_bias", "olmo2", "seed_oss", "smollm3"]
-LAYERS_DIFFER = ["smollm3"]
+SMALL = ["granite", "llama_bias", "mistral", "olmo2", "qwen3_window", "seed_oss", "smollm3"]
+LAYERS_DIFFER = ["qwen3_window", "smollm3"]
 LM = [name for name in CASES if name not in SCORES + SMALL]
 DIFFERENT = ["llama", "qwen", "qwen3"]  # the others differ from these in RoPE and tying only
 apply = jax.jit(transformer.apply, static_argnums=0)
@@ -366,6 +366,7 @@ def test_logits_are_float32_in_bfloat16():
         ("olmo2-7b", 7_298_617_344),
         ("seed-oss-36b", 36_151_104_512),
         ("smollm3-3b", 3_075_098_624),
+        ("mistral-7b", 7_248_023_552),
     ],
 )
 def test_presets_have_as_many_parameters_as_the_released_models(name, count):

@@ -185,6 +185,11 @@ def check_model(config: Config) -> None:
             + ", ".join(map(repr, LAYER_TYPES)),
         )
     rule(
+        (model.window > 0) == ("window" in model.layer_types),
+        f"model.window={model.window} does not go with model.layer_types={model.layer_types!r}: "
+        "layers of the kind window need a window, and others have none",
+    )
+    rule(
         data.max_length <= model.max_length,
         f"data.max_length={data.max_length} is over model.max_length={model.max_length}",
     )

@@ -12,7 +12,7 @@ class Model:
     """A decoder."""
 
     # The Hugging Face layout that weights are read from and written to.
-    family: str = "qwen2"  # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3
+    family: str = "qwen2"  # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3, mistral
     vocab_size: int = 1024
     d_model: int = 128
     layers: int = 4
@@ -32,8 +32,10 @@ class Model:
     attention_multiplier: float = 0.0  # of the attention's scores; 0 is 1 / sqrt(head_size)
     logits_divisor: float = 1.0
     # The kinds of the layers, a list with commas that repeats until all layers have one: full,
-    # full_nope (without rotary positions).
+    # window (sees the last `window` tokens, its own included), full_nope and window_nope (without
+    # rotary positions).
     layer_types: str = "full"
+    window: int = 0
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: str = ""  # "", linear, llama3, yarn
@@ -248,7 +250,8 @@ KINDS = {
     "dpo": ("comparisons",),
     "ppo": ("prompts",),
 }
-LAYER_TYPES = ("full", "full_nope")  # the kinds that `model.layer_types` may list
+# The kinds that `model.layer_types` may list.
+LAYER_TYPES = ("full", "window", "full_nope", "window_nope")
 # The products of a layer that may have adapters, and the part of the layer that each is in.
 LORA_TARGETS = {
     "q": "attention",
@@ -271,6 +274,7 @@ CHOICES = {
         "olmo2",
         "seed_oss",
         "smollm3",
+        "mistral",
     ),
     "model.qk_norm_over": ("head", "width"),
     "model.norms": ("before", "after"),

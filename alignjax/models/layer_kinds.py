@@ -1,7 +1,9 @@
 """How the layers of a model differ, whether they are written out one by one or scanned."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
@@ -17,6 +19,7 @@ class LayerKind(NamedTuple):
     stands for a field in which they don't.
     """
 
+    windowed: bool | Bool[Array, ""] | None  # whether it sees the last `model.window` tokens only
     rotated: bool | Bool[Array, ""] | None  # whether queries and keys have rotary positions
 
     def or_constant(self, constant: "LayerKind") -> "LayerKind":
@@ -33,9 +36,22 @@ class LayerKind(NamedTuple):
         return Rotation(cos, jnp.where(self.rotated, rotation.sin, 0.0))
 
 
+def select(condition: bool | Bool[Array, ""], yes: Any, no: Any) -> Any:
+    """Return one of two trees of arrays, by a flag that may be an array."""
+    if isinstance(condition, bool):
+        return yes if condition else no
+    return jax.tree.map(functools.partial(jnp.where, condition), yes, no)
+
+
+FULL = LayerKind(windowed=False, rotated=True)
+
+
 def of(model: Model) -> list[LayerKind]:
     """Return the kind of each layer, as `model.layer_types` names them."""
-    return [LayerKind(rotated=not name.endswith("_nope")) for name in names(model)]
+    return [
+        LayerKind(windowed=name.startswith("window"), rotated=not name.endswith("_nope"))
+        for name in names(model)
+    ]
 
 
 def names(model: Model) -> list[str]:

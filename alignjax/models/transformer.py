@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain
 from alignjax.models import layer_kinds, lora
-from alignjax.models.attention import KeyValues, SharedKeys, platform, self_attention
+from alignjax.models.attention import KeyValues, SharedKeys, Window, platform, self_attention
 from alignjax.models.modules import Attend, JoinedLayer, Layer, Transformer, joined, rms_norm
 from alignjax.models.rope import Rotation, rope
 
@@ -28,8 +28,9 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 Params = dict[str, Any]  # nested dicts of arrays
-# attend(cache, layer, queries [batch heads head_size], keys [batch kv_heads head_size], values)
-# -> (what the queries see [batch heads head_size], what is kept of this token or of its rows)
+# attend(cache, layer, queries [batch heads head_size], keys [batch kv_heads head_size], values,
+# the layer's kind) -> (what the queries see [batch heads head_size], what is kept of this token or
+# of its rows)
 AttendCache = Callable[..., tuple[Array, KeyValues]]
 
 
@@ -124,7 +125,7 @@ def apply(
 
     A token sees the tokens of its segment up to itself; segment 0 is padding. Segments may have
     another axis of size 2, [batch tokens 2]: a token then also sees the second segment it names.
-    Every token sees the real tokens of `prefix`. Positions matter to RoPE alone.
+    Every token sees the real tokens of `prefix`. Positions matter to RoPE and to windows.
     """
     rotation = rope(model, positions)
     kinds = layer_kinds.of(model)
@@ -137,7 +138,10 @@ def apply(
             shared = None
             if prefix is not None:
                 shared = shared_keys(layer_prefix, prefix.real)
-            y = self_attention(queries, keys, values, segments, model.attention, shared)
+            window = None
+            if kind.windowed is not False:
+                window = Window(model.window, positions, kind.windowed)
+            y = self_attention(queries, keys, values, segments, model.attention, shared, window)
             return y, kept
 
         return run_layer(model, layer_params, x, kind.rotation(rotation), attend)
@@ -285,7 +289,7 @@ def decode(
 
     def step(kind, x, layer_cache, layer, layer_params):
         def attend_one(queries, keys, values):
-            y, kept = attend(layer_cache, layer, queries[:, 0], keys[:, 0], values[:, 0])
+            y, kept = attend(layer_cache, layer, queries[:, 0], keys[:, 0], values[:, 0], kind)
             return y[:, None], kept
 
         return run_layer(model, layer_params, x, kind.rotation(rotation), attend_one)

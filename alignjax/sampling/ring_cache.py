@@ -13,6 +13,7 @@ each layer, without the axis `layers`.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from alignjax.config import Model
 from alignjax.machine.sharding import constrain, spec_of
 from alignjax.models import transformer
 from alignjax.models.attention import KeyValues, cached_attention, platform, shards
+from alignjax.models.layer_kinds import FULL, LayerKind, select
 
 RING_PARTS = 4  # of the ring: a step reads only the parts that hold something
 
@@ -88,8 +90,17 @@ class RingCache:
         of them but the one in hand.
         """
         age = (clock - 1 - jnp.arange(self.response_length)) % self.response_length
-        ring_mask = age < lengths[:, None] - 1
-        return RingReader(prompt_mask=real, ring_mask=ring_mask, clock=clock)
+        everything = Masks(prompt=real, ring=age < lengths[:, None] - 1)
+        windowed = everything
+        if self.model.window:
+            # The token in hand comes behind the prompt's tokens and the others of its response.
+            distance = jnp.sum(real, axis=1, keepdims=True) + lengths[:, None]
+            distance -= jnp.cumsum(real, axis=1)
+            windowed = Masks(
+                prompt=real & (distance < self.model.window),
+                ring=everything.ring & (age + 1 < self.model.window),
+            )
+        return RingReader(everything=everything, windowed=windowed, clock=clock)
 
     def write(
         self,
@@ -204,12 +215,19 @@ def write_stored(stored: Stored, part: int, place: Int[Array, ""], new: Array) -
     return keep_axis_order(jax.lax.dynamic_update_slice(stored, value, start))
 
 
+class Masks(NamedTuple):
+    """Which places of the cache a slot sees."""
+
+    prompt: Bool[Array, "slots prompt_width"]
+    ring: Bool[Array, "slots response_tokens"]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RingReader:
     """What each slot sees of the cache in one step of decoding."""
 
-    prompt_mask: Bool[Array, "slots prompt_width"]
-    ring_mask: Bool[Array, "slots response_tokens"]
+    everything: Masks
+    windowed: Masks
     clock: Int[Array, ""]
 
     def attend(
@@ -219,6 +237,7 @@ class RingReader:
         query: Float[Array, "slots heads head_size"],
         key: Float[Array, "slots kv_heads head_size"],
         value: Float[Array, "slots kv_heads head_size"],
+        kind: LayerKind = FULL,
     ) -> tuple[Float[Array, "slots heads head_size"], KeyValues]:
         """Attend to the cache and to the token in hand, whose key and value are kept.
 
@@ -228,10 +247,11 @@ class RingReader:
         """
         num_parts = len(blocks) - 1
         part_width = blocks[-1].keys.shape[-2]
-        num_slots, response_length = self.ring_mask.shape
+        seen = select(kind.windowed, self.windowed, self.everything)
+        num_slots, response_length = seen.ring.shape
         padding = num_parts * part_width - response_length
-        padded = jnp.pad(self.ring_mask, ((0, 0), (0, padding)))
-        masks = [self.prompt_mask, *jnp.split(padded, num_parts, axis=1)]
+        padded = jnp.pad(seen.ring, ((0, 0), (0, padding)))
+        masks = [seen.prompt, *jnp.split(padded, num_parts, axis=1)]
         in_hand = KeyValues(keys=key[:, :, None], values=value[:, :, None])
         sees_itself = jnp.ones((num_slots, 1), bool)
         branches = []
@@ -248,8 +268,8 @@ class RingReader:
             )
         # Before the first write no part is filled: the last filled one is number -1.
         last_filled = jnp.minimum(self.clock - 1, response_length - 1) // part_width
-        seen = jax.lax.switch(last_filled + 1, branches)
-        return seen, KeyValues(keys=key, values=value)
+        attended = jax.lax.switch(last_filled + 1, branches)
+        return attended, KeyValues(keys=key, values=value)
 
 
 def read_blocks(

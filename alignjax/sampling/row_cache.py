@@ -16,6 +16,7 @@ from alignjax.config import Model
 from alignjax.machine.sharding import constrain, spec_of
 from alignjax.models import transformer
 from alignjax.models.attention import KeyValues, decode_attention
+from alignjax.models.layer_kinds import FULL, LayerKind, select
 
 SLOT_AXIS = 0
 HEAD_AXIS = 2
@@ -30,6 +31,7 @@ class RowCache:
     prompt_width: int
     response_length: int
     dtype: str  # of keys and values
+    has_prefix: bool  # in front of the prompts: their pads may stand behind it
 
     @property
     def places(self) -> int:
@@ -58,8 +60,9 @@ class RowCache:
         """Return the cache with prompts in the slots `where`, or in all of them."""
         num_filled = self.slots if where is None else len(where)
         samples = num_filled // len(real)
-        # Pads may stand between a prefix and its prompt: bring all of them to the front.
-        order = jnp.argsort(real, axis=1, stable=True)[:, :, None, None]
+        order = None
+        if self.has_prefix:  # bring all pads to the front
+            order = jnp.argsort(real, axis=1, stable=True)[:, :, None, None]
         filled = []
         for layer, rows in enumerate(cache):
             prompts = transformer.layer_of(key_values, layer)
@@ -80,7 +83,11 @@ class RowCache:
         """Return what each slot sees: its row from the first real token on."""
         del clock
         first = self.prompt_width - real.sum(axis=1, dtype=jnp.int32)
-        return RowReader(first=first, place=self.prompt_width + lengths - 1)
+        place = self.prompt_width + lengths - 1
+        windowed = first
+        if self.model.window:
+            windowed = jnp.maximum(first, place + 1 - self.model.window)
+        return RowReader(first=first, first_in_window=windowed, place=place)
 
     def write(
         self,
@@ -99,6 +106,7 @@ class RowReader:
     """What each slot sees in one step: its row from `first` to `place`, the token in hand."""
 
     first: Int[Array, " slots"]
+    first_in_window: Int[Array, " slots"]  # the same in layers with a window
     place: Int[Array, " slots"]
 
     def attend(
@@ -108,10 +116,12 @@ class RowReader:
         queries: Float[Array, "slots heads head_size"],
         keys: Float[Array, "slots kv_heads head_size"],
         values: Float[Array, "slots kv_heads head_size"],
+        kind: LayerKind = FULL,
     ) -> tuple[Float[Array, "slots heads head_size"], KeyValues]:
         """Write the token in hand into its rows, attend to them, and return them as kept."""
         del layer
-        arguments = (queries, keys, values, *rows, self.first, self.place)
+        first = select(kind.windowed, self.first_in_window, self.first)
+        arguments = (queries, keys, values, *rows, first, self.place)
         spec = spec_of(rows.keys.shape, SLOT_AXIS, HEAD_AXIS)
         if spec is None:
             seen, written = write_and_attend(*arguments)
@@ -150,12 +160,17 @@ def fill_rows(
     rows: Float[Array, "slots places kv_heads head_size"],
     where: Int[Array, " filled"] | None,
     prompts: Float[Array, "prompts kv_heads prompt_width head_size"],
-    order: Int[Array, "prompts prompt_width 1 1"],
+    order: Int[Array, "prompts prompt_width 1 1"] | None,
     samples: int,
 ) -> Float[Array, "slots places kv_heads head_size"]:
-    """Return the rows with prompts at their beginning, in the slots `where`."""
-    new = jnp.take_along_axis(prompts.swapaxes(1, 2), order, axis=1).astype(rows.dtype)
-    new = jnp.repeat(new, samples, axis=0)
+    """Return the rows with prompts at their beginning, in the slots `where`.
+
+    `order` says which place of a prompt comes where, if they are not in order already.
+    """
+    new = prompts.swapaxes(1, 2)
+    if order is not None:
+        new = jnp.take_along_axis(new, order, axis=1)
+    new = jnp.repeat(new.astype(rows.dtype), samples, axis=0)
     width = new.shape[1]
     if where is None:
         return rows.at[:, :width].set(new)

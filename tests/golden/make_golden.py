@@ -102,6 +102,8 @@ SMALL_SIZE = dict(
     tie_word_embeddings=False,
 )
 SMALL_LENGTHS = (20, 15)
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 SMALL = {
     "llama_bias": (
         transformers.LlamaConfig(**SMALL_SIZE, attention_bias=True, mlp_bias=True),
@@ -125,6 +127,20 @@ SMALL = {
     "smollm3": (
         transformers.SmolLM3Config(**SMALL_SIZE, no_rope_layers=[1, 0, 1, 1]),
         transformers.SmolLM3ForCausalLM,
+    ),
+    "mistral": (
+        transformers.MistralConfig(**SMALL_SIZE, sliding_window=5),
+        transformers.MistralForCausalLM,
+    ),
+    "qwen3_window": (
+        transformers.Qwen3Config(
+            **SMALL_SIZE,
+            head_dim=8,
+            use_sliding_window=True,
+            sliding_window=4,
+            layer_types=[FULL, SLIDING, SLIDING, FULL],
+        ),
+        transformers.Qwen3ForCausalLM,
     ),
     "olmo2_score": (
         transformers.Olmo2Config(**SMALL_SIZE, num_labels=1),

@@ -11,15 +11,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignjax.config import Model, UserError
 from alignjax.models.attention.devices import ONE_DEVICE, Shards, platform, shards
-from alignjax.models.attention.flash import LANES, cudnn_attention, splash_attention
+from alignjax.models.attention.flash import (
+    LANES,
+    cudnn_attention,
+    cudnn_windowed,
+    splash_attention,
+    splash_windowed,
+)
 from alignjax.models.attention.plain import masked_softmax, plain_attention
 from alignjax.models.attention.triton import triton_attention
-from alignjax.models.attention.types import KeyValues, SharedKeys
+from alignjax.models.attention.types import KeyValues, SharedKeys, Window
 
 __all__ = [
     "KeyValues",
     "SharedKeys",
     "Shards",
+    "Window",
     "cached_attention",
     "check",
     "choose",
@@ -28,6 +35,7 @@ __all__ = [
     "shards",
 ]
 
+WITH_WINDOW = {"cudnn": cudnn_windowed, "splash": splash_windowed}
 IMPLEMENTATIONS = {
     "xla": plain_attention,
     "triton": triton_attention,
@@ -45,6 +53,7 @@ def self_attention(
     segments: Int[Array, "batch tokens *named"],
     implementation: str = "auto",
     prefix: SharedKeys | None = None,
+    window: Window | None = None,
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Attend within segments; all arrays have the queries' type, and so does the result.
 
@@ -54,13 +63,29 @@ def self_attention(
     With segments [batch tokens 2], a token also sees the second segment that it names. All tokens
     see the real tokens of `prefix`. Both always run as "xla", whatever the implementation.
 
+    A window limits how far back all of this reaches.
+
     Raises UserError as `choose` does.
     """
     if prefix is not None or segments.ndim == 3:
-        return plain_attention(queries, keys, values, segments, prefix)
+        return plain_attention(queries, keys, values, segments, prefix, window)
+    if window is not None and queries.shape[1] <= window.size:
+        window = None  # no token of such a row is too far away
     kv_heads = keys.shape[2]
-    name = choose(implementation, platform(), queries.dtype, queries.shape, kv_heads, shards())
-    return IMPLEMENTATIONS[name](queries, keys, values, segments)
+    name = choose(
+        implementation,
+        platform(),
+        queries.dtype,
+        queries.shape,
+        kv_heads,
+        shards(),
+        has_window=window is not None,
+    )
+    if name == "xla":
+        return plain_attention(queries, keys, values, segments, window=window)
+    if window is None:
+        return IMPLEMENTATIONS[name](queries, keys, values, segments)
+    return WITH_WINDOW[name](window, queries, keys, values, segments)
 
 
 def choose(
@@ -70,13 +95,14 @@ def choose(
     shape: tuple[int, int, int, int],
     kv_heads: int,
     shards: Shards = ONE_DEVICE,
+    has_window: bool = False,
 ) -> str:
     """Return a name of IMPLEMENTATIONS, for queries of shape [batch tokens heads head_size].
 
     "auto" is splash on a TPU if a row fills a tile, and on a GPU in 16 bits triton, or cudnn for
     sizes of heads that triton does not take; all of them only if rows and heads divide over their
-    devices. It is xla otherwise. Raises UserError if the implementation that the config names
-    can't run.
+    devices. triton knows no windows. It is xla otherwise. Raises UserError if the implementation
+    that the config names can't run.
     """
     batch, tokens, _, head_size = shape
     row_shards, head_shards = shards
@@ -86,6 +112,8 @@ def choose(
         "cudnn": cudnn_problem(backend, dtype, head_size, kv_heads, head_shards),
         "splash": splash_problem(backend, kv_heads, head_shards),
     }
+    if has_window:
+        problems["triton"] = f"model.window of at least the {tokens} tokens of a row"
     if implementation != "auto":
         problem = problems[implementation]
         if problem:

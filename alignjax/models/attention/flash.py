@@ -1,5 +1,7 @@
 """Flash attention kernels: cuDNN's on NVIDIA GPUs, splash attention on TPUs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -11,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from alignjax.models.attention.devices import platform
 from alignjax.models.attention.plain import padded
 from alignjax.models.attention.sharded import over_devices
+from alignjax.models.attention.types import Window
 
 # Tile sizes of splash attention: it takes the first that divides the tokens of a row. MaxText
 # chooses 512; we have not measured it.
@@ -28,15 +31,32 @@ def cudnn_attention(
     return padded(cudnn_even, 2, queries, keys, values, segments)
 
 
-def cudnn_even(
+def cudnn_windowed(
+    window: Window,
     queries: Float[Array, "batch tokens heads head_size"],
     keys: Float[Array, "batch tokens kv_heads head_size"],
     values: Float[Array, "batch tokens kv_heads head_size"],
     segments: Int[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens heads head_size"]:
+    """Call cuDNN's flash attention with a window."""
+    attend = functools.partial(cudnn_even, window=window)
+    return padded(attend, 2, queries, keys, values, segments)
+
+
+def cudnn_even(
+    queries: Float[Array, "batch tokens heads head_size"],
+    keys: Float[Array, "batch tokens kv_heads head_size"],
+    values: Float[Array, "batch tokens kv_heads head_size"],
+    segments: Int[Array, "batch tokens"],
+    window: Window | None = None,
+) -> Float[Array, "batch tokens heads head_size"]:
     """Call cuDNN's kernel with the mask of the segments, for an even number of tokens."""
     tokens = queries.shape[1]
     causal = jnp.tril(jnp.ones((tokens, tokens), bool))
+    if window is not None:
+        # A segment's tokens are side by side, so distances in the row are those in the sequence.
+        near = jnp.triu(causal, 1 - window.size)
+        causal = near if window.applies is True else jnp.where(window.applies, near, causal)
     mask = causal & (segments[:, :, None] == segments[:, None, :])
     return jax.nn.dot_product_attention(
         queries, keys, values, mask=mask[:, None], implementation="cudnn"
@@ -57,14 +77,34 @@ def splash_attention(
     return over_devices(splash_padded, queries, keys, values, segments)
 
 
-def splash_padded(
+def splash_windowed(
+    window: Window,
     queries: Float[Array, "batch tokens heads head_size"],
     keys: Float[Array, "batch tokens kv_heads head_size"],
     values: Float[Array, "batch tokens kv_heads head_size"],
     segments: Int[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens heads head_size"]:
-    """Run splash attention on one device, for any number of tokens."""
-    return padded(splash_tiled, LANES, queries, keys, values, segments)
+    """Call splash attention with a window; blocks outside of it are passed over.
+
+    The kernel is made for a mask, so layers that are scanned choose between two kernels.
+    """
+    padded_to_window = functools.partial(splash_padded, window_size=window.size)
+    near = functools.partial(over_devices, padded_to_window)
+    if window.applies is True:
+        return near(queries, keys, values, segments)
+    return jax.lax.cond(window.applies, near, splash_attention, queries, keys, values, segments)
+
+
+def splash_padded(
+    queries: Float[Array, "batch tokens heads head_size"],
+    keys: Float[Array, "batch tokens kv_heads head_size"],
+    values: Float[Array, "batch tokens kv_heads head_size"],
+    segments: Int[Array, "batch tokens"],
+    window_size: int = 0,
+) -> Float[Array, "batch tokens heads head_size"]:
+    """Run splash attention on one device, for any number of tokens; 0 is no window."""
+    attend = functools.partial(splash_tiled, window_size=window_size)
+    return padded(attend, LANES, queries, keys, values, segments)
 
 
 def splash_tiled(
@@ -72,13 +112,17 @@ def splash_tiled(
     keys: Float[Array, "batch tokens kv_heads head_size"],
     values: Float[Array, "batch tokens kv_heads head_size"],
     segments: Int[Array, "batch tokens"],
+    window_size: int,
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Run splash attention on one device; the number of tokens is a multiple of LANES."""
     tokens, heads, head_size = queries.shape[1:]
     tile = next(size for size in TILES if tokens % size == 0)
-    causal = splash_attention_mask.CausalMask((tokens, tokens))
+    mask = splash_attention_mask.CausalMask((tokens, tokens))
+    if window_size:
+        sides = (window_size - 1, 0)
+        mask = splash_attention_mask.LocalMask((tokens, tokens), sides, offset=0)
     kernel = splash_attention_kernel.make_splash_mha(
-        mask=splash_attention_mask.MultiHeadMask([causal] * heads),
+        mask=splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention_kernel.BlockSizes(
             block_q=tile,
             block_kv=tile,

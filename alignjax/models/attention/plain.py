@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from alignjax.models.attention.types import SharedKeys
+from alignjax.models.attention.types import SharedKeys, Window
 
 WHOLE = 64  # most tokens of a row whose queries all go against all keys at once
 # A longer row's queries are cut into so many parts, each with its own keys. More parts would
@@ -22,23 +22,35 @@ PARTS = 4
 BLOCK = 128
 
 
+class Tokens(NamedTuple):
+    """Where tokens are. A token names one segment, or two of which it sees both."""
+
+    segments: Int[Array, "batch tokens named"]
+    positions: Int[Array, "batch tokens"] | None  # in their sequences; None without a window
+
+    def cut(self, places: slice) -> "Tokens":
+        """Return those at some places of each row."""
+        positions = None if self.positions is None else self.positions[:, places]
+        return Tokens(self.segments[:, places], positions)
+
+
 class Queries(NamedTuple):
-    """Consecutive queries of each row. A token names one segment, or two of which it sees both."""
+    """Consecutive queries of each row."""
 
     vectors: Float[Array, "batch queries heads head_size"]
-    segments: Int[Array, "batch queries named"]
+    tokens: Tokens
     first: int | Int[Array, ""]  # the place of the first query in its row
 
 
 class Keys(NamedTuple):
-    """The first keys and values of each row, with the segments that their tokens name."""
+    """The first keys and values of each row."""
 
     keys: Float[Array, "batch keys kv_heads head_size"]
     values: Float[Array, "batch keys kv_heads head_size"]
-    segments: Int[Array, "batch keys named"]
+    tokens: Tokens
 
 
-AttendPart = Callable[[Queries, Keys, SharedKeys | None], Array]
+AttendPart = Callable[[Queries, Keys], Array]
 
 
 def plain_attention(
@@ -47,6 +59,7 @@ def plain_attention(
     values: Float[Array, "batch tokens kv_heads head_size"],
     segments: Int[Array, "batch tokens *named"],
     prefix: SharedKeys | None = None,
+    window: Window | None = None,
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Attend part by part, each part of the queries against the keys up to its end.
 
@@ -54,41 +67,52 @@ def plain_attention(
     """
     batch, tokens = queries.shape[:2]
     segments = segments.reshape(batch, tokens, -1)
+    positions = None if window is None else window.positions
+    around = Surroundings(prefix, window)
+    attend = functools.partial(attend_block, around)
     if tokens <= WHOLE:
-        all_queries = Queries(queries, segments, 0)
-        return attend_block(all_queries, Keys(keys, values, segments), prefix)
+        row = Tokens(segments, positions)
+        return attend(Queries(queries, row, 0), Keys(keys, values, row))
     size = math.ceil(tokens / PARTS)
     if size <= BLOCK:
-        return in_parts(attend_block, size, prefix, queries, keys, values, segments)
+        return in_parts(attend, size, queries, keys, values, segments, positions)
     size = math.ceil(size / BLOCK) * BLOCK
-    attend = functools.partial(in_parts, attend_in_blocks, size, prefix)
-    return padded(attend, BLOCK, queries, keys, values, segments)
+    attend = functools.partial(in_parts, functools.partial(attend_in_blocks, around), size)
+    return padded(attend, BLOCK, queries, keys, values, segments, positions)
+
+
+class Surroundings(NamedTuple):
+    """What all queries see beside their rows, and how far they see."""
+
+    prefix: SharedKeys | None
+    window: Window | None
 
 
 def in_parts(
     attend: AttendPart,
     size: int,
-    prefix: SharedKeys | None,
     queries: Float[Array, "batch tokens heads head_size"],
     keys: Float[Array, "batch tokens kv_heads head_size"],
     values: Float[Array, "batch tokens kv_heads head_size"],
     segments: Int[Array, "batch tokens named"],
+    positions: Int[Array, "batch tokens"] | None,
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Attend with `size` queries at a time, each part against the keys that it may see."""
+    row = Tokens(segments, positions)
     parts = []
     for first in range(0, queries.shape[1], size):
         end = first + size
-        part = Queries(queries[:, first:end], segments[:, first:end], first)
-        visible = Keys(keys[:, :end], values[:, :end], segments[:, :end])
-        parts.append(attend(part, visible, prefix))
+        part = Queries(queries[:, first:end], row.cut(slice(first, end)), first)
+        visible = Keys(keys[:, :end], values[:, :end], row.cut(slice(end)))
+        parts.append(attend(part, visible))
     return jnp.concatenate(parts, axis=1)
 
 
 def attend_in_blocks(
-    queries: Queries, visible: Keys, prefix: SharedKeys | None
+    around: Surroundings, queries: Queries, visible: Keys
 ) -> Float[Array, "batch queries heads head_size"]:
     """Attend block after block; the number of queries must be a multiple of BLOCK."""
-    batch, count = queries.segments.shape[:2]
+    batch, count = queries.vectors.shape[:2]
 
     def cut(x):
         return x.reshape(batch, -1, BLOCK, *x.shape[2:]).swapaxes(0, 1)
@@ -97,18 +121,19 @@ def attend_in_blocks(
     # [batch heads tokens tokens] that this function is to avoid.
     @jax.checkpoint
     def attend(block):
-        return attend_block(block, visible, prefix)
+        return attend_block(around, block, visible)
 
     firsts = queries.first + jnp.arange(0, count, BLOCK)
-    blocks = Queries(cut(queries.vectors), cut(queries.segments), firsts)
+    blocks = Queries(cut(queries.vectors), jax.tree.map(cut, queries.tokens), firsts)
     y = jax.lax.map(attend, blocks)
     return y.swapaxes(0, 1).reshape(queries.vectors.shape)
 
 
 def attend_block(
-    queries: Queries, visible: Keys, prefix: SharedKeys | None
+    around: Surroundings, queries: Queries, visible: Keys
 ) -> Float[Array, "batch queries heads head_size"]:
     """Attend with all scores at once; grouped queries share their keys without repeating them."""
+    prefix, window = around
     batch, count, heads, head_size = queries.vectors.shape
     kv_heads = visible.keys.shape[2]
     group = heads // kv_heads
@@ -118,7 +143,7 @@ def attend_block(
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_size)
     keys = visible.keys.swapaxes(1, 2)
     values = visible.values.swapaxes(1, 2)
-    mask = jnp.tile(visible_mask(queries, visible), (1, group, 1))[:, None]
+    mask = jnp.tile(visible_mask(queries, visible, window), (1, group, 1))[:, None]
     scores = scaled_scores("bkqh,bksh->bkqs", grouped, keys)
     if prefix is None:
         weights = masked_softmax(scores, mask).astype(values.dtype)
@@ -126,6 +151,10 @@ def attend_block(
     else:
         prefix_scores = scaled_scores("bkqh,skh->bkqs", grouped, prefix.keys)
         prefix_mask = jnp.broadcast_to(prefix.real, (*mask.shape[:3], len(prefix.real)))
+        if window is not None:
+            prefix_mask &= jnp.tile(prefix_in_window(queries, prefix, window), (1, group, 1))[
+                :, None
+            ]
         scores = jnp.concatenate([prefix_scores, scores], axis=-1)
         mask = jnp.concatenate([prefix_mask, mask], axis=-1)
         weights = masked_softmax(scores, mask).astype(values.dtype)
@@ -136,13 +165,33 @@ def attend_block(
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, count, heads, head_size)
 
 
-def visible_mask(queries: Queries, visible: Keys) -> Bool[Array, "batch queries keys"]:
+def visible_mask(
+    queries: Queries, visible: Keys, window: Window | None
+) -> Bool[Array, "batch queries keys"]:
     """Return which keys each query sees: those of its segments, up to its own place."""
-    named = queries.segments[:, :, None]
-    same_segment = (named == visible.segments[:, None, :, :1]).any(axis=-1)
-    key_places = jnp.arange(visible.segments.shape[1])
-    query_places = queries.first + jnp.arange(queries.segments.shape[1])
-    return same_segment & (key_places <= query_places[:, None])
+    named = queries.tokens.segments[:, :, None]
+    same_segment = (named == visible.tokens.segments[:, None, :, :1]).any(axis=-1)
+    key_places = jnp.arange(visible.tokens.segments.shape[1])
+    query_places = queries.first + jnp.arange(queries.tokens.segments.shape[1])
+    seen = same_segment & (key_places <= query_places[:, None])
+    if window is None:
+        return seen
+    distance = queries.tokens.positions[:, :, None] - visible.tokens.positions[:, None]
+    return seen & in_window(distance, window)
+
+
+def prefix_in_window(
+    queries: Queries, prefix: SharedKeys, window: Window
+) -> Bool[Array, "batch queries prefix_tokens"]:
+    """Return which tokens of the prefix are near enough to each query."""
+    prefix_positions = jnp.cumsum(prefix.real) - 1
+    return in_window(queries.tokens.positions[:, :, None] - prefix_positions, window)
+
+
+def in_window(distance: Int[Array, "*rows"], window: Window) -> Bool[Array, "*rows"]:
+    """Return whether tokens at a distance are seen; all are where the window does not apply."""
+    near = distance < window.size
+    return near if window.applies is True else near | jnp.logical_not(window.applies)
 
 
 def scaled_scores(
@@ -161,12 +210,10 @@ def masked_softmax(
 
 
 def padded(
-    attend: Callable[[Array, Array, Array, Array], Array],
+    attend: Callable[..., Array],
     multiple: int,
     queries: Float[Array, "batch tokens heads head_size"],
-    keys: Float[Array, "batch tokens kv_heads head_size"],
-    values: Float[Array, "batch tokens kv_heads head_size"],
-    segments: Int[Array, "batch tokens *named"],
+    *others: Shaped[Array, "batch tokens *_"] | None,
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Attend in rows that pads extend to a multiple of tokens, and cut the pads off again."""
     tokens = queries.shape[1]
@@ -175,5 +222,4 @@ def padded(
         widths = [(0, 0), (0, -tokens % multiple)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, widths)
 
-    y = attend(widen(queries), widen(keys), widen(values), widen(segments))
-    return y[:, :tokens]
+    return attend(*jax.tree.map(widen, (queries, *others)))[:, :tokens]

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 class KeyValues(NamedTuple):
@@ -18,3 +18,12 @@ class SharedKeys(NamedTuple):
     keys: Float[Array, "prefix_tokens kv_heads head_size"]
     values: Float[Array, "prefix_tokens kv_heads head_size"]
     real: Bool[Array, " prefix_tokens"]
+
+
+class Window(NamedTuple):
+    """Queries see their own token and the `size` - 1 tokens before it in their sequence."""
+
+    size: int
+    positions: Int[Array, "batch tokens"]  # of tokens in their sequences
+    # Whether it holds in this layer: True, or a flag of layers that are scanned.
+    applies: bool | Bool[Array, ""]

@@ -10,7 +10,7 @@ from alignjax.models.families.llama_like import (
     LLAMA_DEFAULTS,
     TENSORS,
     read_biases,
-    read_common_config,
+    read_full_config,
     write_config_with_biases,
 )
 
@@ -45,7 +45,7 @@ PRESETS = {
 
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`."""
-    fields = {**read_common_config(config), **read_biases(config)}
+    fields = {**read_full_config(config), **read_biases(config)}
     multipliers = {field: config.positive(name) for field, name in MULTIPLIERS.items()}
     if multipliers["attention_multiplier"] == fields["head_size"] ** -0.5:
         multipliers["attention_multiplier"] = 0.0

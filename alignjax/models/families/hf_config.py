@@ -100,6 +100,10 @@ class HFConfig:
             return default
         return self.size(name)
 
+    def size_or_zero(self, name: str) -> int:
+        """Return a whole number from 0 on."""
+        return 0 if self.require(name) == 0 else self.size(name)
+
     def number(self, name: str, least: float = 0.0) -> float:
         """Return a finite number that is not below `least`."""
         value = self.require(name)

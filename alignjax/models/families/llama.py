@@ -10,7 +10,7 @@ from alignjax.models.families.llama_like import (
     LLAMA_DEFAULTS,
     TENSORS,
     read_biases,
-    read_common_config,
+    read_full_config,
     write_config_with_biases,
 )
 
@@ -51,7 +51,7 @@ PRESETS = {
 
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`; as transformers does, refuse heads that leave a rest."""
-    fields = read_common_config(config)
+    fields = read_full_config(config)
     if fields["d_model"] % fields["heads"]:
         raise UserError(
             f"{config.where}: num_attention_heads={fields['heads']} must divide "

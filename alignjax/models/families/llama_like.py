@@ -3,8 +3,9 @@
 from typing import Any
 
 from alignjax.config import Model, UserError
+from alignjax.models import layer_kinds
 from alignjax.models.families.family import common_fields
-from alignjax.models.families.hf_config import HFConfig
+from alignjax.models.families.hf_config import HFConfig, shown
 from alignjax.models.families.rope_scaling import read_rope, write_rope
 
 TENSORS = {
@@ -62,6 +63,7 @@ QWEN_DEFAULTS = COMMON_DEFAULTS | {
     "sliding_window": 4096,
     "num_key_value_heads": 32,
 }
+SLIDING = "sliding_attention"  # in `layer_types`
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 
@@ -69,8 +71,6 @@ def read_common_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`, except the family's flags."""
     fields = common_fields(config)
     config.allow("hidden_act", *ACTIVATIONS)
-    check_layer_types(config, fields["layers"])
-    check_window(config, fields["layers"])
     return {
         **fields,
         "kv_heads": config.size_or("num_key_value_heads", fields["heads"]),
@@ -83,47 +83,95 @@ def read_common_config(config: HFConfig) -> dict[str, Any]:
     }
 
 
-def check_layer_types(config: HFConfig, layers: int) -> None:
-    """Raise UserError for layers that do not attend to everything before them."""
+def check_windows(config: HFConfig, layers: int) -> None:
+    """Refuse windows of families that have none."""
+    if SLIDING in (read_layer_types(config, layers) or []):
+        raise UserError(
+            f"{config.where}: layer_types has {SLIDING!r}, but only 'full_attention' is supported"
+        )
+
+
+def read_layer_types(config: HFConfig, layers: int) -> list[str] | None:
+    """Return what `layer_types` lists for each layer, or None if it is absent."""
     types = config.get("layer_types")
     if types is None:
-        return
+        return None
     is_list = isinstance(types, list) and all(isinstance(kind, str) for kind in types)
     config.expect("layer_types", is_list, "a list of texts or null")
-    odd = sorted(set(types) - {"full_attention"})
+    odd = sorted(set(types) - {"full_attention", SLIDING})
     if odd:
         raise UserError(
-            f"{config.where}: layer_types has {odd[0]!r}, but only 'full_attention' is supported"
+            f"{config.where}: layer_types has {odd[0]!r}, but only 'full_attention' and "
+            f"{SLIDING!r} are supported"
         )
     if len(types) != layers:
         raise UserError(
             f"{config.where}: num_hidden_layers={layers}, but layer_types has {len(types)}"
         )
+    return types
 
 
-def check_window(config: HFConfig, layers: int) -> None:
-    """Raise UserError if any layer attends to a window only.
-
-    With `use_sliding_window`, layers from `max_window_layers` on do, unless there is no window.
-    """
+def read_window(config: HFConfig) -> int:
+    """Return the window that `use_sliding_window` turns on, or 0."""
     config.allow("use_sliding_window", False, True)
-    window = config.get("sliding_window")
-    is_used = config.get("use_sliding_window", False) and window is not None
-    if not is_used or config.get("layer_types") is not None:
-        return
-    first = config.size("max_window_layers")
-    if first < layers:
+    is_used = config.get("use_sliding_window", False) and config.get("sliding_window") is not None
+    return config.size("sliding_window") if is_used else 0
+
+
+def read_qwen_windows(config: HFConfig, layers: int) -> dict[str, Any]:
+    """Return which layers see a window: those of `layer_types`, or the last ones."""
+    window = read_window(config)
+    types = read_layer_types(config, layers)
+    if types is None:
+        first = config.size_or_zero("max_window_layers") if window else layers
+        types = [SLIDING if layer >= first else "full_attention" for layer in range(layers)]
+    return window_fields(config, [kind == SLIDING for kind in types], window)
+
+
+def window_fields(config: HFConfig, windowed: list[bool], window: int) -> dict[str, Any]:
+    """Return `window` and `layer_types` of `config.Model`."""
+    if not any(windowed):
+        return {}
+    if not window:
         raise UserError(
-            f"{config.where}: use_sliding_window=True is not supported: with "
-            f"sliding_window={window!r}, max_window_layers={first} and "
-            f"num_hidden_layers={layers} it has an effect"
+            f"{config.where}: layer_types has {SLIDING!r}, but sliding_window="
+            f"{shown(config.get('sliding_window'))} with use_sliding_window="
+            f"{shown(config.get('use_sliding_window'))} is no window"
         )
+    names = ["window" if is_windowed else "full" for is_windowed in windowed]
+    return {"window": window, "layer_types": layer_kinds.pattern_of(names)}
+
+
+def write_windows(model: Model) -> dict[str, Any]:
+    """Return the fields of config.json that say which layers see a window."""
+    if not model.window:
+        return {"use_sliding_window": False}
+    windowed = [kind.windowed for kind in layer_kinds.of(model)]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": model.window,
+        "max_window_layers": windowed.index(True),
+        "layer_types": [SLIDING if is_windowed else "full_attention" for is_windowed in windowed],
+    }
 
 
 def read_config_without_bias(config: HFConfig) -> dict[str, Any]:
     """Read the config of a family whose `attention_bias` must be off, because it adds biases."""
     config.allow("attention_bias", False)
-    return read_common_config(config)
+    return read_full_config(config)
+
+
+def read_full_config(config: HFConfig) -> dict[str, Any]:
+    """Read the config of a family whose layers see everything before them."""
+    fields = read_common_config(config)
+    check_windows(config, fields["layers"])
+    return fields
+
+
+def read_qwen_config(config: HFConfig) -> dict[str, Any]:
+    """Read the config of a family whose layers may see a window, as Qwen2's say it."""
+    fields = read_common_config(config)
+    return {**fields, **read_qwen_windows(config, fields["layers"])}
 
 
 def read_attention_bias(config: HFConfig) -> dict[str, Any]:
@@ -164,7 +212,7 @@ def write_common_config(model: Model) -> dict[str, Any]:
         **write_rope(model),
         "attention_bias": model.qkv_bias,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
+        **write_windows(model),
     }
 
 

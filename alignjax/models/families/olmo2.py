@@ -11,7 +11,7 @@ from alignjax.models.families.llama_like import (
     QK_NORM_TENSORS,
     TENSORS,
     read_attention_bias,
-    read_common_config,
+    read_full_config,
     write_attention_bias,
     write_common_config,
 )
@@ -38,7 +38,7 @@ PRESETS = {
 
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`."""
-    return {**read_common_config(config), **read_attention_bias(config)}
+    return {**read_full_config(config), **read_attention_bias(config)}
 
 
 def write_config(model: Model) -> dict[str, Any]:

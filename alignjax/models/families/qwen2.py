@@ -5,7 +5,7 @@ from alignjax.models.families.llama_like import (
     QKV_BIAS_TENSORS,
     QWEN_DEFAULTS,
     TENSORS,
-    read_common_config,
+    read_qwen_config,
     write_common_config,
 )
 
@@ -39,7 +39,7 @@ QWEN2 = Family(
     flags={"qkv_bias": True, "qk_norm": False},
     tensors=TENSORS | QKV_BIAS_TENSORS,
     classes={"lm": "Qwen2ForCausalLM", "scalar": "Qwen2ForSequenceClassification"},
-    read_config=read_common_config,  # whatever `attention_bias` says: Qwen2 always has its biases
+    read_config=read_qwen_config,  # whatever `attention_bias` says: Qwen2 always has its biases
     write_config=write_common_config,
     presets=PRESETS,
     defaults=QWEN_DEFAULTS,

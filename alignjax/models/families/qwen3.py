@@ -11,7 +11,7 @@ from alignjax.models.families.llama_like import (
     QWEN_DEFAULTS,
     TENSORS,
     read_attention_bias,
-    read_common_config,
+    read_qwen_config,
     write_attention_bias,
     write_common_config,
 )
@@ -48,7 +48,7 @@ PRESETS = {
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`; the size of a head is a number of its own."""
     config.require("head_dim")
-    return {**read_common_config(config), **read_attention_bias(config)}
+    return {**read_qwen_config(config), **read_attention_bias(config)}
 
 
 def write_config(model: Model) -> dict[str, Any]:

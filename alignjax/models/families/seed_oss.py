@@ -9,7 +9,7 @@ from alignjax.models.families.llama_like import (
     ALL_BIAS_TENSORS,
     COMMON_DEFAULTS,
     TENSORS,
-    read_common_config,
+    read_full_config,
     read_mlp_bias,
     write_common_config,
 )
@@ -43,7 +43,7 @@ DEFAULTS = COMMON_DEFAULTS | {
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`."""
     return {
-        **read_common_config(config),
+        **read_full_config(config),
         **read_mlp_bias(config),
         "qkv_bias": config.flag("attention_bias"),
         "out_bias": config.flag("attention_out_bias"),

@@ -9,9 +9,13 @@ from alignjax.models.families.hf_config import HFConfig
 from alignjax.models.families.llama_like import (
     ALL_BIAS_TENSORS,
     COMMON_DEFAULTS,
+    SLIDING,
     TENSORS,
     read_biases,
     read_common_config,
+    read_layer_types,
+    read_window,
+    window_fields,
     write_config_with_biases,
 )
 
@@ -49,10 +53,18 @@ DEFAULTS = COMMON_DEFAULTS | {
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`."""
     fields = read_common_config(config)
-    pattern = fields.get("layer_types", "full").split(",")
+    layers = fields["layers"]
+    rotated = read_rotated(config, layers)
+    window = read_window(config)
+    types = read_layer_types(config, layers)
+    if types is None:
+        windowed = [bool(window) and not is_rotated for is_rotated in rotated]
+    else:
+        windowed = [kind == SLIDING for kind in types]
+    fields |= window_fields(config, windowed, window)
     names = [
-        pattern[layer % len(pattern)] + ("" if rotated else NOPE)
-        for layer, rotated in enumerate(read_rotated(config, fields["layers"]))
+        ("window" if is_windowed else "full") + ("" if is_rotated else NOPE)
+        for is_windowed, is_rotated in zip(windowed, rotated, strict=True)
     ]
     layer_types = layer_kinds.pattern_of(names)
     return {**fields, **read_biases(config), "layer_types": layer_types}
