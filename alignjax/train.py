@@ -29,6 +29,7 @@ from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
 from alignjax.machine.failures import tracebacks_in
 from alignjax.machine.lock import exclusive_use
+from alignjax.machine.precision import products_of
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals, watch_for_preemption, watch_lifeline
 from alignjax.models import attention
@@ -186,7 +187,7 @@ def run(
             # Parents may train for hours before the run itself finds a mistake in such code.
             ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
-        with jax.set_mesh(mesh), Compilations() as compilations:
+        with jax.set_mesh(mesh), products_of(config.model.dtype), Compilations() as compilations:
             train(config, workdir, mesh, parents, session, compilations, profile)
     return report(workdir, session)
 

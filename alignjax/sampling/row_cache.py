@@ -32,6 +32,7 @@ class RowCache:
     prompt_width: int
     response_length: int
     dtype: str  # of keys and values
+    has_prefix: bool  # in front of the prompts: their pads may stand behind it
 
     @property
     def places(self) -> int:
@@ -60,8 +61,9 @@ class RowCache:
         """Return the cache with prompts in the slots `where`, or in all of them."""
         num_filled = self.slots if where is None else len(where)
         samples = num_filled // len(real)
-        # Pads may stand between a prefix and its prompt: bring all of them to the front.
-        order = jnp.argsort(real, axis=1, stable=True)[:, :, None, None]
+        order = None
+        if self.has_prefix:  # bring all pads to the front
+            order = jnp.argsort(real, axis=1, stable=True)[:, :, None, None]
         filled = []
         for layer, rows in enumerate(cache):
             prompts = transformer.layer_of(key_values, layer)
@@ -164,12 +166,17 @@ def fill_rows(
     rows: Float[Array, "slots places kv_heads head_size"],
     where: Int[Array, " filled"] | None,
     prompts: Float[Array, "prompts kv_heads prompt_width head_size"],
-    order: Int[Array, "prompts prompt_width 1 1"],
+    order: Int[Array, "prompts prompt_width 1 1"] | None,
     samples: int,
 ) -> Float[Array, "slots places kv_heads head_size"]:
-    """Return the rows with prompts at their beginning, in the slots `where`."""
-    new = jnp.take_along_axis(prompts.swapaxes(1, 2), order, axis=1).astype(rows.dtype)
-    new = jnp.repeat(new, samples, axis=0)
+    """Return the rows with prompts at their beginning, in the slots `where`.
+
+    `order` says which place of a prompt comes where, if they are not in order already.
+    """
+    new = prompts.swapaxes(1, 2)
+    if order is not None:
+        new = jnp.take_along_axis(new, order, axis=1)
+    new = jnp.repeat(new.astype(rows.dtype), samples, axis=0)
     width = new.shape[1]
     if where is None:
         return rows.at[:, :width].set(new)
