@@ -86,7 +86,7 @@ CHOICES = {
     "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
     "model.dtype": "'float32', 'bfloat16'",
     "model.remat": "'nothing', 'everything', 'dots'",
-    "model.attention": "'auto', 'xla', 'cudnn', 'splash'",
+    "model.attention": "'auto', 'xla', 'triton', 'cudnn', 'splash'",
     "optimiser.schedule": "'constant', 'cosine'",
     "value_optimiser.schedule": "'constant', 'cosine'",
     "dpo.loss": "'sigmoid', 'ipo'",
