@@ -26,6 +26,7 @@ from alignjax.config import UserError
 from alignjax.data import chat, encoding, tokenizer_files
 from alignjax.data.ends import end_tokens, replace_end, without_end
 from alignjax.machine import sharding
+from alignjax.machine.precision import precision_of
 from alignjax.models import scoring, transformer
 from alignjax.sampling import rollout
 from alignjax.sampling.prefill import Prefix
@@ -368,7 +369,7 @@ class LoadedModel:
 
     def run(self, program: Callable, *arguments: Any, **keywords: Any) -> Any:
         """Call a compiled program on the mesh; float32 is multiplied as such on any device."""
-        precision = "highest" if self.architecture.dtype == "float32" else "default"
+        precision = precision_of(self.architecture.dtype)
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
             return program(*arguments, **keywords)
 

@@ -24,11 +24,13 @@ from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
 from alignjax.machine import console, jsonl, outputs, processes, sharding
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.allocator import keep_memory
 from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
 from alignjax.machine.failures import tracebacks_in
 from alignjax.machine.lock import exclusive_use
+from alignjax.machine.precision import products_of
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals, watch_for_preemption, watch_lifeline
 from alignjax.models import attention
@@ -177,6 +179,7 @@ def run(
     Parents are never profiled: that would slow them, and each can be profiled by itself.
     """
     mesh = sharding.make_mesh(config.mesh)
+    keep_memory()
     adopt_architecture(config, fixed)
     check_workdir(config, workdir, may_grow=True)
     if is_complete(config, workdir):
@@ -186,7 +189,7 @@ def run(
             # Parents may train for hours before the run itself finds a mistake in such code.
             ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
-        with jax.set_mesh(mesh), Compilations() as compilations:
+        with jax.set_mesh(mesh), products_of(config.model.dtype), Compilations() as compilations:
             train(config, workdir, mesh, parents, session, compilations, profile)
     return report(workdir, session)
 

@@ -85,7 +85,7 @@ class Iterations:
         self.stage.text = PretrainingText()
         self.stage.ladder = choose_ladder(
             config,
-            lambda step: np.full(PROMPTS, PROMPT_TOKENS),
+            lambda step: np.full(config.data.batch, config.data.max_length),
             sharding.row_shards(self.mesh),
             None,
         )
@@ -119,11 +119,13 @@ class Iterations:
         return dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
 
     def random_prompts(self) -> dict[str, np.ndarray]:
-        tokens = self.random.integers(2, self.config.model.vocab_size, (PROMPTS, PROMPT_TOKENS))
+        data = self.config.data
+        shape = (data.batch, data.max_length)
+        tokens = self.random.integers(2, self.config.model.vocab_size, shape)
         return {
             "prompts": tokens.astype(np.int32),
-            "lengths": np.full(PROMPTS, PROMPT_TOKENS, np.int32),
-            "index": np.arange(PROMPTS, dtype=np.int32),
+            "lengths": np.full(data.batch, data.max_length, np.int32),
+            "index": np.arange(data.batch, dtype=np.int32),
         }
 
 

@@ -28,7 +28,7 @@ from alignjax.sampling.types import Prompts, Rollout
 PROMPTS = 64
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128
-NO_END = -1  # a token that is never drawn
+NO_END = (-1,)  # a token that is never drawn
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ PARENTS = {
     "rm-tiny": ["pmp-tiny"],
     "dpo-tiny": ["sft-tiny"],
     "ppo-tiny": ["sft-tiny", "rm-tiny"],
+    "grpo-tiny": ["sft-tiny", "rm-tiny"],
 }
 STEPS = 4
 

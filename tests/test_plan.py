@@ -133,6 +133,14 @@ def test_the_state_and_the_frozen_roles_are_resident():
     counters = 3 * 4
     assert size["policy"] == 12 * policy + counters
     assert size["value"] == 12 * value + counters
+    with jax.set_mesh(mesh):
+        work = work_of(configs.load("grpo.py:tiny"), mesh)
+    without_value = {name: device_bytes(tree) for name, tree in work.resident.items()}
+    roles_and_experience = {"policy", "reference", "reward", "experience"}
+    assert set(without_value) == roles_and_experience
+    assert all(without_value[name] == size[name] for name in roles_and_experience - {"experience"})
+    assert set(work.saved) == {"policy", "stats"}
+    assert not any("value" in program.name for program in work.programs)
     assert device_bytes(frozen) == 0  # it is in the host's memory
 
 

@@ -111,9 +111,11 @@ class World:
             "value": self.stage.trained.value_optimiser,
         }
         self.state = {"stats": RunningStats.zero()}
-        for role, optimiser in optimisers.items():
+        if not configs.has_value(config):
+            del self.params["value"]
+        for role in configs.trained_roles(config):
             params = jax.tree.map(jnp.copy, self.params[role])
-            self.state[role] = optimisation.init_state(params, optimiser)
+            self.state[role] = optimisation.init_state(params, optimisers[role])
         self.rollout = sampled_by(config.ppo.temperature, config.ppo.slots)
         self.prompt_lengths = np.repeat(PROMPT_LENGTHS, 2)
 
@@ -631,6 +633,40 @@ def test_frozen_parameters_that_are_rounded_read_the_same_to_the_bit():
     assert kinds(world.params["policy"]) == {("float32", "device")}
     assert equal(world.score(params), world.scored)
     assert not np.asarray(world.scored.responses["kl"]).any()
+
+
+def test_an_estimator_without_a_value_model_learns_by_comparing_responses():
+    """No value is read, trained or kept, and no update waits for a warm-up."""
+    changes = {"value_warmup_steps": 50, "whiten_advantages": False}
+    config = make(
+        advantage_estimator="dr_grpo", kl_in="loss", kl_estimator="k3", kl_coef=0.1, **changes
+    )
+    world = World(config, PPO(config, MESH, end_tokens=(END,)).compiled)
+    made = world.experience
+    assert made.old_values is None and made.returns is None
+    assert "value/explained_variance" not in world.scored.metrics
+    truncated = np.asarray(world.rollout.truncated)
+    scores = np.asarray(world.scored.responses["score"])
+    scores = np.where(truncated, config.ppo.truncated_score, scores).reshape(-1, 2)
+    expected = (scores - scores.mean(1, keepdims=True)).reshape(-1, 1) * np.asarray(
+        world.rollout.mask
+    )
+    np.testing.assert_allclose(made.advantages, expected, atol=1e-5)
+    equal_groups = (scores[:, 0] == scores[:, 1]).mean()
+    assert world.scored.metrics["objective/frac_zero_std"] == equal_groups < 1
+    world.stage.check(world.params, world.scored, world.minibatches)
+    state, metrics = world.learn()
+    assert set(state) == {"policy", "stats"}
+    assert int(state["policy"].updates) == 4
+    assert not any(name.startswith(("value/", "loss/value", "val/clip")) for name in metrics)
+    # Policy and reference are equal before the first update, and differ after it.
+    assert metrics["loss/kl_avg"] > 0
+    # What is planned is what is called.
+    abstract = dataclasses.replace(world.stage.resident()["experience"], rollout=made.rollout)
+    assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, made)
+    # Losses can be computed again from the arrays of a skipped step.
+    again = experience_module.from_host(experience_module.on_host(world.scored))
+    assert equal(again, made)
 
 
 def test_the_self_check_stops_at_each_fault_with_its_figure(world):

@@ -151,8 +151,9 @@ for layers in (1, 3):
         params = jax.eval_shape(functools.partial(transformer.for_sampling, model), params)
         generate = jax.jit(functools.partial(rollout.generate, settings=settings))
         compiled = generate.lower(params, prompts, key).compile()
-    body = launches.loop_bodies(hlo.parse_module(compiled.as_text()))[0]
-    print(json.dumps(body.launches))
+    text = compiled.as_text()
+    step, draw = launches.loop_bodies(hlo.parse_module(text))[:2]
+    print(json.dumps([step.launches, draw.total, " sort(" in text]))
 """
 
 
@@ -167,9 +168,11 @@ def test_a_decode_step_on_an_h100_launches_14_kernels_a_layer():
         [sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    one, three = map(json.loads, done.stdout.splitlines())
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    one, three = (launches for launches, _, _ in results)
     assert sum(three.values()) - sum(one.values()) <= 2 * 14
     assert three["custom-call"] == 3  # the kernel of attention
-    assert "conditional" not in three
-    assert three["copy"] == one["copy"] == 1  # of a counter
-    assert sum(one.values()) <= 45
+    assert not {"conditional", "copy"} & {*one, *three}
+    assert sum(one.values()) <= 36
+    # A further round of the draw; and prompts that need not be put in order, without a prefix.
+    assert [(draw, has_sort) for _, draw, has_sort in results] == 2 * [(11, False)]

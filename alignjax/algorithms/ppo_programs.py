@@ -159,7 +159,7 @@ def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
         abstract_state["value"] = abstract_role("value", value_optimiser)
     if ppo.kl_target:
         abstract_state["kl_control"] = sharding.abstract(
-            jax.eval_shape(initial_kl_control, config), mesh
+            jax.eval_shape(functools.partial(initial_kl_control, config)), mesh
         )
     return TrainedRoles(
         policy_optimiser=policy_optimiser,

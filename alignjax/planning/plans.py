@@ -9,6 +9,7 @@ import jax
 
 from alignjax.config import Config
 from alignjax.machine import sharding
+from alignjax.machine.precision import products_of
 from alignjax.models import attention
 from alignjax.planning.chips import GIB, chip_of
 from alignjax.planning.cost import ProgramCost, program_costs
@@ -59,7 +60,7 @@ def make_plan(config: Config, topology: str, stop: bool = False) -> Plan:
     devices = devices_of(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     chip = chip_of(devices)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), products_of(config.model.dtype):
         attention.check(config.model)
         work = work_of(config, mesh)
         resident = {name: device_bytes(tree) for name, tree in work.resident.items()}

@@ -68,18 +68,22 @@ class CacheKind(Protocol):
         """
 
 
-def choose_cache(settings: SamplingSettings, slots: int, prompt_width: int) -> CacheKind:
+def choose_cache(
+    settings: SamplingSettings, slots: int, prompt_width: int, has_prefix: bool
+) -> CacheKind:
     """Return the kind of cache that suits the devices.
 
     A step on a TPU must write one place of all slots, and there a conditional costs nothing. On a
     GPU a conditional waits for the host, and its operands are copied; writing a place of each slot
     is one launch. `prompt_width` counts the places of a prompt and of the prefix in front of it.
     """
-    kind = RowCache if platform() == "gpu" else RingCache
-    return kind(
-        model=settings.model,
-        slots=slots,
-        prompt_width=prompt_width,
-        response_length=settings.response_length,
-        dtype=settings.cache_dtype or settings.model.dtype,
-    )
+    shape = {
+        "model": settings.model,
+        "slots": slots,
+        "prompt_width": prompt_width,
+        "response_length": settings.response_length,
+        "dtype": settings.cache_dtype or settings.model.dtype,
+    }
+    if platform() == "gpu":
+        return RowCache(has_prefix=has_prefix, **shape)
+    return RingCache(**shape)

@@ -325,7 +325,7 @@ def make_decoder(
     return Decoder(
         params=params,
         layers=transformer.for_decoding(settings.model, params),
-        cache=choose_cache(settings, plan.slots, width),
+        cache=choose_cache(settings, plan.slots, width, has_prefix=prefix is not None),
         prompts=prompts,
         keys=response_keys(key, prompts.index, settings.samples_per_prompt),
         settings=settings,

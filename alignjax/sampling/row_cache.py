@@ -5,6 +5,7 @@ A layer has keys and values [slots places kv_heads head_size]. Prompts end at th
 its own place, in every layer before that layer reads.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -31,6 +32,7 @@ class RowCache:
     prompt_width: int
     response_length: int
     dtype: str  # of keys and values
+    has_prefix: bool  # in front of the prompts: their pads may stand behind it
 
     @property
     def places(self) -> int:
@@ -59,8 +61,9 @@ class RowCache:
         """Return the cache with prompts in the slots `where`, or in all of them."""
         num_filled = self.slots if where is None else len(where)
         samples = num_filled // len(real)
-        # Pads may stand between a prefix and its prompt: bring all of them to the front.
-        order = jnp.argsort(real, axis=1, stable=True)[:, :, None, None]
+        order = None
+        if self.has_prefix:  # bring all pads to the front
+            order = jnp.argsort(real, axis=1, stable=True)[:, :, None, None]
         filled = []
         for layer, rows in enumerate(cache):
             prompts = transformer.layer_of(key_values, layer)
@@ -85,7 +88,9 @@ class RowCache:
         windowed = first
         if self.model.window:
             windowed = jnp.maximum(first, place + 1 - self.model.window)
-        return RowReader(first=first, first_in_window=windowed, place=place)
+        return RowReader(
+            first=first, first_in_window=windowed, place=place, cap=self.model.attention_cap
+        )
 
     def write(
         self,
@@ -106,6 +111,7 @@ class RowReader:
     first: Int[Array, " slots"]
     first_in_window: Int[Array, " slots"]  # the same in layers with a window
     place: Int[Array, " slots"]
+    cap: float = 0.0  # of scores
 
     def attend(
         self,
@@ -120,15 +126,16 @@ class RowReader:
         del layer
         first = select(kind.windowed, self.first_in_window, self.first)
         arguments = (queries, keys, values, *rows, first, self.place)
+        attend = functools.partial(write_and_attend, cap=self.cap)
         spec = spec_of(rows.keys.shape, SLOT_AXIS, HEAD_AXIS)
         if spec is None:
-            seen, written = write_and_attend(*arguments)
+            seen, written = attend(*arguments)
         else:
             # Each device writes and reads its own slots and heads: GSPMD would gather the cache.
             by_slot = P(spec[SLOT_AXIS])
             heads = P(spec[SLOT_AXIS], spec[HEAD_AXIS])
             call = jax.shard_map(
-                write_and_attend,
+                attend,
                 in_specs=(heads, heads, heads, spec, spec, by_slot, by_slot),
                 out_specs=(heads, KeyValues(keys=spec, values=spec)),
                 check_vma=False,
@@ -145,12 +152,13 @@ def write_and_attend(
     value_rows: Float[Array, "slots places kv_heads head_size"],
     first: Int[Array, " slots"],
     place: Int[Array, " slots"],
+    cap: float,
 ) -> tuple[Float[Array, "slots heads head_size"], KeyValues]:
     """Return what the queries see, and the rows with the token in hand at its place."""
     slots = jnp.arange(len(place))
     key_rows = key_rows.at[slots, place].set(keys.astype(key_rows.dtype))
     value_rows = value_rows.at[slots, place].set(values.astype(value_rows.dtype))
-    seen = decode_attention.attend_rows(queries, key_rows, value_rows, first, place + 1)
+    seen = decode_attention.attend_rows(queries, key_rows, value_rows, first, place + 1, cap)
     return seen, KeyValues(keys=key_rows, values=value_rows)
 
 
@@ -158,12 +166,17 @@ def fill_rows(
     rows: Float[Array, "slots places kv_heads head_size"],
     where: Int[Array, " filled"] | None,
     prompts: Float[Array, "prompts kv_heads prompt_width head_size"],
-    order: Int[Array, "prompts prompt_width 1 1"],
+    order: Int[Array, "prompts prompt_width 1 1"] | None,
     samples: int,
 ) -> Float[Array, "slots places kv_heads head_size"]:
-    """Return the rows with prompts at their beginning, in the slots `where`."""
-    new = jnp.take_along_axis(prompts.swapaxes(1, 2), order, axis=1).astype(rows.dtype)
-    new = jnp.repeat(new, samples, axis=0)
+    """Return the rows with prompts at their beginning, in the slots `where`.
+
+    `order` says which place of a prompt comes where, if they are not in order already.
+    """
+    new = prompts.swapaxes(1, 2)
+    if order is not None:
+        new = jnp.take_along_axis(new, order, axis=1)
+    new = jnp.repeat(new.astype(rows.dtype), samples, axis=0)
     width = new.shape[1]
     if where is None:
         return rows.at[:, :width].set(new)

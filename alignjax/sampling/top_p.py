@@ -1,11 +1,12 @@
 """Draw tokens from logits, by temperature and top-p, without sorting the vocabulary."""
 
-import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from alignjax.models.attention import platform
 
 LANE_WIDTH = 128  # weights that a draw first sums up, before it searches among them
 # Below this temperature, the highest logit is subtracted before the division too. XLA may fuse the
@@ -16,13 +17,22 @@ LEAST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # a lower one is 0 in fl
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Above:
+    """The weights that are larger than the one of a row's token."""
+
+    weight: Float[Array, " rows"]  # of the token itself
+    sums: Float[Array, "rows lanes"]
+    mass: Float[Array, " rows"]  # the sum of all sums
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Draw:
     """The state of the search for a token among the kept ones, after some rounds."""
 
-    round_number: int | Int[Array, ""]
+    rounds: Int[Array, " rows"]  # the same in all rows
     tokens: Int[Array, " rows"]
-    # By lanes: the sums of the weights that are larger than the token's own.
-    sums_above: Float[Array, "rows lanes"]
+    above: Above
     rejected: Bool[Array, " rows"]  # the token is not among the kept ones: draw again
 
 
@@ -35,46 +45,42 @@ class TopPSampler:
     mass: Float[Array, " rows"]  # the sum of all weights
     top_p: float
 
-    def chosen_weights(self, tokens: Int[Array, " rows"]) -> Float[Array, " rows"]:
-        """Return each token's weight."""
-        flat = self.weights.reshape(len(self.weights), -1)
-        return jnp.take_along_axis(flat, tokens[:, None], axis=1)[:, 0]
-
-    def draw_above(
-        self,
-        round_number: int | Int[Array, ""],
-        sums: Float[Array, "rows lanes"],
-        threshold: Float[Array, " rows"],
-    ) -> Int[Array, " rows"]:
-        """Draw tokens in proportion to the weights above a threshold, whose `sums` are by lanes."""
-        uniform = jax.vmap(functools.partial(uniform_of_round, round_number))(self.keys)
-        lanes, remainder = pick(sums, uniform * sums.sum(axis=-1))
+    def draw_above(self, rounds: Int[Array, " rows"], above: Above) -> Int[Array, " rows"]:
+        """Draw tokens in proportion to the weights above those of other tokens."""
+        uniform = jax.vmap(uniform_of_round)(self.keys, rounds)
+        lanes, remainder = pick(above.sums, uniform * above.mass)
         inside = jnp.take_along_axis(self.weights, lanes[:, None, None], axis=1)[:, 0]
-        inside_above = jnp.where(inside > threshold[:, None], inside, 0.0)
+        inside_above = jnp.where(inside > above.weight[:, None], inside, 0.0)
         places, _ = pick(inside_above, remainder)
         return lanes * LANE_WIDTH + places
 
-    def is_rejected(self, sums_above: Float[Array, "rows lanes"]) -> Bool[Array, " rows"]:
+    def above(self, tokens: Int[Array, " rows"]) -> Above:
+        """Sum up the weights that are larger than those of the tokens."""
+        flat = self.weights.reshape(len(self.weights), -1)
+        weight = jnp.take_along_axis(flat, tokens[:, None], axis=1)[:, 0]
+        larger = jnp.where(self.weights > weight[:, None, None], self.weights, 0.0)
+        sums = summed_once(larger.sum(axis=-1))
+        return Above(weight=weight, sums=sums, mass=sums.sum(axis=-1))
+
+    def is_rejected(self, above: Above) -> Bool[Array, " rows"]:
         """Return whether more probable tokens alone have the mass that is to be kept.
 
         There must be such tokens. Otherwise there is nothing to draw from, and the search would
         not end: the mass that is to be kept is NaN in a row that is not finite, and 0 if `top_p`
         is too small for float32.
         """
-        mass_above = sums_above.sum(axis=-1)
-        return (mass_above > 0) & (mass_above >= self.top_p * self.mass)
+        return (above.mass > 0) & (above.mass >= self.top_p * self.mass)
 
     def draw_again(self, draw: Draw) -> Draw:
         """Draw once more, among more probable tokens, in the rows whose token was rejected."""
-        threshold = self.chosen_weights(draw.tokens)
-        redrawn = self.draw_above(draw.round_number, draw.sums_above, threshold)
+        redrawn = self.draw_above(draw.rounds, draw.above)
         tokens = jnp.where(draw.rejected, redrawn, draw.tokens)
-        sums_above = lane_sums(self.weights, self.chosen_weights(tokens))
+        above = self.above(tokens)
         return Draw(
-            round_number=draw.round_number + 1,
+            rounds=draw.rounds + 1,
             tokens=tokens,
-            sums_above=sums_above,
-            rejected=draw.rejected & self.is_rejected(sums_above),
+            above=above,
+            rejected=draw.rejected & self.is_rejected(above),
         )
 
 
@@ -105,18 +111,21 @@ def sample_tokens(
     scaled = logits / temperature
     highest = scaled.max(axis=-1, keepdims=True)
     weights = split_into_lanes(jnp.exp(scaled - highest))
-    below_all = jnp.full(len(logits), -1.0)
     sums = weights.sum(axis=-1)
+    if platform() == "gpu":  # elsewhere XLA does not read the weights again
+        sums = summed_once(sums)
     mass = sums.sum(axis=-1)  # about 1 or more; NaN in a row that is not finite
     sampler = TopPSampler(keys=keys, weights=weights, mass=mass, top_p=top_p)
-    tokens = sampler.draw_above(0, sums, below_all)
+    all_words = Above(weight=jnp.full(len(logits), -1.0), sums=sums, mass=mass)
+    rounds = jnp.zeros(len(logits), jnp.int32)
+    tokens = sampler.draw_above(rounds, all_words)
     if top_p < 1:
-        sums_above = lane_sums(weights, sampler.chosen_weights(tokens))
+        above = sampler.above(tokens)
         first = Draw(
-            round_number=1,
+            rounds=rounds + 1,
             tokens=tokens,
-            sums_above=sums_above,
-            rejected=sampler.is_rejected(sums_above),
+            above=above,
+            rejected=sampler.is_rejected(above),
         )
         tokens = jax.lax.while_loop(any_rejected, sampler.draw_again, first).tokens
     finite = jnp.isfinite(mass) & (mass > 0)
@@ -145,16 +154,17 @@ def split_into_lanes(
     return padded.reshape(rows, -1, LANE_WIDTH)
 
 
-def lane_sums(
-    weights: Float[Array, "rows lanes lane_width"], threshold: Float[Array, " rows"]
-) -> Float[Array, "rows lanes"]:
-    """Sum up the weights above each row's threshold, by lanes."""
-    return jnp.where(weights > threshold[:, None, None], weights, 0.0).sum(axis=-1)
+def summed_once(sums: Float[Array, "rows lanes"]) -> Float[Array, "rows lanes"]:
+    """Return sums by lanes, of which the sum is taken next.
+
+    Without a barrier XLA would make that one a sum over the whole vocabulary of its own.
+    """
+    return jax.lax.optimization_barrier(sums)
 
 
-def uniform_of_round(round_number: int | Int[Array, ""], key: Key[Array, ""]) -> Float[Array, ""]:
+def uniform_of_round(key: Key[Array, ""], number: Int[Array, ""]) -> Float[Array, ""]:
     """Return a row's uniform number in [0, 1) for one round of its draw."""
-    return jax.random.uniform(jax.random.fold_in(key, round_number))
+    return jax.random.uniform(jax.random.fold_in(key, number))
 
 
 def any_rejected(draw: Draw) -> Bool[Array, ""]:
@@ -171,9 +181,22 @@ def pick(
     0, and it may end before the target, in which case the last positive weight is picked.
     """
     running = jnp.cumsum(weights, axis=1)
-    positive = weights > 0
-    passed = positive & (running > target[:, None])
-    last_positive = weights.shape[1] - 1 - jnp.argmax(jnp.flip(positive, axis=1), axis=1)
-    place = jnp.where(passed.any(axis=1), jnp.argmax(passed, axis=1), last_positive)
+    place = first_or_last(weights > 0, running > target[:, None])
     before = jnp.take_along_axis(running - weights, place[:, None], axis=1)[:, 0]
     return place, jnp.maximum(target - before, 0.0)
+
+
+def first_or_last(
+    positive: Bool[Array, "rows choices"], passed: Bool[Array, "rows choices"]
+) -> Int[Array, " rows"]:
+    """Return the first choice that is positive and passed, or the last positive one.
+
+    It is the last choice if none is positive. This is one reduction: choices that have passed rank
+    above all others, the first of them highest; then come positive ones, the last of them highest.
+    """
+    count = positive.shape[1]
+    choices = jnp.arange(count)
+    rank = jnp.where(positive & passed, 2 * count - choices, jnp.where(positive, choices + 1, 0))
+    best = rank.max(axis=1)
+    last_positive = jnp.where(best > 0, best - 1, count - 1)
+    return jnp.where(best > count, 2 * count - best, last_positive)

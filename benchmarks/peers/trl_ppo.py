@@ -1,6 +1,9 @@
 """Run TRL 1.9.2's PPOTrainer, the last TRL with PPO, on a small random Qwen2 on the CPU.
 
-usage: python trl_ppo.py [small|tiny] [iterations] [mean length]
+usage: python trl_ppo.py [small|tiny|0.5b] [iterations] [mean length]
+
+0.5b is the shape of Qwen2.5-0.5B, for a GPU, in bfloat16 with microbatches of 4 rows: with 16 it
+does not fit into 80 GB.
 
 Prints the seconds of each PPO iteration after the first, and the response tokens a second of the
 median. With a mean length, responses end at random: the end token gets that chance at every place,
@@ -48,10 +51,15 @@ SIZES = {
         num_key_value_heads=8,
         vocab_size=8192,
     ),
+    "0.5b": dict(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+    ),
 }
-PROMPTS = 32
-PROMPT_TOKENS = 32
-RESPONSE_TOKENS = 64
 PAD = 0
 END = 1
 
@@ -59,14 +67,19 @@ size = sys.argv[1] if len(sys.argv) > 1 else "small"
 iterations = int(sys.argv[2]) if len(sys.argv) > 2 else 4
 mean_length = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
 vocab_size = SIZES[size]["vocab_size"]
+is_large = size == "0.5b"
+PROMPTS = 64 if is_large else 32
+PROMPT_TOKENS = 256 if is_large else 32
+RESPONSE_TOKENS = 256 if is_large else 64
+MICROBATCH = 4 if is_large else PROMPTS
 torch.manual_seed(0)
 
 
 def make_config(**more):
     return Qwen2Config(
         **SIZES[size],
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
+        max_position_embeddings=512 if is_large else 256,
+        tie_word_embeddings=is_large,
         pad_token_id=PAD,
         eos_token_id=END,
         bos_token_id=None,
@@ -124,18 +137,18 @@ prompts = torch.randint(
 data = Dataset.from_dict({"input_ids": prompts.tolist()})
 settings = PPOConfig(
     output_dir=tempfile.mkdtemp(),
-    per_device_train_batch_size=PROMPTS,
-    gradient_accumulation_steps=1,
+    per_device_train_batch_size=MICROBATCH,
+    gradient_accumulation_steps=PROMPTS // MICROBATCH,
     num_mini_batches=4,
     num_ppo_epochs=1,
-    local_rollout_forward_batch_size=PROMPTS,
+    local_rollout_forward_batch_size=MICROBATCH,
     response_length=RESPONSE_TOKENS,
     total_episodes=PROMPTS * iterations,
     report_to=[],
     num_sample_generations=0,
     save_strategy="no",
-    bf16=False,
-    use_cpu=True,
+    bf16=is_large,
+    use_cpu=not is_large,
     kl_coef=0.04,
     stop_token_id=END if mean_length else None,
     temperature=1.0,

@@ -1,6 +1,9 @@
 """Run google-tunix 0.1.7's PPOLearner, vanilla rollout, at the shapes of trl_ppo.py.
 
-usage: python tunix_ppo.py [tiny|small] [iterations] [match|accum|stock] [mean length]
+usage: python tunix_ppo.py [tiny|small|0.5b] [iterations] [match|accum|stock] [mean length]
+
+0.5b is the shape of Qwen2.5-0.5B with untied embeddings, for a GPU, in bfloat16 with float32
+masters.
 
 The model is a small random Qwen2 in float32 on the CPU. With a mean length, responses end at
 random: the end token gets that chance at every place, whatever came before.
@@ -45,17 +48,30 @@ class Size:
     feed_forward: int
     layers: int
     heads: int
+    kv_heads: int
     vocabulary: int
+    prompts: int = 32
+    prompt_tokens: int = 32
+    response_tokens: int = 64
+    dtype: str = "float32"
 
 
 SIZES = {
-    "tiny": Size(width=128, feed_forward=344, layers=4, heads=4, vocabulary=512),
-    "small": Size(width=512, feed_forward=1376, layers=8, heads=8, vocabulary=8192),
+    "tiny": Size(width=128, feed_forward=344, layers=4, heads=4, kv_heads=4, vocabulary=512),
+    "small": Size(width=512, feed_forward=1376, layers=8, heads=8, kv_heads=8, vocabulary=8192),
+    "0.5b": Size(
+        width=896,
+        feed_forward=4864,
+        layers=24,
+        heads=14,
+        kv_heads=2,
+        vocabulary=151936,
+        prompts=64,
+        prompt_tokens=256,
+        response_tokens=256,
+        dtype="bfloat16",
+    ),
 }
-PROMPTS = 32
-PROMPT_TOKENS = 32
-RESPONSE_TOKENS = 64
-MINIBATCH = 8
 END = 1
 COMPILING = 2  # iterations
 # Methods of the cluster whose time is taken.
@@ -74,6 +90,10 @@ iterations = int(sys.argv[2]) if len(sys.argv) > 2 else 6
 mode = sys.argv[3] if len(sys.argv) > 3 else "match"
 mean_length = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
 size = SIZES[size_name]
+PROMPTS = size.prompts
+PROMPT_TOKENS = size.prompt_tokens
+RESPONSE_TOKENS = size.response_tokens
+MINIBATCH = PROMPTS // 4
 config = qwen2.ModelConfig(
     num_layers=size.layers,
     vocab_size=size.vocabulary,
@@ -81,9 +101,10 @@ config = qwen2.ModelConfig(
     hidden_dim=size.feed_forward,
     num_heads=size.heads,
     head_dim=size.width // size.heads,
-    num_kv_heads=size.heads,
+    num_kv_heads=size.kv_heads,
     rope_theta=10000,
     norm_eps=1e-6,
+    **({} if size.dtype == "float32" else {"dtype": jnp.dtype(size.dtype)}),
 )
 
 
