@@ -24,6 +24,7 @@ from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
 from alignjax.machine import console, jsonl, outputs, processes, sharding
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.allocator import keep_memory
 from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
@@ -179,6 +180,7 @@ def run(
     Parents are never profiled: that would slow them, and each can be profiled by itself.
     """
     mesh = sharding.make_mesh(config.mesh)
+    keep_memory()
     adopt_architecture(config, fixed)
     check_workdir(config, workdir, may_grow=True)
     if is_complete(config, workdir):
