@@ -24,6 +24,7 @@ from alignjax.algorithms.stage import RunInputs, Stage
 from alignjax.config import Config, UserError
 from alignjax.machine import console, jsonl, outputs, processes, sharding
 from alignjax.machine import workdir as workdirs
+from alignjax.machine.allocator import keep_memory
 from alignjax.machine.arguments import Parser
 from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
@@ -33,6 +34,7 @@ from alignjax.machine.precision import products_of
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals, watch_for_preemption, watch_lifeline
 from alignjax.models import attention
+from alignjax.planning import remat
 from alignjax.runs import advice, record_checks, records, tracker
 from alignjax.runs import log as run_log
 from alignjax.runs.claim import (
@@ -177,6 +179,7 @@ def run(
     Parents are never profiled: that would slow them, and each can be profiled by itself.
     """
     mesh = sharding.make_mesh(config.mesh)
+    keep_memory()
     adopt_architecture(config, fixed)
     check_workdir(config, workdir, may_grow=True)
     if is_complete(config, workdir):
@@ -204,6 +207,7 @@ def train(
 ) -> None:
     """Train, evaluate and write the summary of a run whose parents are complete."""
     attention.check(config.model)
+    resolve_remat(config, workdir, mesh, session.say)
     tokenizer = choose_tokenizer(config, workdir, parents, session.say)
     phases = Phases(config.name, profile, workdir / "profile", session.say)
     imported = inherit(workdir, parents)
@@ -247,6 +251,21 @@ def train(
             outputs.write_text(workdir / "responses.jsonl", jsonl.dumps(evaluation.rows))
         write_summary(config, workdir, stage, evaluation.figures)
     processes.wait_for_all("summary")
+
+
+def resolve_remat(
+    config: Config, workdir: Path, mesh: jax.sharding.Mesh, say: Callable[[str], None]
+) -> None:
+    """Give `model.remat="auto"` its level: that of the run if it resumes, or the one that fits."""
+    if config.model.remat != remat.AUTO:
+        return
+    if (workdir / "config.json").exists():
+        config.model.remat = locations.read_config(workdir)["model.remat"]
+        say(f"{config.name}: remat: {config.model.remat}, as when the run began")
+        return
+    choice = remat.choose_here(config, mesh)
+    config.model.remat = choice.level
+    say(f"{config.name}: {choice}")
 
 
 def check_figures(config: Config, figures: dict[str, float]) -> None:

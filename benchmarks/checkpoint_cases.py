@@ -15,6 +15,34 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 # The variants of every other family, and windows of these: name -> fields of its configuration.
 # Each is read with more layers, and also decoded greedily.
 OTHER_FAMILIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "gemma2": {
+        "caps": {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 5,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+            "sliding_window": 5,
+        },
+        "no-caps": {
+            "head_dim": 16,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window": 64,
+            "attention_bias": True,
+        },
+    },
+    "gemma3_text": {
+        "pattern": {"head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2},
+        "scaled": {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    },
     "granite": {
         "multipliers": {
             "embedding_multiplier": 3.0,

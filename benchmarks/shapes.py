@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from alignjax.config import Model
+from alignjax.machine.allocator import keep_memory
 from alignjax.models import transformer
+
+keep_memory()  # as training does
 
 MODELS = {
     "tiny": Model(

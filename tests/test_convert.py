@@ -173,11 +173,17 @@ def test_a_parameter_that_is_missing_or_misshapen_is_named(tmp_path):
         hf.save_hf(model, params | {"norm": {"scale": np.zeros(31)}}, tmp_path)
 
 
+SIZES = ("vocab_size", "d_model", "heads", "head_size", "d_ff")
+
+
 def model_and_shapes(family, head, layers=4, **changes):
     """Return a small model of a family, and the shapes of its parameters by path."""
-    flags = families.FAMILIES[family].flags | {"qkv_bias": read_model(GOLDEN / family).qkv_bias}
-    kv_heads = 4 if family == "qwen" else 2
-    model = Model(family=family, layers=layers, kv_heads=kv_heads, **flags, **changes)
+    golden = read_model(GOLDEN / family)
+    sizes = {field: getattr(Model(), field) for field in SIZES} | {"layers": layers} | changes
+    sizes["kv_heads"] = 4 if family == "qwen" else 2
+    model = dataclasses.replace(golden, **sizes)
+    if golden.embedding_multiplier == golden.d_model**0.5:  # as in Gemma
+        model.embedding_multiplier = model.d_model**0.5
     return model, hf.layout_of(model, head).shapes
 
 

@@ -307,7 +307,7 @@ def test_greedy_answers_are_those_of_inference(chain, monkeypatch):
         tokenizer=tokenizer,
     )
     texts = [row["prompt"][-1]["content"] for row in prompts]
-    responses = model.generate(texts, temperature=0, max_tokens=config.ppo.response_length)
+    responses = model.generate(texts, temperature=0.0, max_tokens=config.ppo.response_length)
     expected = [len(text + response.text) for text, response in zip(texts, responses, strict=True)]
     with jax.default_matmul_precision("highest"):
         assert answers.true_score(model.params, arrays, prompts) == np.mean(expected)

@@ -45,7 +45,7 @@ def test_logits_are_those_of_torch_padded_and_packed(name):
     assert error(packed[0], theirs[real]) < 2e-5
 
 
-@pytest.mark.parametrize("fields", [{"logits_divisor": 2.5}])
+@pytest.mark.parametrize("fields", [{"logits_divisor": 2.5, "logits_cap": 0.8}])
 def test_logprobs_and_entropies_are_those_of_the_logits(fields):
     """What follows the output kernel is in the chunked log-probabilities, and in their gradient."""
     model, params = tiny(layers=1, **fields)
@@ -178,8 +178,8 @@ def test_splash_attention_has_windows_in_layers_that_are_scanned(applies):
     segments = jnp.repeat(jnp.array([[1, 2]]), 64, axis=1)
     positions = jnp.tile(jnp.arange(64), 2)[None]
     window = attention.Window(9, positions, jnp.asarray(applies))
-    ours = flash.splash_windowed(window, queries, queries, queries, segments)
-    theirs = plain.plain_attention(queries, queries, queries, segments, window=window)
+    ours = flash.splash_with(window, 0.7, queries, queries, queries, segments)
+    theirs = plain.plain_attention(queries, queries, queries, segments, window=window, cap=0.7)
     assert error(ours, theirs) < 2e-5
 
 

@@ -24,8 +24,18 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 SCORES = ["olmo2_score", "qwen2_score"]
 # These have four layers, and longer rows on the left only; see test_families.py.
-SMALL = ["granite", "llama_bias", "mistral", "olmo2", "qwen3_window", "seed_oss", "smollm3"]
-LAYERS_DIFFER = ["qwen3_window", "smollm3"]
+SMALL = [
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "llama_bias",
+    "mistral",
+    "olmo2",
+    "qwen3_window",
+    "seed_oss",
+    "smollm3",
+]
+LAYERS_DIFFER = ["gemma2", "gemma3_text", "qwen3_window", "smollm3"]
 LM = [name for name in CASES if name not in SCORES + SMALL]
 DIFFERENT = ["llama", "qwen", "qwen3"]  # the others differ from these in RoPE and tying only
 apply = jax.jit(transformer.apply, static_argnums=0)
@@ -367,6 +377,8 @@ def test_logits_are_float32_in_bfloat16():
         ("seed-oss-36b", 36_151_104_512),
         ("smollm3-3b", 3_075_098_624),
         ("mistral-7b", 7_248_023_552),
+        ("gemma2-2b", 2_614_341_888),
+        ("gemma3-1b", 999_885_952),
     ],
 )
 def test_presets_have_as_many_parameters_as_the_released_models(name, count):

@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import bad_inputs
 import jax
 import numpy as np
 import pytest
@@ -19,7 +20,15 @@ from alignjax.data import chat
 from alignjax.machine import sharding
 from alignjax.models import families, lora
 from alignjax.runs import lineage
-from alignjax.weights import bases, hf, locations, role_reader, roles, score_place
+from alignjax.weights import (
+    bases,
+    hf,
+    locations,
+    peft_config,
+    role_reader,
+    roles,
+    score_place,
+)
 from alignjax.weights.hf_layout import layout_of
 
 KEY = jax.random.key(0)
@@ -332,3 +341,24 @@ def test_a_child_with_the_same_form_goes_on_with_an_adapter(tmp_path):
         assert close(whole, load(directory))
         place = bases.record(config, tmp_path / "run", parents, {"model": "lm"})["model"]["place"]
         assert locations.local_directory(place) == (base if settings == same_form else directory)
+
+
+@pytest.mark.parametrize("content", bad_inputs.RUBBISH)
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_anything_in_the_place_of_an_adapters_file_is_one_line(name, content, tmp_path):
+    adapter = simple(tmp_path)
+    bad_inputs.replace(adapter / name, bad_inputs.RUBBISH[content])
+    refusal(adapter)
+
+
+@pytest.mark.parametrize("field", sorted(peft_config.KNOWN))
+def test_a_field_of_any_type_is_computed_or_refused_in_one_line(field, tmp_path):
+    module = LAYER.format(1, Q)
+    for value in bad_inputs.WRONG_VALUES:
+        (tmp_path / CONFIG).write_text(json.dumps(DEFAULTS | {field: value}))
+        try:
+            config = peft_config.read_adapter_config(tmp_path)
+            assert config.targets(module) in (True, False)
+            assert config.rank(module) > 0 and config.scale(module) > 0
+        except UserError as error:
+            assert "\n" not in str(error) and CONFIG in str(error)

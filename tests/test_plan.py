@@ -18,7 +18,7 @@ from alignjax.machine import sharding
 from alignjax.models import families
 from alignjax.planning import cost, plans, search, topologies
 from alignjax.planning.chips import Chip
-from alignjax.planning.work import device_bytes, work_of
+from alignjax.planning.work import device_bytes, repeated_bytes, work_of
 from alignjax.weights import roles
 
 COMPILER = ROOT / ".venv" / "tpu-compiler"  # where run.sh installs it
@@ -98,6 +98,15 @@ def test_a_plan_has_every_program_of_ppo_and_its_verdict(capsys, monkeypatch):
     text = run_plan(capsys, *command, code=plan.DOES_NOT_FIT)
     assert f"does not fit: {planned['peak_of']} needs" in text
     assert "resident: policy" in text
+
+
+def test_an_array_that_roles_share_counts_once():
+    mesh = sharding.make_mesh(configs.Mesh(fsdp=1), jax.devices()[:1])
+    layout = sharding.replicated(mesh)
+    one = jax.ShapeDtypeStruct((4, 2), "float32", sharding=layout)
+    other = jax.ShapeDtypeStruct((8,), "float32", sharding=layout)
+    assert repeated_bytes({"policy": {"base": one}, "value": {"base": one}, "head": other}) == 32
+    assert repeated_bytes([one, other]) == 0
 
 
 def test_the_state_and_the_frozen_roles_are_resident():

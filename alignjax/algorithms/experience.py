@@ -195,6 +195,24 @@ def pack_minibatch(
     return microbatches
 
 
+def empty_microbatch(config: Config, shape: packing.Shape, row_shards: int) -> ResponseMicrobatch:
+    """Return a microbatch of a shape without any response, as host arrays."""
+    ppo = config.ppo
+    count = len(range(config.data.batch * ppo.samples_per_prompt)[:: ppo.minibatches])
+    tokens = np.zeros((shape.rows, shape.width), np.int32)
+    targets = np.zeros((row_shards, shape.targets), np.int32)
+    members = np.zeros(count, np.int32)
+    return ResponseMicrobatch(
+        sequence=tokens - 1,
+        place=tokens,
+        targets=targets,
+        weights=targets.astype(np.float32),
+        members=members,
+        ends=members,
+        source=np.zeros((count, ppo.response_length), np.int32),
+    )
+
+
 def reward_tokens(
     packed: PackedTokens, rollout: Rollout, microbatch: ResponseMicrobatch, ending: Ending
 ) -> PackedTokens:

@@ -37,7 +37,15 @@ from alignjax.algorithms.ppo_data import (
     load_pretraining_text,
     load_prompts,
 )
-from alignjax.algorithms.ppo_plan import PlannedPrograms, resident_shapes
+from alignjax.algorithms.ppo_plan import (
+    READS_RESPONSES,
+    PlannedPrograms,
+    abstract_experience,
+    all_shapes,
+    known_shapes,
+    longest_shapes,
+    resident_shapes,
+)
 from alignjax.algorithms.ppo_programs import (
     average_metrics,
     compile_programs,
@@ -66,6 +74,7 @@ Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
 
 SAMPLED_PROMPTS = 4  # prompts in an entry of samples.jsonl, and of evaluations.jsonl
+MANY_STEPS = 32  # from so many on, a run compiles all shapes of its ladder before the first
 ANY_TOKEN = (0,)  # stands for the end tokens where nothing is sampled
 
 
@@ -527,9 +536,39 @@ class PPO:
 
     def programs(self) -> Iterable[Program]:
         """Yield the programs of a step, every example as long as it may be."""
+        resident = self.resident()
         return PlannedPrograms(
-            self.config, self.mesh, self.compiled, self.trained, self.resident()
+            self.config,
+            self.mesh,
+            self.compiled,
+            self.trained,
+            params=all_shapes(self.trained, resident),
+            experience=resident["experience"],
+            shapes=longest_shapes(self.config, self.mesh),
         ).programs()
+
+    def programs_ahead(self) -> Iterable[Program]:
+        """Yield the programs of the run's steps.
+
+        How long responses will be is not known. So in a run of few steps, what reads them is
+        compiled when it is called: it may need only one of the shapes of the ladder.
+        """
+        bases = self.trained.abstract_bases
+        state = self.abstract_state
+        frozen = jax.tree.map(lambda x: sharding.abstract_array(x, x.sharding), self.frozen)
+        trained = {role: lora.combine(bases[role], state[role].params) for role in self.roles}
+        programs = PlannedPrograms(
+            self.config,
+            self.mesh,
+            self.compiled,
+            self.trained,
+            params=trained | frozen,
+            experience=abstract_experience(self.config, self.mesh),
+            shapes=known_shapes(self.config, self.mesh, self.prompts, self.text, self.ladder),
+        ).programs()
+        if self.num_steps >= MANY_STEPS:
+            return programs
+        return (program for program in programs if program.name not in READS_RESPONSES)
 
     def resident(self) -> dict[str, Any]:
         """Return the shapes of the state, the frozen roles and the experience of a step."""

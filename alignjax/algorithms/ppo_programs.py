@@ -296,6 +296,8 @@ def compile_programs(
     layout = sharding_of(abstract["stats"])
     control_layout = sharding_of(abstract.get("kl_control"))
     policy = abstract["policy"].params
+    responses = config.data.batch * config.ppo.samples_per_prompt
+    rows = sharding.row_layout((responses,), mesh)
     value_gradient = None
     update_value = None
     if trained.value_optimiser is not None:
@@ -313,11 +315,19 @@ def compile_programs(
             config, mesh, lora.combine(trained.abstract_bases["policy"], abstract["policy"].params)
         ),
         place_rollout=rollout_placement(config, mesh),
-        read=jax.jit(read, donate_argnums=2),
+        read=jax.jit(read, donate_argnums=2, out_shardings=rows),
         make_experience=jax.jit(
             functools.partial(experience_making.make_experience, config),
             out_shardings=ScoredRollout(
-                experience=None,
+                experience=Experience(
+                    rollout=rows,
+                    old_logprobs=rows,
+                    advantages=rows,
+                    old_values=rows,
+                    returns=rows,
+                    ref_logprobs=rows,
+                    kl_coef=sharding.replicated(mesh),
+                ),
                 stats=layout,
                 source_stats=dict.fromkeys(config.ppo.rewards, layout),
                 scores=None,
@@ -360,10 +370,8 @@ def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Calla
         return unchanged
     prepare = transformer.rounded if keeps_adapters else transformer.for_sampling
     place = functools.partial(prepare, config.model)
-    layout = None
-    if copies:
-        shapes = jax.eval_shape(place, abstract_params)
-        layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
+    shapes = jax.eval_shape(place, abstract_params)
+    layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
     return jax.jit(place, out_shardings=layout)
 
 

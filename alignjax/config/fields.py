@@ -12,7 +12,8 @@ class Model:
     """A decoder."""
 
     # The Hugging Face layout that weights are read from and written to.
-    family: str = "qwen2"  # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3, mistral
+    # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3, mistral, gemma2, gemma3_text
+    family: str = "qwen2"
     vocab_size: int = 1024
     d_model: int = 128
     layers: int = 4
@@ -25,12 +26,17 @@ class Model:
     mlp_bias: bool = False
     qk_norm: bool = False
     qk_norm_over: str = "head"  # what one norm of qk_norm covers: head, width (all heads)
-    norms: str = "before"  # where a layer's norms are: before or after attention and feed-forward
+    # Where a layer's norms are: before or after attention and feed-forward, or both.
+    norms: str = "before"
+    norm_plus_one: bool = False  # norms multiply by 1 + their scale
+    activation: str = "silu"  # of the feed-forward network's gate: silu, gelu_tanh
     tied: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what a layer adds to its input
     attention_multiplier: float = 0.0  # of the attention's scores; 0 is 1 / sqrt(head_size)
     logits_divisor: float = 1.0
+    attention_cap: float = 0.0  # scores become cap * tanh(scores / cap); 0 is no cap
+    logits_cap: float = 0.0  # the same of the logits
     # The kinds of the layers, a list with commas that repeats until all layers have one: full,
     # window (sees the last `window` tokens, its own included), full_nope and window_nope (without
     # rotary positions).
@@ -38,6 +44,7 @@ class Model:
     window: int = 0
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_window_theta: float = 0.0  # of layers with a window, without scaling; 0: like the others
     rope_scaling: str = ""  # "", linear, llama3, yarn
     rope_factor: float = 1.0
     rope_low_factor: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
@@ -46,9 +53,9 @@ class Model:
     max_length: int = 2048
     # Type of the computation. Parameters, softmax, log-probabilities and losses are float32.
     dtype: str = "float32"
-    remat: str = (
-        "nothing"  # what the backward pass recomputes: nothing, everything, dots (all else)
-    )
+    # What the backward pass recomputes: nothing, everything, dots (all else), or auto, the least
+    # that fits the device's memory (nothing, on a CPU). config.json has the level that was chosen.
+    remat: str = "nothing"
     attention: str = "auto"  # auto, xla, triton or cudnn (NVIDIA), splash (TPU)
 
 
@@ -296,12 +303,15 @@ CHOICES = {
         "seed_oss",
         "smollm3",
         "mistral",
+        "gemma2",
+        "gemma3_text",
     ),
     "model.qk_norm_over": ("head", "width"),
-    "model.norms": ("before", "after"),
+    "model.norms": ("before", "after", "both"),
+    "model.activation": ("silu", "gelu_tanh"),
     "model.rope_scaling": ("", "linear", "llama3", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("nothing", "everything", "dots"),
+    "model.remat": ("nothing", "everything", "dots", "auto"),
     "model.attention": ("auto", "xla", "triton", "cudnn", "splash"),
     "chat_template": ("", "chatml"),
     "data.on_bad_row": ("error", "skip"),

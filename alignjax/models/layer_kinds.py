@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from alignjax.config import Model
-from alignjax.models.rope import Rotation
+from alignjax.models.rope import Rotation, Rotations
 
 
 class LayerKind(NamedTuple):
@@ -28,8 +28,11 @@ class LayerKind(NamedTuple):
             *(theirs if own is None else own for own, theirs in zip(self, constant, strict=True))
         )
 
-    def rotation(self, rotation: Rotation) -> Rotation | None:
+    def rotation(self, rotations: Rotations) -> Rotation | None:
         """Return the rotation of this layer, None for none."""
+        rotation = rotations.full
+        if rotations.window is not None:
+            rotation = select(self.windowed, rotations.window, rotation)
         if isinstance(self.rotated, bool):
             return rotation if self.rotated else None
         cos = jnp.where(self.rotated, rotation.cos, 1.0)

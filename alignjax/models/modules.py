@@ -21,12 +21,19 @@ from alignjax.models.rope import Rotation, rotate
 
 # attend(queries, keys, values) -> (the attention's result, the keys and values that are kept)
 Attend = Callable[[Array, Array, Array], tuple[Array, KeyValues | None]]
+# jax.nn.gelu is the approximation by a hyperbolic tangent.
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
 def rms_norm(
-    x: Float[Array, "*rows size"], scale: Float[Array, " size"], eps: float
+    x: Float[Array, "*rows size"], scale: Float[Array, " size"], eps: float, plus_one: bool = False
 ) -> Float[Array, "*rows size"]:
-    """Divide x by its root mean square along the last axis; computed in float32."""
+    """Divide x by its root mean square along the last axis; computed in float32.
+
+    The result is multiplied by `scale`, or with `plus_one` by 1 + scale.
+    """
+    if plus_one:
+        scale = 1.0 + scale
     y = x.astype(jnp.float32)
     mean_square = jnp.mean(y * y, axis=-1, keepdims=True)
     return (y * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
@@ -72,17 +79,18 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """An RMSNorm with a learnt scale."""
 
-    def __init__(self, size: int, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(size))
+    def __init__(self, size: int, model: Model):
+        self.eps = model.norm_eps
+        self.plus_one = model.norm_plus_one
+        self.scale = nnx.Param(jnp.zeros(size) if self.plus_one else jnp.ones(size))
 
     def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
-        return rms_norm(x, self.scale[...], self.eps)
+        return rms_norm(x, self.scale[...], self.eps, self.plus_one)
 
 
 def norm_if(exists: bool, size: int, model: Model) -> Norm | None:
     """Return a norm of this size, or None."""
-    return Norm(size, model.norm_eps) if exists else None
+    return Norm(size, model) if exists else None
 
 
 class Attention(nnx.Module):
@@ -155,9 +163,10 @@ class JoinedAttention(Attention):
 
 
 class MLP(nnx.Module):
-    """The feed-forward network, SwiGLU."""
+    """The feed-forward network, gated by SiLU or GELU."""
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
+        self.activation = ACTIVATIONS[model.activation]
         self.gate = Linear((model.d_model,), (model.d_ff,), model.mlp_bias, rngs)
         self.up = Linear((model.d_model,), (model.d_ff,), model.mlp_bias, rngs)
         self.down = Linear((model.d_ff,), (model.d_model,), model.mlp_bias, rngs)
@@ -165,7 +174,7 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch tokens d_model"]
     ) -> Float[Array, "batch tokens d_model"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class JoinedMLP(MLP):
@@ -184,7 +193,7 @@ class JoinedMLP(MLP):
         self, x: Float[Array, "batch tokens d_model"]
     ) -> Float[Array, "batch tokens d_model"]:
         y = self.gate_up(x)
-        return self.down(jax.nn.silu(y[..., 0]) * y[..., 1])
+        return self.down(self.activation(y[..., 0]) * y[..., 1])
 
 
 class Layer(nnx.Module):
@@ -197,8 +206,8 @@ class Layer(nnx.Module):
     mlp_type = MLP
 
     def __init__(self, model: Model, rngs: nnx.Rngs):
-        before = model.norms == "before"
-        after = model.norms == "after"
+        before = model.norms in ("before", "both")
+        after = model.norms in ("after", "both")
         self.norm1 = norm_if(before, model.d_model, model)
         self.norm2 = norm_if(before, model.d_model, model)
         self.attention = self.attention_type(model, rngs)
@@ -308,5 +317,5 @@ class Transformer(nnx.Module):
         self.embed = Embed(model, rngs)
         keys = jax.random.split(rngs.params(), model.layers)
         self.layers = nnx.vmap(lambda key: Layer(model, nnx.Rngs(params=key)))(keys)
-        self.norm = Norm(model.d_model, model.norm_eps)
+        self.norm = Norm(model.d_model, model)
         self.head = None if head == "lm" and model.tied else Head(model, head, rngs)

@@ -1,5 +1,6 @@
 """Rotary position embeddings (RoPE), with the frequency scalings of released models."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -30,6 +31,23 @@ def rope(model: Model, positions: Int[Array, "batch tokens"]) -> Rotation:
         magnitude = yarn_magnitude(model)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude)
+
+
+class Rotations(NamedTuple):
+    """The rotations of a model's layers; `window` is None if all layers rotate alike."""
+
+    full: Rotation
+    window: Rotation | None
+
+
+def rotations_of(model: Model, positions: Int[Array, "batch tokens"]) -> Rotations:
+    """Return the rotations of each position, of layers without and with a window."""
+    window = None
+    if model.rope_window_theta:
+        theta = model.rope_window_theta
+        unscaled = dataclasses.replace(model, rope_theta=theta, rope_scaling="")
+        window = rope(unscaled, positions)
+    return Rotations(rope(model, positions), window)
 
 
 def llama3_frequencies(

@@ -71,9 +71,12 @@ def token_logprobs(
     hidden = before_targets(hidden_states(model, params, packed), targets)
     labels = at_targets(packed.tokens, targets)
     kernel = params["embed"]["embedding"] if model.tied else params["head"]["kernel"]
+    cap = model.logits_cap
     if model.logits_divisor != 1.0:
+        # The cap comes behind the divisor: both scale with it.
         temperature = temperature * model.logits_divisor
-    return vocabulary.token_logprobs(hidden, kernel, labels, temperature, model.tied)
+        cap = cap * model.logits_divisor
+    return vocabulary.token_logprobs(hidden, kernel, labels, temperature, model.tied, cap)
 
 
 def token_values(

@@ -18,9 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain
 from alignjax.models import layer_kinds, lora
-from alignjax.models.attention import KeyValues, SharedKeys, Window, platform, self_attention
+from alignjax.models.attention import (
+    KeyValues,
+    SharedKeys,
+    Window,
+    platform,
+    self_attention,
+    soft_cap,
+)
 from alignjax.models.modules import Attend, JoinedLayer, Layer, Transformer, joined, rms_norm
-from alignjax.models.rope import Rotation, rope
+from alignjax.models.rope import Rotation, rotations_of
 
 UNROLLED = 16  # most layers that are written out one by one on a CPU
 REMAT = {
@@ -109,7 +116,7 @@ def final_norm(
     model: Model, params: Params, x: Float[Array, "*rows d_model"]
 ) -> Float[Array, "*rows d_model"]:
     """Return hidden states behind the norm that follows the last layer."""
-    return rms_norm(x, params["norm"]["scale"], model.norm_eps)
+    return rms_norm(x, params["norm"]["scale"], model.norm_eps, model.norm_plus_one)
 
 
 def apply(
@@ -127,7 +134,7 @@ def apply(
     another axis of size 2, [batch tokens 2]: a token then also sees the second segment it names.
     Every token sees the real tokens of `prefix`. Positions matter to RoPE and to windows.
     """
-    rotation = rope(model, positions)
+    rotations = rotations_of(model, positions)
     kinds = layer_kinds.of(model)
 
     def step(kind, x, layer):
@@ -141,10 +148,19 @@ def apply(
             window = None
             if kind.windowed is not False:
                 window = Window(model.window, positions, kind.windowed)
-            y = self_attention(queries, keys, values, segments, model.attention, shared, window)
+            y = self_attention(
+                queries,
+                keys,
+                values,
+                segments,
+                model.attention,
+                shared,
+                window,
+                model.attention_cap,
+            )
             return y, kept
 
-        return run_layer(model, layer_params, x, kind.rotation(rotation), attend)
+        return run_layer(model, layer_params, x, kind.rotation(rotations), attend)
 
     def scan_step(x, layer):
         varying, layer = layer
@@ -284,7 +300,7 @@ def decode(
     Where the layers are a list, `cache` is one too, attend gets its layer's entry, and the number
     of its layer is None; elsewhere attend gets the cache of all layers and that number.
     """
-    rotation = rope(model, positions[:, None])
+    rotations = rotations_of(model, positions[:, None])
     kinds = layer_kinds.of(model)
 
     def step(kind, x, layer_cache, layer, layer_params):
@@ -292,7 +308,7 @@ def decode(
             y, kept = attend(layer_cache, layer, queries[:, 0], keys[:, 0], values[:, 0], kind)
             return y[:, None], kept
 
-        return run_layer(model, layer_params, x, kind.rotation(rotation), attend_one)
+        return run_layer(model, layer_params, x, kind.rotation(rotations), attend_one)
 
     def scan_step(x, numbered):
         varying, (layer, layer_params) = numbered
@@ -324,6 +340,8 @@ def logits(
     z = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
     if model.logits_divisor != 1.0:
         z = z / model.logits_divisor
+    if model.logits_cap:
+        z = soft_cap(z, model.logits_cap)
     return z.reshape(*hidden.shape[:-1], -1)
 
 

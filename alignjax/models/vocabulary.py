@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from alignjax.machine.sharding import BATCH, constrain
+from alignjax.models.attention import soft_cap
 
 # Most elements, on a device, of a chunk's logits [tokens width] (64 MiB) and of its part of the
 # kernel. If all logits are no more than this, they are one chunk.
@@ -79,13 +80,14 @@ def token_logprobs(
     targets: Int[Array, "*rows"],
     temperature: float | Float[Array, ""] = 1.0,
     tied: bool = False,
+    cap: float = 0.0,
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
     """Return the targets' log-probabilities and the distributions' entropies, in nats.
 
-    The distribution is softmax(hidden @ kernel / temperature). `kernel` is [d_model vocab], or the
-    embedding [vocab d_model] if it is tied. Both results are float32, from logits that are summed
-    and used in float32. Gradients go to hidden and kernel, in their types, and not to the
-    temperature.
+    The distribution is softmax(z / temperature), where z is hidden @ kernel or, with a `cap` above
+    0, cap * tanh(hidden @ kernel / cap). `kernel` is [d_model vocab], or the embedding [vocab
+    d_model] if it is tied. Both results are float32, from logits that are summed and used in
+    float32. Gradients go to hidden and kernel, in their types, and not to the temperature.
     """
     flat_hidden = constrain(hidden.reshape(-1, hidden.shape[-1]))
     flat_targets = targets.reshape(-1)
@@ -94,9 +96,9 @@ def token_logprobs(
     parts = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     # If the axis does not divide the vocabulary, `sharding.param_shardings` has dropped it.
     if parts == 1 or vocab % parts:
-        result = read_part(axis, flat_hidden, kernel, flat_targets, temperature)
+        result = read_part(axis, cap, flat_hidden, kernel, flat_targets, temperature)
     else:
-        result = read_shards(axis, parts, flat_hidden, kernel, flat_targets, temperature)
+        result = read_shards(axis, cap, parts, flat_hidden, kernel, flat_targets, temperature)
     logprobs = result.target_logits - result.sums.high - result.sums.low
     # At most 0 except for rounding: exp(0) is not always exactly 1, and XLA may fuse a division
     # into a subtraction.
@@ -106,6 +108,7 @@ def token_logprobs(
 
 def read_shards(
     axis: int,
+    cap: float,
     parts: int,
     hidden: Float[Array, "tokens d_model"],
     kernel: Float[Array, "_ _"],
@@ -119,7 +122,7 @@ def read_shards(
     words = kernel.shape[axis] // parts
     split = (*kernel.shape[:axis], parts, words, *kernel.shape[axis + 1 :])
     kernels = jnp.moveaxis(kernel.reshape(split), axis, 0)
-    read = functools.partial(read_part, axis)
+    read = functools.partial(read_part, axis, cap)
     read_each = jax.vmap(read, (None, 0, 0, None), spmd_axis_name="tensor")
     shard_targets = targets - jnp.arange(parts)[:, None] * words
     results = read_each(hidden, kernels, shard_targets, temperature)
@@ -139,9 +142,10 @@ def join(parts: LogSumExp) -> LogSumExp:
     return LogSumExp(high, low, entropy)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def read_part(
     axis: int,
+    cap: float,
     hidden: Float[Array, "tokens d_model"],
     kernel: Float[Array, "_ _"],
     targets: Int[Array, " tokens"],
@@ -151,11 +155,12 @@ def read_part(
 
     A target is the number of a word in this part; outside of it, its logit is LOWEST.
     """
-    return forward(axis, hidden, kernel, targets, temperature)[0]
+    return forward(axis, cap, hidden, kernel, targets, temperature)[0]
 
 
 def forward(
     axis: int,
+    cap: float,
     hidden: Float[Array, "tokens d_model"],
     kernel: Float[Array, "_ _"],
     targets: Int[Array, " tokens"],
@@ -165,7 +170,7 @@ def forward(
 
     def step(running, start, width):
         words = kernel_words(axis, hidden, kernel, start, width)
-        logits = product(hidden, words, 1, 1 - axis) / temperature
+        logits = soft_cap(product(hidden, words, 1, 1 - axis), cap) / temperature
         sums = jax.tree.map(stack_two, running.sums, log_sum_exp(logits))
         places = jnp.clip(targets - start, 0, width - 1)[:, None]
         chunk_logits = jnp.take_along_axis(logits, places, axis=1)[:, 0]
@@ -209,7 +214,7 @@ def stack_two(first: Array, second: Array) -> Array:
 
 
 def backward(
-    axis: int, residuals: Residuals, gradients: PartResult
+    axis: int, cap: float, residuals: Residuals, gradients: PartResult
 ) -> tuple[Float[Array, "tokens d_model"], Float[Array, "_ _"], None, None]:
     """Run the backward pass of `read_part`.
 
@@ -229,10 +234,13 @@ def backward(
         words = kernel_words(axis, hidden, kernel, start, width)
         logits = residuals.logits
         if logits is None:
-            logits = product(hidden, words, 1, 1 - axis) / residuals.temperature
+            raw = product(hidden, words, 1, 1 - axis)
+            logits = soft_cap(raw, cap) / residuals.temperature
         logprobs = logits - sums.high - sums.low
         d_logits = jnp.exp(logprobs) * (d_low - d_entropy * (logprobs + sums.entropy))
         d_logits += jnp.where(targets - start == jnp.arange(width), d_target, 0.0)
+        if cap:  # the derivative of the hyperbolic tangent, from its value
+            d_logits *= 1 - jnp.square(logits * residuals.temperature / cap)
         d_logits = (d_logits / residuals.temperature).astype(hidden.dtype)
         d_words = product(hidden, d_logits, 0, 0) if axis else product(d_logits, hidden, 0, 0)
         d_words = place(d_words.astype(kernel.dtype), axis)

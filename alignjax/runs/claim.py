@@ -55,6 +55,8 @@ def check_workdir(
         check_longer(config, workdir, stored["steps"])
         ignore = (*ignore, "steps")
     unset = tuple(name for name in KEPT_FIELDS if not getattr(config, name))
+    if config.model.remat == "auto":  # the run's own level counts
+        unset = (*unset, "model.remat")
     differences = configs.difference(config, stored, (*FREE_FIELDS, *unset, *ignore))
     if differences:
         raise UserError(

@@ -100,7 +100,12 @@ class RingCache:
                 prompt=real & (distance < self.model.window),
                 ring=everything.ring & (age + 1 < self.model.window),
             )
-        return RingReader(everything=everything, windowed=windowed, clock=clock)
+        return RingReader(
+            everything=everything,
+            windowed=windowed,
+            clock=clock,
+            cap=self.model.attention_cap,
+        )
 
     def write(
         self,
@@ -229,6 +234,7 @@ class RingReader:
     everything: Masks
     windowed: Masks
     clock: Int[Array, ""]
+    cap: float = 0.0  # of scores
 
     def attend(
         self,
@@ -264,6 +270,7 @@ class RingReader:
                     layer,
                     in_hand,
                     [*masks[:num_read], sees_itself],
+                    self.cap,
                 )
             )
         # Before the first write no part is filled: the last filled one is number -1.
@@ -278,10 +285,11 @@ def read_blocks(
     layer: int | Int[Array, ""] | None,
     in_hand: KeyValues,
     masks: list[Bool[Array, "slots _"]],
+    cap: float,
 ) -> Float[Array, "slots heads head_size"]:
     """Attend to blocks of a layer and to the token in hand."""
     of_layer = blocks if layer is None else transformer.layer_of(blocks, layer)
-    return cached_attention(query, [*of_layer, in_hand], masks)
+    return cached_attention(query, [*of_layer, in_hand], masks, cap)
 
 
 def after_drawing(

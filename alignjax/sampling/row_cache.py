@@ -5,6 +5,7 @@ A layer has keys and values [slots places kv_heads head_size]. Prompts end at th
 its own place, in every layer before that layer reads.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -87,7 +88,9 @@ class RowCache:
         windowed = first
         if self.model.window:
             windowed = jnp.maximum(first, place + 1 - self.model.window)
-        return RowReader(first=first, first_in_window=windowed, place=place)
+        return RowReader(
+            first=first, first_in_window=windowed, place=place, cap=self.model.attention_cap
+        )
 
     def write(
         self,
@@ -108,6 +111,7 @@ class RowReader:
     first: Int[Array, " slots"]
     first_in_window: Int[Array, " slots"]  # the same in layers with a window
     place: Int[Array, " slots"]
+    cap: float = 0.0  # of scores
 
     def attend(
         self,
@@ -122,15 +126,16 @@ class RowReader:
         del layer
         first = select(kind.windowed, self.first_in_window, self.first)
         arguments = (queries, keys, values, *rows, first, self.place)
+        attend = functools.partial(write_and_attend, cap=self.cap)
         spec = spec_of(rows.keys.shape, SLOT_AXIS, HEAD_AXIS)
         if spec is None:
-            seen, written = write_and_attend(*arguments)
+            seen, written = attend(*arguments)
         else:
             # Each device writes and reads its own slots and heads: GSPMD would gather the cache.
             by_slot = P(spec[SLOT_AXIS])
             heads = P(spec[SLOT_AXIS], spec[HEAD_AXIS])
             call = jax.shard_map(
-                write_and_attend,
+                attend,
                 in_specs=(heads, heads, heads, spec, spec, by_slot, by_slot),
                 out_specs=(heads, KeyValues(keys=spec, values=spec)),
                 check_vma=False,
@@ -147,12 +152,13 @@ def write_and_attend(
     value_rows: Float[Array, "slots places kv_heads head_size"],
     first: Int[Array, " slots"],
     place: Int[Array, " slots"],
+    cap: float,
 ) -> tuple[Float[Array, "slots heads head_size"], KeyValues]:
     """Return what the queries see, and the rows with the token in hand at its place."""
     slots = jnp.arange(len(place))
     key_rows = key_rows.at[slots, place].set(keys.astype(key_rows.dtype))
     value_rows = value_rows.at[slots, place].set(values.astype(value_rows.dtype))
-    seen = decode_attention.attend_rows(queries, key_rows, value_rows, first, place + 1)
+    seen = decode_attention.attend_rows(queries, key_rows, value_rows, first, place + 1, cap)
     return seen, KeyValues(keys=key_rows, values=value_rows)
 
 

@@ -142,6 +142,31 @@ SMALL = {
         ),
         transformers.Qwen3ForCausalLM,
     ),
+    "gemma2": (
+        transformers.Gemma2Config(
+            **SMALL_SIZE | dict(tie_word_embeddings=True),
+            head_dim=8,
+            sliding_window=5,
+            query_pre_attn_scalar=5,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=2.0,
+        ),
+        transformers.Gemma2ForCausalLM,
+    ),
+    "gemma3_text": (
+        transformers.Gemma3TextConfig(
+            **SMALL_SIZE | dict(tie_word_embeddings=True),
+            head_dim=8,
+            sliding_window=5,
+            query_pre_attn_scalar=8,
+            layer_types=[SLIDING, SLIDING, FULL, SLIDING],
+            rope_parameters={
+                FULL: dict(rope_type="linear", factor=4.0, rope_theta=1e6),
+                SLIDING: dict(rope_type="default", rope_theta=100.0),
+            },
+        ),
+        transformers.Gemma3ForCausalLM,
+    ),
     "olmo2_score": (
         transformers.Olmo2Config(**SMALL_SIZE, num_labels=1),
         transformers.Olmo2ForSequenceClassification,

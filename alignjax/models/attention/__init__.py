@@ -16,9 +16,9 @@ from alignjax.models.attention.flash import (
     cudnn_attention,
     cudnn_windowed,
     splash_attention,
-    splash_windowed,
+    splash_with,
 )
-from alignjax.models.attention.plain import masked_softmax, plain_attention
+from alignjax.models.attention.plain import masked_softmax, plain_attention, soft_cap
 from alignjax.models.attention.triton import triton_attention
 from alignjax.models.attention.types import KeyValues, SharedKeys, Window
 
@@ -33,9 +33,9 @@ __all__ = [
     "platform",
     "self_attention",
     "shards",
+    "soft_cap",
 ]
 
-WITH_WINDOW = {"cudnn": cudnn_windowed, "splash": splash_windowed}
 IMPLEMENTATIONS = {
     "xla": plain_attention,
     "triton": triton_attention,
@@ -54,6 +54,7 @@ def self_attention(
     implementation: str = "auto",
     prefix: SharedKeys | None = None,
     window: Window | None = None,
+    cap: float = 0.0,
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Attend within segments; all arrays have the queries' type, and so does the result.
 
@@ -63,12 +64,12 @@ def self_attention(
     With segments [batch tokens 2], a token also sees the second segment that it names. All tokens
     see the real tokens of `prefix`. Both always run as "xla", whatever the implementation.
 
-    A window limits how far back all of this reaches.
+    A window limits how far back all of this reaches. A cap above 0 bounds the scores softly.
 
     Raises UserError as `choose` does.
     """
     if prefix is not None or segments.ndim == 3:
-        return plain_attention(queries, keys, values, segments, prefix, window)
+        return plain_attention(queries, keys, values, segments, prefix, window, cap)
     if window is not None and queries.shape[1] <= window.size:
         window = None  # no token of such a row is too far away
     kv_heads = keys.shape[2]
@@ -80,12 +81,15 @@ def self_attention(
         kv_heads,
         shards(),
         has_window=window is not None,
+        has_cap=cap > 0,
     )
     if name == "xla":
-        return plain_attention(queries, keys, values, segments, window=window)
+        return plain_attention(queries, keys, values, segments, window=window, cap=cap)
+    if name == "splash" and (window is not None or cap):
+        return splash_with(window, cap, queries, keys, values, segments)
     if window is None:
         return IMPLEMENTATIONS[name](queries, keys, values, segments)
-    return WITH_WINDOW[name](window, queries, keys, values, segments)
+    return cudnn_windowed(window, queries, keys, values, segments)
 
 
 def choose(
@@ -96,12 +100,14 @@ def choose(
     kv_heads: int,
     shards: Shards = ONE_DEVICE,
     has_window: bool = False,
+    has_cap: bool = False,
 ) -> str:
     """Return a name of IMPLEMENTATIONS, for queries of shape [batch tokens heads head_size].
 
     "auto" is splash on a TPU if a row fills a tile, and on a GPU in 16 bits triton, or cudnn for
     sizes of heads that triton does not take; all of them only if rows and heads divide over their
-    devices. triton knows no windows. It is xla otherwise. Raises UserError if the implementation
+    devices. triton knows no windows, and only splash and xla know caps of
+    scores. It is xla otherwise. Raises UserError if the implementation
     that the config names can't run.
     """
     batch, tokens, _, head_size = shape
@@ -114,6 +120,8 @@ def choose(
     }
     if has_window:
         problems["triton"] = f"model.window of at least the {tokens} tokens of a row"
+    if has_cap:
+        problems |= dict.fromkeys(("triton", "cudnn"), "model.attention_cap=0")
     if implementation != "auto":
         problem = problems[implementation]
         if problem:
@@ -177,6 +185,7 @@ def cached_attention(
     queries: Float[Array, "batch heads head_size"],
     blocks: Sequence[KeyValues],
     masks: Sequence[Bool[Array, "batch _"]],
+    cap: float = 0.0,
 ) -> Float[Array, "batch heads head_size"]:
     """Attend with one query a row to blocks of a cache, where their masks hold.
 
@@ -196,7 +205,7 @@ def cached_attention(
         )
     mask = jnp.concatenate(masks, axis=1)[:, None, None]
     scaled = jnp.concatenate(scores, axis=-1) * head_size**-0.5
-    weights = masked_softmax(scaled, mask).astype(queries.dtype)
+    weights = masked_softmax(soft_cap(scaled, cap), mask).astype(queries.dtype)
     y = jnp.zeros(grouped.shape, queries.dtype)
     first = 0
     for _, values in blocks:

@@ -5,7 +5,7 @@ from jax.experimental.pallas.ops.gpu import decode_attention as kernels
 from jaxtyping import Array, Float, Int
 
 from alignjax.models.attention.devices import platform
-from alignjax.models.attention.plain import masked_softmax
+from alignjax.models.attention.plain import masked_softmax, soft_cap
 
 KERNEL = "mha_forward"  # the name that JAX gives the kernel
 BLOCK = 128  # keys that the kernel reads at a time
@@ -31,15 +31,16 @@ def attend_rows(
     values: Float[Array, "rows places kv_heads head_size"],
     first: Int[Array, " rows"],
     end: Int[Array, " rows"],
+    cap: float = 0.0,
 ) -> Float[Array, "rows heads head_size"]:
     """Attend to the places from `first` up to `end`, which is not one of them.
 
     On a GPU, 16 bits are read by a kernel of JAX that splits a row among several programs and
-    passes over what lies behind `end`. Everywhere else, and for other sizes of heads, all places
-    are read and masked.
+    passes over what lies behind `end`. Everywhere else, for other sizes of heads and with a cap
+    of scores, all places are read and masked.
     """
-    if not kernel_can_read(queries, keys):
-        return attend_masked(queries, keys, values, first, end)
+    if cap or not kernel_can_read(queries, keys):
+        return attend_masked(queries, keys, values, first, end, cap)
     seen = kernels.gqa(
         queries,
         keys,
@@ -83,6 +84,7 @@ def attend_masked(
     values: Float[Array, "rows places kv_heads head_size"],
     first: Int[Array, " rows"],
     end: Int[Array, " rows"],
+    cap: float = 0.0,
 ) -> Float[Array, "rows heads head_size"]:
     """Attend by products that XLA compiles anywhere; scores and softmax are float32."""
     rows, _, head_size = queries.shape
@@ -93,6 +95,6 @@ def attend_masked(
     scores = jnp.einsum("bkgh,bskh->bkgs", grouped, keys, preferred_element_type=jnp.float32)
     places = jnp.arange(keys.shape[1])
     mask = (places >= first[:, None]) & (places < end[:, None])
-    weights = masked_softmax(scores * head_size**-0.5, mask[:, None, None])
+    weights = masked_softmax(soft_cap(scores * head_size**-0.5, cap), mask[:, None, None])
     seen = jnp.einsum("bkgs,bskh->bkgh", weights.astype(queries.dtype), values)
     return seen.reshape(queries.shape)

@@ -77,22 +77,26 @@ def splash_attention(
     return over_devices(splash_padded, queries, keys, values, segments)
 
 
-def splash_windowed(
-    window: Window,
+def splash_with(
+    window: Window | None,
+    cap: float,
     queries: Float[Array, "batch tokens heads head_size"],
     keys: Float[Array, "batch tokens kv_heads head_size"],
     values: Float[Array, "batch tokens kv_heads head_size"],
     segments: Int[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens heads head_size"]:
-    """Call splash attention with a window; blocks outside of it are passed over.
+    """Call splash attention with a window, whose outside is passed over, or a cap of scores.
 
     The kernel is made for a mask, so layers that are scanned choose between two kernels.
     """
-    padded_to_window = functools.partial(splash_padded, window_size=window.size)
-    near = functools.partial(over_devices, padded_to_window)
+    attend = functools.partial(splash_padded, cap=cap)
+    everywhere = functools.partial(over_devices, attend)
+    if window is None:
+        return everywhere(queries, keys, values, segments)
+    near = functools.partial(over_devices, functools.partial(attend, window_size=window.size))
     if window.applies is True:
         return near(queries, keys, values, segments)
-    return jax.lax.cond(window.applies, near, splash_attention, queries, keys, values, segments)
+    return jax.lax.cond(window.applies, near, everywhere, queries, keys, values, segments)
 
 
 def splash_padded(
@@ -101,9 +105,10 @@ def splash_padded(
     values: Float[Array, "batch tokens kv_heads head_size"],
     segments: Int[Array, "batch tokens"],
     window_size: int = 0,
+    cap: float = 0.0,
 ) -> Float[Array, "batch tokens heads head_size"]:
-    """Run splash attention on one device, for any number of tokens; 0 is no window."""
-    attend = functools.partial(splash_tiled, window_size=window_size)
+    """Run splash attention on one device, for any number of tokens; 0 is no window, or no cap."""
+    attend = functools.partial(splash_tiled, window_size=window_size, cap=cap)
     return padded(attend, LANES, queries, keys, values, segments)
 
 
@@ -113,6 +118,7 @@ def splash_tiled(
     values: Float[Array, "batch tokens kv_heads head_size"],
     segments: Int[Array, "batch tokens"],
     window_size: int,
+    cap: float,
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Run splash attention on one device; the number of tokens is a multiple of LANES."""
     tokens, heads, head_size = queries.shape[1:]
@@ -133,6 +139,7 @@ def splash_tiled(
             block_q_dq=tile,
             block_kv_dq=tile,
         ),
+        attn_logits_soft_cap=cap or None,
         head_shards=1,
         q_seq_shards=1,
         interpret=platform() != "tpu",

@@ -60,6 +60,7 @@ def plain_attention(
     segments: Int[Array, "batch tokens *named"],
     prefix: SharedKeys | None = None,
     window: Window | None = None,
+    cap: float = 0.0,
 ) -> Float[Array, "batch tokens heads head_size"]:
     """Attend part by part, each part of the queries against the keys up to its end.
 
@@ -68,7 +69,7 @@ def plain_attention(
     batch, tokens = queries.shape[:2]
     segments = segments.reshape(batch, tokens, -1)
     positions = None if window is None else window.positions
-    around = Surroundings(prefix, window)
+    around = Surroundings(prefix, window, cap)
     attend = functools.partial(attend_block, around)
     if tokens <= WHOLE:
         row = Tokens(segments, positions)
@@ -82,10 +83,11 @@ def plain_attention(
 
 
 class Surroundings(NamedTuple):
-    """What all queries see beside their rows, and how far they see."""
+    """What all queries see beside their rows, how far they see, and the cap of their scores."""
 
     prefix: SharedKeys | None
     window: Window | None
+    cap: float  # of scores
 
 
 def in_parts(
@@ -133,7 +135,8 @@ def attend_block(
     around: Surroundings, queries: Queries, visible: Keys
 ) -> Float[Array, "batch queries heads head_size"]:
     """Attend with all scores at once; grouped queries share their keys without repeating them."""
-    prefix, window = around
+    prefix = around.prefix
+    window = around.window
     batch, count, heads, head_size = queries.vectors.shape
     kv_heads = visible.keys.shape[2]
     group = heads // kv_heads
@@ -146,7 +149,7 @@ def attend_block(
     mask = jnp.tile(visible_mask(queries, visible, window), (1, group, 1))[:, None]
     scores = scaled_scores("bkqh,bksh->bkqs", grouped, keys)
     if prefix is None:
-        weights = masked_softmax(scores, mask).astype(values.dtype)
+        weights = masked_softmax(soft_cap(scores, around.cap), mask).astype(values.dtype)
         y = jnp.einsum("bkqs,bksh->bkqh", weights, values)
     else:
         prefix_scores = scaled_scores("bkqh,skh->bkqs", grouped, prefix.keys)
@@ -157,7 +160,7 @@ def attend_block(
             ]
         scores = jnp.concatenate([prefix_scores, scores], axis=-1)
         mask = jnp.concatenate([prefix_mask, mask], axis=-1)
-        weights = masked_softmax(scores, mask).astype(values.dtype)
+        weights = masked_softmax(soft_cap(scores, around.cap), mask).astype(values.dtype)
         prefix_weights, weights = jnp.split(weights, [len(prefix.values)], axis=-1)
         y = jnp.einsum("bkqs,skh->bkqh", prefix_weights, prefix.values)
         y = y + jnp.einsum("bkqs,bksh->bkqh", weights, values)
@@ -200,6 +203,11 @@ def scaled_scores(
     """Return float32 scores over the square root of the head size."""
     scores = jnp.einsum(equation, queries, keys, preferred_element_type=jnp.float32)
     return scores * queries.shape[-1] ** -0.5
+
+
+def soft_cap(scores: Float[Array, "*rows"], cap: float) -> Float[Array, "*rows"]:
+    """Bound numbers softly to between -cap and cap; 0 is no cap."""
+    return cap * jnp.tanh(scores / cap) if cap else scores
 
 
 def masked_softmax(

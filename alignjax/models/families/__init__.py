@@ -11,6 +11,7 @@ from typing import Any
 from alignjax import config as configs
 from alignjax.config import Model, UserError
 from alignjax.models.families.family import Family
+from alignjax.models.families.gemma import GEMMA2, GEMMA3
 from alignjax.models.families.granite import GRANITE
 from alignjax.models.families.hf_config import HFConfig, shown
 from alignjax.models.families.llama import LLAMA
@@ -35,7 +36,7 @@ __all__ = [
     "weight_names",
 ]
 
-BUILT_IN = (QWEN, QWEN2, QWEN3, LLAMA, GRANITE, OLMO2, SEED_OSS, SMOLLM3, MISTRAL)
+BUILT_IN = (QWEN, QWEN2, QWEN3, LLAMA, GRANITE, OLMO2, SEED_OSS, SMOLLM3, MISTRAL, GEMMA2, GEMMA3)
 FAMILIES: dict[str, Family] = {}
 # Fields of config.json on which the shapes of tensors depend.
 SIZES = (

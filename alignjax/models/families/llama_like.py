@@ -69,8 +69,13 @@ ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 def read_common_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`, except the family's flags."""
-    fields = common_fields(config)
     config.allow("hidden_act", *ACTIVATIONS)
+    return {**read_sizes(config), **read_rope(config)}
+
+
+def read_sizes(config: HFConfig) -> dict[str, Any]:
+    """Return the fields of `config.Model` that are sizes, and those that all families share."""
+    fields = common_fields(config)
     return {
         **fields,
         "kv_heads": config.size_or("num_key_value_heads", fields["heads"]),
@@ -79,7 +84,6 @@ def read_common_config(config: HFConfig) -> dict[str, Any]:
         "tied": config.flag("tie_word_embeddings"),
         "norm_eps": config.number("rms_norm_eps"),
         "max_length": config.size("max_position_embeddings"),
-        **read_rope(config),
     }
 
 
