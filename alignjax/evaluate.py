@@ -52,14 +52,25 @@ def table5() -> ModuleType:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; raise UserError if a number is below 1."""
     arguments = argument_parser().parse_args(argv)
-    for name in ("examples", "max_length", "microbatch_tokens", "slots"):
+    for name in ("examples", "max_length", "microbatch_tokens", "slots", "best_of"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
     about_files = arguments.columns != "{}" or arguments.on_bad_row != "error"
     if arguments.tasks is not None and about_files:
         raise UserError("--columns and --on_bad_row are for the files of --sets, not for --tasks")
+    check_best_of(arguments)
     return arguments
+
+
+def check_best_of(arguments: argparse.Namespace) -> None:
+    """Raise UserError unless --best_of and --reward are given together, and for --tasks."""
+    if arguments.tasks is None and (arguments.best_of > 1 or arguments.reward):
+        raise UserError("--best_of and --reward are for --tasks, not for --sets")
+    if arguments.best_of > 1 and not arguments.reward:
+        raise UserError(f"--best_of={arguments.best_of} needs a reward model: --reward RUN")
+    if arguments.reward and arguments.best_of == 1:
+        raise UserError(f"--reward {arguments.reward} needs --best_of N, with N above 1")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -70,6 +81,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add_models_and_data(parser)
     add_benchmark_options(parser)
+    add_best_of_options(parser)
     add_general_options(parser)
     return parser
 
@@ -133,6 +145,23 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=64,
         help="with --tasks: the number of responses decoded at once; default: 64",
+    )
+
+
+def add_best_of_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose among several responses."""
+    parser.add_argument(
+        "--best_of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --tasks: answer with the best of N responses under --reward, sampled as in PPO; "
+        "tasks that compare likelihoods stay as they are; default: 1",
+    )
+    parser.add_argument(
+        "--reward",
+        metavar="RUN",
+        help="with --best_of: the reward model, a run, a Hugging Face directory or hf://ORG/NAME",
     )
 
 

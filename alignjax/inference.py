@@ -197,6 +197,7 @@ class LoadedModel:
         responses: Sequence[str | list[int]],
         *,
         microbatch_tokens: int = 4096,
+        cut_beginning: bool = False,
     ) -> list[float]:
         """Return a reward model's score of each response to its prompt.
 
@@ -204,7 +205,8 @@ class LoadedModel:
         that its policy sampled, whose text may be encoded as other tokens. Text gets the ending
         that the model was trained to read. So do tokens with an end token, in its place; tokens
         without one are a response that was cut off, and are read as they are. About
-        `microbatch_tokens` tokens are read at once.
+        `microbatch_tokens` tokens are read at once. With `cut_beginning`, the beginning of a
+        sequence that is longer than `max_length` is not read.
 
         Raises UserError for a language model, and for sequences longer than `max_length`.
         """
@@ -218,7 +220,8 @@ class LoadedModel:
         sequences = []
         encoded_responses = self.encode_responses(prompts, responses)
         for prompt, response in zip(self.encode(prompts), encoded_responses, strict=True):
-            sequences.append(prompt + response)
+            sequence = prompt + response
+            sequences.append(sequence[-self.max_length :] if cut_beginning else sequence)
         longest = max(map(len, sequences), default=0)
         if longest > self.max_length:
             raise UserError(

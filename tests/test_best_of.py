@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax import best_of as command
-from alignjax import inference
+from alignjax import evaluate, inference
 from alignjax.config import Mesh, UserError
 from alignjax.evals import best_of
 from alignjax.machine import sharding
@@ -113,3 +113,43 @@ def test_the_command_writes_answers_and_their_figures(chain, tmp_path, capsys):
     (tmp_path / "other" / "file").write_text("kept")
     assert command.main([*options, "--out", str(tmp_path / "other")]) == 2
     assert "other: this directory holds files" in capsys.readouterr().err
+
+
+@pytest.fixture
+def evaluated(chain):
+    """Return the model of an evaluation that answers with the best of four."""
+    adapter = pytest.importorskip("alignjax.evals.adapter")
+    return adapter.AlignJax(
+        chain.runs / "sft-tiny", batch_size=8, best_of=N, reward=str(chain.runs / "rm-tiny")
+    )
+
+
+def test_an_evaluation_answers_with_the_best_of_its_candidates(evaluated, reward):
+    """A greedy task is sampled; the reward model reads the messages, not the rendered text."""
+    text = evaluated.apply_chat_template([{"role": "user", "content": PROMPTS[0]}])
+    tokens = evaluated.tok_encode(text)
+    settings = evaluated.response_settings({"until": ["\n"], "max_gen_toks": 10})
+    ((_, answer),) = evaluated.answers([text], [tokens], settings)
+    sampled = evaluated.best_of.settings(settings)
+    assert (sampled.samples, sampled.temperature, sampled.top_p) == (N, 1.0, 0.9)
+    ((_, own),) = evaluated.requests.candidates([tokens], sampled)
+    assert len({candidate.text for candidate in own}) > 1
+    scores = reward.score([PROMPTS[0]] * N, [candidate.text for candidate in own])
+    ended = [place for place in range(N) if not own[place].truncated] or range(N)
+    assert answer == own[max(ended, key=scores.__getitem__)].text
+    info = evaluated.get_model_info()
+    assert info["best_of"] == N and info["kl_at_most"] == best_of.kl_bound(N)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks", "world", "--best_of", "4"], "--best_of=4 needs a reward model: --reward RUN"),
+        (["--tasks", "world", "--reward", "x"], "--reward x needs --best_of N, with N above 1"),
+        (["--tasks", "world", "--best_of", "0", "--reward", "x"], "--best_of=0 must be at least 1"),
+        (["--sets", "toy/comparisons-clean", "--best_of", "4"], "are for --tasks, not for --sets"),
+    ],
+)
+def test_options_of_an_evaluation_that_make_no_choice_are_user_errors(arguments, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.parse_arguments(["--run", "x", *arguments])

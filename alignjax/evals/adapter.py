@@ -8,6 +8,7 @@ models from other packages. Add --apply_chat_template for a model that converses
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from alignjax import config as configs
 from alignjax import inference
 from alignjax.config import UserError
 from alignjax.data import chat_format, templates
+from alignjax.evals.best_of import BestOf, kl_bound
 from alignjax.evals.requests import Requests, ResponseSettings
 from alignjax.machine import console, sharding
 from alignjax.machine.compilation_cache import keep_programs
@@ -43,6 +45,8 @@ class AlignJax(TemplateLM):
       batch_size: the number of responses decoded at once.
       tokens: the number of tokens read at once.
       tensor: the size of the mesh's axis of that name.
+      best_of: above 1, the answer of a task in which the model writes is the best of so many.
+      reward: the reward model that chooses it.
       device, max_batch_size: ignored; the harness passes them to every model, for torch.
     """
 
@@ -56,6 +60,8 @@ class AlignJax(TemplateLM):
         max_length: int | None = None,
         chat_template: str = "",
         max_gen_toks: int | str = 256,
+        best_of: int | str = 1,
+        reward: str = "",
         device: Any = None,
         max_batch_size: Any = None,
     ):
@@ -75,6 +81,14 @@ class AlignJax(TemplateLM):
         self.requests = Requests(model, int(tokens), slots)
         # Rendered texts whose contents have control tokens, and what the tokenizer is to read.
         self.marked_texts: dict[str, str] = {}
+        self.conversations: dict[str, list[dict[str, str]]] = {}  # by their rendered text
+        self.reward = reward
+        self.best_of = None
+        if int(best_of) > 1:
+            if not reward:
+                raise UserError(f"best_of={best_of} needs a reward model: reward=RUN")
+            scorer = inference.load(reward, dtype=dtype, mesh=mesh)
+            self.best_of = BestOf(n=int(best_of), reward=scorer)
 
     @property
     def eot_token_id(self) -> int:
@@ -99,7 +113,15 @@ class AlignJax(TemplateLM):
             "run": self.run,
             "dtype": self.requests.model.architecture.dtype,
             "max_length": self.max_length,
+            **self.best_of_info(),
         }
+
+    def best_of_info(self) -> dict[str, Any]:
+        """Return how answers are chosen, {} if there is one response to a request."""
+        if self.best_of is None:
+            return {}
+        n = self.best_of.n
+        return {"best_of": n, "reward": self.reward, "kl_at_most": kl_bound(n)}
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -107,6 +129,8 @@ class AlignJax(TemplateLM):
         """Return messages as the text of the tokenizer's chat template."""
         controls = chat_format.controls_of(self.tokenizer)
         text = self.render(chat_history, add_generation_prompt)
+        if self.best_of:
+            self.conversations[text] = chat_history
         shielded = controls.shield_messages(chat_history)
         if shielded != chat_history:
             marked = controls.with_secrets(self.render(shielded, add_generation_prompt))
@@ -190,12 +214,31 @@ class AlignJax(TemplateLM):
             for members in groups.values():
                 prompts = [self.tok_encode(requests[number].args[0]) for number in members]
                 settings = self.response_settings(requests[members[0]].args[1])
-                for place, text in self.requests.responses(prompts, settings):
+                texts = [requests[number].args[0] for number in members]
+                for place, text in self.answers(texts, prompts, settings):
                     number = members[place]
                     results[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     progress.update()
         return results
+
+    def answers(
+        self, texts: list[str], prompts: list[list[int]], settings: ResponseSettings
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the number of each prompt, given as text and as tokens, and the answer to it."""
+        if self.best_of is None:
+            yield from self.requests.responses(prompts, settings)
+            return
+        settings = self.best_of.settings(settings)
+        for number, candidates in self.requests.candidates(prompts, settings):
+            yield number, self.best_of.choose(self.prompt_of(texts[number]), candidates)
+
+    def prompt_of(self, text: str) -> inference.Prompt:
+        """Return a prompt as the reward model reads it: its messages, or text as a user's turn."""
+        for rendered, messages in self.conversations.items():
+            if text.startswith(rendered) or rendered.rstrip() == text:
+                return messages
+        return text
 
     def response_settings(self, generation_kwargs: dict) -> ResponseSettings:
         """Translate a task's generation_kwargs; raise UserError for what is not supported."""

@@ -10,6 +10,7 @@ response that was cut off is taken only if all of them were: in PPO it would get
 `ppo.truncated_score` whatever it says. Nothing is trained, so it costs n times as much to answer.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,13 @@ from alignjax.algorithms import rewards
 from alignjax.config import UserError
 from alignjax.data import chat
 from alignjax.data.ends import replace_end
+from alignjax.evals.requests import Candidate, ResponseSettings
 from alignjax.inference import LoadedModel, Prompt, Response
 
 MICROBATCH_TOKENS = 4096  # that the reward model reads at once
+# As PPO samples: for tasks that are greedy otherwise, where all responses would be the same.
+TEMPERATURE = 1.0
+TOP_P = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +131,25 @@ def as_read_by(reward: LoadedModel, policy: LoadedModel, response: Response) -> 
         return response.tokens
     # The policy may have ends that the reward model does not know.
     return replace_end(response.tokens, [chat.end_token(reward.tokenizer)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOf:
+    """How the answers of an evaluation are chosen: the best of n under a reward model."""
+
+    n: int
+    reward: LoadedModel
+
+    def settings(self, settings: ResponseSettings) -> ResponseSettings:
+        """Return the settings for the candidates; those of a greedy task are PPO's."""
+        if settings.temperature == 0:
+            settings = dataclasses.replace(settings, temperature=TEMPERATURE, top_p=TOP_P)
+        return dataclasses.replace(settings, samples=self.n)
+
+    def choose(self, prompt: Prompt, candidates: Sequence[Candidate]) -> str:
+        """Return the text of the best response; of a long prompt the end is read."""
+        texts = [candidate.text for candidate in candidates]
+        scores = self.reward.score([prompt] * len(texts), texts, cut_beginning=True)
+        truncated = np.array([[candidate.truncated for candidate in candidates]])
+        (best,) = best_places(np.array([scores]), truncated)
+        return texts[best]

@@ -38,6 +38,13 @@ class Likelihood(NamedTuple):
     is_greedy: bool  # each of its tokens is the most probable one
 
 
+class Candidate(NamedTuple):
+    """A response to a prompt."""
+
+    text: str  # up to the first stop string
+    truncated: bool  # neither a stop string nor an end token within the most tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResponseSettings:
     """How to respond to prompts. Temperature 0 is greedy."""
@@ -46,6 +53,7 @@ class ResponseSettings:
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
+    samples: int = 1  # responses to each prompt
 
 
 class Requests:
@@ -127,7 +135,14 @@ class Requests:
     def responses(
         self, prompts: Sequence[Sequence[int]], settings: ResponseSettings
     ) -> Iterator[tuple[int, str]]:
-        """Yield the number of each prompt (tokens) and the text of the response to it.
+        """Yield the number of each prompt (tokens) and the text of the response to it."""
+        for number, candidates in self.candidates(prompts, settings):
+            yield number, candidates[0].text
+
+    def candidates(
+        self, prompts: Sequence[Sequence[int]], settings: ResponseSettings
+    ) -> Iterator[tuple[int, list[Candidate]]]:
+        """Yield the number of each prompt (tokens) and all responses to it.
 
         A response ends before the first stop string, at an end token, or after
         `settings.max_tokens` tokens. A prompt that leaves no room for these loses its beginning.
@@ -146,17 +161,18 @@ class Requests:
 
     def family_responses(
         self, prompts: list[Tokens], family: Family, settings: ResponseSettings
-    ) -> Iterator[tuple[int, str]]:
+    ) -> Iterator[tuple[int, list[Candidate]]]:
         """Yield the responses to the prompts of a family."""
         prefix = self.read_prefix(prompts[family.members[0]][: family.shared])
         rests = {number: prompts[number][family.shared :] for number in family.members}
         lengths = {number: len(rest) for number, rest in rests.items()}
-        most = min(PROMPTS_PER_SLOT * self.slots, round_up(len(rests)))
-        for members in group_by_length(lengths, most, self.slots):
+        prompts_at_once = -(-self.slots // settings.samples)
+        most = min(PROMPTS_PER_SLOT * prompts_at_once, round_up(len(rests)))
+        for members in group_by_length(lengths, most, prompts_at_once):
             part = {number: rests[number] for number in members}
-            texts = self.answer(part, most, prefix, settings)
-            for number, text in zip(members, texts, strict=True):
-                yield number, stops.cut_at_stop(text, settings.stop_strings)
+            responses = self.answer(part, most, prefix, settings)
+            for place, number in enumerate(members):
+                yield number, responses[place * settings.samples : (place + 1) * settings.samples]
 
     def answer(
         self,
@@ -164,22 +180,23 @@ class Requests:
         most: int,
         prefix: Prefix | None,
         settings: ResponseSettings,
-    ) -> list[str]:
-        """Return responses to {number: prompt after the prefix}, which include stop strings.
+    ) -> list[Candidate]:
+        """Return responses to {number: prompt after the prefix}, those to a prompt adjacent.
 
         `most` is the number of rows that the compiled program has.
         """
         # If all responses are as long, the slots are filled in so many rounds; each round then
         # gets equally many prompts.
-        rounds = -(-len(prompts) // self.slots)
+        count = len(prompts) * settings.samples
+        rounds = -(-count // self.slots)
         sampling = SamplingSettings(
             model=dataclasses.replace(self.model.architecture),  # a copy: jit keeps it as a key
-            samples_per_prompt=1,
+            samples_per_prompt=settings.samples,
             response_length=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
             end_tokens=self.model.ends,
-            slots=round_up(-(-len(prompts) // rounds)),
+            slots=round_up(-(-count // rounds)),
         )
         ids = self.model.generate_tokens(
             list(prompts.values()),
@@ -190,7 +207,14 @@ class Requests:
             stops=self.stop_table(settings.stop_strings),
             prefix=prefix,
         )
-        return [self.model.text_of(tokens) for tokens in ids]
+        return [self.candidate(tokens, settings.stop_strings) for tokens in ids]
+
+    def candidate(self, tokens: np.ndarray, stop_strings: tuple[str, ...]) -> Candidate:
+        """Return the response that these tokens are."""
+        whole = self.model.text_of(tokens)
+        text = stops.cut_at_stop(whole, stop_strings)
+        has_ended = text != whole or int(tokens[-1]) in self.model.ends
+        return Candidate(text=text, truncated=not has_ended)
 
     def read_prefix(self, tokens: Tokens) -> Prefix | None:
         """Read what all members of a family begin with."""

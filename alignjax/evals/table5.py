@@ -31,6 +31,7 @@ from alignjax.config import UserError, nearest
 from alignjax.evals import calibration, published_figures, registry
 from alignjax.evals.adapter import AlignJax
 from alignjax.evals.benchmark import Benchmark, Figure
+from alignjax.evals.best_of import kl_bound
 from alignjax.machine import console, jsonl, output_directories, outputs
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
@@ -73,7 +74,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     Errors that only a loaded model can show come when it is loaded.
     """
     subjects = parse_tasks(arguments.tasks)
-    directories = result_directories(arguments.run, arguments.out)
+    name = "benchmarks" if arguments.best_of == 1 else f"benchmarks-best-of-{arguments.best_of}"
+    directories = result_directories(arguments.run, arguments.out, name)
     for directory in directories.values():
         output_directories.check_directory(
             directory,
@@ -130,16 +132,16 @@ def table_columns(names: list[str], shots: str) -> list[Column]:
     return columns
 
 
-def result_directories(specs: list[str], out: str | None) -> dict[str, Path]:
+def result_directories(specs: list[str], out: str | None, name: str) -> dict[str, Path]:
     """Return where the results of each model go.
 
     With --out, they go there, or for several models into directories there. Without it, they go
-    to DIR/benchmarks of a run.
+    to the directory `name` of a run.
     """
     if out is None:
         for spec in specs:
             check_local_run(spec)
-        return {spec: Path(spec) / "benchmarks" for spec in specs}
+        return {spec: Path(spec) / name for spec in specs}
     if len(specs) == 1:
         return {specs[0]: Path(out)}
     return {spec: Path(out) / directory_name(spec) for spec in specs}
@@ -193,10 +195,17 @@ def evaluate_model(
         dtype=arguments.dtype,
         tokens=arguments.microbatch_tokens or MICROBATCH_TOKENS,
         max_length=arguments.max_length,
+        best_of=arguments.best_of,
+        reward=arguments.reward or "",
     )
     run_directory = language_model_directory(spec)
     chat = uses_chat_template(arguments.template, run_directory, model.tokenizer, spec)
     say(f"{spec}: {len(groups)} groups of tasks, {'with' if chat else 'without'} the chat template")
+    if model.best_of:
+        say(
+            f"{spec}: what it writes is the best of {arguments.best_of} under {arguments.reward}, "
+            f"a KL of at most {kl_bound(arguments.best_of):.2f} nats a response"
+        )
     output_directories.claim_directory(directory, COMMAND)
     results = lm_eval.simple_evaluate(
         model,
@@ -250,15 +259,21 @@ def fingerprint(spec: str, model: AlignJax) -> str:
 
     With it, answers that were kept from another checkpoint or type are not taken for these.
     """
-    directory = locations.local_directory(spec)
-    step = checkpoint.newest(directory).name if locations.is_run(directory) else ""
     facts = [
-        str(directory.absolute()),
-        step,
+        *checkpoint_of(spec),
         model.requests.model.architecture.dtype,
         model.max_length,
     ]
+    if model.best_of:
+        facts += [model.best_of.n, *checkpoint_of(model.reward)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def checkpoint_of(spec: str) -> list[str]:
+    """Return the directory of a model and, of a run, its newest step."""
+    directory = locations.local_directory(spec)
+    step = checkpoint.newest(directory).name if locations.is_run(directory) else ""
+    return [str(directory.absolute()), step]
 
 
 @contextlib.contextmanager
