@@ -50,7 +50,6 @@ from alignjax.runs.records import Records
 from alignjax.runs.tokenizers import choose_tokenizer
 from alignjax.weights import locations
 from alignjax.weights.imported import inherit
-from alignjax.weights.locations import is_config
 
 __all__ = ["fit", "main", "parent_of"]
 
@@ -186,7 +185,9 @@ def run(
     if is_complete(config, workdir):
         session.say(f"{config.name}: complete, in {workdir}")
     else:
-        if config.stage == "ppo" and any(map(is_config, config.parents.values())):
+        if config.stage == "ppo" and any(
+            map(configs.is_config_file, configs.parent_specs(config).values())
+        ):
             # Parents may train for hours before the run itself finds a mistake in such code.
             ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
@@ -311,19 +312,20 @@ def prepare_parents(config: Config, workdir: Path, session: Session) -> dict[str
     seed, the mesh and the model of its child.
     """
     parents = {}
-    for role, spec in config.parents.items():
-        if not is_config(spec):
+    specs = configs.parent_specs(config)
+    for role, spec in specs.items():
+        if not configs.is_config_file(spec):
             parents[role] = locations.local_directory(spec)
             check_parent(config, role, spec, parents[role])
     complete = {}  # spec -> directory: several roles may have one parent
-    for role, spec in config.parents.items():
-        if is_config(spec):
+    for role, spec in specs.items():
+        if configs.is_config_file(spec):
             if spec not in complete:
                 complete[spec] = run_parent(config, spec, workdir, session)
             parents[role] = complete[spec]
             check_parent(config, role, spec, parents[role])
     check_same_parents(workdir, parents)
-    return {role: parents[role] for role in config.parents}
+    return {role: parents[role] for role in specs}
 
 
 def run_parent(config: Config, spec: str, workdir: Path, session: Session) -> Path:

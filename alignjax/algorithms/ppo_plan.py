@@ -15,15 +15,16 @@ from alignjax.algorithms.lm import TextMicrobatch
 from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
 from alignjax.algorithms.ppo_data import PretrainingText, PromptData, pretraining_rows
 from alignjax.algorithms.ppo_programs import (
-    ROLE_HEADS,
     Programs,
     TrainedRoles,
+    head_of,
     rollout_mesh,
     unchanged,
 )
+from alignjax.algorithms.rewards import planned_readers
 from alignjax.algorithms.stage import Loops, Program
 from alignjax.algorithms.supervised import abstract_total, distinct_shapes
-from alignjax.config import Config
+from alignjax.config import Config, reward_table
 from alignjax.data import ladders, packing
 from alignjax.data.ladders import Rungs
 from alignjax.machine import sharding
@@ -145,6 +146,7 @@ class PlannedPrograms:
             function=self.compiled.make_experience,
             arguments=(
                 self.state["stats"],
+                self.state.get("source_stats", {}),
                 self.rollout,
                 self.reading,
                 self.state.get("kl_control"),
@@ -277,7 +279,7 @@ def abstract_reading(config: Config, mesh: Mesh) -> Reading:
         entropy=tokens,
         ref_logprobs=tokens,
         values=tokens if configs.has_value(config) else None,
-        scores=tokens[:, 0],
+        scores=dict.fromkeys(reward_table(config), tokens[:, 0]),
     )
     return sharding.abstract_batch(reading, mesh)
 
@@ -305,7 +307,7 @@ def trained_shapes(part: TrainState | dict) -> dict:
 def frozen_shapes(config: Config, mesh: Mesh, role: str) -> dict:
     """Return the shapes of a frozen role; with adapters, of those alone: the base is shared."""
     ppo = config.ppo
-    shapes = roles.abstract_trained(config.model, ROLE_HEADS[role], mesh, config.lora)
+    shapes = roles.abstract_trained(config.model, head_of(role), mesh, config.lora)
     if config.lora.rank:
         return shapes
     return roles.abstract_frozen(config.model, shapes, ppo.frozen_dtype, ppo.frozen_memory)
@@ -320,8 +322,8 @@ def resident_shapes(config: Config, mesh: Mesh, trained: TrainedRoles) -> dict[s
     """Return, by name, the shapes of the state, the frozen roles and the experience of a step."""
     shapes = {role: trained.abstract_state[role] for role in configs.trained_roles(config)}
     shapes["reference"] = frozen_shapes(config, mesh, "reference")
-    if "reward" in config.parents:  # its architecture is taken to be that of the others
-        shapes["reward"] = frozen_shapes(config, mesh, "reward")
+    for reader in planned_readers(config):
+        shapes[reader.role] = frozen_shapes(config, mesh, reader.role)
     if config.lora.rank:
         shapes["base"] = distinct_leaves(trained.abstract_bases)
     shapes["experience"] = abstract_experience(config, mesh)
