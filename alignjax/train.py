@@ -34,6 +34,7 @@ from alignjax.machine.precision import products_of
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals, watch_for_preemption, watch_lifeline
 from alignjax.models import attention
+from alignjax.planning import remat
 from alignjax.runs import advice, record_checks, records, tracker
 from alignjax.runs import log as run_log
 from alignjax.runs.claim import (
@@ -49,7 +50,6 @@ from alignjax.runs.records import Records
 from alignjax.runs.tokenizers import choose_tokenizer
 from alignjax.weights import locations
 from alignjax.weights.imported import inherit
-from alignjax.weights.locations import is_config
 
 __all__ = ["fit", "main", "parent_of"]
 
@@ -185,7 +185,9 @@ def run(
     if is_complete(config, workdir):
         session.say(f"{config.name}: complete, in {workdir}")
     else:
-        if config.stage == "ppo" and any(map(is_config, config.parents.values())):
+        if config.stage == "ppo" and any(
+            map(configs.is_config_file, configs.parent_specs(config).values())
+        ):
             # Parents may train for hours before the run itself finds a mistake in such code.
             ppo_plugins.try_before_parents(config, session.say)
         parents = prepare_parents(config, workdir, session)
@@ -205,6 +207,7 @@ def train(
 ) -> None:
     """Train, evaluate and write the summary of a run whose parents are complete."""
     attention.check(config.model)
+    resolve_remat(config, workdir, mesh, session.say)
     tokenizer = choose_tokenizer(config, workdir, parents, session.say)
     phases = Phases(config.name, profile, workdir / "profile", session.say)
     imported = inherit(workdir, parents)
@@ -248,6 +251,21 @@ def train(
             outputs.write_text(workdir / "responses.jsonl", jsonl.dumps(evaluation.rows))
         write_summary(config, workdir, stage, evaluation.figures)
     processes.wait_for_all("summary")
+
+
+def resolve_remat(
+    config: Config, workdir: Path, mesh: jax.sharding.Mesh, say: Callable[[str], None]
+) -> None:
+    """Give `model.remat="auto"` its level: that of the run if it resumes, or the one that fits."""
+    if config.model.remat != remat.AUTO:
+        return
+    if (workdir / "config.json").exists():
+        config.model.remat = locations.read_config(workdir)["model.remat"]
+        say(f"{config.name}: remat: {config.model.remat}, as when the run began")
+        return
+    choice = remat.choose_here(config, mesh)
+    config.model.remat = choice.level
+    say(f"{config.name}: {choice}")
 
 
 def check_figures(config: Config, figures: dict[str, float]) -> None:
@@ -294,19 +312,20 @@ def prepare_parents(config: Config, workdir: Path, session: Session) -> dict[str
     seed, the mesh and the model of its child.
     """
     parents = {}
-    for role, spec in config.parents.items():
-        if not is_config(spec):
+    specs = configs.parent_specs(config)
+    for role, spec in specs.items():
+        if not configs.is_config_file(spec):
             parents[role] = locations.local_directory(spec)
             check_parent(config, role, spec, parents[role])
     complete = {}  # spec -> directory: several roles may have one parent
-    for role, spec in config.parents.items():
-        if is_config(spec):
+    for role, spec in specs.items():
+        if configs.is_config_file(spec):
             if spec not in complete:
                 complete[spec] = run_parent(config, spec, workdir, session)
             parents[role] = complete[spec]
             check_parent(config, role, spec, parents[role])
     check_same_parents(workdir, parents)
-    return {role: parents[role] for role in config.parents}
+    return {role: parents[role] for role in specs}
 
 
 def run_parent(config: Config, spec: str, workdir: Path, session: Session) -> Path:

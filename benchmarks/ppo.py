@@ -87,7 +87,7 @@ class Iterations:
             config,
             lambda step: np.full(config.data.batch, config.data.max_length),
             sharding.row_shards(self.mesh),
-            None,
+            behind=0,
         )
         policy = shapes.parameters(config.model, "lm", 0)
         value = shapes.parameters(config.model, "scalar", 1)
@@ -109,7 +109,7 @@ class Iterations:
         rollout = self.stage.sample(params["policy"], batch, self.step, Phases())
         marks.append(time_after(rollout))
         minibatches = self.stage.pack(batch, rollout)
-        scored = self.stage.score(params, self.state["stats"], rollout, minibatches)
+        scored = self.stage.score(params, self.state, rollout, minibatches)
         marks.append(time_after(scored.experience))
         state = {**self.state, "stats": scored.stats}
         self.state, _ = self.stage.learn(state, scored.experience, minibatches, self.step)

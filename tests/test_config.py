@@ -85,7 +85,7 @@ CHOICES = {
     "model.activation": "'silu', 'gelu_tanh'",
     "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
     "model.dtype": "'float32', 'bfloat16'",
-    "model.remat": "'nothing', 'everything', 'dots'",
+    "model.remat": "'nothing', 'everything', 'dots', 'auto'",
     "model.attention": "'auto', 'xla', 'triton', 'cudnn', 'splash'",
     "optimiser.schedule": "'constant', 'cosine'",
     "value_optimiser.schedule": "'constant', 'cosine'",

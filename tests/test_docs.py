@@ -359,7 +359,9 @@ def test_functions_classes_and_fields_that_a_page_names_exist(path):
         if name.partition(".")[0] in groups and not name.endswith(FILE_TYPES):
             assert name in known, name
     for name in re.findall(r"--config\.([\w.]+)=", path.read_text()):
-        assert name in fields or name.startswith(("parents.", "data.columns.")), name
+        assert name in fields or name.startswith(("parents.", "data.columns.", "ppo.rewards.")), (
+            name
+        )
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

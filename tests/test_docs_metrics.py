@@ -17,6 +17,11 @@ PLACEHOLDERS = ("SET", "NAME", "X")
 
 # What settings that the chain does not have would write.
 NOT_IN_THE_CHAIN = {
+    "objective/rewards/NAME",
+    "objective/rewards_std/NAME",
+    "reward/running_mean/NAME",
+    "reward/running_std/NAME",
+    "score/NAME",
     "phases/NAME",
     "objective/kl_coef",
     "objective/frac_zero_std",

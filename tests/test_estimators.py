@@ -320,7 +320,7 @@ def test_each_kl_estimate_has_the_gradient_that_its_docstring_says():
 def test_the_kl_in_the_loss_is_not_in_the_rewards():
     old = jnp.asarray(OLD)
     reading = Reading(
-        logprobs=old, entropy=old, ref_logprobs=jnp.asarray(REF), values=None, scores=old[:, 0]
+        logprobs=old, entropy=old, ref_logprobs=jnp.asarray(REF), values=None, scores={}
     )
     mask = jnp.asarray(MASK)
     in_loss = PPO(kl_in="loss", kl_estimator="k3", kl_coef=0.5)

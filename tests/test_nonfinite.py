@@ -261,9 +261,9 @@ def test_a_rollout_that_is_not_finite_moves_nothing(chain, tmp_path, monkeypatch
     """The logits of the policy are not finite in step 1, and a score in step 2."""
     make_experience = experience_making.make_experience
 
-    def without_truncation(config, stats, rollout, reading, kl_control):
+    def without_truncation(config, stats, source_stats, rollout, reading, kl_control):
         rollout = dataclasses.replace(rollout, truncated=rollout.truncated & False)
-        return make_experience(config, stats, rollout, reading, kl_control)
+        return make_experience(config, stats, source_stats, rollout, reading, kl_control)
 
     monkeypatch.setattr(experience_making, "make_experience", without_truncation)
     monkeypatch.setattr(Calls, "count", 0)

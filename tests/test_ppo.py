@@ -128,7 +128,7 @@ class World:
         """Return the rollout scored by the roles."""
         return self.stage.score(
             params or self.params,
-            RunningStats.zero(),
+            self.state,
             rollout or self.rollout,
             self.minibatches,
         )
@@ -502,7 +502,9 @@ def one_by_one(world):
                 entropy=entropy[before],
                 ref_logprobs=own_logprobs,
                 values=values[before],
-                scores=score(params["reward"], row[None], np.array([prompt + length]))[0],
+                scores={
+                    "reward": score(params["reward"], row[None], np.array([prompt + length]))[0]
+                },
             )
         )
     return readings
@@ -513,20 +515,21 @@ def test_a_reading_is_each_responses_own(world, one_by_one, budget):
     packed = World(make(budget))
     tokens = jnp.full((16, RESPONSE_LENGTH), -7.0)
     names = ("logprobs", "entropy", "ref_logprobs", "values")
-    reading = Reading(**{name: tokens.copy() for name in names}, scores=tokens[:, 0].copy())
+    reading = Reading(
+        **{name: tokens.copy() for name in names}, scores={"reward": tokens[:, 0].copy()}
+    )
     for microbatch in packed.pack(FIRST_MINIBATCH):
         reading = packed.stage.compiled.read(packed.params, packed.rollout, reading, microbatch)
     for i, alone in enumerate(one_by_one):
         length = len(alone.logprobs)
         if i not in FIRST_MINIBATCH:  # left as it was
             assert (np.asarray(reading.values)[i] == -7).all()
-            assert reading.scores[i] == -7
+            assert reading.scores["reward"][i] == -7
             continue
         for name in names:
             figures = np.asarray(getattr(reading, name))[i, :length]
             np.testing.assert_allclose(figures, getattr(alone, name), atol=2e-5)
-        # The reward model's score is added to what was there.
-        np.testing.assert_allclose(reading.scores[i] + 7, alone.scores, atol=2e-5)
+        np.testing.assert_allclose(reading.scores["reward"][i], alone.scores["reward"], atol=2e-5)
 
 
 def test_tokens_before_a_prompt_and_after_an_end_are_never_read(packed_world):
@@ -689,8 +692,8 @@ def test_the_self_check_stops_at_each_fault_with_its_figure(world):
 
     with pytest.raises(UserError, match="ratio - 1"):
         check(compiled=dataclasses.replace(world.stage.compiled, policy_gradient=drifting))
-    scores = scored.responses["score"].at[CHECKED_RESPONSES - 1].add(0.5)
-    wrong_score = dataclasses.replace(scored, responses=scored.responses | {"score": scores})
+    scores = scored.scores["reward"].at[CHECKED_RESPONSES - 1].add(0.5)
+    wrong_score = dataclasses.replace(scored, scores={"reward": scores})
     with pytest.raises(UserError, match="when its row's pads and neighbours change is 0.5"):
         check(scored=wrong_score)
 

@@ -14,9 +14,9 @@ from runs import command
 from test_rewards import ROWS
 
 from alignjax import train
-from alignjax.algorithms import estimators, plugins, reward_functions
+from alignjax.algorithms import estimators, plugins, reward_functions, reward_sources
 from alignjax.algorithms.reward_functions import FunctionReward
-from alignjax.config import PPO, UserError
+from alignjax.config import PPO, Config, UserError
 from alignjax.data import files, formats
 from alignjax.machine import console, failures, processes
 
@@ -43,7 +43,7 @@ def module(tmp_path, monkeypatch):
 
 def reward_of(function, columns=("answer", "level")) -> FunctionReward:
     keywords = reward_functions.choose_keywords(function, list(columns))
-    return FunctionReward(spec="m:f", function=function, weight=1.0, keywords=keywords)
+    return FunctionReward(field="ppo.reward_fn", spec="m:f", function=function, keywords=keywords)
 
 
 def returning(result) -> FunctionReward:
@@ -263,7 +263,7 @@ def test_a_function_that_does_not_accept_its_arguments_is_one_line(module, sourc
     ppo = PPO(reward_fn=module(source))
     expected = f"ppo.reward_fn={ppo.reward_fn}: .*{message}.*sums.jsonl:1"
     with pytest.raises(UserError, match=expected):
-        reward_functions.load(ppo, ROWS)
+        reward_functions.load("ppo.reward_fn", ppo.reward_fn, ROWS)
 
 
 # -------------------------------------------------------------------------------- how it may fail
@@ -276,7 +276,7 @@ def test_an_exception_names_the_row_and_shows_the_users_own_frames(module):
         "def reward(prompts, responses, **columns):\n"
         "    return [helper(response) for response in responses]\n"
     )
-    function = reward_functions.load(PPO(reward_fn=spec), ROWS)
+    function = reward_functions.load("ppo.reward_fn", spec, ROWS)
     with pytest.raises(UserError) as caught:
         function(ROWS[::-1], RESPONSES)
     assert str(caught.value) == (
@@ -291,7 +291,7 @@ def test_an_exception_names_the_row_and_shows_the_users_own_frames(module):
 
 def test_an_exception_of_all_rows_together_names_the_first(module):
     spec = module("def reward(prompts, responses, **columns):\n    return 1 / (len(prompts) - 2)\n")
-    function = reward_functions.load(PPO(reward_fn=spec), ROWS)
+    function = reward_functions.load("ppo.reward_fn", spec, ROWS)
     with pytest.raises(UserError, match="for 2 responses, the first to the prompt of sums.jsonl:1"):
         function(ROWS, RESPONSES)
 
@@ -323,7 +323,7 @@ def test_whatever_a_function_raises_is_an_error_of_it(module, body, message):
         f"def reward(prompts, responses, **columns):\n    {body}\n"
     )
     with pytest.raises(UserError, match=f"{spec}: {message}") as caught:
-        reward_functions.load(PPO(reward_fn=spec), ROWS)(ROWS, RESPONSES)
+        reward_functions.load("ppo.reward_fn", spec, ROWS)(ROWS, RESPONSES)
     assert "\n" not in str(caught.value)
     assert "alignjax/" not in caught.value.details and "json/" not in caught.value.details
     assert ("cause" in caught.value.details) == ("cause" in body)
@@ -344,7 +344,8 @@ def test_the_trial_has_a_prompts_number_of_responses_the_empty_one_first(module)
         "    calls.append((len(prompts), responses, columns))\n"
         "    return [0.0] * len(responses)\n"
     )
-    reward_functions.load_and_try(PPO(reward_fn=spec, samples_per_prompt=3), ROWS[:1], ROWS[1:])
+    config = Config(ppo=PPO(reward_fn=spec, samples_per_prompt=3))
+    reward_sources.load_and_try(config, ROWS[:1], ROWS[1:])
     calls = sys.modules[spec.partition(":")[0]].calls
     assert calls == [
         (3, ["", "2 + 2", ""], {"answer": ["4"] * 3, "level": [None] * 3}),

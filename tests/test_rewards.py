@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alignjax import config as configs
-from alignjax.algorithms import reward_functions, rewards
+from alignjax.algorithms import reward_sources, rewards
 from alignjax.config import Model, UserError
 from alignjax.data import chat, toy
 from alignjax.machine import sharding
@@ -147,27 +147,29 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(
         rewards.roles, "load_trained", lambda model, head, mesh, path: made[path.name]
     )
+    same = {"reward": tmp_path / "same"}
+    reads_text = {"reward": tmp_path / "other"}
     with jax.set_mesh(mesh):
-        reward = rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
-        assert (
-            set(reward.params) == {"reward"}
-            and reward.text_rewards == []
-            and reward.model.vocab_size == 520
-        )
-        reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy)
+        reward = rewards.build(config, mesh, same, policy, {})
+        (reader,) = reward.readers
+        assert set(reward.params) == {"reward"} and reward.text_rewards == {}
+        assert reader.model.vocab_size == 520 and reader.ending == (chat.end_token(policy),)
+        ends = reader.ending
+        assert rewards.build(config, mesh, same, policy, {}, ends).readers[0].ending is None
+        reward = rewards.build(config, mesh, reads_text, policy, {})
         alone = text_reward(other, made["other"], mesh, 72, 4096)(ROWS, ["4", "y"])
-        np.testing.assert_allclose(reward.score_texts(ROWS, ["4", "y"]), 0.5 * alone, rtol=1e-6)
-        config.ppo.reward_fn, config.ppo.reward_fn_weight = "configs.arithmetic:reward", 3.0
-        function = reward_functions.load(config.ppo, ROWS)
-        reward = rewards.build(config, mesh, {"reward": tmp_path / "other"}, policy, function)
-        np.testing.assert_allclose(
-            reward.score_texts(ROWS, ["4", "y"]), 0.5 * alone + [3.0, 0.0], rtol=1e-6
-        )
-        reward = rewards.build(config, mesh, {}, policy, function)
-        assert reward.params == {} and reward.score_texts(ROWS, ["5", "1000"]).tolist() == [
-            0.0,
-            3.0,
-        ]
+        np.testing.assert_allclose(reward.score_texts(ROWS, ["4", "y"])["reward"], alone, rtol=1e-6)
+        config.ppo.reward_fn = "configs.arithmetic:reward"
+        functions = reward_sources.load_and_try(config, ROWS, [])
+        reward = rewards.build(config, mesh, reads_text, policy, functions)
+        assert reward.readers == () and list(reward.text_rewards) == ["function", "reward"]
+        assert reward.score_texts(ROWS, ["4", "y"])["function"].tolist() == [1.0, 0.0]
+        del config.parents["reward"]
+        reward = rewards.build(config, mesh, {}, policy, functions)
+        assert reward.params == {}
+        assert reward.score_texts(ROWS, ["5", "1000"])["function"].tolist() == [0.0, 1.0]
+    config.parents["reward"] = "rm.py"
+    config.ppo.reward_fn = ""
     (tmp_path / "same" / "config.json").write_text(
         json.dumps(
             json.loads((tmp_path / "same" / "config.json").read_text()) | {"model.max_length": 20}
@@ -176,7 +178,7 @@ def test_who_reads_tokens_and_who_reads_text(tokenizers, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="ppo.response_length=36 is over max_length=20 of the reward model"
     ):
-        rewards.build(config, mesh, {"reward": tmp_path / "same"}, policy)
+        rewards.build(config, mesh, same, policy, {})
 
 
 def test_a_prompt_that_the_reward_models_template_refuses_is_named_before_the_first_step(
@@ -190,7 +192,7 @@ def test_a_prompt_that_the_reward_models_template_refuses_is_named_before_the_fi
     model = text_reward(own, {}, None, 16, 64)
     system = [{"role": "system", "content": "Be brief."}, *ROWS[0]["prompt"]]
     rows = [ROWS[0], {"prompt": system, "where": "mine.jsonl:2"}]
-    reward = rewards.Reward(model=MODEL, params={}, text_rewards=[model])
+    reward = rewards.Rewards(params={}, text_rewards={"reward": model})
     reward.check_prompts(rows[:1])
     with pytest.raises(UserError, match="^mine.jsonl:2: chat template of .*: no system"):
         reward.check_prompts(rows)

@@ -1,5 +1,6 @@
 """A reward model is read where it was trained to be read, ours by transformers as well."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -177,11 +178,12 @@ def test_in_ppo_the_reward_model_reads_its_own_ending_and_no_other_role_does(wor
     """Packed with others it scores as alone; what the other roles read is as without it."""
     rollout = world.rollout
     lengths = np.asarray(rollout.lengths)
-    minibatches = Minibatches(world.config, MESH, world.prompt_lengths, lengths, ending)
-    read = jax.jit(
-        functools.partial(experience.read_roles, world.config, world.config.model, ending=ending)
-    )
-    reading = experience.empty_reading(rollout, None, MESH)
+    (usual_reader,) = world.stage.readers
+    reader = dataclasses.replace(usual_reader, ending=ending)
+    behind = experience.tokens_behind((reader,))
+    minibatches = Minibatches(world.config, MESH, world.prompt_lengths, lengths, behind)
+    read = jax.jit(functools.partial(experience.read_roles, world.config, (reader,)))
+    reading = experience.empty_reading(rollout, {}, ["reward"], MESH)
     for microbatch in sum(minibatches.first_epoch, []):
         reading = read(world.params, rollout, reading, microbatch)
     usual = world.scored.experience
@@ -200,7 +202,7 @@ def test_in_ppo_the_reward_model_reads_its_own_ending_and_no_other_role_does(wor
         alone.append([*prompt, *content, *rest])
     model = types.SimpleNamespace(architecture=world.config.model, params=world.params["reward"])
     expected = [score_alone(model, tokens) for tokens in alone]
-    np.testing.assert_allclose(reading.scores, expected, atol=2e-5)
+    np.testing.assert_allclose(reading.scores["reward"], expected, atol=2e-5)
     assert not np.asarray(rollout.truncated).all() and len(minibatches.first_epoch[0]) > 1
 
 

@@ -6,6 +6,7 @@ rewards, advantages and returns. In shapes, `responses` counts the responses of 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import jax
@@ -42,9 +43,29 @@ class ResponseMicrobatch:
     # 1 / tokens of the minibatch on targets, 0 on padding: they sum to 1 over the minibatch.
     weights: Float[Array, "shards targets"]
     members: Int[Array, " members"]
-    ends: Int[Array, " members"]  # places in the flattened rows where scores are read
+    # Places in the flattened rows of the last token of each member, or of the last of those behind
+    # it that only reward models read.
+    ends: Int[Array, " members"]
     # Place of each token of a member in the flattened targets.
     source: Int[Array, "members tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReward:
+    """A reward model that reads the policy's own tokens."""
+
+    name: str  # of its score
+    role: str  # of its parameters
+    model: Model  # its architecture, which may be another than the policy's
+    ending: Ending = None  # of what it reads
+
+
+TokenRewards = tuple[TokenReward, ...]
+
+
+def tokens_behind(readers: TokenRewards) -> int:
+    """Return how many tokens behind a response need room: what the longest ending has there."""
+    return max((closing_length(reader.ending) for reader in readers), default=0)
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +77,7 @@ class Reading:
     entropy: Float[Array, "responses tokens"]  # of the policy
     ref_logprobs: Float[Array, "responses tokens"]
     values: Float[Array, "responses tokens"] | None  # before each token; None: no value model
-    scores: Float[Array, " responses"]  # of the reward model and of text-based rewards
+    scores: dict[str, Float[Array, " responses"]]  # raw, by the name of their source
 
 
 @jax.tree_util.register_dataclass
@@ -82,10 +103,13 @@ class ScoredRollout:
 
     experience: Experience
     stats: RunningStats  # with the scores of this rollout
+    source_stats: dict[str, RunningStats]  # of the scores of each entry of `ppo.rewards`
+    scores: dict[str, Float[Array, " responses"]]  # raw, by the name of their source
     kl_control: KLControl | None = None  # for the next rollout; None: `ppo.kl_coef` is fixed
     metrics: Metrics
-    # score, kl, entropy, length, truncated, each [responses]; log_ratio [responses tokens], the
-    # log-probability of the policy less that of the reference.
+    # score, kl, entropy, length, truncated, and score/NAME of each entry of `ppo.rewards`, each
+    # [responses]; log_ratio [responses tokens], the log-probability of the policy less that of
+    # the reference.
     responses: dict[str, jax.Array]
 
 
@@ -120,13 +144,13 @@ def pack_minibatch(
     lengths: np.ndarray,
     responses: np.ndarray,
     row_shards: int,
-    ending: Ending = None,
+    behind: int = 0,
     ladder: packing.Ladder = packing.fine,
 ) -> list[ResponseMicrobatch]:
     """Pack the responses of a minibatch into microbatches, as host arrays.
 
-    Behind a response there is room for the tokens that only the reward model reads. No token of
-    the prompt or the response sees them, so the other roles read as if they were not there.
+    Behind a response there is room for the tokens that only reward models read. No token of the
+    prompt or the response sees them, so the other roles read as if they were not there.
 
     Args:
       config: its lengths and `microbatch_tokens` decide on the shapes.
@@ -134,15 +158,14 @@ def pack_minibatch(
       lengths: of all responses of the rollout.
       responses: numbers of the minibatch's responses.
       row_shards: devices that the rows of a microbatch lie over.
-      ending: of what the reward model reads, see `Ending`.
+      behind: tokens that only reward models read, see `tokens_behind`.
       ladder: the shapes of microbatches.
     """
     response_length = config.ppo.response_length
-    closing = closing_length(ending)
     layouts = packing.pack(
-        prompt_lengths + lengths + closing,
+        prompt_lengths + lengths + behind,
         [[response] for response in responses],
-        longest_sequence(config) + closing,
+        longest_sequence(config) + behind,
         config.microbatch_tokens,
         row_shards,
         ladder,
@@ -165,11 +188,29 @@ def pack_minibatch(
             targets=targets,
             weights=real.astype(np.float32) / token_count,
             members=packing.padded(layout.members, len(responses), len(lengths)),
-            ends=packing.padded(layout.ends() - tokens_unread(ending), len(responses), 0),
+            ends=packing.padded(layout.ends(), len(responses), 0),
             source=packing.padded(source, len(responses), 0),
         )
         microbatches.append(microbatch)
     return microbatches
+
+
+def empty_microbatch(config: Config, shape: packing.Shape, row_shards: int) -> ResponseMicrobatch:
+    """Return a microbatch of a shape without any response, as host arrays."""
+    ppo = config.ppo
+    count = len(range(config.data.batch * ppo.samples_per_prompt)[:: ppo.minibatches])
+    tokens = np.zeros((shape.rows, shape.width), np.int32)
+    targets = np.zeros((row_shards, shape.targets), np.int32)
+    members = np.zeros(count, np.int32)
+    return ResponseMicrobatch(
+        sequence=tokens - 1,
+        place=tokens,
+        targets=targets,
+        weights=targets.astype(np.float32),
+        members=members,
+        ends=members,
+        source=np.zeros((count, ppo.response_length), np.int32),
+    )
 
 
 def reward_tokens(
@@ -201,21 +242,30 @@ def pack_tokens(rollout: Rollout, microbatch: ResponseMicrobatch) -> PackedToken
     return sharding.constrain(packed)
 
 
+def score_places(
+    microbatch: ResponseMicrobatch, ending: Ending, behind: int
+) -> Int[Array, " members"]:
+    """Return where a reward model with this ending reads its scores, in the flattened rows.
+
+    `behind` is the number of tokens for which there is room behind each response.
+    """
+    earlier = behind - closing_length(ending) + tokens_unread(ending)
+    return jnp.maximum(microbatch.ends - earlier, 0) if earlier else microbatch.ends
+
+
 def read_roles(
     config: Config,
-    reward_model: Model,
+    readers: TokenRewards,
     params: dict[str, dict],
     rollout: Rollout,
     reading: Reading,
     microbatch: ResponseMicrobatch,
-    *,
-    ending: Ending = None,
 ) -> Reading:
     """Return the reading with what the roles make of the responses of a microbatch.
 
-    `params` maps roles to parameters. The reward model may have another architecture than the
-    other roles; one that reads other tokens is not among them, and its score is already in
-    `reading`. `ending` is the end of what it reads. Padding members write nowhere.
+    `params` maps roles to parameters. The reward models among `readers` may have another
+    architecture than the other roles. Those that read other tokens are not among them, and their
+    scores are already in `reading`. Padding members write nowhere.
     """
     model = config.model
     temperature = config.ppo.temperature
@@ -229,12 +279,16 @@ def read_roles(
     values = None
     if "value" in params:
         values = scoring.token_values(model, params["value"], packed, targets)
-    scores = reading.scores
-    if "reward" in params:
-        reward_params = roles.on_device(params["reward"])
-        ended = reward_tokens(packed, rollout, microbatch, ending)
-        added = scoring.sequence_scores(reward_model, reward_params, ended, microbatch.ends)
-        scores = scores.at[microbatch.members].add(config.ppo.reward_weight * added, mode="drop")
+    scores = dict(reading.scores)
+    for reader in readers:
+        own_scores = scoring.sequence_scores(
+            reader.model,
+            roles.on_device(params[reader.role]),
+            reward_tokens(packed, rollout, microbatch, reader.ending),
+            score_places(microbatch, reader.ending, tokens_behind(readers)),
+        )
+        old_scores = scores[reader.name]
+        scores[reader.name] = old_scores.at[microbatch.members].set(own_scores, mode="drop")
 
     def put(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
         if old is None:
@@ -309,12 +363,12 @@ class Minibatches:
         mesh: jax.sharding.Mesh,
         prompt_lengths: np.ndarray,
         lengths: np.ndarray,
-        ending: Ending = None,
+        behind: int = 0,
         ladder: packing.Ladder = packing.fine,
     ):
         self.config = config
         self.ladder = ladder
-        self.ending = ending
+        self.behind = behind
         self.mesh = mesh
         self.prompt_lengths = prompt_lengths
         self.lengths = lengths
@@ -330,7 +384,7 @@ class Minibatches:
             self.lengths,
             responses,
             sharding.row_shards(self.mesh),
-            self.ending,
+            self.behind,
             self.ladder,
         )
         return sharding.shard_batch(microbatches, self.mesh)
@@ -344,12 +398,16 @@ class Minibatches:
 
 def empty_reading(
     rollout: Rollout,
-    scores: np.ndarray | None,
+    scores: dict[str, np.ndarray],
+    names: Iterable[str],
     mesh: jax.sharding.Mesh,
     *,
     has_value: bool = True,
 ) -> Reading:
-    """Return a reading of zeros, with the scores that text-based rewards have given, if any."""
+    """Return a reading of zeros, with the scores that text-based rewards have given.
+
+    `names` are the sources of scores, those that are still to be read included.
+    """
     shape = rollout.logprobs.shape
     zeros = np.zeros(shape, np.float32)
     reading = Reading(
@@ -357,6 +415,6 @@ def empty_reading(
         entropy=zeros,
         ref_logprobs=zeros,
         values=zeros if has_value else None,
-        scores=zeros[:, 0] if scores is None else scores,
+        scores={name: scores.get(name, zeros[:, 0]) for name in names},
     )
     return sharding.shard_batch(reading, mesh)

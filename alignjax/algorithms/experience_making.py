@@ -1,6 +1,8 @@
 """From the readings of a rollout to rewards, advantages and returns, and their metrics."""
 
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from alignjax.algorithms import advantages, losses, optimisation
 from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.estimators import AdvantageInputs, find_estimator
 from alignjax.algorithms.experience import Experience, Reading, ScoredRollout
-from alignjax.config import Config
+from alignjax.config import Config, Reward, reward_table
 from alignjax.sampling.types import Rollout
 
 Metrics = dict[str, jax.Array]
@@ -20,20 +22,22 @@ Metrics = dict[str, jax.Array]
 def make_experience(
     config: Config,
     stats: RunningStats,
+    source_stats: dict[str, RunningStats],
     rollout: Rollout,
     reading: Reading,
     kl_control: KLControl | None = None,
 ) -> ScoredRollout:
     """Turn the readings of a rollout into rewards, advantages and returns.
 
-    `kl_control` has the coefficient of the KL penalty, if it adapts. If a metric is not finite,
-    advantages and returns become NaN, so every loss is NaN and no update is applied: the rollout
-    produces no learning.
+    `source_stats` are the running statistics of each entry of `ppo.rewards`. `kl_control` has the
+    coefficient of the KL penalty, if it adapts. If a metric is not finite, advantages and returns
+    become NaN, so every loss is NaN and no update is applied: the rollout produces no learning.
     """
     ppo = config.ppo
     mask = rollout.mask
     kl_coef = ppo.kl_coef if kl_control is None else kl_control.coef
-    scores = learned_scores(ppo, rollout, reading)
+    combined = combine_scores(reward_table(config), reading.scores, source_stats)
+    scores = learned_scores(ppo, rollout, combined.total)
     stats = stats.update(scores)
     normalised = advantages.normalise(scores, stats, ppo.normalise_scores)
     if ppo.score_clip:
@@ -51,13 +55,14 @@ def make_experience(
     if ppo.whiten_advantages:
         token_advantages = advantages.whiten(token_advantages, mask)
     responses = {
-        "score": reading.scores,
+        "score": combined.total,
         "kl": log_ratio.sum(1),
         "entropy": jnp.where(mask, reading.entropy, 0.0).sum(1),
         "length": rollout.lengths,
         "truncated": rollout.truncated,
         "log_ratio": log_ratio,
     }
+    responses |= {f"score/{name}": reading.scores[name] for name in ppo.rewards}
     metrics = score_metrics(scores, normalised, responses["kl"], kl_coef)
     metrics |= token_metrics(rollout, reading, responses)
     if reading.values is not None:
@@ -65,6 +70,7 @@ def make_experience(
             reading.values, estimated.returns, mask
         )
     metrics |= {"reward/running_mean": stats.mean, "reward/running_std": stats.std}
+    metrics |= source_metrics(ppo.rewards, reading.scores, combined.stats)
     if configs.needs_of(config).group:
         metrics["objective/frac_zero_std"] = equal_groups(scores, ppo.samples_per_prompt)
     if kl_control is not None:
@@ -93,20 +99,67 @@ def make_experience(
     return ScoredRollout(
         experience=experience,
         stats=stats,
+        source_stats=combined.stats,
+        scores=reading.scores,
         kl_control=kl_control,
         metrics=metrics,
         responses=responses,
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CombinedScores:
+    """The score of each response, and the statistics of what it is made of."""
+
+    total: Float[Array, " responses"]
+    stats: dict[str, RunningStats]  # with the scores of this rollout
+
+
+def combine_scores(
+    table: Mapping[str, Reward],
+    scores: Mapping[str, Float[Array, " responses"]],
+    stats: Mapping[str, RunningStats],
+) -> CombinedScores:
+    """Return the weighted sum of the scores of all sources, each normalised as its entry says.
+
+    `stats` has the entries of `ppo.rewards`; other sources are not normalised.
+    """
+    total = jnp.zeros((), jnp.float32)
+    updated = {}
+    for name, source in table.items():
+        part = scores[name]
+        if name in stats:
+            updated[name] = stats[name].update(part)
+            part = advantages.normalise(part, updated[name], source.normalise)
+        if source.weight:  # with 0 it is only logged: 0 times infinity would not be 0
+            total = total + source.weight * part
+    return CombinedScores(total=total, stats=updated)
+
+
+def source_metrics(
+    table: Mapping[str, Reward],
+    scores: Mapping[str, Float[Array, " responses"]],
+    stats: Mapping[str, RunningStats],
+) -> Metrics:
+    """Return the metrics of each source by itself."""
+    metrics = {}
+    for name, source in table.items():
+        metrics[f"objective/rewards/{name}"] = scores[name].mean()
+        metrics[f"objective/rewards_std/{name}"] = scores[name].std()
+        if source.normalise != "none":
+            metrics[f"reward/running_mean/{name}"] = stats[name].mean
+            metrics[f"reward/running_std/{name}"] = stats[name].std
+    return metrics
+
+
 def learned_scores(
-    ppo: configs.PPO, rollout: Rollout, reading: Reading
+    ppo: configs.PPO, rollout: Rollout, scores: Float[Array, " responses"]
 ) -> Float[Array, " responses"]:
-    """Return the raw scores that are learned from.
+    """Return the scores that are learned from, before they are normalised.
 
     A truncated response has its own score, and long responses are penalised if the config says so.
     """
-    scores = jnp.where(rollout.truncated, ppo.truncated_score, reading.scores)
+    scores = jnp.where(rollout.truncated, ppo.truncated_score, scores)
     if not ppo.overlong_buffer:
         return scores
     return scores - advantages.overlong_penalty(

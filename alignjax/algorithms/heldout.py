@@ -193,7 +193,13 @@ def gap_closed(figures: dict[str, float]) -> dict[str, float]:
 def table(figures: dict[str, float]) -> list[tuple[str, str]]:
     """Return the figures before and after training as (label, text) lines."""
     lines = []
-    for name, label in LABELS.items():
+    own_scores = [
+        name.removesuffix("/before")
+        for name in figures
+        if name.startswith("score/") and name.endswith("/before") and name != "score/before"
+    ]
+    labels = LABELS | {name: f"score by {name.removeprefix('score/')}" for name in own_scores}
+    for name, label in labels.items():
         if f"{name}/before" in figures:
             before = figures[f"{name}/before"]
             after = figures[f"{name}/after"]

@@ -4,7 +4,7 @@ In pretraining every token is a target; in SFT the assistant's tokens are.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -157,6 +157,18 @@ class LanguageModelling(SupervisedStage):
     def compiled_loss(self) -> Callable[[dict, TextMicrobatch], tuple[jax.Array, dict]]:
         """Return the loss without its gradient, for held-out text."""
         return jax.jit(self.loss_fn)
+
+    @property
+    def evaluation_program(self) -> Callable[[dict, TextMicrobatch], tuple[jax.Array, dict]]:
+        """Return the loss of held-out text."""
+        return self.compiled_loss
+
+    def evaluated_microbatches(self, sampled: list[TextMicrobatch]) -> Iterable[TextMicrobatch]:
+        """Yield microbatches of held-out text."""
+        shards = sharding.row_shards(self.mesh)
+        budget = self.config.microbatch_tokens
+        for rows in ladders.samples(None, [self.data.heldout], self.config.data.batch):
+            yield from pack_minibatch(rows, budget, shards, self.data.ladder)
 
     @staticmethod
     def load_data(config: Config, mesh: Mesh, inputs: RunInputs) -> TextData:

@@ -66,7 +66,7 @@ class PolicyAnswers:
         self.place_rollout = rollout_placement(config, mesh)
         settings = sampling_settings(config, end_tokens)
         self.sample = make_sampler(config, self.rollout_mesh, settings)
-        self.read = jax.jit(functools.partial(experience.read_roles, config, config.model))
+        self.read = jax.jit(functools.partial(experience.read_roles, config, ()))
         self.figures = jax.jit(figures_of)
         self.greedy = GreedyAnswers(
             config, mesh, self.place_params, end_tokens=end_tokens, tokenizer=tokenizer
@@ -96,7 +96,7 @@ class PolicyAnswers:
     ) -> list[dict]:
         """Answer a batch of prompts, and describe the responses; the draw is always the same."""
         rollout = self.respond(params["policy"], batch)
-        reading = experience.empty_reading(rollout, None, self.mesh, has_value=False)
+        reading = experience.empty_reading(rollout, {}, (), self.mesh, has_value=False)
         prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
         lengths = sharding.on_host(rollout.lengths)
         minibatches = experience.Minibatches(self.config, self.mesh, prompt_lengths, lengths)

@@ -20,12 +20,15 @@ from alignjax.algorithms import (
     optimisation,
     ppo_checks,
     ppo_plugins,
-    reward_functions,
+    reward_sources,
     rewards,
 )
-from alignjax.algorithms.advantages import KLControl, RunningStats
-from alignjax.algorithms.endings import Ending
-from alignjax.algorithms.experience import Experience, Minibatches, ScoredRollout
+from alignjax.algorithms.experience import (
+    Experience,
+    Minibatches,
+    ScoredRollout,
+    TokenRewards,
+)
 from alignjax.algorithms.greedy import GreedyAnswers
 from alignjax.algorithms.ppo_data import (
     PretrainingText,
@@ -34,11 +37,19 @@ from alignjax.algorithms.ppo_data import (
     load_pretraining_text,
     load_prompts,
 )
-from alignjax.algorithms.ppo_plan import PlannedPrograms, resident_shapes
+from alignjax.algorithms.ppo_plan import (
+    READS_RESPONSES,
+    PlannedPrograms,
+    abstract_experience,
+    all_shapes,
+    known_shapes,
+    longest_shapes,
+    resident_shapes,
+)
 from alignjax.algorithms.ppo_programs import (
     average_metrics,
     compile_programs,
-    initial_kl_control,
+    initial_counters,
     rollout_mesh,
     trained_roles,
 )
@@ -50,7 +61,7 @@ from alignjax.algorithms.stage import (
     StepDetails,
     StepOutput,
 )
-from alignjax.config import Config, Model
+from alignjax.config import Config, reward_table
 from alignjax.data import ends, packing
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
@@ -63,6 +74,7 @@ Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
 
 SAMPLED_PROMPTS = 4  # prompts in an entry of samples.jsonl, and of evaluations.jsonl
+MANY_STEPS = 32  # from so many on, a run compiles all shapes of its ladder before the first
 ANY_TOKEN = (0,)  # stands for the end tokens where nothing is sampled
 
 
@@ -101,17 +113,18 @@ class PPO:
         mesh: Mesh,
         *,
         end_tokens: tuple[int, ...] = ANY_TOKEN,
-        reward_model: Model | None = None,
-        ending: Ending = None,
+        readers: TokenRewards | None = None,
         phases: Phases | None = None,
     ):
-        """Compile the programs of a run; see `load` for what else a run needs."""
+        """Compile the programs of a run; see `load` for what else a run needs.
+
+        `readers` are the reward models that read the policy's tokens, by default as planned.
+        """
         self.config = config
         self.mesh = mesh
         self.phases = phases or Phases()
         self.num_steps = config.steps
-        self.reward_model = reward_model or config.model
-        self.ending = ending
+        self.readers = rewards.planned_readers(config) if readers is None else readers
         self.ladder: packing.Ladder = packing.fine  # a run that has prompts chooses its own
         self.roles = configs.trained_roles(config)
         self.trained = trained_roles(config, mesh)
@@ -123,8 +136,7 @@ class PPO:
             mesh,
             self.trained,
             end_tokens=end_tokens,
-            reward_model=reward_model,
-            ending=ending,
+            readers=self.readers,
         )
 
     @classmethod
@@ -132,25 +144,29 @@ class PPO:
         """Read prompts, text and the frozen roles, and return a stage that can train."""
         ppo_plugins.import_all(config)
         prompts = load_prompts(config, inputs)
-        function = reward_functions.load_and_try(
-            config.ppo, prompts.train_rows, prompts.heldout_rows
+        text_rewards = reward_sources.load_and_try(
+            config, prompts.train_rows, prompts.heldout_rows, inputs.tokenizer
         )
         text = load_pretraining_text(config, mesh, inputs)
-        reader = RoleReader(config, mesh, inputs.parents)
-        reward = rewards.build(
-            config, mesh, inputs.parents, inputs.tokenizer, function, reader=reader
-        )
-        reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
         end_tokens = ends.end_tokens(
             inputs.tokenizer, inputs.imported.declared_ends, config.model.vocab_size
         )
+        reader = RoleReader(config, mesh, inputs.parents)
+        reward = rewards.build(
+            config,
+            mesh,
+            inputs.parents,
+            inputs.tokenizer,
+            text_rewards,
+            end_tokens,
+            reader=reader,
+        )
+        reward.check_prompts([*prompts.train_rows, *prompts.heldout_rows])
         stage = cls(
             config,
             mesh,
             end_tokens=end_tokens,
-            reward_model=reward.model,
-            # If all responses end as the reward model reads them, it reads what was sampled.
-            ending=None if reward.ending == end_tokens else reward.ending,
+            readers=reward.readers,
             phases=inputs.phases,
         )
         stage.attach(inputs, reader, prompts=prompts, text=text, reward=reward)
@@ -175,7 +191,7 @@ class PPO:
         *,
         prompts: PromptData,
         text: PretrainingText,
-        reward: rewards.Reward,
+        reward: rewards.Rewards,
     ) -> None:
         """Give the stage the data and the frozen roles that it trains with."""
         self.tokenizer: PreTrainedTokenizerBase = inputs.tokenizer
@@ -184,7 +200,8 @@ class PPO:
         self.text = text
         self.reward = reward
         row_shards = sharding.row_shards(self.mesh)
-        self.ladder = choose_ladder(self.config, prompts.lengths, row_shards, self.ending)
+        behind = experience.tokens_behind(self.readers)
+        self.ladder = choose_ladder(self.config, prompts.lengths, row_shards, behind)
         # The frozen roles never share arrays with what is trained, so no update and no donation
         # can reach them. A base is frozen, and all roles that have it share it.
         self.frozen = {"reference": reader.frozen("reference", self.config.model), **reward.params}
@@ -201,9 +218,7 @@ class PPO:
             params = self.reader.initial(role)
             abstract = self.abstract_state[role]
             state[role] = optimisation.place_state(params, optimisers[role], abstract)
-        counters = {"stats": RunningStats.zero()}
-        if self.config.ppo.kl_target:
-            counters["kl_control"] = initial_kl_control(self.config)
+        counters = initial_counters(self.config)
         return state | jax.device_put(counters, sharding.replicated(self.mesh))
 
     def step(self, state: State, step: int) -> tuple[State, StepOutput]:
@@ -213,13 +228,13 @@ class PPO:
         rollout = self.sample(params["policy"], batch, step, self.phases)
         texts = self.score_texts(self.prompts.train_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
-        scored = self.score(
-            params, state["stats"], rollout, minibatches, texts, state.get("kl_control")
-        )
+        scored = self.score(params, state, rollout, minibatches, texts)
         self.phases.mark("score", scored.experience)
         if step == 0:
-            self.check(params, scored, minibatches, texts)
+            self.check(params, scored, minibatches)
         state = {**state, "stats": scored.stats}
+        if scored.source_stats:
+            state["source_stats"] = scored.source_stats
         if scored.kl_control is not None:
             state["kl_control"] = scored.kl_control
         state, update_metrics = self.learn(state, scored.experience, minibatches, step)
@@ -230,7 +245,7 @@ class PPO:
             metrics=metrics,
             details=functools.partial(self.details, step, batch["index"], scored),
             batch=functools.partial(self.learned_from, step, batch["index"], scored),
-            causes=ppo_checks.CAUSES,
+            causes=ppo_checks.causes(self.config),
         )
         return state, output
 
@@ -239,7 +254,6 @@ class PPO:
         params: dict[str, dict],
         scored: ScoredRollout,
         minibatches: Minibatches,
-        texts: np.ndarray | None = None,
     ) -> None:
         """Stop the run unless ratio, KL and packing are exact before the first update."""
         policy = lora.select(params["policy"], self.abstract_state["policy"].params)
@@ -247,11 +261,9 @@ class PPO:
         ppo_checks.check_first_rollout(
             self.config,
             self.sum_policy_gradient(policy, parts).metrics,
-            self.reward_model,
+            self.readers,
             params,
             scored,
-            texts,
-            self.ending,
         )
 
     def role_params(self, state: State) -> dict[str, dict]:
@@ -283,10 +295,10 @@ class PPO:
 
     def score_texts(
         self, rows: list[dict], batch: dict[str, np.ndarray], rollout: Rollout
-    ) -> np.ndarray | None:
-        """Return the text-based rewards of each response; None if there are none."""
+    ) -> dict[str, np.ndarray]:
+        """Return the scores of each response by each text-based reward."""
         if not self.reward.text_rewards:
-            return None
+            return {}
         index = np.repeat(batch["index"], self.config.ppo.samples_per_prompt)
         prompt_rows = [rows[number] for number in index]
         return self.reward.score_texts(prompt_rows, heldout.response_texts(self.tokenizer, rollout))
@@ -298,29 +310,36 @@ class PPO:
         """
         prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
         lengths = sharding.on_host(rollout.lengths)
-        return Minibatches(
-            self.config, self.mesh, prompt_lengths, lengths, self.ending, self.ladder
-        )
+        behind = experience.tokens_behind(self.readers)
+        return Minibatches(self.config, self.mesh, prompt_lengths, lengths, behind, self.ladder)
 
     def score(
         self,
         params: dict[str, dict],
-        stats: RunningStats,
+        state: State,
         rollout: Rollout,
         minibatches: Minibatches,
-        texts: np.ndarray | None = None,
-        kl_control: KLControl | None = None,
+        texts: dict[str, np.ndarray] | None = None,
     ) -> ScoredRollout:
         """Let the roles read the minibatches of the first epoch, and make experience of it.
 
-        `texts` holds the text-based rewards, to which the reward model's score is added.
+        The state gives the statistics of scores and the control of the KL penalty, `texts` the
+        scores by text-based rewards.
         """
         has_value = "value" in params
-        reading = experience.empty_reading(rollout, texts, self.mesh, has_value=has_value)
+        reading = experience.empty_reading(
+            rollout, texts or {}, reward_table(self.config), self.mesh, has_value=has_value
+        )
         for minibatch in minibatches.first_epoch:
             for microbatch in minibatch:
                 reading = self.compiled.read(params, rollout, reading, microbatch)
-        return self.compiled.make_experience(stats, rollout, reading, kl_control)
+        return self.compiled.make_experience(
+            state["stats"],
+            state.get("source_stats", {}),
+            rollout,
+            reading,
+            state.get("kl_control"),
+        )
 
     def learn(
         self, state: State, experience: Experience, minibatches: Minibatches, step: int
@@ -484,11 +503,10 @@ class PPO:
         texts = self.score_texts(self.prompts.heldout_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
         params = self.role_params(state) | {"policy": policy}
-        control = state.get("kl_control")
-        figures = self.score(params, state["stats"], rollout, minibatches, texts, control).responses
+        figures = self.score(params, state, rollout, minibatches, texts).responses
         if detailed and policy is not trained_policy:
             params = params | {"policy": trained_policy}
-            reread = self.score(params, state["stats"], rollout, minibatches, texts, control)
+            reread = self.score(params, state, rollout, minibatches, texts)
             figures = figures | {"log_ratio": reread.responses["log_ratio"]}
         return heldout.describe(
             self.config,
@@ -518,9 +536,39 @@ class PPO:
 
     def programs(self) -> Iterable[Program]:
         """Yield the programs of a step, every example as long as it may be."""
+        resident = self.resident()
         return PlannedPrograms(
-            self.config, self.mesh, self.compiled, self.trained, self.resident()
+            self.config,
+            self.mesh,
+            self.compiled,
+            self.trained,
+            params=all_shapes(self.trained, resident),
+            learned=resident["experience"],
+            shapes=longest_shapes(self.config, self.mesh),
         ).programs()
+
+    def programs_ahead(self) -> Iterable[Program]:
+        """Yield the programs of the run's steps.
+
+        How long responses will be is not known. So in a run of few steps, what reads them is
+        compiled when it is called: it may need only one of the shapes of the ladder.
+        """
+        bases = self.trained.abstract_bases
+        state = self.abstract_state
+        frozen = jax.tree.map(lambda x: sharding.abstract_array(x, x.sharding), self.frozen)
+        trained = {role: lora.combine(bases[role], state[role].params) for role in self.roles}
+        programs = PlannedPrograms(
+            self.config,
+            self.mesh,
+            self.compiled,
+            self.trained,
+            params=trained | frozen,
+            learned=abstract_experience(self.config, self.mesh),
+            shapes=known_shapes(self.config, self.mesh, self.prompts, self.text, self.ladder),
+        ).programs()
+        if self.num_steps >= MANY_STEPS:
+            return programs
+        return (program for program in programs if program.name not in READS_RESPONSES)
 
     def resident(self) -> dict[str, Any]:
         """Return the shapes of the state, the frozen roles and the experience of a step."""

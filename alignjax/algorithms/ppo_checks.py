@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignjax.algorithms.endings import Ending, rows_with_ending
-from alignjax.algorithms.experience import ScoredRollout
-from alignjax.config import Config, Model, UserError
+from alignjax.algorithms.endings import rows_with_ending
+from alignjax.algorithms.experience import ScoredRollout, TokenReward, TokenRewards
+from alignjax.config import Config, Model, UserError, field_of_source
 from alignjax.models import scoring
 from alignjax.sampling.types import Rollout
 from alignjax.weights import roles
@@ -26,14 +26,21 @@ CAUSES = {
 }
 
 
+def causes(config: Config) -> dict[str, str]:
+    """Return {metric: what is wrong if it is not finite}, what spoils the others first."""
+    sources = {
+        f"objective/rewards/{name}": f"a score of {field_of_source(config, name)} is not finite"
+        for name in config.ppo.rewards
+    }
+    return sources | CAUSES
+
+
 def check_first_rollout(
     config: Config,
     first_metrics: dict[str, jax.Array],
-    reward_model: Model,
+    readers: TokenRewards,
     params: dict[str, dict],
     scored: ScoredRollout,
-    texts: np.ndarray | None,
-    ending: Ending,
 ) -> None:
     """Check ratio, KL and packing before the first update.
 
@@ -59,8 +66,8 @@ def check_first_rollout(
         scoring.self_check(
             "the largest KL of a response to the reference", largest, config.model.dtype
         )
-    if "reward" in params:
-        check_scores(config, reward_model, params["reward"], scored, texts, ending)
+    for reader in readers:
+        check_scores(config, reader, params[reader.role], scored)
 
 
 def check_finite(config: Config, scored: ScoredRollout) -> None:
@@ -83,28 +90,17 @@ def check_ratio(config: Config, metrics: dict[str, jax.Array]) -> None:
     scoring.self_check("|ratio - 1| of the policy", deviation, config.model.dtype)
 
 
-def check_scores(
-    config: Config,
-    reward_model: Model,
-    reward_params: dict,
-    scored: ScoredRollout,
-    texts: np.ndarray | None,
-    ending: Ending,
-) -> None:
+def check_scores(config: Config, reader: TokenReward, params: dict, scored: ScoredRollout) -> None:
     """Check that some responses score alone as they scored packed with others."""
-    score = jax.jit(functools.partial(score_alone, reward_model))
+    score = jax.jit(functools.partial(score_alone, reader.model))
     rollout = jax.tree.map(lambda x: x[:CHECKED_RESPONSES], scored.experience.rollout)
     lengths = rollout.prompt_lengths + rollout.lengths
     tokens = left_aligned(rollout)
-    if ending is not None:
-        tokens = rows_with_ending(tokens, lengths, rollout.truncated, ending)
-        lengths = lengths - 1 + len(ending)
-    alone = config.ppo.reward_weight * score(reward_params, tokens, lengths)
-    text_scores = np.zeros(len(alone)) if texts is None else texts[:CHECKED_RESPONSES]
-    packed = scored.responses["score"][:CHECKED_RESPONSES]
-    difference = jnp.abs(alone - packed + text_scores)
-    # A text-based reward that is not finite is reported elsewhere: the rollout is skipped.
-    change = jnp.where(jnp.isfinite(text_scores), difference, 0.0).max()
+    if reader.ending is not None:
+        tokens = rows_with_ending(tokens, lengths, rollout.truncated, reader.ending)
+        lengths = lengths - 1 + len(reader.ending)
+    alone = score(params, tokens, lengths)
+    change = jnp.abs(alone - scored.scores[reader.name][:CHECKED_RESPONSES]).max()
     scoring.self_check(
         "the largest change of a score when its row's pads and neighbours change",
         change,

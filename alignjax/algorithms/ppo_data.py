@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from alignjax.algorithms import lm
-from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import longest_sequence, pack_minibatch
 from alignjax.algorithms.lm import TextMicrobatch
 from alignjax.algorithms.stage import RunInputs
@@ -118,7 +117,7 @@ def choose_ladder(
     config: Config,
     prompt_lengths: Callable[[int], np.ndarray],
     row_shards: int,
-    ending: Ending,
+    behind: int,
 ) -> packing.Ladder:
     """Return the shapes of microbatches for a run's prompts with responses of any length.
 
@@ -129,7 +128,7 @@ def choose_ladder(
       config: of the run.
       prompt_lengths: step -> lengths of its prompts.
       row_shards: devices that the rows of a microbatch lie over.
-      ending: of what the reward model reads, see `Ending`.
+      behind: tokens behind each response that only reward models read.
     """
     ppo = config.ppo
     random = np.random.default_rng(0)
@@ -151,7 +150,7 @@ def choose_ladder(
             rollout["responses"],
             first_minibatch,
             row_shards,
-            ending,
+            behind,
             ladder,
         ),
         ladders.costs_of(config.model, "lm", config.microbatch_tokens),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,19 +11,22 @@ import numpy as np
 from alignjax import config as configs
 from alignjax.algorithms import experience, lm
 from alignjax.algorithms.experience import Experience, Reading, ResponseMicrobatch
-from alignjax.algorithms.optimisation import TrainState
-from alignjax.algorithms.ppo_data import pretraining_rows
+from alignjax.algorithms.lm import TextMicrobatch
+from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
+from alignjax.algorithms.ppo_data import PretrainingText, PromptData, pretraining_rows
 from alignjax.algorithms.ppo_programs import (
-    ROLE_HEADS,
     Programs,
     TrainedRoles,
+    head_of,
     rollout_mesh,
     unchanged,
 )
+from alignjax.algorithms.rewards import planned_readers
 from alignjax.algorithms.stage import Loops, Program
-from alignjax.algorithms.supervised import abstract_total
-from alignjax.config import Config
-from alignjax.data import packing
+from alignjax.algorithms.supervised import abstract_total, distinct_shapes
+from alignjax.config import Config, reward_table
+from alignjax.data import ladders, packing
+from alignjax.data.ladders import Rungs
 from alignjax.machine import sharding
 from alignjax.models import lora
 from alignjax.models.attention import decode_attention
@@ -32,12 +36,73 @@ from alignjax.weights import roles
 
 Mesh = jax.sharding.Mesh
 
+READS_RESPONSES = ("scoring", "policy gradient", "value gradient")  # programs for each shape
 
-class PlannedPrograms:
-    """The programs of a step of PPO with their shapes, every example as long as it may be.
+
+@dataclass(frozen=True, kw_only=True)
+class StepShapes:
+    """The shapes of what the programs of a step read, each on the mesh and once."""
+
+    prompts: list[Prompts]
+    microbatches: list[ResponseMicrobatch]
+    texts: list[TextMicrobatch]  # of the pretraining gradient
+    microbatch_count: int = 1  # microbatches of a minibatch
+    text_count: int = 1  # microbatches of an update's text
+
+
+def longest_shapes(config: Config, mesh: Mesh) -> StepShapes:
+    """Return the shapes if every example is as long as it may be.
 
     The largest microbatch stands for all of them.
     """
+    row_shards = sharding.row_shards(mesh)
+    responses = config.data.batch * config.ppo.samples_per_prompt
+    microbatches = experience.pack_minibatch(
+        config,
+        np.full(responses, config.data.max_length, np.int32),
+        np.full(responses, config.ppo.response_length, np.int32),
+        np.arange(responses)[:: config.ppo.minibatches],
+        row_shards,
+    )
+    texts = []
+    if config.ppo.pretrain_coef:
+        rows = lm.longest_rows(pretraining_rows(config), experience.longest_sequence(config))
+        texts = lm.pack_minibatch(rows, config.microbatch_tokens, row_shards)
+    width = packing.width_of(config.data.max_length, config.data.max_length)
+    return StepShapes(
+        prompts=[abstract_prompts(config, rollout_mesh(config, mesh), width)],
+        microbatches=[sharding.abstract_batch(microbatches[0], mesh)],
+        texts=[sharding.abstract_batch(text, mesh) for text in texts[:1]],
+        microbatch_count=len(microbatches),
+        text_count=len(texts),
+    )
+
+
+def known_shapes(
+    config: Config, mesh: Mesh, prompts: PromptData, text: PretrainingText, ladder: Rungs
+) -> StepShapes:
+    """Return the shapes of a run: those of its first prompts and texts, and all of its ladder."""
+    shards = sharding.row_shards(mesh)
+    updates_of_step = config.ppo.epochs * config.ppo.minibatches
+    first_update = config.ppo.value_warmup_steps
+    last_update = min(updates_of_step * config.steps, first_update + ladders.MOST_BATCHES)
+    texts = []
+    if text.prefetch is not None:
+        for update in range(first_update, last_update):
+            texts += text.prefetch.make(update)
+    steps = range(min(config.steps, ladders.MOST_BATCHES))
+    widths = {prompts.prefetch.make(step)["prompts"].shape[1] for step in steps}
+    sampling_mesh = rollout_mesh(config, mesh)
+    microbatches = [experience.empty_microbatch(config, shape, shards) for shape in ladder.shapes]
+    return StepShapes(
+        prompts=[abstract_prompts(config, sampling_mesh, width) for width in sorted(widths)],
+        microbatches=[sharding.abstract_batch(part, mesh) for part in microbatches],
+        texts=distinct_shapes(texts, mesh),
+    )
+
+
+class PlannedPrograms:
+    """The programs of a step of PPO with their shapes."""
 
     def __init__(
         self,
@@ -45,54 +110,43 @@ class PlannedPrograms:
         mesh: Mesh,
         programs: Programs,
         trained: TrainedRoles,
-        resident: dict[str, Any],
+        *,
+        params: dict[str, dict],
+        learned: Experience,
+        shapes: StepShapes,
     ):
-        ppo = config.ppo
-        data = config.data
+        """Take the shapes of all roles' parameters, of the experience, and of what is read."""
         self.config = config
         self.mesh = mesh
         self.compiled = programs
         self.state = trained.abstract_state
         self.bases = trained.abstract_bases
-        self.responses = data.batch * ppo.samples_per_prompt
-        self.updates = ppo.epochs * ppo.minibatches
-        self.params = {
-            role: lora.combine(base, trained_shapes(resident[role]))
-            for role, base in self.bases.items()
-        }
-        self.rollout = abstract_rollout(config, mesh)
+        self.updates = config.ppo.epochs * config.ppo.minibatches
+        self.params = params
+        self.rollout = learned.rollout
         self.reading = abstract_reading(config, mesh)
-        self.experience = resident["experience"]
-        self.microbatches = self.pack_first_minibatch()
-        self.microbatch = sharding.abstract_batch(self.microbatches[0], mesh)
-
-    def pack_first_minibatch(self) -> list[ResponseMicrobatch]:
-        """Return the microbatches of a minibatch of the longest prompts and responses."""
-        lengths = np.full(self.responses, self.config.ppo.response_length, np.int32)
-        prompt_lengths = np.full(self.responses, self.config.data.max_length, np.int32)
-        first = np.arange(self.responses)[:: self.config.ppo.minibatches]
-        return experience.pack_minibatch(
-            self.config, prompt_lengths, lengths, first, sharding.row_shards(self.mesh)
-        )
+        self.experience = learned
+        self.shapes = shapes
+        self.totals: dict[str, GradientSum] = {}  # of each role
 
     def programs(self) -> Iterable[Program]:
         """Yield the programs in the order of a step."""
         if not self.config.ppo.sampler:  # another sampler is not compiled by us
             yield from self.rollout_programs()
-        minibatches = self.config.ppo.minibatches
-        scorer_arguments = (self.params, self.rollout, self.reading, self.microbatch)
-        yield Program(
-            name="scoring",
-            calls=len(self.microbatches) * minibatches,
-            function=self.compiled.read,
-            arguments=scorer_arguments,
-        )
+        for microbatch in self.shapes.microbatches:
+            yield Program(
+                name="scoring",
+                calls=self.shapes.microbatch_count * self.config.ppo.minibatches,
+                function=self.compiled.read,
+                arguments=(self.params, self.rollout, self.reading, microbatch),
+            )
         yield Program(
             name="experience",
             calls=1,
             function=self.compiled.make_experience,
             arguments=(
                 self.state["stats"],
+                self.state.get("source_stats", {}),
                 self.rollout,
                 self.reading,
                 self.state.get("kl_control"),
@@ -116,60 +170,62 @@ class PlannedPrograms:
             )
             shapes = jax.eval_shape(self.compiled.place_params, params)
             placed = sharding.abstract(shapes, mesh)
-        yield Program(
-            name="rollout",
-            calls=1,
-            function=self.compiled.sample,
-            arguments=(placed, abstract_prompts(self.config, mesh), abstract_key(mesh)),
-            loops=rollout_loops(self.config),
-            mesh=mesh,
-        )
+        for prompts in self.shapes.prompts:
+            yield Program(
+                name="rollout",
+                calls=1,
+                function=self.compiled.sample,
+                arguments=(placed, prompts, abstract_key(mesh)),
+                loops=rollout_loops(self.config),
+                mesh=mesh,
+            )
 
     def value_programs(self) -> Iterable[Program]:
         """Yield the programs of an update of the value model."""
         value = self.state["value"]
-        part = (self.experience, self.microbatch)
-        base = self.bases["value"]
-        total = abstract_total(self.compiled.value_gradient, value.params, part, self.mesh, base)
-        yield Program(
-            name="value gradient",
-            calls=len(self.microbatches) * self.updates,
-            function=self.compiled.value_gradient.add,
-            arguments=(total, value.params, part, base),
-        )
+        gradient = self.compiled.value_gradient
+        yield from self.gradient_programs("value", gradient)
         yield Program(
             name="value step",
             calls=self.updates,
             function=self.compiled.update_value,
-            arguments=(value, total),
+            arguments=(value, self.total("value", gradient)),
         )
+
+    def gradient_programs(self, role: str, gradient: Accumulate) -> Iterable[Program]:
+        """Yield a role's gradient for each shape of a microbatch."""
+        params = self.state[role].params
+        total = self.total(role, gradient)
+        for microbatch in self.shapes.microbatches:
+            yield Program(
+                name=f"{role} gradient",
+                calls=self.shapes.microbatch_count * self.updates,
+                function=gradient.add,
+                arguments=(total, params, (self.experience, microbatch), self.bases[role]),
+            )
+
+    def total(self, role: str, gradient: Accumulate) -> GradientSum:
+        """Return the shapes of a role's gradient over a minibatch."""
+        if role not in self.totals:
+            part = (self.experience, self.shapes.microbatches[0])
+            params = self.state[role].params
+            base = self.bases[role]
+            self.totals[role] = abstract_total(gradient, params, part, self.mesh, base)
+        return self.totals[role]
 
     def policy_programs(self) -> Iterable[Program]:
         """Yield the programs of an update of the policy, with the pretraining gradient if any."""
         policy = self.state["policy"]
-        part = (self.experience, self.microbatch)
         base = self.bases["policy"]
-        total = abstract_total(self.compiled.policy_gradient, policy.params, part, self.mesh, base)
-        yield Program(
-            name="policy gradient",
-            calls=len(self.microbatches) * self.updates,
-            function=self.compiled.policy_gradient.add,
-            arguments=(total, policy.params, part, base),
-        )
+        yield from self.gradient_programs("policy", self.compiled.policy_gradient)
+        total = self.total("policy", self.compiled.policy_gradient)
         text_total = None
-        if self.config.ppo.pretrain_coef:
-            longest = experience.longest_sequence(self.config)
-            texts = lm.pack_minibatch(
-                lm.longest_rows(pretraining_rows(self.config), longest),
-                self.config.microbatch_tokens,
-                sharding.row_shards(self.mesh),
-            )
-            text = sharding.abstract_batch(texts[0], self.mesh)
+        for text in self.shapes.texts:
             text_gradient = self.compiled.text_gradient
             text_total = abstract_total(text_gradient, policy.params, text, self.mesh, base)
             yield Program(
                 name="pretraining gradient",
-                calls=len(texts) * self.updates,
+                calls=self.shapes.text_count * self.updates,
                 function=text_gradient.add,
                 arguments=(text_total, policy.params, text, base),
                 beside=(total,),
@@ -182,14 +238,12 @@ class PlannedPrograms:
         )
 
 
-def abstract_prompts(config: Config, mesh: Mesh) -> Prompts:
-    """Return the shapes of a batch of the longest prompts."""
+def abstract_prompts(config: Config, mesh: Mesh, width: int) -> Prompts:
+    """Return the shapes of a batch of prompts of this width."""
     count = config.data.batch
-    longest = config.data.max_length
-    width = packing.width_of(longest, longest)
     prompts = Prompts(
         tokens=np.zeros((count, width), np.int32),
-        lengths=np.full(count, longest, np.int32),
+        lengths=np.zeros(count, np.int32),
         index=np.zeros(count, np.int32),
     )
     return sharding.abstract_batch(prompts, mesh)
@@ -225,7 +279,7 @@ def abstract_reading(config: Config, mesh: Mesh) -> Reading:
         entropy=tokens,
         ref_logprobs=tokens,
         values=tokens if configs.has_value(config) else None,
-        scores=tokens[:, 0],
+        scores=dict.fromkeys(reward_table(config), tokens[:, 0]),
     )
     return sharding.abstract_batch(reading, mesh)
 
@@ -253,7 +307,7 @@ def trained_shapes(part: TrainState | dict) -> dict:
 def frozen_shapes(config: Config, mesh: Mesh, role: str) -> dict:
     """Return the shapes of a frozen role; with adapters, of those alone: the base is shared."""
     ppo = config.ppo
-    shapes = roles.abstract_trained(config.model, ROLE_HEADS[role], mesh, config.lora)
+    shapes = roles.abstract_trained(config.model, head_of(role), mesh, config.lora)
     if config.lora.rank:
         return shapes
     return roles.abstract_frozen(config.model, shapes, ppo.frozen_dtype, ppo.frozen_memory)
@@ -268,8 +322,8 @@ def resident_shapes(config: Config, mesh: Mesh, trained: TrainedRoles) -> dict[s
     """Return, by name, the shapes of the state, the frozen roles and the experience of a step."""
     shapes = {role: trained.abstract_state[role] for role in configs.trained_roles(config)}
     shapes["reference"] = frozen_shapes(config, mesh, "reference")
-    if "reward" in config.parents:  # its architecture is taken to be that of the others
-        shapes["reward"] = frozen_shapes(config, mesh, "reward")
+    for reader in planned_readers(config):
+        shapes[reader.role] = frozen_shapes(config, mesh, reader.role)
     if config.lora.rank:
         shapes["base"] = distinct_leaves(trained.abstract_bases)
     shapes["experience"] = abstract_experience(config, mesh)
@@ -291,3 +345,11 @@ def abstract_experience(config: Config, mesh: Mesh) -> Experience:
         return made
     coefficient = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
     return dataclasses.replace(made, ref_logprobs=tokens, kl_coef=coefficient)
+
+
+def all_shapes(trained: TrainedRoles, resident: dict[str, Any]) -> dict[str, dict]:
+    """Return the shapes of all parameters of each role, from what is resident."""
+    return {
+        role: lora.combine(base, trained_shapes(resident[role]))
+        for role, base in trained.abstract_bases.items()
+    }

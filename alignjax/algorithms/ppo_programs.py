@@ -17,17 +17,17 @@ import optax
 from alignjax import config as configs
 from alignjax.algorithms import experience, experience_making, lm, losses, optimisation, plugins
 from alignjax.algorithms.advantages import KLControl, RunningStats
-from alignjax.algorithms.endings import Ending
 from alignjax.algorithms.experience import (
     Experience,
     Reading,
     ResponseMicrobatch,
     ScoredRollout,
+    TokenRewards,
     select_targets,
 )
 from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
 from alignjax.algorithms.stage import State
-from alignjax.config import Config, Model
+from alignjax.config import Config
 from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import lora, scoring, transformer
@@ -41,7 +41,11 @@ Metrics = dict[str, jax.Array]
 LearningPart = tuple[Experience, ResponseMicrobatch]
 
 HEADS = {"policy": "lm", "value": "scalar"}  # of the trained roles
-ROLE_HEADS = HEADS | {"reference": "lm", "reward": "scalar"}
+
+
+def head_of(role: str) -> str:
+    """Return the head of a role of PPO."""
+    return roles.HEADS["ppo", configs.kind_of_role(role)]
 
 
 def policy_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
@@ -151,16 +155,12 @@ def trained_roles(config: Config, mesh: Mesh) -> TrainedRoles:
     abstract_role = functools.partial(abstract_trained_role, config, mesh)
     abstract_state = {
         "policy": abstract_role("policy", policy_optimiser),
-        "stats": sharding.abstract(jax.eval_shape(RunningStats.zero), mesh),
+        **sharding.abstract(jax.eval_shape(functools.partial(initial_counters, config)), mesh),
     }
     value_optimiser = None
     if configs.has_value(config):
         value_optimiser = optimisation.make_optimiser(config.value_optimiser, updates)
         abstract_state["value"] = abstract_role("value", value_optimiser)
-    if ppo.kl_target:
-        abstract_state["kl_control"] = sharding.abstract(
-            jax.eval_shape(functools.partial(initial_kl_control, config)), mesh
-        )
     return TrainedRoles(
         policy_optimiser=policy_optimiser,
         value_optimiser=value_optimiser,
@@ -177,22 +177,19 @@ def abstract_bases(config: Config, mesh: Mesh) -> dict[str, dict | None]:
     be that of the others.
     """
     settings = config.lora
+    specs = configs.parent_specs(config)
     wanted = [*configs.trained_roles(config), "reference"]
-    if "reward" in config.parents:
-        wanted.append("reward")
+    wanted += [role for role in specs if configs.is_reward_role(role)]
     if not settings.rank:
         return dict.fromkeys(wanted)
-    names = {
-        role: bases.planned_base(config.parents[role], ROLE_HEADS[role], settings)
-        for role in wanted
-    }
+    names = {role: bases.planned_base(specs[role], head_of(role), settings) for role in wanted}
     shared: dict[str, dict] = {}
     for name in names.values():
         sharing = [role for role in wanted if names[role] == name]
-        head = "lm" if any(ROLE_HEADS[role] == "lm" for role in sharing) else "scalar"
+        head = "lm" if any(head_of(role) == "lm" for role in sharing) else "scalar"
         shared.setdefault(name, roles.abstract_base(config.model, head, mesh, settings))
     return {
-        role: without_head(shared[name]) if ROLE_HEADS[role] == "scalar" else shared[name]
+        role: without_head(shared[name]) if head_of(role) == "scalar" else shared[name]
         for role, name in names.items()
     }
 
@@ -209,9 +206,19 @@ def abstract_trained_role(
     return optimisation.abstract_state(config.model, HEADS[role], optimiser, mesh, config.lora)
 
 
-def initial_kl_control(config: Config) -> KLControl:
-    """Return the control of the KL penalty's coefficient before the first rollout."""
-    return KLControl(jnp.float32(config.ppo.kl_coef))
+def initial_counters(config: Config) -> State:
+    """Return the part of a new state that the updates do not change.
+
+    It holds the statistics of scores and, with `ppo.rewards`, those of each of them; and the
+    control of the KL penalty's coefficient, if it adapts. Nothing else, so that runs of earlier
+    versions can be restored.
+    """
+    counters: State = {"stats": RunningStats.zero()}
+    if config.ppo.rewards:
+        counters["source_stats"] = {name: RunningStats.zero() for name in config.ppo.rewards}
+    if config.ppo.kl_target:
+        counters["kl_control"] = KLControl(jnp.float32(config.ppo.kl_coef))
+    return counters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +232,8 @@ class Programs:
     place_rollout: Callable[[Rollout], Rollout]
     # roles' parameters, rollout, reading (donated), microbatch -> reading
     read: Callable[[dict, Rollout, Reading, ResponseMicrobatch], Reading]
-    # statistics, rollout, reading, and the control of the KL penalty if there is one
+    # statistics of scores, those of each source, rollout, reading, and the control of the KL
+    # penalty if there is one
     make_experience: Callable[..., ScoredRollout]
     policy_gradient: Accumulate  # of a LearningPart
     value_gradient: Accumulate | None  # of a LearningPart; None: there is no value model
@@ -273,8 +281,7 @@ def compile_programs(
     trained: TrainedRoles,
     *,
     end_tokens: tuple[int, ...],
-    reward_model: Model | None = None,
-    ending: Ending = None,
+    readers: TokenRewards = (),
 ) -> Programs:
     """Return the compiled functions of a run on a mesh.
 
@@ -283,13 +290,14 @@ def compile_programs(
       mesh: of training; a rollout may have a layout of its own on the same devices.
       trained: optimisers, and the shapes that the updates keep the state in.
       end_tokens: each of them ends a response.
-      reward_model: architecture of the reward model, if it is not `config.model`.
-      ending: of what the reward model reads.
+      readers: the reward models that read the policy's tokens.
     """
     abstract = trained.abstract_state
     layout = sharding_of(abstract["stats"])
     control_layout = sharding_of(abstract.get("kl_control"))
     policy = abstract["policy"].params
+    responses = config.data.batch * config.ppo.samples_per_prompt
+    rows = sharding.row_layout((responses,), mesh)
     value_gradient = None
     update_value = None
     if trained.value_optimiser is not None:
@@ -300,21 +308,29 @@ def compile_programs(
             abstract["value"],
         )
     text_loss = functools.partial(lm.loss_fn, config.model)
-    read = functools.partial(
-        experience.read_roles, config, reward_model or config.model, ending=ending
-    )
+    read = functools.partial(experience.read_roles, config, readers)
     return Programs(
         sample=make_sampler(config, mesh, sampling_settings(config, end_tokens)),
         place_params=params_placement(
             config, mesh, lora.combine(trained.abstract_bases["policy"], abstract["policy"].params)
         ),
         place_rollout=rollout_placement(config, mesh),
-        read=jax.jit(read, donate_argnums=2),
+        read=jax.jit(read, donate_argnums=2, out_shardings=rows),
         make_experience=jax.jit(
             functools.partial(experience_making.make_experience, config),
             out_shardings=ScoredRollout(
-                experience=None,
+                experience=Experience(
+                    rollout=rows,
+                    old_logprobs=rows,
+                    advantages=rows,
+                    old_values=rows,
+                    returns=rows,
+                    ref_logprobs=rows,
+                    kl_coef=sharding.replicated(mesh),
+                ),
                 stats=layout,
+                source_stats=dict.fromkeys(config.ppo.rewards, layout),
+                scores=None,
                 kl_control=control_layout,
                 metrics=None,
                 responses=None,
@@ -354,10 +370,8 @@ def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Calla
         return unchanged
     prepare = transformer.rounded if keeps_adapters else transformer.for_sampling
     place = functools.partial(prepare, config.model)
-    layout = None
-    if copies:
-        shapes = jax.eval_shape(place, abstract_params)
-        layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
+    shapes = jax.eval_shape(place, abstract_params)
+    layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
     return jax.jit(place, out_shardings=layout)
 
 

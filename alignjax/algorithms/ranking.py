@@ -5,6 +5,7 @@ a batch.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -249,6 +250,20 @@ class Ranking(SupervisedStage):
     def score_fn(self) -> ReadPairs:
         """Return the compiled scores of a microbatch."""
         return jax.jit(functools.partial(score_pairs, self.config.model))
+
+    @property
+    def evaluation_program(self) -> ReadPairs:
+        """Return the scores of a microbatch."""
+        return self.score_fn
+
+    def evaluated_microbatches(self, sampled: list[PairMicrobatch]) -> Iterable[PairMicrobatch]:
+        """Yield those of which the steps make a sample, and microbatches of held-out pairs."""
+        yield from sampled
+        shards = sharding.row_shards(self.mesh)
+        budget = self.config.microbatch_tokens
+        room = self.config.data.batch
+        for rows in ladders.samples(None, self.data.heldout.values(), room):
+            yield from pack_minibatch(rows, budget, shards, self.data.ladder, room)
 
     @staticmethod
     def load_data(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingData:

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from alignjax.algorithms import plugins
-from alignjax.config import PPO, UserError
+from alignjax.config import UserError
 from alignjax.machine import console, user_code
 
 SEARCH_SECONDS = 20.0  # of calls with single rows, to find the one that raises an exception
@@ -44,18 +44,18 @@ NO_LISTS = (str, bytes, bytearray, Mapping, Set)  # iterable, but no scores in t
 class FunctionReward:
     """A user's function as a text-based reward."""
 
-    spec: str  # module:function, to name in errors
+    field: str  # of the config, that names it
+    spec: str  # module:function
     function: Callable[..., Any]
-    weight: float
     keywords: Mapping[str, str]  # column of the rows -> the keyword under which it is passed
 
     @property
     def name(self) -> str:
         """Return how errors begin."""
-        return f"ppo.reward_fn={self.spec}"
+        return f"{self.field}={self.spec}"
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
-        """Return the weighted scores of the function, as float32.
+        """Return the scores of the function, as float32.
 
         Raises:
           UserError: for an exception of the function, with its traceback; for scores that are
@@ -70,7 +70,7 @@ class FunctionReward:
             raise self.failure(error, rows, responses) from None
         scores = self.check(result, rows, responses)
         with np.errstate(over="ignore"):
-            return self.weight * np.asarray(scores, np.float64).astype(np.float32)
+            return np.asarray(scores, np.float64).astype(np.float32)
 
     def invoke(self, rows: list[dict], responses: Sequence[str]) -> Any:
         """Call the function with copies, and return what it returns; an iterator as a list."""
@@ -146,49 +146,21 @@ class FunctionReward:
                 result = np.asarray(result)  # one copy to the host, not one for each number
             return list(result)
 
-    def try_out(self, rows: list[dict], samples: int) -> None:
-        """Call the function with the first row and made-up responses, to show mistakes early.
 
-        There are as many responses as a prompt has in a rollout, at least two: in turn the empty
-        text, which a model may well give, and the prompt's own.
-
-        Raises:
-          UserError: as a call in a rollout does.
-        """
-        texts = ["", rows[0]["prompt"][-1]["content"]]
-        count = max(samples, len(texts))
-        self([rows[0]] * count, [texts[number % 2] for number in range(count)])
-
-
-def load(ppo: PPO, rows: list[dict]) -> FunctionReward | None:
-    """Import the function that `ppo.reward_fn` names, for the rows of a run; None without one.
+def load(field: str, spec: str, rows: list[dict]) -> FunctionReward:
+    """Import the function that a field of the config names, for the rows of a run.
 
     Raises:
       UserError: if there is no such function, or it does not accept the columns of the rows.
     """
-    if not ppo.reward_fn:
-        return None
-    function = plugins.load_function("ppo.reward_fn", ppo.reward_fn)
+    function = plugins.load_function(field, spec)
     reward = FunctionReward(
-        spec=ppo.reward_fn,
+        field=field,
+        spec=spec,
         function=function,
-        weight=ppo.reward_fn_weight,
         keywords=choose_keywords(function, column_names(rows)),
     )
     check_signature(reward, rows)
-    return reward
-
-
-def load_and_try(
-    ppo: PPO, train_rows: list[dict], heldout_rows: list[dict]
-) -> FunctionReward | None:
-    """Import the function, and call it with the first row to train on and the first held out."""
-    reward = load(ppo, [*train_rows, *heldout_rows])
-    if reward is None:
-        return None
-    for rows in (train_rows, heldout_rows):
-        if rows:
-            reward.try_out(rows, ppo.samples_per_prompt)
     return reward
 
 
@@ -197,9 +169,13 @@ def column_names(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.get("columns", {})))
 
 
-def choose_keywords(function: Callable, columns: list[str]) -> dict[str, str]:
+def choose_keywords(function: Callable, columns: Sequence[str]) -> dict[str, str]:
     """Return the keyword for each column: its name, but no parameter that is taken already."""
-    taken = positional_names(function, len(USUAL_NAMES))
+    return free_keywords(positional_names(function, len(USUAL_NAMES)), columns)
+
+
+def free_keywords(taken: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
+    """Return the keyword for each column: its name, with "_" behind a name that is taken."""
     keywords = {}
     for column in columns:
         keyword = column

@@ -1,16 +1,18 @@
-"""The sources of a response's score: a reward model, a function, or a weighted sum of both.
+"""The sources of a response's score: reward models, functions and endpoints, by name.
 
 A reward model with the policy's tokenizer and template reads the policy's own tokens, see
 `experience.read_roles`. One with another tokenizer reads text: the prompt's messages and the
-decoded response, tokenised as in its own training. A function reads text too, see
-`reward_functions`. A response that does not end gets `ppo.truncated_score` whatever its score.
+decoded response, tokenised as in its own training. Functions and endpoints read text too, see
+`reward_functions` and `reward_endpoints`. The score is the weighted sum of all of them, see
+`experience_making.combine_scores`. A response that does not end gets `ppo.truncated_score`
+whatever its scores.
 
 A policy may have several end tokens. Whichever of them was sampled, a reward model reads the
 ending of its own training, see `weights.score_place`: a score depends on what a response says.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,9 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.algorithms.endings import Ending, closing_length
-from alignjax.algorithms.experience import longest_sequence
-from alignjax.algorithms.reward_functions import FunctionReward
-from alignjax.config import Config, Model, UserError
+from alignjax.algorithms.endings import closing_length
+from alignjax.algorithms.experience import TokenReward, TokenRewards, longest_sequence
+from alignjax.config import Config, Model, UserError, kind_of_source, reward_table, role_of
 from alignjax.data import chat, encoding, packing, templates, tokenising, tokenizer_files
 from alignjax.data.ends import replace_end
 from alignjax.machine import sharding
@@ -34,33 +35,31 @@ from alignjax.weights.score_place import ending_of
 
 RUNTIME_FIELDS = ("dtype", "remat", "attention")  # of the reward model, as the policy has them
 
-# (rows of the prompts, responses) -> weighted scores, one for each response
+# (rows of the prompts, responses) -> a score of each response
 TextReward = Callable[[list[dict], list[str]], np.ndarray]
 # (packed tokens, ends) -> scores at the ends
 ScoreFunction = Callable[[PackedTokens, Any], jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reward:
+class Rewards:
     """All sources of the score of a run."""
 
-    model: Model  # architecture of the reward model that reads the policy's tokens
-    params: dict[str, dict]  # {"reward": its parameters}; {} if there is none
-    text_rewards: Sequence[TextReward]
-    ending: Ending = None  # of the responses that the reward model reads
+    readers: TokenRewards = ()
+    params: Mapping[str, dict]  # role of each reader -> its parameters
+    text_rewards: Mapping[str, TextReward]  # by name
 
     def check_prompts(self, rows: list[dict]) -> None:
         """Raise UserError if a text-based reward model cannot encode the prompt of a row."""
-        for text_reward in self.text_rewards:
+        for text_reward in self.text_rewards.values():
             if isinstance(text_reward, TextRewardModel):
                 text_reward.encode_prompts(rows)
 
-    def score_texts(self, rows: list[dict], responses: list[str]) -> np.ndarray:
-        """Return the sum of the text-based rewards of each response, as float32."""
-        total = np.zeros(len(rows), np.float32)
-        for text_reward in self.text_rewards:
-            total = total + text_reward(rows, responses)
-        return total
+    def score_texts(self, rows: list[dict], responses: list[str]) -> dict[str, np.ndarray]:
+        """Return the scores of the responses, as float32, by each text-based reward."""
+        return {
+            name: text_reward(rows, responses) for name, text_reward in self.text_rewards.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +72,9 @@ class TextRewardModel:
     max_tokens: int  # of a sequence; the beginning of a longer one is not read
     microbatch_tokens: int
     mesh: jax.sharding.Mesh
-    weight: float = 1.0
 
     def __call__(self, rows: list[dict], responses: list[str]) -> np.ndarray:
-        """Return the weighted scores of the responses to the prompts of the rows."""
+        """Return the scores of the responses to the prompts of the rows."""
         prompts = self.encode_prompts(rows)
         messages = [row["prompt"] for row in rows]
         encoded = chat.encode_responses(self.tokenizer, messages, responses)
@@ -84,10 +82,9 @@ class TextRewardModel:
             replace_end(prompt + response, self.ending)[-self.max_tokens :]
             for prompt, response in zip(prompts, encoded, strict=True)
         ]
-        scores = score_sequences(
+        return score_sequences(
             self.score, sequences, self.max_tokens, self.microbatch_tokens, self.mesh
         )
-        return self.weight * scores
 
     def encode_prompts(self, rows: list[dict]) -> list[list[int]]:
         """Return the tokens of the prompts; UserError names the row that cannot be encoded."""
@@ -97,51 +94,96 @@ class TextRewardModel:
         return chat.encode_prompts(self.tokenizer, [row["prompt"] for row in rows])
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedRewardModel:
+    """A reward model with its frozen parameters."""
+
+    model: Model
+    params: dict
+    tokenizer: PreTrainedTokenizerBase
+    ending: tuple[int, ...]  # of what it reads
+
+
 def build(
     config: Config,
     mesh: jax.sharding.Mesh,
-    parents: dict[str, Path],
+    parents: Mapping[str, Path],
     tokenizer: PreTrainedTokenizerBase,
-    function: FunctionReward | None = None,
+    text_rewards: Mapping[str, TextReward],
+    end_tokens: tuple[int, ...] = (),
     *,
     reader: RoleReader | None = None,
-) -> Reward:
-    """Build the rewards that the config asks for; `function` is the one that it names, loaded.
+) -> Rewards:
+    """Build the rewards that the config asks for.
 
-    `reader` reads the reward model, which may share its base with other roles.
+    Args:
+      config: of the run.
+      mesh: of training.
+      parents: role -> directory, see `config.parent_specs`.
+      tokenizer: of the policy.
+      text_rewards: the functions and endpoints, by name.
+      end_tokens: of the policy.
+      reader: reads the reward models, which may share their base with other roles.
 
     Raises:
       UserError: for a language model, and for a reward model that cannot read sequences as long as
         a prompt and its response.
     """
-    ppo = config.ppo
-    text_rewards: list[TextReward] = [function] if function else []
-    if "reward" not in parents:
-        return Reward(model=config.model, params={}, text_rewards=text_rewards)
-    directory = parents["reward"]
-    reward_tokenizer = parent_tokenizer(config, directory)
-    ending = ending_of(directory, reward_tokenizer)
-    model = reward_architecture(config, directory, ending)
     reader = reader or RoleReader(config, mesh, parents)
-    params = reader.frozen("reward", model)
-    tokenizer_files.check_fits(reward_tokenizer, model.vocab_size)
-    if same_tokens(reward_tokenizer, tokenizer):
-        return Reward(
-            model=model, params={"reward": params}, text_rewards=text_rewards, ending=ending
-        )
-    chat.end_token(reward_tokenizer)  # its template must be of use
-    # Another tokenizer may make more tokens of a text: leave room for twice as many.
-    max_tokens = min(model.max_length, 2 * longest_sequence(config))
-    text_model = TextRewardModel(
-        score=bind_scorer(model, params),
-        tokenizer=reward_tokenizer,
-        ending=ending,
-        max_tokens=max_tokens,
+    readers = []
+    params = {}
+    text_rewards = dict(text_rewards)
+    for name in reward_table(config):
+        if name in text_rewards:
+            continue
+        role = role_of(config, name)
+        loaded = load_model(config, parents[role], role, reader)
+        if not same_tokens(loaded.tokenizer, tokenizer):
+            text_rewards[name] = as_text_reward(config, mesh, loaded)
+            continue
+        # If all responses end as the reward model reads them, it reads what was sampled.
+        ending = None if loaded.ending == end_tokens else loaded.ending
+        readers.append(TokenReward(name=name, role=role, model=loaded.model, ending=ending))
+        params[role] = loaded.params
+    return Rewards(readers=tuple(readers), params=params, text_rewards=text_rewards)
+
+
+def planned_readers(config: Config) -> TokenRewards:
+    """Return the reward models of a run that is only planned.
+
+    All of them are taken to read the policy's tokens, and to have its architecture.
+    """
+    return tuple(
+        TokenReward(name=name, role=role_of(config, name), model=dataclasses.replace(config.model))
+        for name, source in reward_table(config).items()
+        if kind_of_source(source.source) == "model"
+    )
+
+
+def load_model(config: Config, directory: Path, role: str, reader: RoleReader) -> LoadedRewardModel:
+    """Read a reward model, and freeze its parameters."""
+    tokenizer = parent_tokenizer(config, directory)
+    ending = ending_of(directory, tokenizer)
+    model = reward_architecture(config, directory, ending)
+    params = reader.frozen(role, model)
+    tokenizer_files.check_fits(tokenizer, model.vocab_size)
+    return LoadedRewardModel(model=model, params=params, tokenizer=tokenizer, ending=ending)
+
+
+def as_text_reward(
+    config: Config, mesh: jax.sharding.Mesh, loaded: LoadedRewardModel
+) -> TextRewardModel:
+    """Return a reward model with a tokenizer of its own as a text-based reward."""
+    chat.end_token(loaded.tokenizer)  # its template must be of use
+    return TextRewardModel(
+        score=bind_scorer(loaded.model, loaded.params),
+        tokenizer=loaded.tokenizer,
+        ending=loaded.ending,
+        # Another tokenizer may make more tokens of a text: leave room for twice as many.
+        max_tokens=min(loaded.model.max_length, 2 * longest_sequence(config)),
         microbatch_tokens=config.microbatch_tokens,
         mesh=mesh,
-        weight=ppo.reward_weight,
     )
-    return Reward(model=model, params={}, text_rewards=[*text_rewards, text_model])
 
 
 def reward_architecture(config: Config, directory: Path, ending: tuple[int, ...]) -> Model:

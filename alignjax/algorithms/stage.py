@@ -94,6 +94,7 @@ class Stage(Protocol):
     has its abstract state, its programs and what is resident.
     """
 
+    mesh: jax.sharding.Mesh
     num_steps: int
     abstract_state: State  # shapes, types and shardings: what a restore needs
     progress_metrics: tuple[str, ...]  # shown on the progress bar
@@ -136,6 +137,13 @@ class Stage(Protocol):
         """Yield the compiled functions of a step with the shapes that they are called with.
 
         Resident shapes among the arguments are the same objects as in `resident`.
+        """
+        ...
+
+    def programs_ahead(self) -> Iterable[Program]:
+        """Yield the programs of the run with the shapes that it will call them with.
+
+        They are compiled before the first step. One that is missing is compiled when it is called.
         """
         ...
 

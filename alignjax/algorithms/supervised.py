@@ -1,7 +1,8 @@
 """What the stages with one model and one loss share: state, step, programs."""
 
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import jax
@@ -11,6 +12,7 @@ from alignjax.algorithms import optimisation
 from alignjax.algorithms.optimisation import LossFunction, MinibatchUpdate
 from alignjax.algorithms.stage import Program, RunInputs, State, StepDetails, StepOutput
 from alignjax.config import Config
+from alignjax.data import ladders
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.models import lora
@@ -34,6 +36,16 @@ def abstract_total(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), metrics
     )
     return optimisation.GradientSum(params, metrics)
+
+
+def distinct_shapes(microbatches: Iterable[Any], mesh: Mesh) -> list[Any]:
+    """Return the shapes of microbatches on the mesh, each once."""
+    shapes = {}
+    for microbatch in microbatches:
+        name = tuple(array.shape for array in jax.tree.leaves(microbatch))
+        if name not in shapes:
+            shapes[name] = sharding.abstract_batch(microbatch, mesh)
+    return list(shapes.values())
 
 
 class SupervisedStage:
@@ -152,23 +164,57 @@ class SupervisedStage:
     def programs(self) -> Iterable[Program]:
         """Yield the two programs of a step; the largest microbatch stands for all."""
         microbatches = self.longest_microbatches()
-        microbatch = sharding.abstract_batch(microbatches[0], self.mesh)
-        (part,) = self.parts(self.abstract_state, [microbatch])
+        largest = sharding.abstract_batch(microbatches[0], self.mesh)
+        yield from self.step_programs([largest], len(microbatches))
+
+    def step_programs(self, microbatches: list[Any], calls: int) -> Iterable[Program]:
+        """Yield the programs of a step: the gradient of each shape, and the optimiser step."""
         state = self.abstract_state[self.role]
         base = self.abstract_base
-        total = abstract_total(self.update.accumulate, state.params, part, self.mesh, base)
-        yield Program(
-            name="gradient",
-            calls=len(microbatches),
-            function=self.update.accumulate.add,
-            arguments=(total, state.params, part, base),
-        )
+        accumulate = self.update.accumulate
+        parts = self.parts(self.abstract_state, microbatches)
+        total = abstract_total(accumulate, state.params, parts[0], self.mesh, base)
+        for part in parts:
+            yield Program(
+                name="gradient",
+                calls=calls,
+                function=accumulate.add,
+                arguments=(total, state.params, part, base),
+            )
         yield Program(
             name="optimiser step",
             calls=1,
             function=self.update.update,
             arguments=(state, total),
         )
+
+    def programs_ahead(self) -> Iterable[Program]:
+        """Yield the programs of the first steps, whose examples are known, and of evaluation."""
+        steps = range(min(self.num_steps, ladders.sample_size(self.config.data.batch)))
+        packed = [self.data.prefetch.make(step) for step in steps]
+        microbatches = distinct_shapes(itertools.chain(*packed), self.mesh)
+        yield from self.step_programs(microbatches, 1)
+        params = lora.combine(self.abstract_base, self.abstract_state[self.role].params)
+        sampled = [packed[step][0] for step in steps if step % self.config.sample_every == 0]
+        for microbatch in distinct_shapes(self.evaluated_microbatches(sampled), self.mesh):
+            yield Program(
+                name="evaluation",
+                calls=1,
+                function=self.evaluation_program,
+                arguments=(params, microbatch),
+            )
+
+    @property
+    def evaluation_program(self) -> Callable[[dict, Any], Any]:
+        """Return the compiled function of parameters and a microbatch that evaluates."""
+        raise NotImplementedError
+
+    def evaluated_microbatches(self, sampled: list[Any]) -> Iterable[Any]:
+        """Yield microbatches that the evaluation program reads, none by default.
+
+        `sampled` are those of which the steps make a sample.
+        """
+        return []
 
     def resident(self) -> dict[str, Any]:
         """Return the shapes of the training state, and of the base if there is one."""

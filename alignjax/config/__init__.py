@@ -3,7 +3,7 @@
 A config file defines `config(variant)`, which returns a `Config`.
 """
 
-from alignjax.config.checks import AT_LEAST_ONE, check, check_date, is_encodable, is_function_spec
+from alignjax.config.checks import AT_LEAST_ONE, check, check_date, is_encodable
 from alignjax.config.errors import (
     UserError,
     describe_error,
@@ -34,10 +34,23 @@ from alignjax.config.fields import (
     Model,
     Optimiser,
     Ranking,
+    Reward,
     flatten,
 )
 from alignjax.config.loading import CONFIGS, PACKAGE, SHIPPED, load, run_file
 from alignjax.config.overrides import override, parse_names, parse_overrides, parse_value
+from alignjax.config.reward_table import (
+    field_of_role,
+    field_of_source,
+    is_config_file,
+    is_function_spec,
+    is_reward_role,
+    kind_of_role,
+    kind_of_source,
+    parent_specs,
+    reward_table,
+    role_of,
+)
 from alignjax.config.stored import (
     difference,
     lora_from_json,
@@ -62,18 +75,25 @@ __all__ = [
     "PPO",
     "ROLES",
     "Ranking",
+    "Reward",
     "SHIPPED",
     "UserError",
     "check",
     "check_date",
     "describe_error",
     "difference",
+    "field_of_role",
+    "field_of_source",
     "first_line",
     "flatten",
     "has_value",
+    "is_config_file",
     "is_encodable",
     "is_external",
     "is_function_spec",
+    "is_reward_role",
+    "kind_of_role",
+    "kind_of_source",
     "load",
     "lora_from_json",
     "loss_aggregation",
@@ -82,10 +102,13 @@ __all__ = [
     "needs_of",
     "one_line",
     "override",
+    "parent_specs",
     "parse_names",
     "parse_overrides",
     "parse_value",
     "reason_of",
+    "reward_table",
+    "role_of",
     "run_file",
     "short",
     "stored_config",

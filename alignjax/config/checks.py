@@ -22,6 +22,8 @@ from alignjax.config.fields import (
     Lora,
     flatten,
 )
+from alignjax.config.reward_checks import check_rewards
+from alignjax.config.reward_table import is_function_spec
 
 AT_LEAST_ONE = (
     "microbatch_tokens",
@@ -108,7 +110,10 @@ def check_type(name: str, value: Any, kind: Any) -> None:
         key_kind, value_kind = typing.get_args(kind)
         for key, item in value.items():
             check_type(f"a key of {name}", key, key_kind)
-            check_type(f"{name}.{key}", item, value_kind)
+            if dataclasses.is_dataclass(value_kind):
+                check_types(item, value_kind, f"{name}.{key}.")
+            else:
+                check_type(f"{name}.{key}", item, value_kind)
         return
     allowed = {float: (float, int)}.get(kind, kind)
     is_right = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
@@ -304,8 +309,9 @@ def check_ppo(config: Config) -> None:
     """Check the rules of PPO."""
     ppo = config.ppo
     rule(config.steps >= 1, f"steps={config.steps} must be at least 1 for ppo")
+    check_rewards(config)
     needed = set(ROLES["ppo"])
-    if ppo.reward_fn:  # a function may be the whole reward
+    if ppo.reward_fn or ppo.rewards:  # a function or an endpoint may be the whole reward
         needed.discard("reward")
     if not has_value(config):
         needed.discard("value")
@@ -344,12 +350,6 @@ def check_sampling(config: Config) -> None:
         f"data.max_length={config.data.max_length} + ppo.response_length={ppo.response_length} "
         f"is over model.max_length={config.model.max_length}",
     )
-
-
-def is_function_spec(spec: str) -> bool:
-    """Return whether a text has the form module:function; both parts may have dots."""
-    module, _, function = spec.partition(":")
-    return all(name.isidentifier() for name in [*module.split("."), *function.split(".")])
 
 
 def check_ppo_batches(config: Config) -> None:

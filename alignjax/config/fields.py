@@ -53,9 +53,9 @@ class Model:
     max_length: int = 2048
     # Type of the computation. Parameters, softmax, log-probabilities and losses are float32.
     dtype: str = "float32"
-    remat: str = (
-        "nothing"  # what the backward pass recomputes: nothing, everything, dots (all else)
-    )
+    # What the backward pass recomputes: nothing, everything, dots (all else), or auto, the least
+    # that fits the device's memory (nothing, on a CPU). config.json has the level that was chosen.
+    remat: str = "nothing"
     attention: str = "auto"  # auto, xla, triton or cudnn (NVIDIA), splash (TPU)
 
 
@@ -108,6 +108,23 @@ class Ranking:
 
 
 @dataclass
+class Reward:
+    """A source of the score of a response: an entry of `ppo.rewards`."""
+
+    # A reward model (NAME.py, a run, a Hugging Face directory, hf://ORG/NAME), a function
+    # module:function(prompts, responses, **columns) -> scores, or an endpoint http://... or
+    # https://..., which answers a JSON call.
+    source: str = ""
+    weight: float = 1.0  # may be negative; with 0 the score is only logged
+    normalise: str = "none"  # by running statistics of its own: none, mean, mean_std
+    # For an endpoint: the most responses of a call, the seconds that it may take, and how often
+    # it is repeated after a failed connection or the status 429 or 5xx.
+    batch: int = 64
+    timeout: float = 60.0
+    retries: int = 6
+
+
+@dataclass
 class DPO:
     """Direct preference optimisation (Rafailov et al. 2023), which needs no reward model."""
 
@@ -157,6 +174,9 @@ class PPO:
     reward_fn: str = ""  # module:function(prompts, responses, **columns) -> scores
     reward_fn_weight: float = 1.0
     reward_weight: float = 1.0  # of the reward model's score, which is added to the function's
+    # name -> source of a score; the score is their weighted sum. Instead of parents.reward,
+    # reward_fn and the two weights.
+    rewards: dict[str, Reward] = field(default_factory=dict)
     normalise_scores: str = "mean"  # by running statistics: none, mean, mean_std
     score_clip: float = 0.0  # bound on the absolute value of a normalised score; 0 is none
     whiten_advantages: bool = True
@@ -251,6 +271,7 @@ ROLES = {
     "dpo": {"policy", "reference"},
     "ppo": {"policy", "reference", "value", "reward"},
 }
+NORMALISATIONS = ("none", "mean", "mean_std")
 KINDS = {
     "lm": ("text", "conversations"),
     "ranking": ("comparisons",),
@@ -290,7 +311,7 @@ CHOICES = {
     "model.activation": ("silu", "gelu_tanh"),
     "model.rope_scaling": ("", "linear", "llama3", "yarn"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("nothing", "everything", "dots"),
+    "model.remat": ("nothing", "everything", "dots", "auto"),
     "model.attention": ("auto", "xla", "triton", "cudnn", "splash"),
     "chat_template": ("", "chatml"),
     "data.on_bad_row": ("error", "skip"),
@@ -300,7 +321,7 @@ CHOICES = {
     "ppo.kl_in": ("reward", "loss"),
     "ppo.kl_estimator": ("k1", "k2", "k3"),
     "ppo.loss_aggregation": ("", "token", "sequence", "constant"),
-    "ppo.normalise_scores": ("none", "mean", "mean_std"),
+    "ppo.normalise_scores": NORMALISATIONS,
     "ppo.cache_dtype": ("", "float32", "bfloat16"),
     "ppo.frozen_dtype": ("", "float32", "bfloat16"),
     "ppo.frozen_memory": ("device", "host"),
@@ -308,14 +329,33 @@ CHOICES = {
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every field; a dictionary is one value."""
+    """Yield (dotted name, value) of every field; a dictionary is one value.
+
+    The entries of a table, such as `ppo.rewards`, become dictionaries: {name: {field: value}}.
+    """
     for config_field in dataclasses.fields(config):
         value = getattr(config, config_field.name)
         name = f"{prefix}{config_field.name}"
         if dataclasses.is_dataclass(value):
             yield from flatten(value, f"{name}.")
+        elif isinstance(value, dict):
+            yield name, {key: plain_entry(entry) for key, entry in value.items()}
         else:
             yield name, value
+
+
+def plain_entry(entry: Any) -> Any:
+    """Return an entry of a dictionary, and a dataclass as a dictionary of its fields."""
+    is_group = dataclasses.is_dataclass(entry) and not isinstance(entry, type)
+    return dict(vars(entry)) if is_group else entry
+
+
+def entry_type(kind: Any) -> type | None:
+    """Return the dataclass of a table's entries; None for the type of any other field."""
+    if typing.get_origin(kind) is not dict:
+        return None
+    _, value_kind = typing.get_args(kind)
+    return value_kind if dataclasses.is_dataclass(value_kind) else None
 
 
 def field_types(group: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -325,3 +365,7 @@ def field_types(group: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from field_types(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", kind
+
+
+# The tables of a config: field -> the type of its entries.
+TABLES = {name: entry_type(kind) for name, kind in field_types(Config) if entry_type(kind)}

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import typing
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 from alignjax.config.checks import is_dictionary_of_texts
 from alignjax.config.errors import UserError, nearest, short
-from alignjax.config.fields import Config, flatten
+from alignjax.config.fields import TABLES, Config, flatten
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -42,6 +43,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 def override(config: Config, key: str, text: str) -> None:
     """Set one field, given by its dotted name, from text of the field's type."""
+    for table in TABLES:
+        if key == table or key.startswith(f"{table}."):
+            override_entry(config, table, key, text)
+            return
     *groups, last = key.split(".")
     target = config
     for depth, name in enumerate((*groups, last)):
@@ -63,6 +68,22 @@ def override(config: Config, key: str, text: str) -> None:
     if dataclasses.is_dataclass(kind):
         raise UserError(f"--config.{key}: this is a group; set one of its fields")
     setattr(target, last, parse_value(text, kind, f"--config.{key}"))
+
+
+def override_entry(config: Config, table: str, key: str, text: str) -> None:
+    """Set a field of an entry of a table: TABLE.NAME.FIELD; a new name makes a new entry."""
+    name, _, field = key.removeprefix(table).removeprefix(".").partition(".")
+    kinds = typing.get_type_hints(TABLES[table])
+    if not name or not field:
+        raise UserError(
+            f"--config.{key}: this is no field; the fields of an entry are set by "
+            f"--config.{table}.NAME.FIELD=VALUE, with a FIELD among {', '.join(kinds)}"
+        )
+    if field not in kinds:
+        raise UserError(f"--config.{key}: there is no such field{nearest(field, list(kinds))}")
+    value = parse_value(text, kinds[field], f"--config.{key}")
+    entries = functools.reduce(getattr, table.split("."), config)
+    setattr(entries.setdefault(name, TABLES[table]()), field, value)
 
 
 def parse_value(text: str, kind: type, name: str) -> Any:

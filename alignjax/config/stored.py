@@ -1,11 +1,12 @@
 """Configs as runs store them: {dotted field: value}."""
 
+import dataclasses
 import json
 from typing import Any
 
 from alignjax.config.checks import check_fields, check_type, check_types
 from alignjax.config.errors import UserError
-from alignjax.config.fields import ROLES, Config, Lora, Model, field_types, flatten
+from alignjax.config.fields import ROLES, TABLES, Config, Lora, Model, field_types, flatten
 
 
 def difference(config: Config, stored: dict, ignore: tuple[str, ...] = ()) -> list[str]:
@@ -19,13 +20,28 @@ def difference(config: Config, stored: dict, ignore: tuple[str, ...] = ()) -> li
       stored: what `to_json` wrote.
       ignore: beginnings of the names of fields that may differ.
     """
-    new = dict(flatten(config))
-    old = dict(flatten(Config())) | stored
-    return [
-        f"{name}: {old[name]!r} -> {new.get(name, 'absent')!r}"
-        for name in sorted({*old, *new})
-        if not name.startswith(ignore or ("\0",)) and old[name] != new.get(name, "absent")
-    ]
+    new = with_entries_apart(dict(flatten(config)))
+    old = with_entries_apart(dict(flatten(Config())) | stored)
+    lines = []
+    for name in sorted({*old, *new}):
+        before = old.get(name, "absent")
+        after = new.get(name, "absent")
+        if before != after and not name.startswith(ignore or ("\0",)):
+            lines.append(f"{name}: {before!r} -> {after!r}")
+    return lines
+
+
+def with_entries_apart(values: dict[str, Any]) -> dict[str, Any]:
+    """Return {dotted field: value} with the fields of each table's entries by themselves.
+
+    A field that an entry lacks, because an earlier version wrote it, gets its default.
+    """
+    apart = dict(values)
+    for name, entry_kind in TABLES.items():
+        for key, entry in apart.pop(name, {}).items():
+            fields = dict(flatten(entry_kind())) | entry
+            apart |= {f"{name}.{key}.{field}": value for field, value in fields.items()}
+    return apart
 
 
 def to_json(config: Config) -> str:
@@ -52,10 +68,26 @@ def stored_config(values: Any, where: str) -> dict[str, Any]:
     kinds = dict(field_types(Config))
     for name in kinds.keys() & values.keys():
         try:
-            check_type(name, values[name], kinds[name])
+            check_type(name, as_entries(name, values[name]), kinds[name])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return dict(flatten(Config())) | values
+
+
+def as_entries(name: str, value: Any) -> Any:
+    """Return a stored value as its field's type has it: a table's entries as dataclasses.
+
+    Fields of an entry that this version does not know are left out.
+    """
+    if name not in TABLES or not isinstance(value, dict):
+        return value
+    known = {field.name for field in dataclasses.fields(TABLES[name])}
+    return {
+        key: TABLES[name](**{field: entry[field] for field in known & entry.keys()})
+        if isinstance(entry, dict)
+        else entry
+        for key, entry in value.items()
+    }
 
 
 def model_from_json(stored: dict, where: str = "config.json") -> Model:

@@ -5,6 +5,7 @@ import math
 import re
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 from jax.stages import Compiled, Traced
@@ -99,22 +100,35 @@ def memory_row(
     program: Program, compiled: Compiled, beside: int, chip: Chip, seconds: float
 ) -> ProgramCost:
     """Return a row with the memory of a compiled program, while `beside` bytes are there too."""
+    needs = memory_needs(program, compiled, beside)
+    return ProgramCost(
+        program=program.name,
+        calls=program.calls,
+        seconds=round(seconds, 1),
+        arguments=needs.arguments / GIB,
+        temporaries=needs.temporaries / GIB,
+        peak=needs.peak / GIB,
+        fits=needs.peak < chip.memory * GIB,
+        logits=None,
+    )
+
+
+class MemoryNeeds(NamedTuple):
+    """The bytes of a device that the call of a program needs."""
+
+    arguments: int
+    temporaries: int  # with the results that do not take the place of an argument
+    peak: int  # with everything else that is in memory during the call
+
+
+def memory_needs(program: Program, compiled: Compiled, beside: int) -> MemoryNeeds:
+    """Return the memory of a compiled program, while `beside` bytes are there too."""
     memory = compiled.memory_analysis()
     # The compiler takes each argument for an array of its own.
     arguments = memory.argument_size_in_bytes - repeated_bytes(program.arguments)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + results
-    peak = arguments + temporaries + beside
-    return ProgramCost(
-        program=program.name,
-        calls=program.calls,
-        seconds=round(seconds, 1),
-        arguments=arguments / GIB,
-        temporaries=temporaries / GIB,
-        peak=peak / GIB,
-        fits=peak < chip.memory * GIB,
-        logits=None,
-    )
+    return MemoryNeeds(arguments, temporaries, arguments + temporaries + beside)
 
 
 def priced_rows(

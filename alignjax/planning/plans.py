@@ -11,6 +11,7 @@ from alignjax.config import Config
 from alignjax.machine import sharding
 from alignjax.machine.precision import products_of
 from alignjax.models import attention
+from alignjax.planning import remat
 from alignjax.planning.chips import GIB, chip_of
 from alignjax.planning.cost import ProgramCost, program_costs
 from alignjax.planning.topologies import devices_of
@@ -45,6 +46,7 @@ class Plan(Estimate):
     resident: dict[str, float]  # name -> GiB of a device that stay in its memory
     checkpoint: float  # GiB in all
     notes: list[str]  # what does not divide over the devices
+    remat_choice: str  # how `model.remat="auto"` was resolved; "" if it was not
 
 
 def plan_dict(plan: Estimate) -> dict:
@@ -55,13 +57,19 @@ def plan_dict(plan: Estimate) -> dict:
 def make_plan(config: Config, topology: str, stop: bool = False) -> Plan:
     """Compile the programs of a run for a topology, and return what they need and cost.
 
-    With `stop`, the first program that does not fit is the last one that is compiled.
+    With `stop`, the first program that does not fit is the last one that is compiled. Of
+    `model.remat="auto"` the plan has the level that fits.
     """
     devices = devices_of(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     chip = chip_of(devices)
+    remat_choice = ""
     with jax.set_mesh(mesh), products_of(config.model.dtype):
         attention.check(config.model)
+        if config.model.remat == remat.AUTO:
+            choice = remat.choose_remat(config, mesh, chip.memory)
+            config = remat.with_level(config, choice.level)
+            remat_choice = str(choice)
         work = work_of(config, mesh)
         resident = {name: device_bytes(tree) for name, tree in work.resident.items()}
         resident_bytes = sum(resident.values())
@@ -86,6 +94,7 @@ def make_plan(config: Config, topology: str, stop: bool = False) -> Plan:
         resident={name: size / GIB for name, size in resident.items()},
         checkpoint=total_bytes(work.saved) / GIB,
         notes=uneven_divisions(config, mesh),
+        remat_choice=remat_choice,
         peak=peak.peak,
         peak_of=peak.program,
         floor=sum(row.calls * row.floor for row in rows),
@@ -97,6 +106,8 @@ def lower_bound(config: Config, topology: str) -> Estimate:
     """Return what is known before anything is compiled: the state needs a gradient beside it."""
     devices = devices_of(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
+    if config.model.remat == remat.AUTO:
+        config = remat.with_level(config, remat.LEVELS[-1])
     with jax.set_mesh(mesh):
         work = work_of(config, mesh)
         gradient = max(

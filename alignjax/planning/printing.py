@@ -55,6 +55,7 @@ def format_plan(plan: Plan) -> str:
         f"a checkpoint: {plan.checkpoint:.1f} GiB in all",
         f"a step takes at least {plan.floor:.3g} s",
         f"arrays of tokens x vocabulary: {'; '.join(logits) or 'none'}",
+        *([plan.remat_choice] if plan.remat_choice else []),
         *(f"not divided: {note}" for note in plan.notes),
         verdict(plan),
     ]

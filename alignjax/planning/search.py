@@ -7,13 +7,12 @@ import sys
 
 from alignjax import config as configs
 from alignjax.config import Config
-from alignjax.planning import plans
+from alignjax.planning import plans, remat
 from alignjax.planning.plans import Estimate
 from alignjax.planning.printing import format_estimates
 from alignjax.planning.topologies import devices_of, slices_of
 
 LARGEST_TENSOR = 8
-REMAT = ("nothing", "dots", "everything")
 
 
 def search(config: Config, topology: str) -> list[Estimate]:
@@ -46,8 +45,8 @@ def search_slice(config: Config, topology: str) -> list[Estimate]:
         trials.attempt(dataclasses.asdict(mesh), config.model.remat, config.microbatch_tokens)
     best = trials.best()
     if best.rows:
-        for remat in REMAT:
-            trials.attempt(best.mesh, remat, best.microbatch_tokens)
+        for level in remat.LEVELS:
+            trials.attempt(best.mesh, level, best.microbatch_tokens)
     best = trials.best()
     if best.rows:
         for tokens in (best.microbatch_tokens // 2, best.microbatch_tokens * 2):
@@ -63,16 +62,16 @@ class Trials:
         self.topology = topology
         self.estimates: dict[tuple, Estimate] = {}
 
-    def attempt(self, mesh: dict[str, int], remat: str, microbatch_tokens: int) -> None:
+    def attempt(self, mesh: dict[str, int], level: str, microbatch_tokens: int) -> None:
         """Plan a layout unless it has been tried; compile it only if the state fits."""
-        key = (tuple(mesh.values()), remat, microbatch_tokens)
+        key = (tuple(mesh.values()), level, microbatch_tokens)
         if key in self.estimates:
             return
         config = dataclasses.replace(
             self.config,
             mesh=configs.Mesh(**mesh),
             microbatch_tokens=microbatch_tokens,
-            model=dataclasses.replace(self.config.model, remat=remat),
+            model=dataclasses.replace(self.config.model, remat=level),
         )
         estimate = plans.lower_bound(config, self.topology)
         if estimate.fits:

@@ -223,6 +223,7 @@ CHARTS = (
         lines={"timing/compilations": "programs"},
     ),
 )
+REWARD_MEAN = "objective/rewards/"  # begins the metric of one of several rewards
 NOT_DRAWN = {"step", "episode", "val/num_eos_tokens", "timing/step"}
 
 
@@ -235,7 +236,8 @@ def page_charts(runs: list[dict]) -> list[dict]:
     names = metric_names(runs) - NOT_DRAWN
     charts = []
     known = set()
-    for chart in CHARTS:
+    first, *others = CHARTS  # the score, followed by what it is made of
+    for chart in (first, *reward_charts(names), *others):
         lines = labelled_lines(chart, names)
         known |= set(lines)
         if chart.rare and not any_value(runs, lines):
@@ -247,6 +249,24 @@ def page_charts(runs: list[dict]) -> list[dict]:
         chart = Chart(title=name, unit="", lines={name: name})
         charts.append(page_chart(chart, chart.lines, "", []))
     return charts
+
+
+def reward_charts(names: set[str]) -> Iterator[Chart]:
+    """Yield a chart for each of several rewards, with its score on held-out prompts."""
+    for name in sorted(name for name in names if name.startswith(REWARD_MEAN)):
+        reward = name.removeprefix(REWARD_MEAN)
+        lines = {
+            name: "score",
+            f"objective/rewards_std/{reward}": "deviation",
+            f"reward/running_mean/{reward}": "running mean",
+            f"reward/running_std/{reward}": "running deviation",
+        }
+        yield Chart(
+            title=f"Reward {reward}",
+            unit="its own score",
+            lines=lines,
+            heldout=f"score/{reward}",
+        )
 
 
 def metric_names(runs: list[dict]) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from alignjax import config as configs
-from alignjax.config import Config
+from alignjax.config import Config, kind_of_source
 from alignjax.reports.charts import page_charts
 from alignjax.reports.samples import sample_sources
 from alignjax.runs import advice, records
@@ -99,8 +99,12 @@ def config_texts(config: dict) -> dict[str, str]:
 
 def roles_of_parents(run: Records) -> dict[str, list[str]]:
     """Return, for each parent of a run, the roles that begin with it."""
+    specs = dict(run.config.get("parents", {}))
+    for name, entry in run.config.get("ppo.rewards", {}).items():
+        if kind_of_source(entry.get("source", "")) == "model":
+            specs[f"reward {name}"] = entry["source"]
     roles = {}
-    for role, spec in run.config.get("parents", {}).items():
+    for role, spec in specs.items():
         roles.setdefault(spec, []).append(role)
     return roles
 

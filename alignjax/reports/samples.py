@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from alignjax.runs.record_checks import OWN_SCORE
 from alignjax.runs.records import Records
 
 ROWS = 400  # of a kind of samples, taken evenly from all of them
@@ -92,9 +93,12 @@ def page_row(row: dict, columns: dict[str, dict]) -> dict:
 
 def page_responses(column: dict) -> list[dict]:
     """Return each response of a column with its figures and, if they are known, its tokens."""
+    labels = {name: label for name, label in FIGURES.items() if name in column}
+    # The scores by each of several rewards are labelled by its name.
+    labels |= {name: name.removeprefix(OWN_SCORE) for name in column if name.startswith(OWN_SCORE)}
     responses = []
     for place, text in enumerate(column["responses"]):
-        figures = {label: column[name][place] for name, label in FIGURES.items() if name in column}
+        figures = {label: column[name][place] for name, label in labels.items()}
         response = {"text": text, "figures": figures}
         if "tokens" in column:
             response["tokens"] = column["tokens"][place]

@@ -23,7 +23,7 @@ from alignjax.claims import BestOf, Study
 from alignjax.config import UserError
 from alignjax.machine import console, lock, outputs, signals
 from alignjax.runs.claim import check_workdir
-from alignjax.runs.lineage import adopt_architecture, is_config
+from alignjax.runs.lineage import adopt_architecture
 
 LONGEST_NAME = 100  # characters of a directory's name
 BAR_REFRESH = 60  # seconds between two lines of the bar where there is no terminal
@@ -102,7 +102,7 @@ def plan_best_of(study: Study, arm: str, seed: int, workdir: Path) -> Trial:
     directories = {}
     for role in ("policy", "reward"):
         spec = config.parents.get(role, "")
-        if not is_config(spec):
+        if not configs.is_config_file(spec):
             raise UserError(f"arm {arm}: parents.{role}={spec!r} of {study.config} is no config")
         directories[role] = runs / configs.load(spec).name
     directory = runs / directory_name(f"best-of-{best_of.n}", {"of": config.name})

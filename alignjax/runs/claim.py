@@ -55,6 +55,8 @@ def check_workdir(
         check_longer(config, workdir, stored["steps"])
         ignore = (*ignore, "steps")
     unset = tuple(name for name in KEPT_FIELDS if not getattr(config, name))
+    if config.model.remat == "auto":  # the run's own level counts
+        unset = (*unset, "model.remat")
     differences = configs.difference(config, stored, (*FREE_FIELDS, *unset, *ignore))
     if differences:
         raise UserError(
@@ -170,15 +172,16 @@ def check_same_parents(workdir: Path, parents: dict[str, Path]) -> None:
     """
     recorded = marker.read(workdir).get("parents", {})
     for role, end in ends_of(parents).items():
+        parent = f"{configs.field_of_role(role)}={parents[role]}"
         before = recorded.get(role, end)
         if before["step"] != end["step"]:
             raise UserError(
-                f"{workdir} began from step {before['step']} of parents.{role}={parents[role]}, "
+                f"{workdir} began from step {before['step']} of {parent}, "
                 f"which has {end['step']} steps now; name another --workdir"
             )
         if before != end:
             raise UserError(
-                f"{workdir} began from other parameters than parents.{role}={parents[role]} has "
+                f"{workdir} began from other parameters than {parent} has "
                 "now; name another --workdir"
             )
 

@@ -9,20 +9,34 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from alignjax import config as configs
-from alignjax.config import Config, Model, UserError
+from alignjax.config import (
+    Config,
+    Model,
+    UserError,
+    field_of_role,
+    is_reward_role,
+    kind_of_role,
+    kind_of_source,
+)
 from alignjax.weights import bases, checkpoint, locations, roles
-from alignjax.weights.locations import RUNTIME_FIELDS, is_config
+from alignjax.weights.locations import RUNTIME_FIELDS
 
 
 def parent_of(run: Path, role: str) -> Path | None:
     """Return the directory of a run's parent of a role, or None if it has none.
 
-    A parent that is a config is beside the run.
+    A parent that is a config is beside the run. The role "reward" of a run with several rewards
+    is the first reward model among them.
     """
-    spec = locations.read_config(run)["parents"].get(role)
+    stored = locations.read_config(run)
+    specs = dict(stored["parents"])
+    for entry in stored["ppo.rewards"].values():
+        if kind_of_source(entry.get("source", "")) == "model":
+            specs.setdefault("reward", entry["source"])
+    spec = specs.get(role)
     if spec is None:
         return None
-    if not is_config(spec):
+    if not configs.is_config_file(spec):
         return locations.local_directory(spec)
     siblings = run.parent if run.name else run.absolute().parent
     return siblings / configs.load(spec).name
@@ -71,7 +85,7 @@ def root_of(spec: str) -> str | None:
 
     The first parent of a config counts as its beginning.
     """
-    if not is_config(spec):
+    if not configs.is_config_file(spec):
         return spec
     return next(map(root_of, configs.load(spec).parents.values()), None)
 
@@ -92,13 +106,14 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
     Raises:
       UserError: it names the parent and what is wrong with it.
     """
-    head = roles.HEADS[config.stage, role]
-    if role != "reward":
+    is_reward = is_reward_role(role)
+    head = roles.HEADS[config.stage, kind_of_role(role)]
+    if not is_reward:
         locations.check_architecture(config.model, directory)
     if not locations.is_run(directory):
         roles.open_views(directory, head)
         return
-    where = f"parents.{role}={spec}"
+    where = f"{field_of_role(role)}={spec}"
     if not (directory / "summary.json").exists():
         raise UserError(f"{where}: this run is not complete")
     stage = locations.read_config(directory)["stage"]
@@ -106,7 +121,7 @@ def check_parent(config: Config, role: str, spec: str, directory: Path) -> None:
         raise UserError(f"{where}: a language model is wanted, this run's stage is {stage!r}")
     if head == "scalar":
         bases.check_value_model(directory, where)
-    if role == "reward" and stage in roles.LANGUAGE_MODELS:
+    if is_reward and stage in roles.LANGUAGE_MODELS:
         raise UserError(f"{where}: a reward model is wanted, this run's stage is {stage!r}")
     try:
         checkpoint.newest(directory)

@@ -19,6 +19,7 @@ from alignjax.machine.processes import Stopped
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals
 from alignjax.runs import advice, environment
+from alignjax.runs.compiling import CompileAhead
 from alignjax.runs.log import TrainingLog
 from alignjax.runs.tracker import Tracker
 from alignjax.weights.checkpoint import Checkpoints, NotFinite, check_finite
@@ -53,7 +54,13 @@ class Loop:
             stack.enter_context(processes.reporting_errors())
             # Within the report, which names the file of a traceback.
             stack.enter_context(failures.tracebacks_in(self.workdir))
+            # Parameters are read while the programs are compiled.
+            ahead = CompileAhead(
+                self.config.name, self.stage.programs_ahead(), self.stage.mesh, self.say
+            )
+            stack.enter_context(ahead)
             first, state = self.restore_or_init(checkpoints)
+            ahead.wait()
             if jax.process_index() == 0:
                 environment.record(self.workdir)
             log = stack.enter_context(contextlib.closing(self.open_log(staging.local, first)))

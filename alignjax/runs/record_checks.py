@@ -18,6 +18,7 @@ EXAMPLE_OF_SUMMARY = {
 LARGEST = 2**63  # of a number that a run writes
 # Lists of a sample with a figure for each response.
 FIGURES = ("score", "true_score", "kl", "length", "truncated", "entropy")
+OWN_SCORE = "score/"  # begins the list of the scores by one of several rewards
 
 
 def expect(holds: bool, where: str, expected: str, value: Any) -> None:
@@ -94,8 +95,8 @@ def check_responses(column: Any, where: str) -> None:
     responses = column.get("responses")
     is_texts = isinstance(responses, list) and all(isinstance(text, str) for text in responses)
     expect(is_texts, f"{where}: responses", "a list of texts", responses)
-    for name in FIGURES:
-        if name in column:
+    for name in column:
+        if name in FIGURES or name.startswith(OWN_SCORE):
             values = column[name]
             holds = isinstance(values, list) and len(values) == len(responses)
             expected = f"a list of {len(responses)} numbers"

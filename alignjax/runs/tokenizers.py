@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.rewards import parent_tokenizer
-from alignjax.config import Config, UserError
+from alignjax.config import Config, UserError, is_reward_role
 from alignjax.data import chat, mixture, shares, sources, templates, tokenizer_files, toy
 from alignjax.weights import locations
 
@@ -30,7 +30,9 @@ def choose_tokenizer(
 
     The config's `template_date` and `special_tokens_in_content` become what the run uses.
     """
-    directories = {role: directory for role, directory in parents.items() if role != "reward"}
+    directories = {
+        role: directory for role, directory in parents.items() if not is_reward_role(role)
+    }
     if (workdir / "config.json").exists():
         tokenizer = chat.load_tokenizer(workdir / "tokenizer")
     elif directories:
@@ -62,8 +64,9 @@ def settle_template(
         stored = locations.read_config(workdir)
         config.template_date = config.template_date or stored.get("template_date", "")
     readers = [tokenizer]
-    if "reward" in parents and not locations.is_run(parents["reward"]):
-        readers.append(parent_tokenizer(config, parents["reward"]))
+    for role, directory in parents.items():
+        if is_reward_role(role) and not locations.is_run(directory):
+            readers.append(parent_tokenizer(config, directory))
     if any(templates.asks_for_date(reader) for reader in readers):
         date = config.template_date or templates.date_of(tokenizer) or first_process_day()
         config.template_date = date

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignjax.config import Config, Lora, UserError, lora_from_json
+from alignjax.config import Config, Lora, UserError, is_config_file, lora_from_json
 from alignjax.config import load as load_config
 from alignjax.machine import marker
 from alignjax.machine import workdir as workdirs
@@ -57,7 +57,7 @@ def planned_base(spec: str, head: str, settings: Lora) -> str:
 
     Equal names mean one base. The head is that of the role that the parent is for.
     """
-    if not locations.is_config(spec):
+    if not is_config_file(spec):
         return locations.base_spec(spec) if goes_on_with_adapter(spec, settings) else spec
     parent = load_config(spec)
     role = CHECKPOINT_ITEMS.get((parent.stage, head))

@@ -1,13 +1,16 @@
 """Parameters as they lie in mapped checkpoint files: any part of one reads no other part."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
 from alignjax.weights.hf_layout import FileTensor, Layout, Shape, axis_groups, file_shape_of
 
+READERS = 4  # threads that read the layers of a parameter
 Index = tuple[slice, ...]
 
 
@@ -75,17 +78,43 @@ class ParameterView:
     def read(self, index: Index = ()) -> np.ndarray:
         """Return parameter[index] in float32, where `index` has slices of step 1.
 
-        One layer at a time is in memory beside the result.
+        Layers are read on several threads, and no more than so many of them are in memory beside
+        the result.
         """
         index = index + (slice(None),) * (len(self.shape) - len(index))
         sizes = [length(cut, size) for cut, size in zip(index, self.shape, strict=True)]
         result = np.empty(sizes, np.float32)
         if not self.stacked:
-            result[...] = self.parts[0].read(index)
+            put(result, self.parts[0].read(index))
             return result
-        for row, part in enumerate(self.parts[index[0]]):
-            result[row] = part.read(index[1:])
+        layers = self.parts[index[0]]
+        with ThreadPoolExecutor(READERS) as pool:
+            read = [
+                pool.submit(read_layer, result[row], part, index[1:])
+                for row, part in enumerate(layers)
+            ]
+        for future in read:
+            future.result()  # raises what the reader raised
         return result
+
+
+def read_layer(result: np.ndarray, part: Part, index: Index) -> None:
+    """Read part[index] into its row of a parameter."""
+    put(result, part.read(index))
+
+
+def put(result: np.ndarray, array: np.ndarray) -> None:
+    """Copy an array into one of float32.
+
+    NumPy holds Python's lock while it converts bfloat16, whose numbers are the upper halves of
+    float32's: moved as words, several threads can convert at once.
+    """
+    if array.dtype == ml_dtypes.bfloat16:
+        words = result.view(np.uint32)
+        words[...] = array.view(np.uint16)
+        words <<= 16
+    else:
+        result[...] = array
 
 
 def length(cut: slice, size: int) -> int:

@@ -59,11 +59,6 @@ class AdaptedModel:
     adapter: Path
 
 
-def is_config(spec: str) -> bool:
-    """Return whether a parent is named by a config, rather than by a directory or hub name."""
-    return spec.partition(":")[0].endswith(".py")
-
-
 def local_directory(spec: str, weights: bool = True) -> Path:
     """Return the directory that `spec` names, after downloading it if it is on the hub.
 

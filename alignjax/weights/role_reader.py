@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from alignjax.config import Config, Model
+from alignjax.config import Config, Model, kind_of_role
 from alignjax.machine import sharding
 from alignjax.models import lora
 from alignjax.weights import bases, roles
@@ -38,7 +38,7 @@ class RoleReader:
 
     def head_of(self, role: str) -> str:
         """Return the head of a role: "lm" or "scalar"."""
-        return roles.HEADS[self.config.stage, role]
+        return roles.HEADS[self.config.stage, kind_of_role(role)]
 
     def base(self, role: str) -> Params | None:
         """Return the frozen base of a role that is trained, None if it trains all parameters."""
@@ -91,7 +91,7 @@ class RoleReader:
             heads = {self.head_of(other) for other in sharing}
             head = "lm" if "lm" in heads else "scalar"
             params = roles.read(model, head, self.mesh, self.origins[role].base)
-            is_frozen = set(sharing) <= set(roles.FROZEN_ROLES)
+            is_frozen = {kind_of_role(other) for other in sharing} <= set(roles.FROZEN_ROLES)
             memory = self.config.ppo.frozen_memory if is_frozen else "device"
             self.shared[key] = roles.freeze(model, params, model.dtype, memory)
         return self.shared[key]

@@ -1,6 +1,8 @@
 """A role's parameters: drawn from a key, or loaded from a run or a Hugging Face checkpoint."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +79,24 @@ def init_params(
 
     A key gives the same parameters on any number of devices.
     """
+    # A copy, because a config's model may change.
+    return drawing(dataclasses.replace(model), head, mesh, part)(key)
 
-    def draw(key: jax.Array) -> Params:
-        params = transformer.init(model, key, head)
-        return params if part is None else {part: params[part]}
 
-    layout = sharding.param_shardings(jax.eval_shape(draw, key), mesh)
-    return jax.jit(draw, out_shardings=layout)(key)
+@functools.cache
+def drawing(
+    model: Model, head: str, mesh: jax.sharding.Mesh, part: str | None
+) -> Callable[[jax.Array], Params]:
+    """Return the function that `init_params` compiles, once for all roles of one architecture."""
+    draw = functools.partial(draw_params, model, head, part)
+    layout = sharding.param_shardings(jax.eval_shape(draw, jax.random.key(0)), mesh)
+    return jax.jit(draw, out_shardings=layout)
+
+
+def draw_params(model: Model, head: str, part: str | None, key: jax.Array) -> Params:
+    """Draw new parameters, or only their top-level `part`."""
+    params = transformer.init(model, key, head)
+    return params if part is None else {part: params[part]}
 
 
 def load(
