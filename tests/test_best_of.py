@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import best_of as command
 from alignjax import evaluate, inference
 from alignjax.config import Mesh, UserError
+from alignjax.evals import best_answers as command
 from alignjax.evals import best_of
 from alignjax.machine import sharding
 

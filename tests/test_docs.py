@@ -122,7 +122,11 @@ RUN_BY = [
         "test_preferences.py",
         "test_the_command_repeats_its_report_without_preparing_again",
     ),
-    ("alignjax.best_of", "test_best_of.py", "test_the_command_writes_answers_and_their_figures"),
+    (
+        "alignjax.evals.best_answers",
+        "test_best_of.py",
+        "test_the_command_writes_answers_and_their_figures",
+    ),
     ("alignjax.convert", "test_export.py", "test_each_role_of_ppo_goes_out"),
     ("alignjax.chat", "test_chat.py", "test_before_and_after_ppo_with_scores"),
     (

@@ -26,7 +26,7 @@ LAYERS = [
     {"runs", "inference", "planning"},
     {"train", "plan", "claims"},
     {"evals", "reports"},
-    {"best_of", "chat", "evaluate", "report", "study"},
+    {"chat", "evaluate", "report", "study"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Distribution on PyPI of a module, if its name is another.

@@ -187,8 +187,10 @@ def test_a_gradient_by_adapters_makes_no_gradient_of_the_base():
     """The compiled program has no array of a matrix's shape but the matrix itself."""
     model, params = model_and()
     (part,) = lm.pack_minibatch(lm_batch(0), 4096, 1)
-    accumulate = optimisation.compile_accumulate(functools.partial(lm.loss_fn, model))
-    text = accumulate.lower(None, adapters_of(params), part, in_base(params)).compile().as_text()
+    accumulate = optimisation.Accumulate(functools.partial(lm.loss_fn, model))
+    arguments = (adapters_of(params), part, in_base(params))
+    total = accumulate.empty(*arguments)
+    text = accumulate.add.lower(total, *arguments).compile().as_text()
     made = {"output kernel": (model.d_model, 96), "gate": (model.layers, model.d_model, model.d_ff)}
     for name, shape in made.items():
         sizes = ",".join(map(str, shape))

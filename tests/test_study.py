@@ -141,7 +141,7 @@ def test_an_arm_without_training_answers_by_the_parents_of_an_earlier_arm(tmp_pa
     runs = tmp_path / "runs/0"
     assert trial.workdir == runs / "best-of-2,of=ppo-tiny"
     assert trial.command_line == (
-        f"python -m alignjax.best_of --policy {runs}/sft-tiny --reward {runs}/rm-tiny "
+        f"python -m alignjax.evals.best_answers --policy {runs}/sft-tiny --reward {runs}/rm-tiny "
         "--prompts toy/prompts --n 2 --examples 64 --temperature 1.0 --top_p 0.9 "
         f"--max_tokens 14 --out {trial.workdir}"
     )
@@ -201,7 +201,7 @@ def test_every_study_of_the_repository_is_sound(name):
     loaded = study.load(name)
     trials = study_runs.plan_trials(loaded, 2, Path("runs/none"))
     assert len({trial.workdir for trial in trials}) == len(trials) == 2 * len(loaded.arms)
-    commands = {("python", "-m", f"alignjax.{name}") for name in ("train", "best_of")}
+    commands = {("python", "-m", f"alignjax.{name}") for name in ("train", "evals.best_answers")}
     assert {trial.command[:3] for trial in trials} <= commands
     assert len(loaded.arms) <= len(study_picture.COLOURS)
     assert loaded.claim.strip()

@@ -543,7 +543,7 @@ class PPO:
             self.compiled,
             self.trained,
             params=all_shapes(self.trained, resident),
-            experience=resident["experience"],
+            learned=resident["experience"],
             shapes=longest_shapes(self.config, self.mesh),
         ).programs()
 
@@ -563,7 +563,7 @@ class PPO:
             self.compiled,
             self.trained,
             params=trained | frozen,
-            experience=abstract_experience(self.config, self.mesh),
+            learned=abstract_experience(self.config, self.mesh),
             shapes=known_shapes(self.config, self.mesh, self.prompts, self.text, self.ladder),
         ).programs()
         if self.num_steps >= MANY_STEPS:

@@ -112,7 +112,7 @@ class PlannedPrograms:
         trained: TrainedRoles,
         *,
         params: dict[str, dict],
-        experience: Experience,
+        learned: Experience,
         shapes: StepShapes,
     ):
         """Take the shapes of all roles' parameters, of the experience, and of what is read."""
@@ -123,9 +123,9 @@ class PlannedPrograms:
         self.bases = trained.abstract_bases
         self.updates = config.ppo.epochs * config.ppo.minibatches
         self.params = params
-        self.rollout = experience.rollout
+        self.rollout = learned.rollout
         self.reading = abstract_reading(config, mesh)
-        self.experience = experience
+        self.experience = learned
         self.shapes = shapes
         self.totals: dict[str, GradientSum] = {}  # of each role
 

@@ -122,7 +122,7 @@ def plan_best_of(study: Study, arm: str, seed: int, workdir: Path) -> Trial:
         arm=arm,
         seed=seed,
         workdir=directory,
-        command=("python", "-m", "alignjax.best_of", *words),
+        command=("python", "-m", "alignjax.evals.best_answers", *words),
         steps=0,
     )
 

@@ -1,6 +1,6 @@
 """Answer held-out prompts by the best of n responses under a reward model, without training.
 
-python -m alignjax.best_of --policy runs/sft --reward runs/rm --prompts toy/prompts --n 16 --out DIR
+python -m alignjax.evals.best_answers --policy runs/sft --reward runs/rm --n 16 --out DIR
 
 DIR/responses.jsonl has each prompt with its answer, and DIR/summary.json the mean figures by the
 names of a PPO run's summary: this is the baseline that RLHF is to beat.
@@ -28,7 +28,7 @@ from alignjax.machine.compilation_cache import keep_programs
 from alignjax.machine.console import say
 from alignjax.weights import locations
 
-COMMAND = "alignjax.best_of"  # in the marker of a directory
+COMMAND = "alignjax.evals.best_answers"  # in the marker of a directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(
-        prog="python -m alignjax.best_of",
+        prog="python -m alignjax.evals.best_answers",
         description="Answer prompts by the best of n responses under a reward model.",
     )
     parser.add_argument("--policy", required=True, metavar="RUN", help="what samples responses")
