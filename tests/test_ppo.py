@@ -687,8 +687,8 @@ def test_the_self_check_stops_at_each_fault_with_its_figure(world):
         other_kl = world.score(other).responses
         check(other, scored=dataclasses.replace(scored, responses=other_kl))
 
-    def drifting(total, params, batch, base):
-        return world.stage.compiled.policy_gradient(total, moved, batch)
+    def drifting(params, parts, base):
+        return world.stage.compiled.policy_gradient(moved, parts, base)
 
     with pytest.raises(UserError, match="ratio - 1"):
         check(compiled=dataclasses.replace(world.stage.compiled, policy_gradient=drifting))
