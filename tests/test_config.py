@@ -130,6 +130,7 @@ def test_counts_are_every_whole_number_of_which_0_would_be_none():
         "optimiser.warmup_steps",
         "value_optimiser.warmup_steps",
         "model.rope_original_length",
+        "model.window",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",

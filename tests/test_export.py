@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from test_convert import GOLDEN, same
-from test_models import error, tiny
+from test_models import error, family_fields, tiny
 from test_models import run as forward
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -86,7 +86,7 @@ def to_hf(run, out, *more) -> int:
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_run_goes_out_whole(family, tokenizer, tmp_path, capsys):
-    flags = families.FAMILIES[family].flags
+    flags = family_fields(family)
     kv_heads = 4 if family == "qwen" else 2
     model, params = small(family=family, kv_heads=kv_heads, **flags)
     run = make_run(tmp_path / "sft", tokenizer, "lm", model, {"model": params})

@@ -97,6 +97,13 @@ def words(seed, *shape):
     return np.random.default_rng(seed).integers(1, 96, shape)
 
 
+def family_fields(family):
+    """Return the fields of `Model` that every model of a family has, if it has 32 channels."""
+    multiplier = 32**0.5 if family.startswith("gemma") else 1.0
+    fields = {"qkv_bias": False, "embedding_multiplier": multiplier}
+    return fields | families.FAMILIES[family].flags
+
+
 def tiny(seed=0, head="lm", **changes):
     """Return a small model and random parameters, norms and biases included.
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_models import tiny
+from test_models import family_fields, tiny
 
 from alignjax.config import Mesh, UserError
 from alignjax.machine import sharding
@@ -91,7 +91,7 @@ def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path
     """Each shard reads as many elements of the files as it has; equal shards are read once."""
     model, params = tiny(
         family=family,
-        **families.FAMILIES[family].flags,
+        **family_fields(family),
         kv_heads=4 if family == "qwen" else 2,
         vocab_size=96,
     )
