@@ -128,7 +128,7 @@ def test_the_page_of_every_stage_has_what_its_run_left(stage, chain, tmp_path):
     assert not re.search(r'\b(src|href)="(?!#)|url\(|@import', page)
     assert set(re.findall(r"https?://[\w./]+", page)) == {"http://www.w3.org/2000/svg"}
     assert run["environments"] == json.loads((directory / "environment.json").read_text())
-    assert len(data["sources"]) == (3 if stage == "ppo" else 1)
+    assert len(data["sources"]) == {"ppo": 3, "dpo": 2}.get(stage, 1)
 
 
 def test_the_page_of_ppo_has_its_evaluations_and_responses(chain, tmp_path):
