@@ -37,9 +37,9 @@ def tokenizer(tmp_path_factory):
 def make_run(directory, tokenizer, stage, model, items):
     """Write what a complete run leaves, saved from eight devices; `items` are those of Orbax."""
     directory.mkdir()
-    (directory / "config.json").write_text(
-        configs.to_json(configs.Config(stage=stage, model=model))
-    )
+    parents = dict.fromkeys(configs.ROLES[stage], "none.py")
+    config = configs.Config(stage=stage, model=model, parents=parents)
+    (directory / "config.json").write_text(configs.to_json(config))
     (directory / "summary.json").write_text('{"steps": 7}')
     shutil.copytree(tokenizer, directory / "tokenizer")
     placed = {

@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import shutil
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -20,8 +22,9 @@ from test_models import error, run, tiny, words
 
 from alignjax import config as configs
 from alignjax import convert, train
+from alignjax.algorithms import reward_endpoints
 from alignjax.algorithms.estimators import AdvantageInputs
-from alignjax.config import PPO, Mesh, Model, UserError
+from alignjax.config import PPO, Mesh, Model, Reward, UserError
 from alignjax.data import chat, formats, mixture, sources
 from alignjax.machine import sharding
 from alignjax.models import families
@@ -66,6 +69,7 @@ def test_the_page_shows_every_file_that_its_tests_use():
         "rated_rm.py",
         "concise.py",
         "random_words.py",
+        "server.py",
     }
 
 
@@ -327,6 +331,18 @@ def test_a_reward_scores_texts(directory):
     responses = ["it is Three .", "four"]
     scores = reward([None, None], responses, answer=["three", "three"], source=["a", "b"])
     assert scores == pytest.approx([0.96, -0.01])
+
+
+def test_a_server_answers_with_the_scores_of_its_function(directory):
+    handler = imported("server", directory).Handler
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = Reward(source=f"http://127.0.0.1:{server.server_port}/score")
+        endpoint = reward_endpoints.load("ppo.rewards.words.source", source, ["answer"], None)
+        prompt = [{"role": "user", "content": "how many are one , two and three ?"}]
+        scores = endpoint([{"prompt": prompt, "answer": "three"}], ["it is Three ."])
+        server.shutdown()
+    np.testing.assert_allclose(scores, [0.96], rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------- another sampler

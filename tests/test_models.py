@@ -172,9 +172,9 @@ def test_decoding_gives_the_logits_of_torch(name, form, monkeypatch):
     ring = tokens.shape[1] - width
     prompt_mask = mask[:, :width]
     prompt = np.repeat(prompt_mask > 0, 2, axis=0)
-    kind = (RowCache if form == "joined" else RingCache)(
-        model=model, slots=4, prompt_width=width, response_length=ring, dtype="float32"
-    )
+    fields = {"model": model, "slots": 4, "prompt_width": width, "response_length": ring}
+    fields["dtype"] = "float32"
+    kind = RowCache(**fields, has_prefix=False) if form == "joined" else RingCache(**fields)
 
     @jax.jit
     def prefill():

@@ -147,7 +147,7 @@ def test_the_first_step_passes_its_checks_with_every_shipped_setting(chain: Chai
         batch = stage.prompts.batch(0)
         rollout = stage.sample(policy, batch, 0, Phases())
         minibatches = stage.pack(batch, rollout)
-        scored = stage.score(params, state["stats"], rollout, minibatches)
+        scored = stage.score(params, state, rollout, minibatches)
         stage.check(params, scored, minibatches)
     assert not np.asarray(scored.responses["kl"]).any()
     assert not np.asarray(scored.responses["log_ratio"]).any()

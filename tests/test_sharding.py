@@ -131,7 +131,7 @@ def run_ppo(mesh):
             params = stage.role_params(state)
             rollout = stage.sample(params["policy"], batch, SAMPLING_STEPS[step], Phases())
             minibatches = stage.pack(batch, rollout)
-            scored = stage.score(params, state["stats"], rollout, minibatches)
+            scored = stage.score(params, state, rollout, minibatches)
             if step == 0:
                 stage.check(params, scored, minibatches)
             state = {**state, "stats": scored.stats}

@@ -218,6 +218,7 @@ def test_a_resume_may_evaluate_more_often_and_the_rest_is_the_same(chain, tmp_pa
     assert count > 16
     assert len(evaluations[0].rows) == 4
     after = {name: x for name, x in files["summary"].items() if name.endswith("/after")}
+    del after["true_score_greedy/after"]  # only at the end
     assert {f"{name}/after": x for name, x in figures.items()} == after
     timing = rows(run / "timing.jsonl")
     assert ["evaluation_seconds" in row for row in timing] == [False, False, True, True]
