@@ -340,7 +340,7 @@ def test_a_server_answers_with_the_scores_of_its_function(directory):
         source = Reward(source=f"http://127.0.0.1:{server.server_port}/score")
         endpoint = reward_endpoints.load("ppo.rewards.words.source", source, ["answer"], None)
         prompt = [{"role": "user", "content": "how many are one , two and three ?"}]
-        scores = endpoint([{"prompt": prompt, "answer": "three"}], ["it is Three ."])
+        scores = endpoint([{"prompt": prompt, "columns": {"answer": "three"}}], ["it is Three ."])
         server.shutdown()
     np.testing.assert_allclose(scores, [0.96], rtol=1e-6)
 
