@@ -16,7 +16,7 @@ from test_models import tiny
 
 from alignjax.config import Model, UserError
 from alignjax.models import families
-from alignjax.weights import hf
+from alignjax.weights import hf, hf_views
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -220,7 +220,7 @@ def test_writing_holds_the_parameters_of_one_tensor_at_a_time(family, tmp_path):
 
 
 def test_reading_holds_the_part_that_is_asked_for(tmp_path):
-    model, shapes = model_and_shapes("qwen", "lm", layers=8, vocab_size=512)
+    model, shapes = model_and_shapes("qwen", "lm", layers=32, vocab_size=512)
 
     def read(path):
         return np.full(shapes[path], len(path), np.float32)
@@ -236,9 +236,10 @@ def test_reading_holds_the_part_that_is_asked_for(tmp_path):
         peak = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    assert part.shape == (8, 64, 352) and part.dtype == np.float32
+    assert part.shape == (32, 64, 352) and part.dtype == np.float32
     assert (part == len("layers/mlp/gate/kernel")).all()
-    assert peak < 1.2 * part.nbytes
+    # Beside it there are the layers that threads are reading, in the file's type and in ours.
+    assert peak < (1 + 1.5 * hf_views.READERS / 32 + 0.05) * part.nbytes
 
 
 @pytest.mark.parametrize(
