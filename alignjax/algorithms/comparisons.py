@@ -1,9 +1,8 @@
 """Comparisons, as the stages read them that learn from pairs of responses: ranking and DPO.
 
-In shapes, `pairs` counts the pairs of a batch.
+In shapes, `pairs` counts the pairs of a batch, `all_pairs` those of a data set.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config
-from alignjax.data import encoding, mixture, packing
+from alignjax.data import ladders, mixture, packing
 from alignjax.machine import sharding
 
 Mesh = jax.sharding.Mesh
@@ -41,15 +40,12 @@ def load(config: Config, inputs: RunInputs) -> ComparisonData:
     """Read and tokenise the comparisons that a config trains on and holds out."""
     data = config.data
     sets = mixture.sets(config, "comparisons", data.train, data.heldout, inputs.say)
-    encode = functools.partial(
-        encoding.encode,
-        kind="comparisons",
-        length=data.max_length,
-        tokenizer=inputs.tokenizer,
-        say=inputs.say,
-        skip=data.on_bad_row == "skip",
-    )
-    heldout = {source: encode(rows) for source, rows in sets.heldout.items()}
+    heldout = {
+        source: mixture.encoded(
+            config, rows, "comparisons", data.max_length, inputs.tokenizer, inputs.say
+        )
+        for source, rows in sets.heldout.items()
+    }
     batches = mixture.batches(
         config, sets, "comparisons", data.max_length, data.batch, inputs.tokenizer, inputs.say
     )
@@ -95,6 +91,47 @@ def read_rows(
         batch_figures = read(params, sharding.shard_batch(microbatch, mesh))
         figures[microbatch.pair] = sharding.on_host(batch_figures)
     return figures[:-1]  # the last row took the padding
+
+
+def read_all(
+    read: ReadPairs,
+    pack: PackPairs,
+    params: dict,
+    rows: Rows,
+    batch_size: int,
+    microbatch_tokens: int,
+    mesh: Mesh,
+    ladder: packing.Ladder = packing.fine,
+) -> np.ndarray:
+    """Return what a compiled function makes of all rows, [all_pairs 2], a batch at a time."""
+    parts = [
+        read_rows(read, pack, params, part, microbatch_tokens, mesh, ladder, batch_size)
+        for part in mixture.in_order(rows, batch_size)
+    ]
+    return np.concatenate(parts)
+
+
+def choose_ladder(
+    config: Config, data: ComparisonData, head: str, pack: PackPairs, row_shards: int
+) -> packing.Ladder:
+    """Return the shapes for the comparisons that a run trains on and holds out.
+
+    `head` is the role's, "lm" or "scalar".
+    """
+    return ladders.for_minibatches(
+        ladders.samples(data.batches, data.heldout.values(), config.data.batch),
+        lambda rows, ladder: pack(rows, config.microbatch_tokens, row_shards, ladder, 0),
+        ladders.costs_of(config.model, head, config.microbatch_tokens),
+        row_shards,
+    )
+
+
+def agreement(difference: np.ndarray) -> dict[str, float]:
+    """Return the accuracy and the share of ties, which are not correct.
+
+    `difference` [all_pairs] is positive where the chosen response is preferred.
+    """
+    return {"accuracy": (difference > 0).mean(), "ties": (difference == 0).mean()}
 
 
 def describe(

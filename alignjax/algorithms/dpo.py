@@ -29,7 +29,7 @@ from alignjax.algorithms.ppo_data import load_heldout_prompts
 from alignjax.algorithms.stage import Evaluation, RunInputs, State, StepDetails
 from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config
-from alignjax.data import ends, ladders, mixture, packing
+from alignjax.data import ends, mixture, packing
 from alignjax.machine import sharding
 from alignjax.models import lora
 from alignjax.weights import roles
@@ -109,12 +109,7 @@ class DirectPreference(SupervisedStage):
         """Read and tokenise the comparisons."""
         read = comparisons.load(config, inputs)
         row_shards = sharding.row_shards(mesh)
-        ladder = ladders.for_minibatches(
-            ladders.samples(read.batches, read.heldout.values(), config.data.batch),
-            lambda rows, ladder: pack_minibatch(rows, config.microbatch_tokens, row_shards, ladder),
-            ladders.costs_of(config.model, "lm", config.microbatch_tokens),
-            row_shards,
-        )
+        ladder = comparisons.choose_ladder(config, read, "lm", pack_minibatch, row_shards)
 
         def pack_step(step: int) -> list[PreferenceMicrobatch]:
             numbers = read.batches.order(step)
@@ -167,8 +162,9 @@ class DirectPreference(SupervisedStage):
     def read_rows(self, params: dict, rows: Rows) -> Float[np.ndarray, "all_pairs 2"]:
         """Return log p of the responses of comparisons."""
         config = self.config
-        return dpo_programs.read_all(
+        return comparisons.read_all(
             self.read,
+            pack_minibatch,
             params,
             rows,
             config.data.batch,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from alignjax.algorithms import comparisons, losses
 from alignjax.algorithms.comparisons import SIDES, ReadPairs, Rows, interleave
 from alignjax.config import DPO, Config, Model
-from alignjax.data import mixture, packing
+from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
@@ -167,25 +167,6 @@ def loss_fn(
     return loss, {"loss": loss, **metrics, "entropy": reading.entropy}
 
 
-def read_all(
-    read: ReadPairs,
-    params: dict,
-    rows: Rows,
-    batch_size: int,
-    microbatch_tokens: int,
-    mesh: Mesh,
-    ladder: packing.Ladder = packing.fine,
-) -> Float[np.ndarray, "all_pairs 2"]:
-    """Return log p of the responses of all rows, `batch_size` pairs at a time."""
-    parts = [
-        comparisons.read_rows(
-            read, pack_minibatch, params, part, microbatch_tokens, mesh, ladder, batch_size
-        )
-        for part in mixture.in_order(rows, batch_size)
-    ]
-    return np.concatenate(parts)
-
-
 def response_lengths(rows: Rows) -> Float[np.ndarray, "all_pairs 2"]:
     """Return the tokens of each response, its end token included."""
     lengths = np.stack([rows[f"{side}_length"] for side in SIDES], axis=1)
@@ -200,8 +181,7 @@ def figures_of(
     """Return accuracy, share of ties (not correct), margin, loss and count of comparisons."""
     difference = dpo.beta * (log_ratios[:, 0] - log_ratios[:, 1]).astype(np.float64)
     return {
-        "accuracy": (difference > 0).mean(),
-        "ties": (difference == 0).mean(),
+        **comparisons.agreement(difference),
         "margin": difference.mean(),
         "loss": float(pair_losses(dpo, jnp.asarray(log_ratios), jnp.asarray(lengths)).mean()),
         "comparisons": len(difference),

@@ -305,6 +305,22 @@ def read_roles(
     )
 
 
+def response_figures(rollout: Rollout, reading: Reading) -> dict[str, jax.Array]:
+    """Return what is reported of each response beside its scores.
+
+    They are kl, entropy, length and truncated, each [responses], and log_ratio [responses tokens],
+    the log-probability of the policy less that of the reference.
+    """
+    log_ratio = jnp.where(rollout.mask, reading.logprobs - reading.ref_logprobs, 0.0)
+    return {
+        "kl": log_ratio.sum(1),
+        "entropy": jnp.where(rollout.mask, reading.entropy, 0.0).sum(1),
+        "length": rollout.lengths,
+        "truncated": rollout.truncated,
+        "log_ratio": log_ratio,
+    }
+
+
 def select_targets(experience: Experience, microbatch: ResponseMicrobatch) -> LearningBatch:
     """Gather the tokens of a microbatch and what the losses compare them with."""
     owner = scoring.at_targets(microbatch.sequence, microbatch.targets)

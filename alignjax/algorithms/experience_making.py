@@ -12,7 +12,12 @@ from alignjax import config as configs
 from alignjax.algorithms import advantages, losses, optimisation
 from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.estimators import AdvantageInputs, find_estimator
-from alignjax.algorithms.experience import Experience, Reading, ScoredRollout
+from alignjax.algorithms.experience import (
+    Experience,
+    Reading,
+    ScoredRollout,
+    response_figures,
+)
 from alignjax.config import Config, Reward, reward_table
 from alignjax.sampling.types import Rollout
 
@@ -42,26 +47,18 @@ def make_experience(
     normalised = advantages.normalise(scores, stats, ppo.normalise_scores)
     if ppo.score_clip:
         normalised = jnp.clip(normalised, -ppo.score_clip, ppo.score_clip)
-    log_ratio = jnp.where(mask, reading.logprobs - reading.ref_logprobs, 0.0)
+    responses = {"score": combined.total, **response_figures(rollout, reading)}
     inputs = AdvantageInputs(
         rewards=shape_rewards(ppo, normalised, reading, mask, kl_coef),
         values=reading.values,
         mask=mask,
         scores=normalised,
-        log_ratio=log_ratio,
+        log_ratio=responses["log_ratio"],
     )
     estimated = find_estimator(ppo.advantage_estimator)(inputs, ppo)
     token_advantages = estimated.advantages
     if ppo.whiten_advantages:
         token_advantages = advantages.whiten(token_advantages, mask)
-    responses = {
-        "score": combined.total,
-        "kl": log_ratio.sum(1),
-        "entropy": jnp.where(mask, reading.entropy, 0.0).sum(1),
-        "length": rollout.lengths,
-        "truncated": rollout.truncated,
-        "log_ratio": log_ratio,
-    }
     responses |= {f"score/{name}": reading.scores[name] for name in ppo.rewards}
     metrics = score_metrics(scores, normalised, responses["kl"], kl_coef)
     metrics |= token_metrics(rollout, reading, responses)

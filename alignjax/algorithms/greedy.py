@@ -9,12 +9,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms import heldout
+from alignjax.algorithms.ppo_data import prompts_of
 from alignjax.algorithms.ppo_programs import rollout_mesh, sampling_settings
 from alignjax.config import Config
 from alignjax.data import toy
 from alignjax.machine import sharding
 from alignjax.sampling import rollout
-from alignjax.sampling.types import Prompts
 
 Mesh = jax.sharding.Mesh
 
@@ -64,9 +64,8 @@ class GreedyAnswers:
         self, params: dict, batch: dict[str, np.ndarray], rows: list[dict]
     ) -> list[float]:
         """Return the true score of the answer to each prompt of a batch."""
-        prompts = Prompts(tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"])
-        key = jax.random.key(0)  # nothing is drawn
-        answers = self.sample(params, sharding.shard_batch(prompts, self.mesh), key)
+        prompts = sharding.shard_batch(prompts_of(batch), self.mesh)
+        answers = self.sample(params, prompts, jax.random.key(0))  # nothing is drawn
         texts = heldout.response_texts(self.tokenizer, answers)
         questions = [rows[number]["prompt"][-1]["content"] for number in batch["index"]]
         return [toy.true_score(*pair) for pair in zip(questions, texts, strict=True)]

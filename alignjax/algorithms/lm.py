@@ -22,7 +22,7 @@ from alignjax.algorithms.stage import (
 )
 from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config, Model
-from alignjax.data import encoding, ladders, mixture, packing
+from alignjax.data import ladders, mixture, packing
 from alignjax.machine import sharding
 from alignjax.models import lora, scoring
 from alignjax.models.scoring import PackedTokens
@@ -220,14 +220,8 @@ def load_text(config: Config, mesh: Mesh, inputs: RunInputs) -> TextData:
     """Read and tokenise what the config trains on and holds out."""
     data = config.data
     sets = mixture.sets(config, data.kind, data.train, data.heldout, inputs.say)
-    heldout_rows = sets.heldout_rows
-    heldout = encoding.encode(
-        heldout_rows,
-        data.kind,
-        data.max_length,
-        inputs.tokenizer,
-        inputs.say,
-        skip=data.on_bad_row == "skip",
+    heldout = mixture.encoded(
+        config, sets.heldout_rows, data.kind, data.max_length, inputs.tokenizer, inputs.say
     )
     batches = mixture.batches(
         config, sets, data.kind, data.max_length, data.batch, inputs.tokenizer, inputs.say

@@ -6,14 +6,12 @@ The programs are those of PPO's evaluation, so the figures of both can be compar
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms import experience, heldout
-from alignjax.algorithms.experience import Reading
 from alignjax.algorithms.greedy import GreedyAnswers
-from alignjax.algorithms.ppo_data import HeldoutPrompts
+from alignjax.algorithms.ppo_data import HeldoutPrompts, prompts_of
 from alignjax.algorithms.ppo_programs import (
     make_sampler,
     params_placement,
@@ -24,24 +22,9 @@ from alignjax.algorithms.ppo_programs import (
 from alignjax.algorithms.stage import Evaluation
 from alignjax.config import Config
 from alignjax.machine import sharding
-from alignjax.sampling.types import Prompts, Rollout
+from alignjax.sampling.types import Rollout
 
 Mesh = jax.sharding.Mesh
-
-
-def figures_of(rollout: Rollout, reading: Reading) -> dict[str, jax.Array]:
-    """Return figures of each response that need no reward model, for `heldout.describe`.
-
-    They are kl, entropy, length, truncated, each [responses], and log_ratio [responses tokens].
-    """
-    log_ratio = jnp.where(rollout.mask, reading.logprobs - reading.ref_logprobs, 0.0)
-    return {
-        "kl": log_ratio.sum(1),
-        "entropy": jnp.where(rollout.mask, reading.entropy, 0.0).sum(1),
-        "length": rollout.lengths,
-        "truncated": rollout.truncated,
-        "log_ratio": log_ratio,
-    }
 
 
 class PolicyAnswers:
@@ -67,7 +50,7 @@ class PolicyAnswers:
         settings = sampling_settings(config, end_tokens)
         self.sample = make_sampler(config, self.rollout_mesh, settings)
         self.read = jax.jit(functools.partial(experience.read_roles, config, ()))
-        self.figures = jax.jit(figures_of)
+        self.figures = jax.jit(experience.response_figures)
         self.greedy = GreedyAnswers(
             config, mesh, self.place_params, end_tokens=end_tokens, tokenizer=tokenizer
         )
@@ -116,9 +99,9 @@ class PolicyAnswers:
 
     def respond(self, policy: dict, batch: dict[str, np.ndarray]) -> Rollout:
         """Sample the responses to a batch of prompts, laid out as in training."""
-        prompts = Prompts(tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"])
         key = jax.random.key(self.config.seed)
         with jax.set_mesh(self.rollout_mesh):
             params = self.place_params(policy)
-            rollout = self.sample(params, sharding.shard_batch(prompts, self.rollout_mesh), key)
+            prompts = sharding.shard_batch(prompts_of(batch), self.rollout_mesh)
+            rollout = self.sample(params, prompts, key)
         return self.place_rollout(rollout)

@@ -36,6 +36,7 @@ from alignjax.algorithms.ppo_data import (
     choose_ladder,
     load_pretraining_text,
     load_prompts,
+    prompts_of,
 )
 from alignjax.algorithms.ppo_plan import (
     READS_RESPONSES,
@@ -66,7 +67,7 @@ from alignjax.data import ends, packing
 from alignjax.machine import sharding
 from alignjax.machine.profile import Phases
 from alignjax.models import lora
-from alignjax.sampling.types import Prompts, Rollout
+from alignjax.sampling.types import Rollout
 from alignjax.weights import roles
 from alignjax.weights.role_reader import RoleReader
 
@@ -282,10 +283,7 @@ class PPO:
         mesh = rollout_mesh(self.config, self.mesh)
         with jax.set_mesh(mesh):
             key = jax.random.fold_in(jax.random.key(self.config.seed), step)
-            prompts = Prompts(
-                tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"]
-            )
-            prompts = sharding.shard_batch(prompts, mesh)
+            prompts = sharding.shard_batch(prompts_of(batch), mesh)
             phases.mark("data", prompts)
             sampler_params = self.compiled.place_params(policy_params)
             rollout = self.compiled.sample(sampler_params, prompts, key)

@@ -14,6 +14,7 @@ from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config
 from alignjax.data import encoding, ladders, mixture, packing
 from alignjax.machine import sharding
+from alignjax.sampling.types import Prompts
 
 Mesh = jax.sharding.Mesh
 
@@ -66,6 +67,11 @@ class PretrainingText:
         return {} if self.batches is None else self.batches.get(update)
 
 
+def prompts_of(batch: dict[str, np.ndarray]) -> Prompts:
+    """Return a batch of prompts, as `PromptData.batch` has it, as a sampler takes it."""
+    return Prompts(tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"])
+
+
 def pretraining_rows(config: Config) -> int:
     """Return how many windows of text the pretraining gradient of an update reads."""
     minibatch = config.data.batch * config.ppo.samples_per_prompt // config.ppo.minibatches
@@ -78,13 +84,8 @@ def load_prompts(config: Config, inputs: RunInputs) -> PromptData:
     sets = mixture.sets(config, "prompts", data.train, data.heldout, inputs.say)
     train_rows = [row for rows in sets.train for row in rows]
     heldout_rows = sets.heldout_rows
-    heldout = encoding.encode(
-        heldout_rows,
-        "prompts",
-        data.max_length,
-        inputs.tokenizer,
-        inputs.say,
-        skip=data.on_bad_row == "skip",
+    heldout = mixture.encoded(
+        config, heldout_rows, "prompts", data.max_length, inputs.tokenizer, inputs.say
     )
     batches = mixture.batches(
         config, sets, "prompts", data.max_length, data.batch, inputs.tokenizer, inputs.say
@@ -102,13 +103,8 @@ def load_heldout_prompts(config: Config, source: str, inputs: RunInputs) -> Held
     """Read and tokenise the held-out prompts of a source."""
     sets = mixture.sets(config, "prompts", "", source, inputs.say)
     rows = sets.heldout_rows
-    arrays = encoding.encode(
-        rows,
-        "prompts",
-        config.data.max_length,
-        inputs.tokenizer,
-        inputs.say,
-        skip=config.data.on_bad_row == "skip",
+    arrays = mixture.encoded(
+        config, rows, "prompts", config.data.max_length, inputs.tokenizer, inputs.say
     )
     return HeldoutPrompts(rows=rows, arrays=arrays)
 
@@ -168,14 +164,8 @@ def load_pretraining_text(config: Config, mesh: Mesh, inputs: RunInputs) -> Pret
     length = longest_sequence(config)
     heldout = None
     if ppo.pretrain_heldout:
-        heldout_rows = sets.heldout_rows
-        heldout = encoding.encode(
-            heldout_rows,
-            "text",
-            length,
-            inputs.tokenizer,
-            inputs.say,
-            skip=config.data.on_bad_row == "skip",
+        heldout = mixture.encoded(
+            config, sets.heldout_rows, "text", length, inputs.tokenizer, inputs.say
         )
     row_shards = sharding.row_shards(mesh)
     if not ppo.pretrain_coef:

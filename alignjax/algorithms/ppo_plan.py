@@ -313,11 +313,6 @@ def frozen_shapes(config: Config, mesh: Mesh, role: str) -> dict:
     return roles.abstract_frozen(config.model, shapes, ppo.frozen_dtype, ppo.frozen_memory)
 
 
-def distinct_leaves(tree: Any) -> list[jax.ShapeDtypeStruct]:
-    """Return the leaves of a tree, those that are one object once."""
-    return list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
-
-
 def resident_shapes(config: Config, mesh: Mesh, trained: TrainedRoles) -> dict[str, Any]:
     """Return, by name, the shapes of the state, the frozen roles and the experience of a step."""
     shapes = {role: trained.abstract_state[role] for role in configs.trained_roles(config)}
@@ -325,7 +320,7 @@ def resident_shapes(config: Config, mesh: Mesh, trained: TrainedRoles) -> dict[s
     for reader in planned_readers(config):
         shapes[reader.role] = frozen_shapes(config, mesh, reader.role)
     if config.lora.rank:
-        shapes["base"] = distinct_leaves(trained.abstract_bases)
+        shapes["base"] = sharding.distinct_leaves(trained.abstract_bases)
     shapes["experience"] = abstract_experience(config, mesh)
     return shapes
 

@@ -40,8 +40,6 @@ Mesh = jax.sharding.Mesh
 Metrics = dict[str, jax.Array]
 LearningPart = tuple[Experience, ResponseMicrobatch]
 
-HEADS = {"policy": "lm", "value": "scalar"}  # of the trained roles
-
 
 def head_of(role: str) -> str:
     """Return the head of a role of PPO."""
@@ -189,21 +187,16 @@ def abstract_bases(config: Config, mesh: Mesh) -> dict[str, dict | None]:
         head = "lm" if any(head_of(role) == "lm" for role in sharing) else "scalar"
         shared.setdefault(name, roles.abstract_base(config.model, head, mesh, settings))
     return {
-        role: without_head(shared[name]) if head_of(role) == "scalar" else shared[name]
+        role: lora.without_head(shared[name]) if head_of(role) == "scalar" else shared[name]
         for role, name in names.items()
     }
-
-
-def without_head(params: dict) -> dict:
-    """Return parameters without their head."""
-    return {name: part for name, part in params.items() if name != "head"}
 
 
 def abstract_trained_role(
     config: Config, mesh: Mesh, role: str, optimiser: optax.GradientTransformation
 ) -> TrainState:
     """Return the shapes of the training state of a role."""
-    return optimisation.abstract_state(config.model, HEADS[role], optimiser, mesh, config.lora)
+    return optimisation.abstract_state(config.model, head_of(role), optimiser, mesh, config.lora)
 
 
 def initial_counters(config: Config) -> State:

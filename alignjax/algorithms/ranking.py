@@ -25,7 +25,7 @@ from alignjax.algorithms.stage import (
 from alignjax.algorithms.supervised import SupervisedStage
 from alignjax.config import Config, Model
 from alignjax.config import Ranking as RankingConfig
-from alignjax.data import encoding, ladders, mixture, packing, sources
+from alignjax.data import ladders, mixture, packing, sources
 from alignjax.machine import sharding
 from alignjax.models import scoring
 from alignjax.models.scoring import PackedTokens
@@ -146,11 +146,10 @@ def score_all(
     ladder: packing.Ladder = packing.fine,
 ) -> np.ndarray:
     """Return the scores [pairs 2] of all rows in float64, `batch_size` pairs at a time."""
-    scores = [
-        score_rows(score_fn, params, part, microbatch_tokens, mesh, ladder, batch_size)
-        for part in mixture.in_order(rows, batch_size)
-    ]
-    return np.concatenate(scores).astype(np.float64)
+    scores = comparisons.read_all(
+        score_fn, pack_minibatch, params, rows, batch_size, microbatch_tokens, mesh, ladder
+    )
+    return scores.astype(np.float64)
 
 
 def heldout_figures(
@@ -173,8 +172,7 @@ def figures_of(difference: np.ndarray) -> dict[str, float]:
     `difference` [pairs] is the score of the chosen response less that of the rejected one.
     """
     return {
-        "accuracy": (difference > 0).mean(),
-        "ties": (difference == 0).mean(),
+        **comparisons.agreement(difference),
         "loss": np.logaddexp(0, -difference).mean(),
         "comparisons": len(difference),
     }
@@ -365,21 +363,16 @@ def load_comparisons(config: Config, mesh: Mesh, inputs: RunInputs) -> RankingDa
     if config.ranking.demonstrations:
         options = sources.read_options(config, "conversations", inputs.say)
         rows = sources.load(config.ranking.demonstrations, "conversations", "heldout", options)
-        demonstrations = encoding.encode(
+        demonstrations = mixture.encoded(
+            config,
             rows,
             "conversations",
             config.data.max_length,
             inputs.tokenizer,
             inputs.say,
-            skip=config.data.on_bad_row == "skip",
         )
     row_shards = sharding.row_shards(mesh)
-    ladder = ladders.for_minibatches(
-        ladders.samples(read.batches, read.heldout.values(), config.data.batch),
-        lambda rows, ladder: pack_minibatch(rows, config.microbatch_tokens, row_shards, ladder),
-        ladders.costs_of(config.model, "scalar", config.microbatch_tokens),
-        row_shards,
-    )
+    ladder = comparisons.choose_ladder(config, read, "scalar", pack_minibatch, row_shards)
     prefetch = mixture.Ahead(
         lambda step: pack_minibatch(
             read.batches.get(step), config.microbatch_tokens, row_shards, ladder

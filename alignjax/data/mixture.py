@@ -145,6 +145,22 @@ def count_of(rows: dict[str, np.ndarray | encoding.Ragged]) -> int:
     return len(next(iter(rows.values())))
 
 
+def encoded(
+    config: Config,
+    examples: list[dict],
+    kind: str,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> dict[str, np.ndarray | encoding.Ragged]:
+    """Return examples as arrays of at most `length` tokens each, see `encoding.encode`.
+
+    The config says what happens to a row that cannot be encoded.
+    """
+    skip = config.data.on_bad_row == "skip"
+    return encoding.encode(examples, kind, length, tokenizer, say, skip)
+
+
 def batches(
     config: Config,
     examples: Sets,
@@ -160,9 +176,8 @@ def batches(
     """
     parts = []
     examples_before = 0
-    skip = config.data.on_bad_row == "skip"
     for source_examples in examples.train:
-        part = encoding.encode(source_examples, kind, length, tokenizer, say, skip)
+        part = encoded(config, source_examples, kind, length, tokenizer, say)
         if "index" in part:
             part["index"] += examples_before
         parts.append(part)

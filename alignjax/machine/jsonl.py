@@ -1,4 +1,4 @@
-"""Read and write JSON lines: the one reader and writer of the package.
+"""Read and write JSON lines, and read files that are one object.
 
 Every error names the file, the line and the reason.
 """
@@ -158,6 +158,19 @@ def read(path: str | Path, *, unfinished: bool = False) -> list[Any]:
     """
     whole = [line for line in lines(path) if not unfinished or line.text.endswith("\n")]
     return [parse(line.text, line.where) for line in whole]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; UserError for anything else, but for a missing file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is wanted, not {type(value).__name__}")
+    return value
 
 
 def dumps(rows: list[dict], **options: Any) -> str:

@@ -199,6 +199,11 @@ def abstract_batch(batch: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda x: abstract_array(x, row_layout(x.shape, mesh)), batch)
 
 
+def distinct_leaves(tree: Tree) -> list[Any]:
+    """Return the leaves of a tree, those that are one object once."""
+    return list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
+
+
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     """Turn host arrays into global arrays, laid out by `row_layout`.
 

@@ -89,6 +89,11 @@ def select(params: Params, like: Params) -> Params:
     }
 
 
+def without_head(params: Params) -> Params:
+    """Return parameters without their head: what scalar roles share of a base."""
+    return {name: part for name, part in params.items() if name != "head"}
+
+
 def count(params: Params) -> int:
     """Return the number of parameters; the scales of adapters are none."""
     leaves = jax.tree_util.tree_leaves_with_path(params)

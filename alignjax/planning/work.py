@@ -9,6 +9,7 @@ import jax
 from alignjax.algorithms.registry import STAGES
 from alignjax.algorithms.stage import Program
 from alignjax.config import Config
+from alignjax.machine import sharding
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def device_bytes(tree: Any) -> int:
 
 def repeated_bytes(tree: Any) -> int:
     """Return the bytes of shapes that a tree has again: one array, which several roles share."""
-    leaves = jax.tree.leaves(tree)
-    return device_bytes(leaves) - device_bytes(list({id(leaf): leaf for leaf in leaves}.values()))
+    return device_bytes(tree) - device_bytes(sharding.distinct_leaves(tree))
 
 
 def total_bytes(tree: Any) -> int:

@@ -110,18 +110,18 @@ def sorted_targets(settings: Lora) -> list[str]:
 def origin_of(directory: Path, head: str, settings: Lora) -> Origin:
     """Return what a role with adapters begins with whose parent is in `directory`."""
     own = adapters_of(directory)
+    if own is None or not have_same_form(own, settings):
+        return Origin(base=directory, item=item_of(directory, head), adapters=None)
     adapted = locations.adapted_model(directory)
-    if adapted is not None and own is not None and have_same_form(own, settings):
+    if adapted is not None:
         return Origin(base=adapted.base, item="", adapters=directory)
-    if own is not None and have_same_form(own, settings):
-        base = base_of(directory, head)
-        return Origin(
-            base=directory_of(directory, base.place),
-            item=base.item,
-            adapters=directory,
-            hub_name=base.place if base.place.startswith("hf://") else "",
-        )
-    return Origin(base=directory, item=item_of(directory, head), adapters=None)
+    base = base_of(directory, head)
+    return Origin(
+        base=directory_of(directory, base.place),
+        item=base.item,
+        adapters=directory,
+        hub_name=base.place if base.place.startswith(locations.HUB_PREFIX) else "",
+    )
 
 
 def item_of(directory: Path, head: str) -> str:

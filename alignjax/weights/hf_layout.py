@@ -29,7 +29,7 @@ class FileTensor(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The name of the module that has the tensor as its weight or bias."""
+        """Return the name of the module that has the tensor as its weight or bias."""
         return self.name.rpartition(".")[0]
 
 
@@ -47,6 +47,10 @@ class Layout:
         """Return the shape of a parameter, or of its part in one layer."""
         shape = self.shapes[path]
         return shape if layer is None else shape[1:]
+
+    def file_rows(self, path: str, layer: int | None) -> int:
+        """Return how many rows a parameter, or its part in one layer, has in its tensor."""
+        return file_shape_of(path, self.part_shape(path, layer))[0]
 
     def file_shape(self, tensor: FileTensor) -> Shape:
         """Return the shape that a tensor has in the file."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import Model, UserError
 from alignjax.data.ends import as_list, end_tokens
+from alignjax.machine import jsonl
 from alignjax.models import families
 from alignjax.weights import locations
 
@@ -135,14 +136,9 @@ def inherit(workdir: Path, parents: Mapping[str, Path]) -> Imported:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; {} if there is no file, UserError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return jsonl.read_object(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object is wanted, not {type(content).__name__}")
-    return content
 
 
 def exported_config(model: Model, head: str, dtype: str, imported: Imported) -> dict[str, Any]:

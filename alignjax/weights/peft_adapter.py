@@ -19,7 +19,6 @@ from alignjax.weights.hf_layout import (
     Layout,
     Shape,
     axis_groups,
-    file_shape_of,
     kernel_tensors,
     layout_of,
 )
@@ -209,7 +208,7 @@ def adapted_parts(
                 down=down, up=up, first_row=row, rank=rank, scale=config.scale(module)
             )
             yield AdaptedPart(path=path, adapter=adapter)
-            row += file_shape_of(path, layout.part_shape(path, tensor.layer))[0]
+            row += layout.file_rows(path, tensor.layer)
 
 
 def parameter_adapter(
@@ -227,9 +226,9 @@ def parameter_adapter(
 
 def check_other_modules(config: AdapterConfig, model: Model) -> None:
     """Raise UserError if a module beside the layers' products has an adapter."""
-    targets = config.fields.get("target_modules")
-    if isinstance(targets, str) and targets.lower() == "all-linear":
+    if config.targets_all_linear:
         return  # peft leaves out heads and embeddings
+    targets = config.fields.get("target_modules")
     names = families.weight_names(model, "lm") | {"head/kernel": "lm_head.weight"}
     for path, name in names.items():
         if path.startswith("layers/") and path.endswith("kernel"):

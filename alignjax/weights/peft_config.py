@@ -5,7 +5,6 @@ refused with the file, the field and its value.
 """
 
 import functools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignjax.config import UserError
+from alignjax.machine import jsonl
 from alignjax.models.families.hf_config import HFConfig, shown
 
 CONFIG = "adapter_config.json"
@@ -75,16 +75,22 @@ class AdapterConfig:
     revision: str  # of the base on the hub; "" is the newest
     is_classifier: bool
 
+    @property
+    def targets_all_linear(self) -> bool:
+        """Return whether all products of the layers have adapters."""
+        targets = self.fields.values.get("target_modules")
+        return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
     def targets(self, module: str) -> bool:
         """Return whether a module, such as model.layers.0.mlp.up_proj, has an adapter."""
         if self.listed("exclude_modules", module):
             return False
-        targets = self.fields.values.get("target_modules")
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        if self.targets_all_linear:
             return True
         if not self.listed("target_modules", module):
             return False
-        return isinstance(targets, str) or self.is_in_layer(module)
+        is_pattern = isinstance(self.fields.values.get("target_modules"), str)
+        return is_pattern or self.is_in_layer(module)
 
     def listed(self, field: str, module: str) -> bool:
         """Return whether a field, a pattern or a list of ends of names, has a module."""
@@ -155,7 +161,11 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         the result in a way that we do not compute; it names file, field and value.
     """
     path = directory / CONFIG
-    fields = HFConfig(values=read_object(path), where=str(path), defaults=DEFAULTS)
+    try:
+        values = jsonl.read_object(path)
+    except FileNotFoundError:
+        raise UserError(f"{directory}: there is no file {CONFIG}") from None
+    fields = HFConfig(values=values, where=str(path), defaults=DEFAULTS)
     for name, supported in SUPPORTED.items():
         fields.allow(name, *supported)
     fields.require("peft_type")
@@ -177,19 +187,6 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         is_classifier=fields.get("task_type") == CLASSIFIER_TASK
         or SAVED_MODULES[0] in as_list(fields.get("modules_to_save")),
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; UserError for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: there is no file {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a JSON object is wanted, not {type(values).__name__}")
-    return values
 
 
 def check_forms(fields: HFConfig) -> None:

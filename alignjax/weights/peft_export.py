@@ -18,7 +18,6 @@ from alignjax.weights.hf import DTYPES, ReadParameter
 from alignjax.weights.hf_layout import (
     FileTensor,
     Layout,
-    axis_groups,
     kernel_tensors,
     layout_of,
 )
@@ -83,7 +82,7 @@ class Module:
 
     @property
     def name(self) -> str:
-        """The name of the module, such as model.layers.0.mlp.up_proj."""
+        """Return the name of the module, such as model.layers.0.mlp.up_proj."""
         return self.tensor.module
 
     def shapes(self, layout: Layout) -> Mapping[str, tuple[int, ...]]:
@@ -118,7 +117,7 @@ def module_tensors(
                     factor = factor_path(path, name)
                     if factor not in factors:
                         factors[factor] = read(factor)
-            yield joined_down(module, layout, factors)
+            yield joined_down(module, factors)
             yield joined_up(module, layout, factors)
 
 
@@ -127,7 +126,7 @@ def factor_path(kernel: str, name: str) -> str:
     return f"{kernel.removesuffix('kernel')}{name}"
 
 
-def joined_down(module: Module, layout: Layout, factors: Mapping[str, np.ndarray]) -> np.ndarray:
+def joined_down(module: Module, factors: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return lora_A [rank inputs] of a module: the factors of its parameters below each other."""
     layer = module.tensor.layer
     parts = [
@@ -144,7 +143,7 @@ def joined_up(module: Module, layout: Layout, factors: Mapping[str, np.ndarray])
     row = 0
     column = 0
     for path in module.tensor.paths:
-        count = row_count(path, layout)
+        count = layout.file_rows(path, module.tensor.layer)
         if path in module.adapted:
             factor = factors[factor_path(path, "lora_b")][module.tensor.layer]
             part = factor.reshape(module.rank, count).T
@@ -152,13 +151,6 @@ def joined_up(module: Module, layout: Layout, factors: Mapping[str, np.ndarray])
             column += module.rank
         row += count
     return joined
-
-
-def row_count(path: str, layout: Layout) -> int:
-    """Return the number of rows that a stacked kernel has in its tensor of a layer."""
-    shape = layout.shapes[path][1:]
-    output_axes, _ = axis_groups(path, len(shape))
-    return int(np.prod([shape[axis] for axis in output_axes]))
 
 
 def adapter_config(adapters: AdaptersToWrite, modules: Sequence[Module]) -> dict:

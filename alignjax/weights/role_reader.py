@@ -77,7 +77,7 @@ class RoleReader:
         """Return the base of a role with the scales of the adapters, without a scalar head."""
         base = self.read_base(role, model)
         if self.head_of(role) == "scalar":
-            base = {name: part for name, part in base.items() if name != "head"}
+            base = lora.without_head(base)
         return lora.combine(base, lora.scales(self.config.lora, model.layers))
 
     def read_base(self, role: str, model: Model) -> Params:

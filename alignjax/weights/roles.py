@@ -66,7 +66,7 @@ def abstract_base(
         return None
     params = abstract_params(model, head, mesh)
     if head == "scalar":
-        del params["head"]
+        params = lora.without_head(params)
     params = abstract_frozen(model, params, model.dtype, "device")
     scales = jax.eval_shape(lambda: lora.scales(settings, model.layers))
     return lora.combine(params, sharding.abstract(scales, mesh))

@@ -106,17 +106,20 @@ def choose(
 
     "auto" is splash on a TPU if a row fills a tile, and on a GPU in 16 bits triton, or cudnn for
     sizes of heads that triton does not take; all of them only if rows and heads divide over their
-    devices. triton knows no windows, and only splash and xla know caps of
-    scores. It is xla otherwise. Raises UserError if the implementation
-    that the config names can't run.
+    devices. triton knows no windows, and only splash and xla know caps of scores. "auto" is xla
+    otherwise.
+
+    Raises UserError if the implementation that the config names can't run.
     """
     batch, tokens, _, head_size = shape
     row_shards, head_shards = shards
+    on_gpu = gpu_problem(backend, dtype)
+    divided = heads_problem(kv_heads, head_shards)
     problems = {
         "xla": None,
-        "triton": triton_problem(backend, dtype, head_size, kv_heads, head_shards),
-        "cudnn": cudnn_problem(backend, dtype, head_size, kv_heads, head_shards),
-        "splash": splash_problem(backend, kv_heads, head_shards),
+        "triton": on_gpu or triton_problem(head_size) or divided,
+        "cudnn": on_gpu or cudnn_problem(head_size) or divided,
+        "splash": splash_problem(backend) or divided,
     }
     if has_window:
         problems["triton"] = f"model.window of at least the {tokens} tokens of a row"
@@ -138,33 +141,30 @@ def choose(
     return "xla"
 
 
-def triton_problem(
-    backend: str, dtype: jnp.dtype, head_size: int, kv_heads: int, head_shards: int
-) -> str | None:
-    """Return what JAX's kernels for GPUs need and lack, or None if they can run."""
+def gpu_problem(backend: str, dtype: jnp.dtype) -> str | None:
+    """Return what all kernels of GPUs need and lack, or None."""
     if backend != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
         return f"a GPU and model.dtype='bfloat16', not {backend} and {dtype}"
+    return None
+
+
+def triton_problem(head_size: int) -> str | None:
+    """Return which sizes of heads JAX's kernels for GPUs take, or None if this is one."""
     if head_size not in TRITON_HEADS:
         return f"model.head_size={head_size} to be one of {', '.join(map(str, TRITON_HEADS))}"
-    return heads_problem(kv_heads, head_shards)
+    return None
 
 
-def cudnn_problem(
-    backend: str, dtype: jnp.dtype, head_size: int, kv_heads: int, head_shards: int
-) -> str | None:
-    """Return what cuDNN's kernel needs and lacks, or None if it can run."""
-    if backend != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
-        return f"a GPU and model.dtype='bfloat16', not {backend} and {dtype}"
+def cudnn_problem(head_size: int) -> str | None:
+    """Return which sizes of heads cuDNN's kernel takes, or None if this is one."""
     if head_size % 8 or head_size > 128:
         return f"model.head_size={head_size} to be a multiple of 8 and at most 128"
-    return heads_problem(kv_heads, head_shards)
+    return None
 
 
-def splash_problem(backend: str, kv_heads: int, head_shards: int) -> str | None:
+def splash_problem(backend: str) -> str | None:
     """Return what splash attention needs and lacks, or None if it can run."""
-    if backend != "tpu":
-        return f"a TPU, not {backend}"
-    return heads_problem(kv_heads, head_shards)
+    return None if backend == "tpu" else f"a TPU, not {backend}"
 
 
 def heads_problem(kv_heads: int, head_shards: int) -> str | None:

@@ -155,9 +155,8 @@ def attend_block(
         prefix_scores = scaled_scores("bkqh,skh->bkqs", grouped, prefix.keys)
         prefix_mask = jnp.broadcast_to(prefix.real, (*mask.shape[:3], len(prefix.real)))
         if window is not None:
-            prefix_mask &= jnp.tile(prefix_in_window(queries, prefix, window), (1, group, 1))[
-                :, None
-            ]
+            near = jnp.tile(prefix_in_window(queries, prefix, window), (1, group, 1))
+            prefix_mask &= near[:, None]
         scores = jnp.concatenate([prefix_scores, scores], axis=-1)
         mask = jnp.concatenate([prefix_mask, mask], axis=-1)
         weights = masked_softmax(soft_cap(scores, around.cap), mask).astype(values.dtype)
