@@ -4,6 +4,7 @@ Optimisation is off, because the tests run tiny programs: the time goes to compi
 """
 
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -22,6 +23,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 sys.path.insert(0, str(ROOT))
 
+# Mappings of memory at which a test process drops its compiled programs. Linux allows 65,530, each
+# program has some, and one file of tests makes up to 15,000: beyond the limit XLA crashes.
+MOST_MAPPINGS = 30_000
+MAPPINGS = Path("/proc/self/maps")  # of Linux, a line each
 
 # The slowest files, the longest first. A test process takes one file at a time: if it took one of
 # these last, the others would wait for it.
@@ -63,6 +68,18 @@ def restored_signal_handlers() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_programs() -> Iterator[None]:
+    """Drop all compiled programs behind a file of tests if there are very many."""
+    yield
+    if not MAPPINGS.exists() or MAPPINGS.read_bytes().count(b"\n") <= MOST_MAPPINGS:
+        return
+    import jax  # not at the top, see above
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
