@@ -183,7 +183,7 @@ class LoadedModel:
             (length,) = sharding.on_host(output.lengths)
             (live,) = sharding.on_host(output.live)
             self.check_finite("logits", sharding.on_host(output.logprobs))
-            text = self.text_of(tokens[:length])
+            text = self.text_of(tokens[:length], ended=not live)
             # The replacement character may stand for half a character: wait for the rest.
             complete = text.rstrip("\ufffd") if live else text
             if len(complete) > len(shown):
@@ -366,9 +366,18 @@ class LoadedModel:
             truncated=int(tokens[-1]) not in self.ends,
         )
 
-    def text_of(self, tokens: np.ndarray) -> str:
-        """Return the text of a response's tokens, without its end token."""
-        return chat.decode_response(self.tokenizer, without_end(tokens, self.ends))
+    def text_of(self, tokens: np.ndarray, ended: bool = True) -> str:
+        """Return the text of a response's tokens, without its end token.
+
+        It is the content of a reply if prompts are conversations, see `chat.decode_response`.
+        """
+        if not self.uses_chat_template:
+            return self.continuation_of(tokens)
+        return chat.decode_response(self.tokenizer, without_end(tokens, self.ends), ended)
+
+    def continuation_of(self, tokens: np.ndarray) -> str:
+        """Return the text that tokens add to any prompt, white space included."""
+        return chat.decode_continuation(self.tokenizer, without_end(tokens, self.ends))
 
     def run(self, program: Callable, *arguments: Any, **keywords: Any) -> Any:
         """Call a compiled program on the mesh; float32 is multiplied as such on any device."""

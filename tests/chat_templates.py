@@ -85,6 +85,70 @@ TEMPLATES = {
         "{% for m in messages %}{{ '<{' + m['role'] + '}>\n' + m['content'] + '<{end}>\n' }}"
         "{% endfor %}" + GENERATE + "{{ '<{assistant}>\n' }}{% else %}{{ eos_token }}{% endif %}"
     ),
+    # No system role: the user's first turn begins with the message, as Gemma 3's.
+    "system_in_first_turn": (
+        "{{ bos_token }}{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
+        "{% set first = messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}"
+        "{% endif %}{% for m in messages %}"
+        "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+        "{{ (first if loop.first else '') + m['content'] | trim + '</turn>\n' }}{% endfor %}"
+        + GENERATE
+        + "{{ '<turn>model\n' }}{% endif %}"
+    ),
+    # The system message is in the user's last turn, as in Mistral 0.3's, between control tokens.
+    "system_in_last_turn": (
+        "{{ bos_token }}{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
+        "{% set first = messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}"
+        "{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '[Q] ' + (first if loop.last or loop.revindex == 2 and messages[-1]['role'] != 'user' "
+        "else '') + m['content'] + '[/Q]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+    ),
+    # As Llama 2's: the system message in words of its own, contents trimmed, a space on both sides.
+    "system_in_words": (
+        "{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
+        "{% set first = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+        "{% if m['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + (first if loop.first else '') }}"
+        "{{ m['content'] | trim + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
+    # A system message of its own with the date, as Granite's, whose end ends the text too.
+    "dated_system": (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|head|>system<|/head|>Today is ' + strftime_now('%B %d, %Y') + '. Be kind.' }}"
+        "{{ eos_token + '\n' }}{% endif %}{% for m in messages %}"
+        "{{ '<|head|>' + m['role'] + '<|/head|>' + m['content'] + eos_token + '\n' }}"
+        "{% endfor %}" + GENERATE + "{{ '<|head|>assistant<|/head|>' }}{% endif %}"
+    ),
+    # Prompts and replies have an empty think block unless asked to think, as SmolLM3's.
+    "modes_of_thinking": (
+        "{% set words = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+        "{% set thinks = '/think' in words %}"
+        "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '\nMode: ' }}"
+        "{{ ('/think' if thinks else '/no_think') + '\n' + words.replace('/think', '') | trim }}"
+        "{{ '<|im_end|>\n' }}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '<|im_start|>user\n' + m['content'] + '<|im_end|>\n' }}"
+        "{% elif m['role'] == 'assistant' %}"
+        "{% generation %}{{ '<|im_start|>assistant\n' }}"
+        "{{ ('' if thinks else '<think>\n\n</think>\n') + m['content'].lstrip('\n') }}"
+        "{{ '<|im_end|>\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+        + GENERATE
+        + "{{ '<|im_start|>assistant\n' + ('' if thinks else '<think>\n\n</think>\n') }}{% endif %}"
+    ),
+    # As Qwen3's without thoughts: only prompts have the empty block, and so have last replies.
+    "empty_thought": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}"
+        "{{ ('<think>\n\n</think>\n\n' if loop.last else '') }}"
+        "{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
+        "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        + GENERATE
+        + "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+    ),
     # Prompts do not begin the assistant's turn.
     "no_generation_prompt": (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
@@ -96,7 +160,7 @@ TEMPLATES = {
     ),
 }
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"]
-SPECIAL += ["<turn>", "</turn>"]
+SPECIAL += ["<turn>", "</turn>", "[Q]", "[/Q]"]
 SWALLOWING = ["<{user}>", "<{assistant}>", "<{system}>", "<{end}>"]
 NOT_SPECIAL = ["<think>", "</think>", "<U>", "<A>"]
 TEXT = ["Tea is made of leaves.", "How long does it steep? Three minutes.", "user system model"] * 9
@@ -131,6 +195,36 @@ def sentence_pieces() -> Tokenizer:
     return tokenizer
 
 
+def pieces_without_prefix() -> Tokenizer:
+    """Return a BPE with byte fallback whose words begin with their spaces, as Gemma has it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    alphabet = ["\u2581", *map(chr, range(33, 127))]
+    train(tokenizer, TEXT, alphabet, fallback=True)
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """Return a BPE with byte fallback that puts a space before all words and texts."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    alphabet = ["\u2581", *map(chr, range(33, 127))]
+    train(tokenizer, TEXT, alphabet, fallback=True)
+    return tokenizer
+
+
 def unigram() -> Tokenizer:
     """Return a unigram model whose first word alone gets a space, as newer Llamas have it."""
     tokenizer = Tokenizer(models.Unigram())
@@ -161,6 +255,8 @@ TOKENIZERS = {
     "byte_level": byte_level,
     "byte_level_with_space": lambda: byte_level(prefix_space=True),
     "sentence_pieces": sentence_pieces,
+    "pieces_without_prefix": pieces_without_prefix,
+    "metaspace": metaspace,
     "unigram": unigram,
 }
 

@@ -175,16 +175,29 @@ def comparison_turns(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]) -
     return chat.encode_turns(turns)
 
 
-def decode_response(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text of a response's real tokens, without its end token and special ones."""
+def decode_response(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ended: bool = True
+) -> str:
+    """Return the content of a reply: the text of its tokens less what the template adds to it.
+
+    Neither the end token nor special ones are in it. The template makes the tokens of a turn of
+    the content again, so it is what a conversation, or another tokenizer, goes on with. Of a reply
+    that has not `ended`, what may yet turn out to be no content is left out.
+    """
+    text = decode_continuation(tokenizer, tokens)
+    if not tokenizer.chat_template:
+        return text
+    return chat_format.format_of(tokenizer).around_reply.content(text, ended)
+
+
+def decode_continuation(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text that tokens add to a text, without their end token and special ones."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         ends.add(end_token(tokenizer))
     if len(tokens) and int(tokens[-1]) in ends:
         tokens = tokens[:-1]
-    special = chat_format.controls_of(tokenizer).special_ids
-    kept = [int(token) for token in tokens if int(token) not in special]
-    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return chat_format.decode_text(tokenizer, chat_format.controls_of(tokenizer), tokens)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
@@ -193,8 +206,10 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[st
     A character that several tokens make up belongs to the last of them.
     """
     stream = DecodeStream(skip_special_tokens=False)
+    for token in chat_format.context_of(tokenizer).tokens:
+        stream.step(tokenizer.backend_tokenizer, token)
     texts = [stream.step(tokenizer.backend_tokenizer, int(token)) or "" for token in tokens]
-    whole = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    whole = chat_format.decode_continuation(tokenizer, tokens)
     streamed = "".join(texts)
     if whole.startswith(streamed):
         # The last character may be cut off: its tokens give no text to the stream.

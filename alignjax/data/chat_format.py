@@ -15,6 +15,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -57,9 +58,11 @@ class EncodedConversation(NamedTuple):
     trained: list[int]
 
 
-class Probe(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Probe:
     """What a template writes for a conversation of known words."""
 
+    opening: list[dict]  # the messages before the reply
     prompt: str  # up to where the assistant begins
     whole: str  # with a reply
     history: str  # with a reply and another turn of the user; "" if the template refuses that
@@ -70,10 +73,34 @@ class Probe(NamedTuple):
         return self.whole.rpartition(REPLY_WORD)[2]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What stands around a reply in the text of its tokens."""
+
+    before: str
+    after: str
+
+    def content(self, text: str, ended: bool = True) -> str:
+        """Return the content of a reply whose tokens have this text.
+
+        If it has not `ended`, what may yet turn out to be no content is held back.
+        """
+        if text.startswith(self.before):
+            text = text[len(self.before) :]
+        elif not ended and self.before.startswith(text):
+            return ""
+        if ended:
+            return text.removesuffix(self.after)
+        lengths = range(min(len(self.after), len(text)), 0, -1)
+        held = next((n for n in lengths if self.after.startswith(text[-n:])), 0)
+        return text[: len(text) - held]
+
+
 class ChatFormat:
     """The tokens of turns by one tokenizer and template.
 
     Attributes:
+        around_reply: what the template, or the tokenizer, puts around a reply.
         controls: encodes texts, with the template's control tokens and no others.
         end_token: the token that ends the assistant's turn.
         closing_tokens: what the template writes after the end token of the last turn.
@@ -104,6 +131,7 @@ class ChatFormat:
         prompt = self.controls.with_secrets(probe.prompt)
         self.encodes_alone = self.encodes_continuations_alone(prompt)
         self.closing_tokens = self.find_closing(probe)
+        self.around_reply = self.find_around(probe)
 
     def check_copy(self, probe: Probe) -> None:
         """Raise UserError unless the template's texts have the tokenizer's own ids."""
@@ -137,6 +165,17 @@ class ChatFormat:
                 "one token"
             )
         return ids[places[ends_before] + 1 :]
+
+    def find_around(self, probe: Probe) -> Surroundings:
+        """Return what stands around a reply: white space, an empty thought, a role.
+
+        A model that has learned from turns writes it too, and it is no part of the content: the
+        template would write it again.
+        """
+        [turn] = self.encode_turns([self.turn(probe.opening, REPLY_WORD)])
+        text = decode_text(self.tokenizer, self.controls, turn.response[:-1])
+        before, word, after = text.partition(REPLY_WORD)
+        return Surroundings(before=before if word else "", after=after)
 
     # --------------------------------------------------------------------------- texts of a turn
 
@@ -301,7 +340,7 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Probe:
             history = templates.render(tokenizer, [*opening, REPLY, USER], False)
         except UserError:
             history = ""
-        return Probe(prompt, whole, history)
+        return Probe(opening=opening, prompt=prompt, whole=whole, history=history)
     raise refusals[0]
 
 
@@ -351,6 +390,47 @@ def writes(names: Iterable[str], text: str) -> bool:
 def opened_by_prompt(probe: Probe) -> str:
     """Return what only the prompt has, if a conversation with a reply does not begin with it."""
     return probe.prompt[len(os.path.commonprefix([probe.prompt, probe.whole])) :]
+
+
+class Context(NamedTuple):
+    """Tokens after which others are decoded, and their text."""
+
+    tokens: list[int]
+    text: str
+
+
+@functools.lru_cache(maxsize=8)
+def context_of(tokenizer: PreTrainedTokenizerBase) -> Context:
+    """Return the context in which the tokens of a response are decoded.
+
+    Many decoders drop the space with which a text begins, because their tokenizers have put it
+    there. A response is no beginning: its first space is the model's.
+    """
+    tokens = tokenizer.backend_tokenizer.encode("x", add_special_tokens=False).ids
+    return Context(tokens, decode(tokenizer, tokens))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, special ones too, as the decoder has it."""
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def decode_continuation(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text that tokens add to one before them."""
+    context = context_of(tokenizer)
+    tokens = [int(token) for token in tokens]
+    whole = decode(tokenizer, context.tokens + tokens)
+    if whole.startswith(context.text):
+        return whole[len(context.text) :]
+    return decode(tokenizer, tokens)
+
+
+def decode_text(
+    tokenizer: PreTrainedTokenizerBase, controls: ControlTokens, tokens: Iterable[int]
+) -> str:
+    """Return the text that tokens add to one before them, without special tokens."""
+    kept = [int(token) for token in tokens if int(token) not in controls.special_ids]
+    return decode_continuation(tokenizer, kept)
 
 
 @functools.lru_cache(maxsize=8)

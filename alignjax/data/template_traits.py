@@ -45,29 +45,23 @@ def traits_of(tokenizer: PreTrainedTokenizerBase) -> TemplateTraits:
     """Return what the chat template of a tokenizer does; UserError if it is of no use."""
     chat = chat_format.format_of(tokenizer)
     probe = chat_format.probe_template(tokenizer)
-    turn = chat.turn(opening_of(tokenizer), ORDINARY_REPLY)
+    turn = chat.turn(probe.opening, ORDINARY_REPLY)
     [encoded] = chat.encode_turns([turn])
     before_reply = chat.controls.without_secrets(turn.response).partition(ORDINARY_REPLY)[0]
     return TemplateTraits(
         system=system_role(tokenizer, chat),
         preface=preface_of(tokenizer, probe),
         user_twice=refusal(tokenizer, [USER, USER]),
-        generation_prompt=generation_prompt(tokenizer),
+        generation_prompt=generation_prompt(tokenizer, probe),
         before_reply=before_reply,
         first_piece=str(tokenizer.convert_ids_to_tokens(encoded.response[0])),
         end=chat.controls.without_secrets(chat.end_name),
         end_id=chat.end_token,
         after_end=tokenizer.decode(chat.closing_tokens),
         think=thoughts(tokenizer, probe, before_reply),
-        earlier_turns_stay=earlier_turns_stay(tokenizer, chat),
+        earlier_turns_stay=earlier_turns_stay(chat, probe),
         writes_date=templates.asks_for_date(tokenizer),
     )
-
-
-def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """Return the shortest conversation up to a reply that a template accepts."""
-    accepted = [opening for opening in chat_format.OPENINGS if not refusal(tokenizer, opening)]
-    return accepted[0] if accepted else chat_format.OPENINGS[0]
 
 
 def refusal(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
@@ -109,12 +103,10 @@ def preface_of(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> str:
     return "" if preface == (tokenizer.bos_token or "") else preface
 
 
-def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+def generation_prompt(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> str:
     """Return what a template adds to messages to ask for a reply."""
-    opening = opening_of(tokenizer)
-    prompt = templates.render(tokenizer, opening, True)
-    plain = templates.render(tokenizer, opening, False)
-    return prompt[len(os.path.commonprefix([prompt, plain])) :]
+    plain = templates.render(tokenizer, probe.opening, False)
+    return probe.prompt[len(os.path.commonprefix([probe.prompt, plain])) :]
 
 
 def thoughts(tokenizer: PreTrainedTokenizerBase, probe: Probe, before_reply: str) -> str:
@@ -125,9 +117,8 @@ def thoughts(tokenizer: PreTrainedTokenizerBase, probe: Probe, before_reply: str
     if THINK in before_reply:
         phrases.append("an empty think block is written before a reply without thoughts")
     try:
-        opening = opening_of(tokenizer)
-        last = templates.render(tokenizer, [*opening, THINKING_REPLY], False)
-        earlier = templates.render(tokenizer, [*opening, THINKING_REPLY, USER], True)
+        last = templates.render(tokenizer, [*probe.opening, THINKING_REPLY], False)
+        earlier = templates.render(tokenizer, [*probe.opening, THINKING_REPLY, USER], True)
     except UserError:
         return "; ".join(phrases)
     if THOUGHT_WORD not in last:
@@ -137,9 +128,9 @@ def thoughts(tokenizer: PreTrainedTokenizerBase, probe: Probe, before_reply: str
     return "; ".join(phrases)
 
 
-def earlier_turns_stay(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> bool:
+def earlier_turns_stay(chat: ChatFormat, probe: Probe) -> bool:
     """Return whether a conversation of two ordinary replies is one sequence."""
-    conversation = [*opening_of(tokenizer), REPLY, USER, REPLY]
+    conversation = [*probe.opening, REPLY, USER, REPLY]
     try:
         [sequences] = chat.encode_conversations([conversation])
     except UserError:

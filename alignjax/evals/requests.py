@@ -211,7 +211,7 @@ class Requests:
 
     def candidate(self, tokens: np.ndarray, stop_strings: tuple[str, ...]) -> Candidate:
         """Return the response that these tokens are."""
-        whole = self.model.text_of(tokens)
+        whole = self.model.continuation_of(tokens)
         text = stops.cut_at_stop(whole, stop_strings)
         has_ended = text != whole or int(tokens[-1]) in self.model.ends
         return Candidate(text=text, truncated=not has_ended)
