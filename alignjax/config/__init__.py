@@ -27,6 +27,7 @@ from alignjax.config.fields import (
     LORA_TARGETS,
     PPO,
     ROLES,
+    ROPE_BY_LENGTH,
     Config,
     Data,
     Lora,
@@ -51,6 +52,7 @@ from alignjax.config.reward_table import (
     reward_table,
     role_of,
 )
+from alignjax.config.rope_checks import check_extendable
 from alignjax.config.stored import (
     difference,
     lora_from_json,
@@ -74,12 +76,14 @@ __all__ = [
     "PACKAGE",
     "PPO",
     "ROLES",
+    "ROPE_BY_LENGTH",
     "Ranking",
     "Reward",
     "SHIPPED",
     "UserError",
     "check",
     "check_date",
+    "check_extendable",
     "describe_error",
     "difference",
     "field_of_role",
