@@ -447,7 +447,7 @@ def unsupported() -> Iterator[Case]:
         ("RoPE proportional", "proportional", {"rope_type": "proportional"}),
         ("YaRN with `truncate` false", "truncate", YARN | {"truncate": False}),
         (
-            "`partial_rotary_factor`",
+            "`partial_rotary_factor` of families that rotate whole heads",
             "partial",
             {"rope_type": "default", "partial_rotary_factor": 0.5},
         ),

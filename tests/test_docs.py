@@ -61,7 +61,7 @@ RUN_BY = [
         "test_ppo_learns_with_the_estimator_the_reward_and_the_sampler_of_the_page",
     ),
     (
-        "alignjax.train .*phi_sft.py",
+        "alignjax.train .*exaone_sft.py",
         "test_extending.py",
         "test_a_run_starts_from_a_family_of_the_page_and_is_exported",
     ),

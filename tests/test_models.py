@@ -402,8 +402,26 @@ def test_presets_have_as_many_parameters_as_the_released_models(name, count):
     assert sum(shape.size for shape in jax.tree.leaves(shapes)) == count
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-@pytest.mark.parametrize("scaling", ["", "linear", "llama3", "yarn"])
+LENGTH = {"rope_factor": 4.0, "rope_original_length": 16}
+LONGROPE = {"rope_short_factors": "1.0,2.0,3.0,4.0", "rope_long_factors": "2.0,4.0,6.0,8.0"}
+SCALINGS = {
+    "": {},
+    "linear": {"rope_factor": 4.0},
+    "llama3": LENGTH,
+    "yarn": LENGTH | {"rope_high_factor": 32.0, "rope_magnitude": 1.5},
+    "dynamic": LENGTH,
+    "longrope": LENGTH | LONGROPE,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [
+        *itertools.product(["qwen2", "qwen3", "llama"], SCALINGS),
+        ("phi3", ""),
+        ("phi3", "longrope"),
+    ],
+)
 def test_transformers_reads_what_we_write(family, scaling, tmp_path):
     """Live: torch computes the same logits from our random model."""
     torch = pytest.importorskip("torch")
@@ -413,13 +431,11 @@ def test_transformers_reads_what_we_write(family, scaling, tmp_path):
         **families.FAMILIES[family].flags | {"qkv_bias": family == "qwen2"},
         tied=scaling == "",
         rope_scaling=scaling,
-        rope_factor=4.0,
-        rope_high_factor=32.0 if scaling == "yarn" else 4.0,
-        rope_original_length=16,
+        **SCALINGS[scaling],
     )
     hf.save_hf(model, params, tmp_path)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
+        tmp_path, output_loading_info=True, pad_token_id=0
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     tokens = words(8, 2, 40)
