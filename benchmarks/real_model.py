@@ -116,7 +116,7 @@ def arithmetic_lines(run: records.Records) -> Iterator[str]:
     yield "| held-out problems | greedy before | greedy after | sampled before | sampled after |"
     yield "|---|---|---|---|---|"
     for task in (*problems.TASKS, "all"):
-        chosen = np.array([task in ("all", row["task"]) for row in rows])
+        chosen = np.array([task in ("all", row["columns"]["task"]) for row in rows])
         cells = [
             str(share(right[side][way][chosen])) for way in ("greedy", "sampled") for side in models
         ]
@@ -141,7 +141,7 @@ def are_right(responses: list[inference.Response], rows: list[dict]) -> np.ndarr
     """Return which responses are right, [prompts samples]; those of a prompt are adjacent."""
     samples = len(responses) // len(rows)
     verdicts = [
-        is_right(response.text, rows[number // samples]["answer"])
+        is_right(response.text, rows[number // samples]["columns"]["answer"])
         for number, response in enumerate(responses)
     ]
     return np.array(verdicts).reshape(len(rows), samples)
