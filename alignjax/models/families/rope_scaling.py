@@ -26,10 +26,11 @@ def read_rope(config: HFConfig) -> RopeFields:
     refuse_unsupported(config, rope)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind not in KINDS:
-        raise UserError(
+        config.refuse(
             f"{config.where}: {rope.prefix}rope_type={shown(kind)} is not supported, only "
             f"{', '.join(map(repr, KINDS))}"
         )
+        kind = "default"
     fields: RopeFields = {"rope_theta": read_theta(config, rope)}
     if kind == "default":
         return fields
