@@ -2,9 +2,13 @@
 
     python -m alignjax.convert --to_hf runs/ppo --out DIR [--role policy|value] \
         [--dtype float32|bfloat16] [--merged] [--base NAME]
+    python -m alignjax.convert --check DIR_OR_hf://ORG/NAME [--tokenizer DIR] [--chat_template NAME]
 
 Of a run with adapters (`lora.rank` above 0) it writes a PEFT adapter, or with --merged the base
 with the adapters added. `alignjax.weights.hf` and `alignjax.weights.peft_export` have the formats.
+
+--check says whether a model can be loaded, what it is, and everything that is wrong with it. It
+reads no parameters. Exit code 0 if it loads, 2 if not.
 """
 
 import argparse
@@ -20,18 +24,20 @@ from typing import Any, NamedTuple
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from alignjax.config import Model, UserError, model_from_json
+from alignjax.config import CHOICES, Model, UserError, model_from_json
 from alignjax.data import chat, templates
 from alignjax.data.ends import as_list
-from alignjax.machine import console, output_directories
+from alignjax.machine import console, failures, output_directories
 from alignjax.machine import workdir as workdirs
 from alignjax.machine.arguments import Parser
+from alignjax.runs import model_check, model_check_text
 from alignjax.weights import (
     bases,
     checkpoint,
     export_base,
     hf,
     host_reader,
+    hub_headers,
     locations,
     peft_export,
 )
@@ -72,6 +78,9 @@ EXPORTS = {
     ("ppo", "policy"): Export("policy", "lm"),
     ("ppo", "value"): Export("value", "scalar"),
 }
+# Arguments that go with one of the two commands only.
+OF_CHECK = ("tokenizer", "chat_template")
+OF_EXPORT = ("out", "overwrite", "role", "merged", "base")
 COMMAND = "alignjax.convert"  # in the marker of an export
 TokenIds = dict[str, Any]  # name in config.json -> id, several ids, or None
 
@@ -81,11 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return console.run_command(functools.partial(run, argv))
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Write the checkpoint that the arguments ask for."""
+def run(argv: Sequence[str] | None) -> int:
+    """Write the checkpoint that the arguments ask for, or check the model; return the exit code."""
     arguments = parse_arguments(argv)
     # Nothing is computed, so leave an accelerator to other processes.
     jax.config.update("jax_platforms", "cpu")
+    if arguments.check is not None:
+        return check(arguments.check, arguments.tokenizer, arguments.chat_template)
     directory = workdirs.resolve(arguments.to_hf)
     out = workdirs.resolve(arguments.out)
     export(
@@ -97,16 +108,32 @@ def run(argv: Sequence[str] | None) -> None:
         merged=arguments.merged,
         base=arguments.base,
     )
+    return 0
+
+
+def check(spec: str, tokenizer: str, chat_template: str) -> int:
+    """Print whether a model can be loaded, and what it is; return the exit code."""
+    with hub_headers.model_directory(spec) as directory:
+        findings = model_check.check_model(spec, tokenizer, chat_template, directory)
+        print(model_check_text.format_check(findings).replace(str(directory), spec))
+    return 0 if findings.loads else failures.USER_ERROR
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(
         prog="python -m alignjax.convert",
-        description="Write a run's model as a Hugging Face checkpoint.",
+        description="Write a run's model as a Hugging Face checkpoint, or check one.",
     )
-    parser.add_argument("--to_hf", required=True, metavar="RUN", help="a run's work directory")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to_hf", metavar="RUN", help="a run's work directory")
+    what.add_argument(
+        "--check",
+        metavar="MODEL",
+        help="say whether a directory or hf://ORG/NAME can be loaded, and all that is wrong "
+        "with it, without reading its parameters",
+    )
+    parser.add_argument("--out", metavar="DIR", help="with --to_hf: a new or empty directory")
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -132,7 +159,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the base of a PEFT adapter, a directory or hf://ORG/NAME, where the run's own base "
         "is not such a checkpoint: an export of it",
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        metavar="DIR",
+        help="with --check: another tokenizer, as the field of a config",
+    )
+    parser.add_argument(
+        "--chat_template",
+        default="",
+        choices=CHOICES["chat_template"],
+        help="with --check: as the field of a config",
+    )
+    arguments = parser.parse_args(argv)
+    check_arguments(arguments)
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise UserError for arguments that would be ignored, and for a missing --out."""
+    if arguments.check is None and arguments.out is None:
+        raise UserError("--to_hf needs --out DIR, a new or empty directory")
+    names = OF_CHECK if arguments.check is None else OF_EXPORT
+    used = [name for name in names if getattr(arguments, name) not in (None, "", False)]
+    if used:
+        other = "--check" if arguments.check is None else "--to_hf"
+        raise UserError(f"--{used[0]}: this goes with {other} only")
 
 
 def export(

@@ -18,6 +18,7 @@ be.
 import argparse
 import functools
 import json
+from pathlib import Path
 
 from alignjax import config as configs
 from alignjax.config import Config, Model
@@ -32,6 +33,14 @@ from alignjax.runs.lineage import adopt_architecture
 from alignjax.weights import locations
 
 DOES_NOT_FIT = 3
+# The last part of a directory's or a hub name -> the preset, where their names differ.
+PRESET_OF = {
+    "gemma-3-4b-it-text": "gemma3-4b",
+    "llama-3.1-8b": "llama3.1-8b",
+    "llama-3.1-8b-instruct": "llama3.1-8b",
+    "mistral-7b-instruct-v0.3": "mistral-7b",
+    "mistral-7b-v0.3": "mistral-7b",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,13 +98,15 @@ def plans_of(config: Config, topology: str, searching: bool) -> list[Estimate]:
 def architecture(spec: str) -> Model:
     """Return the model of a parent without reading its weights.
 
-    The hub's models that `families.PRESETS` knows are not asked of the hub. In BASE+ADAPTER the
-    base has it.
+    The hub's models that `families.PRESETS` knows are not asked of the hub, and neither need a
+    directory of such a model be here. In BASE+ADAPTER the base has it.
     """
-    if spec.startswith("hf://"):
+    is_on_hub = spec.startswith("hf://")
+    if is_on_hub:
         spec = spec.partition("+")[0]
     name = spec.rpartition("/")[2].partition("@")[0].lower().replace("_", ".")
-    if spec.startswith("hf://") and name in families.PRESETS:
+    name = PRESET_OF.get(name, name)
+    if name in families.PRESETS and (is_on_hub or not Path(spec).exists()):
         return families.PRESETS[name]
     return locations.architecture(locations.local_directory(spec, weights=False))
 

@@ -211,6 +211,7 @@ def train(
     tokenizer = choose_tokenizer(config, workdir, parents, session.say)
     phases = Phases(config.name, profile, workdir / "profile", session.say)
     imported = inherit(workdir, parents)
+    imported.check_ends(config.model.vocab_size)
     inputs = RunInputs(
         parents=parents,
         tokenizer=tokenizer,

@@ -127,6 +127,11 @@ RUN_BY = [
         "test_best_of.py",
         "test_the_command_writes_answers_and_their_figures",
     ),
+    (
+        "alignjax.data.problems",
+        "test_real_model.py",
+        "test_the_command_writes_problems_to_train_on_and_to_hold_out",
+    ),
     ("alignjax.convert", "test_export.py", "test_each_role_of_ppo_goes_out"),
     ("alignjax.chat", "test_chat.py", "test_before_and_after_ppo_with_scores"),
     (

@@ -22,9 +22,9 @@ LAYERS = [
     {"machine"},
     {"models", "data"},
     {"sampling", "weights"},
-    {"algorithms", "convert"},
+    {"algorithms"},
     {"runs", "inference", "planning"},
-    {"train", "plan", "claims"},
+    {"train", "plan", "claims", "convert"},
     {"evals", "reports"},
     {"chat", "evaluate", "report", "study"},
 ]

@@ -5,12 +5,14 @@ A config file defines `config(variant)`, which returns a `Config`.
 
 from alignjax.config.checks import AT_LEAST_ONE, check, check_date, is_encodable
 from alignjax.config.errors import (
+    Refuse,
     UserError,
     describe_error,
     first_line,
     nearest,
     one_line,
     reason_of,
+    refuse,
     short,
 )
 from alignjax.config.estimators import (
@@ -78,6 +80,7 @@ __all__ = [
     "ROLES",
     "ROPE_BY_LENGTH",
     "Ranking",
+    "Refuse",
     "Reward",
     "SHIPPED",
     "UserError",
@@ -111,6 +114,7 @@ __all__ = [
     "parse_overrides",
     "parse_value",
     "reason_of",
+    "refuse",
     "reward_table",
     "role_of",
     "run_file",

@@ -1,7 +1,7 @@
 """Errors that commands print as one line, and the texts in them."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -13,6 +13,15 @@ class UserError(Exception):
     def __init__(self, text: str = "", details: str = ""):
         super().__init__(text)
         self.details = details
+
+
+# What loading does with a problem: it raises, or a check notes the problem and goes on.
+Refuse = Callable[[str], None]
+
+
+def refuse(message: str) -> None:
+    """Raise UserError with this message."""
+    raise UserError(message)
 
 
 LONGEST_LINE = 2000  # characters of an error

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignjax.config import Model, UserError
+from alignjax.config import Model, Refuse, UserError, refuse
 from alignjax.machine.sharding import path_name
 from alignjax.models import families
 from alignjax.weights import locations
@@ -45,24 +45,34 @@ ReadParameter = Callable[[str], np.ndarray]  # path -> the whole parameter
 Params = dict[str, Any]  # nested dicts of arrays
 
 
-def open_hf(directory: str | Path, head: str) -> tuple[Model, dict[str, ParameterView]]:
+def open_hf(
+    directory: str | Path, head: str, refuse: Refuse = refuse, *, reads: bool = True
+) -> tuple[Model, dict[str, ParameterView]]:
     """Map a checkpoint; return its model, and views of its parameters by path.
 
     Nothing is read until a view is read. head="scalar" takes `score.weight` and `score.bias` (0 if
     it is absent); a checkpoint without `score.weight` has no views of a head. Raises UserError for
     a model that we can't run, and for a missing, extra or misshapen tensor.
+
+    Args:
+      directory: of the checkpoint.
+      head: "lm" or "scalar".
+      refuse: is called with each of these problems. If it does not raise, views of missing and
+        misshapen tensors are zeros.
+      reads: a stored copy of a tied head is read, because it may differ from the embeddings.
     """
     directory = Path(directory)
     config = locations.read_config(directory)
-    model = families.model_from_hf(config, str(directory / locations.CONFIG))
+    model = families.model_from_hf(config, str(directory / locations.CONFIG), refuse)
     files = CheckpointFiles(
         directory=directory,
-        tensors=with_prefix(open_tensors(directory), model),
+        tensors=with_prefix(open_tensors(directory, refuse), model),
         defaulted=families.defaulted_sizes(config),
+        refuse=refuse,
     )
     layout = layout_of(model, head)
     if head == "scalar" and SCORE in files.tensors:
-        check_labels(config, directory)
+        check_labels(config, directory, refuse)
     stored: dict[FileTensor, Readable] = {}
     for tensor in layout.tensors:
         is_score = tensor.name.startswith("score.")
@@ -75,6 +85,8 @@ def open_hf(directory: str | Path, head: str) -> tuple[Model, dict[str, Paramete
         stored[tensor] = checked_tensor(files, tensor.name, shape)
     known = {tensor.name for tensor in layout.tensors}
     check_extra(files, known, model, head)
+    if reads:
+        check_tied_copy(files, model, head)
     return model, views_of(layout, stored)
 
 
@@ -85,6 +97,7 @@ class CheckpointFiles:
     directory: Path
     tensors: Mapping[str, StoredTensor]
     defaulted: Mapping[str, int]  # sizes that config.json lacks, by field
+    refuse: Refuse
 
 
 def head_of(directory: Path) -> str:
@@ -119,59 +132,67 @@ def with_prefix(tensors: Mapping[str, StoredTensor], model: Model) -> Mapping[st
     return {name if name in HEADS else prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def check_labels(config: Mapping[str, Any], directory: Path) -> None:
-    """Raise UserError for a classifier that says to have another number of labels than one."""
+def check_labels(config: Mapping[str, Any], directory: Path, refuse: Refuse) -> None:
+    """Refuse a classifier that says to have another number of labels than one."""
     where = directory / locations.CONFIG
     labels = config.get("id2label")
     if labels is None:
         count = config.get("num_labels", 1)
         if count != 1:
-            raise UserError(f"{where}: num_labels={count!r}, but a reward model has 1 label")
+            refuse(f"{where}: num_labels={count!r}, but a reward model has 1 label")
     elif len(labels) != 1:
-        raise UserError(
-            f"{where}: id2label has {len(labels)} labels, but a reward model has 1 label"
-        )
+        refuse(f"{where}: id2label has {len(labels)} labels, but a reward model has 1 label")
 
 
-def checked_tensor(files: CheckpointFiles, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    """Return a tensor of the files; UserError if it is missing or has another shape."""
+def checked_tensor(files: CheckpointFiles, name: str, shape: tuple[int, ...]) -> Readable:
+    """Return a tensor of the files, which is refused if it is missing or has another shape."""
     if name not in files.tensors:
         note = ""
         if name == LM_HEAD and SCORE in files.tensors:
             note = f", but {SCORE}: this is a sequence classifier"
-        raise UserError(f"{files.directory}: there is no tensor {name} {list(shape)}{note}")
+        files.refuse(f"{files.directory}: there is no tensor {name} {list(shape)}{note}")
+        return Zeros(shape)
     tensor = files.tensors[name]
     if tensor.shape != shape:
         note = ""
         if files.defaulted:
             absent = ", ".join(f"{field}={size}" for field, size in files.defaulted.items())
             note = f" (config.json lacks fields, whose defaults are {absent})"
-        raise UserError(
+        files.refuse(
             f"{files.directory}: tensor {name} is {list(tensor.shape)}, {list(shape)} wanted{note}"
         )
+        return Zeros(shape)
     return tensor
 
 
 def check_extra(files: CheckpointFiles, known: set[str], model: Model, head: str) -> None:
-    """Raise UserError for a tensor that we would leave unread.
-
-    A stored copy of a tied head is allowed, if it is a copy.
-    """
-    embedding = families.weight_names(model, head)["embed/embedding"]
+    """Refuse tensors that we would leave unread; a stored copy of a tied head is allowed."""
     for name, tensor in files.tensors.items():
         if name in known or HARMLESS.search(name):
             continue
-        if name == LM_HEAD and head == "scalar":
+        if name == LM_HEAD and (model.tied or head == "scalar"):
             continue
-        if name != LM_HEAD or not model.tied:
-            raise UserError(
-                f"{files.directory}: tensor {name} {list(tensor.shape)} has no place in "
-                f"{model.family!r}, head {head!r}"
-            )
-        if not equal_tensors(tensor, files.tensors[embedding]):
-            raise UserError(
-                f"{files.directory}: {name} differs from {embedding}, but tie_word_embeddings=True"
-            )
+        files.refuse(
+            f"{files.directory}: tensor {name} {list(tensor.shape)} has no place in "
+            f"{model.family!r}, head {head!r}"
+        )
+
+
+def has_tied_copy(tensors: Mapping[str, StoredTensor], model: Model, head: str) -> bool:
+    """Return whether the files have a head beside the embeddings that it is tied to."""
+    return head == "lm" and model.tied and LM_HEAD in tensors
+
+
+def check_tied_copy(files: CheckpointFiles, model: Model, head: str) -> None:
+    """Refuse a stored head that is tied to the embeddings, unless it is a copy of them."""
+    if not has_tied_copy(files.tensors, model, head):
+        return
+    embedding = families.weight_names(model, head)["embed/embedding"]
+    copied = files.tensors.get(embedding)
+    if copied is not None and not equal_tensors(files.tensors[LM_HEAD], copied):
+        files.refuse(
+            f"{files.directory}: {LM_HEAD} differs from {embedding}, but tie_word_embeddings=True"
+        )
 
 
 def equal_tensors(first: StoredTensor, second: StoredTensor) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.config import Model, UserError
-from alignjax.data.ends import as_list, end_tokens
+from alignjax.data.ends import as_list, declared_ids, end_tokens
 from alignjax.machine import jsonl
 from alignjax.models import families
 from alignjax.weights import locations
@@ -58,6 +58,14 @@ class Imported:
             f"{self.generation_file}: eos_token_id": self.generation.get("eos_token_id"),
             f"{self.config_file}: eos_token_id": self.config.get("eos_token_id"),
         }
+
+    def check_ends(self, vocab_size: int) -> None:
+        """Raise UserError for a declared end that is not a token of the model.
+
+        Whatever samples from the run or exports it would refuse it, after hours of training.
+        """
+        for where, value in self.declared_ends.items():
+            declared_ids(where, value, vocab_size)
 
     def to_json(self) -> str:
         """Return the content of `imported.json`."""

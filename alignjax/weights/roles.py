@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.config import Lora, Model, UserError
+from alignjax.config import Lora, Model, Refuse, UserError, refuse
 from alignjax.machine import sharding
 from alignjax.machine import workdir as workdirs
 from alignjax.models import lora, transformer
@@ -243,10 +243,13 @@ def read_hf(model: Model, head: str, mesh: jax.sharding.Mesh, directory: Path) -
     return merge(params, lora.combine(peft_parameters.scale_tree(adapter, mesh), factors), mesh)
 
 
-def open_views(directory: Path, head: str) -> dict[str, Any]:
+def open_views(
+    directory: Path, head: str, refuse: Refuse = refuse, *, reads: bool = True
+) -> dict[str, Any]:
     """Return the parameters of a Hugging Face checkpoint as views of its files, by path.
 
-    With an adapter they are those of its base; the files of both are checked.
+    With an adapter they are those of its base; the files of both are checked. `hf.open_hf` has
+    the arguments.
     """
     if not workdirs.is_local(directory):
         raise UserError(
@@ -254,12 +257,12 @@ def open_views(directory: Path, head: str) -> dict[str, Any]:
             "hf://ORG/NAME"
         )
     base = locations.base_directory(directory)
-    model, views = hf.open_hf(base, head)
+    model, views = hf.open_hf(base, head, refuse, reads=reads)
     adapted = locations.adapted_model(directory)
     if adapted is not None:
         adapter = peft_adapter.open_adapter(adapted.adapter, model)
         if head == "lm" and adapter.score is not None:
-            raise UserError(
+            refuse(
                 f"{directory}: a language model is wanted, but the adapter is one of a sequence "
                 f"classifier: there is {peft_adapter.SCORE}"
             )

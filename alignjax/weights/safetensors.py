@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from alignjax.config import UserError
+from alignjax.config import Refuse, UserError, refuse
 
 # The format's names for the types of weights. The library finds bfloat16 by its name, which
 # `ml_dtypes` has registered with numpy.
@@ -55,6 +55,11 @@ class StoredTensor:
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
     lazy_slice: Any  # the library's handle, which keeps the file mapped
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor in the file."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """Copy a part of the tensor, in the file's type; no other part is read.
@@ -98,15 +103,15 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def open_tensors(directory: Path) -> dict[str, StoredTensor]:
+def open_tensors(directory: Path, refuse: Refuse = refuse) -> dict[str, StoredTensor]:
     """Map the safetensors files of a checkpoint; return tensor name -> tensor.
 
     As in transformers, `model.safetensors` comes before an index, which may be an older one.
     Raises UserError for a file that is missing or damaged, and for a tensor that is in two files,
-    because only one of them can be meant.
+    because only one of them can be meant. If `refuse` does not raise, whatever can be mapped is.
     """
     if (directory / SINGLE_FILE).is_file():
-        return open_file(directory / SINGLE_FILE)
+        return open_file(directory / SINGLE_FILE, refuse)
     if not (directory / INDEX).is_file():
         raise UserError(missing_file(directory, SINGLE_FILE))
     file_of = read_index(directory / INDEX)
@@ -114,16 +119,17 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     for file in sorted(set(file_of.values())):
         # An index comes from a stranger: no name in it may lead out of the directory.
         if Path(file).name != file or not (directory / file).is_file():
-            raise UserError(missing_file(directory, file))
-        for name, tensor in open_file(directory / file).items():
+            refuse(missing_file(directory, file))
+            continue
+        for name, tensor in open_file(directory / file, refuse).items():
             if name in tensors:
-                raise UserError(
+                refuse(
                     f"{directory}: tensor {name} is both in {tensors[name].path.name} and in {file}"
                 )
             tensors[name] = tensor
     for name, file in file_of.items():
-        if name not in tensors:
-            raise UserError(f"{directory / INDEX}: tensor {name} should be in {file}, but is not")
+        if name not in tensors and (directory / file).is_file():
+            refuse(f"{directory / INDEX}: tensor {name} should be in {file}, but is not")
     return tensors
 
 
@@ -154,7 +160,7 @@ def read_index(path: Path) -> Mapping[str, str]:
     return file_of
 
 
-def open_file(path: Path) -> dict[str, StoredTensor]:
+def open_file(path: Path, refuse: Refuse = refuse) -> dict[str, StoredTensor]:
     """Map one file; UserError if it is not whole or has a type that weights do not come in."""
     tensors = {}
     try:
@@ -163,7 +169,7 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
                 lazy_slice = file.get_slice(name)
                 dtype = lazy_slice.get_dtype()
                 if dtype not in DTYPES:
-                    raise UserError(
+                    refuse(
                         f"{path}: tensor {name} is of type {dtype}, one of {sorted(DTYPES)} wanted"
                     )
                 tensors[name] = StoredTensor(

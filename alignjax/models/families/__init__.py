@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignjax import config as configs
-from alignjax.config import Model, UserError
+from alignjax.config import Model, Refuse, UserError, refuse
 from alignjax.models.families.family import Family
 from alignjax.models.families.gemma import GEMMA2, GEMMA3
 from alignjax.models.families.granite import GRANITE
@@ -98,13 +98,15 @@ def weight_names(model: Model, head: str) -> dict[str, str]:
     return family_of(model.family, "model.family").tensor_names(model, head)
 
 
-def model_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Model:
+def model_from_hf(
+    config: Mapping[str, Any], where: str = "config.json", refuse: Refuse = refuse
+) -> Model:
     """Return the Model that a Hugging Face config describes.
 
-    UserError if we can't run it, naming `where`, the field and its value.
+    UserError if we can't run it, naming `where`, the field and its value; see `Family.from_hf`.
     """
     family = family_of(config.get("model_type"), f"{where}: model_type")
-    return family.from_hf(config, where)
+    return family.from_hf(config, where, refuse)
 
 
 def defaulted_sizes(config: Mapping[str, Any]) -> dict[str, int]:

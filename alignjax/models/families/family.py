@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignjax.config import ROPE_BY_LENGTH, Model, UserError
+from alignjax.config import ROPE_BY_LENGTH, Model, Refuse, UserError, refuse
 from alignjax.models.families.hf_config import (
     LARGEST_SIZE,
     MOST_LAYERS,
@@ -72,9 +72,13 @@ class Family:
             del names["head/kernel"]
         return names
 
-    def from_hf(self, config: Mapping[str, Any], where: str) -> Model:
-        """Return the model that a config.json describes; UserError if we can't run it."""
-        hf_config = HFConfig(values=config, where=where, defaults=self.defaults)
+    def from_hf(self, config: Mapping[str, Any], where: str, refuse: Refuse = refuse) -> Model:
+        """Return the model that a config.json describes; UserError if we can't run it.
+
+        If `refuse` does not raise, the model leaves out what it was called with, as far as the
+        rest can be read without it.
+        """
+        hf_config = HFConfig(values=config, where=where, defaults=self.defaults, refuse=refuse)
         check_any_family(hf_config)
         model = Model(family=self.name, **self.flags, **self.read_config(hf_config))
         check_heads(model, hf_config)

@@ -1,5 +1,6 @@
 """Gemma 2 and the text models of Gemma 3: norms of 1 + w on both sides, GELU, caps, windows."""
 
+import dataclasses
 from typing import Any
 
 from alignjax.config import Model
@@ -64,6 +65,25 @@ GEMMA3_PRESETS = {
         "rope_window_theta": 10000.0,
         "layer_types": "window,window,window,window,window,full",
         "window": 512,
+    },
+    "gemma3-4b": {  # its text model
+        "vocab_size": 262208,
+        "d_model": 2560,
+        "layers": 34,
+        "heads": 8,
+        "kv_heads": 4,
+        "head_size": 256,
+        "d_ff": 10240,
+        "max_length": 131072,
+        "tied": True,
+        "qkv_bias": False,
+        "embedding_multiplier": 2560**0.5,
+        "rope_theta": 1000000.0,
+        "rope_window_theta": 10000.0,
+        "rope_scaling": "linear",
+        "rope_factor": 8.0,
+        "layer_types": "window,window,window,window,window,full",
+        "window": 1024,
     },
 }
 # What transformers takes for a field that config.json lacks.
@@ -149,8 +169,7 @@ def read_gemma3(config: HFConfig) -> dict[str, Any]:
     }
     others["rope_parameters"] = {"rope_theta": theta, **full}
     fields = read_config(config)
-    rope_config = HFConfig(values=others, where=config.where, defaults=config.defaults)
-    rope = read_rope(rope_config, fields["head_size"])
+    rope = read_rope(dataclasses.replace(config, values=others), fields["head_size"])
     local = by_kind.object(SLIDING)
     local.allow("rope_type", "default")
     if "rope_theta" in local.values:

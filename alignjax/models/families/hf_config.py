@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignjax.config import UserError
+from alignjax.config import Refuse, UserError, refuse
 
 LARGEST_SIZE = 2**31 - 1
 MOST_LAYERS = 100_000
@@ -51,12 +51,14 @@ class HFConfig:
     where: the file, in errors.
     prefix: comes before the names of fields in errors, such as "rope_parameters.".
     defaults: what transformers takes for a field that is absent. An explicit null is not absent.
+    refuse: is called with what we can't compute; by default it raises UserError.
     """
 
     values: Mapping[str, Any]
     where: str
     prefix: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    refuse: Refuse = refuse
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field, or the default if it is absent or null."""
@@ -82,7 +84,7 @@ class HFConfig:
         value = self.values[name]
         # In Python 1 == True, but not in JSON.
         if not any(value == other and is_bool(value) == is_bool(other) for other in supported):
-            raise UserError(
+            self.refuse(
                 f"{self.where}: {self.prefix}{name}={shown(value)} is not supported, "
                 f"only {shown(supported[0])}"
             )
@@ -128,13 +130,22 @@ class HFConfig:
         """Return an object in the file; an absent one, or null, is empty."""
         value = self.values.get(name)
         self.expect(name, isinstance(value, dict | None), "an object or null")
-        return HFConfig(values=value or {}, where=self.where, prefix=f"{self.prefix}{name}.")
+        return HFConfig(
+            values=value or {},
+            where=self.where,
+            prefix=f"{self.prefix}{name}.",
+            refuse=self.refuse,
+        )
 
     def expect(self, name: str, holds: bool, wanted: str) -> None:
         """Raise UserError unless a condition holds for a field; `wanted` says what it may be."""
         if not holds:
-            value = self.values.get(name, self.defaults.get(name))
-            raise UserError(f"{self.where}: {self.prefix}{name}={shown(value)} must be {wanted}")
+            raise UserError(self.unexpected(name, wanted))
+
+    def unexpected(self, name: str, wanted: str) -> str:
+        """Say that a field has another value than it may have."""
+        value = self.values.get(name, self.defaults.get(name))
+        return f"{self.where}: {self.prefix}{name}={shown(value)} must be {wanted}"
 
 
 def check_any_family(config: HFConfig) -> None:
@@ -150,7 +161,8 @@ def check_any_family(config: HFConfig) -> None:
         if name not in NEVER_NULL:
             of_type = of_type or value is None
             wanted.append("null")
-        config.expect(name, of_type, " or ".join(wanted))
+        if not of_type:
+            config.refuse(config.unexpected(name, " or ".join(wanted)))
 
 
 JSON_TYPES = {

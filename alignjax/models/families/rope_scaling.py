@@ -38,10 +38,11 @@ def read_rope(
     refuse_unsupported(config, rope, partial)
     name = rope.values.get("rope_type", rope.values.get("type", "default"))
     if not isinstance(name, str) or name not in kinds:
-        raise UserError(
+        config.refuse(
             f"{config.where}: {rope.prefix}rope_type={shown(name)} is not supported, only "
             f"{', '.join(map(repr, kinds))}"
         )
+        name = "default"
     fields: RopeFields = {"rope_theta": read_theta(config, rope)}
     if partial:
         fields["rope_share"] = read_share(config, rope, head_size)
