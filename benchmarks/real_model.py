@@ -1,7 +1,7 @@
 """Measure the runs of docs/real_model.md: write the page's tables and replies, draw its pictures.
 
-python benchmarks/real_model.py arithmetic --run runs/smollm2/arithmetic
-python benchmarks/real_model.py preferences --rm runs/smollm2/rm --run runs/smollm2/ppo
+python benchmarks/real_model.py arithmetic --run runs/smollm2-arithmetic
+python benchmarks/real_model.py preferences --rm runs/smollm2-rm --run runs/smollm2-ppo
 
 `arithmetic` lets the model before and after PPO answer the held-out problems, greedily and with
 top-p 0.9. `preferences` lets the reward model score the held-out comparisons, beside a rule that

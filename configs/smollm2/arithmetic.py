@@ -2,10 +2,11 @@
 
 python -m alignjax.data.problems --out data/problems
 python -m alignjax.data.prepare hh_harmless_base      text on which the loss is watched
-python -m alignjax.train --config smollm2/arithmetic.py --workdir runs/smollm2/arithmetic
+python -m alignjax.train --config smollm2/arithmetic.py
 
 In place of the hub, a directory: --config.parents.policy=DIR and so for reference and value. On a
-GPU, --config.model.dtype=bfloat16 and a larger data.batch. docs/real_model.md has the results.
+GPU, --config.model.dtype=bfloat16 and a larger data.batch. docs/real_model.md shows what comes of
+it.
 """
 
 import re

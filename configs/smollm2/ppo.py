@@ -1,11 +1,12 @@
 """PPO of SmolLM2-135M-Instruct against its reward model, on the prompts of harmless-base.
 
 python -m alignjax.data.prepare hh_harmless_base
-python -m alignjax.train --config smollm2/ppo.py --workdir runs/smollm2/ppo
+python -m alignjax.train --config smollm2/ppo.py
 
-The reward model is trained first, beside the run, unless it is there. In place of the hub, a
-directory: --config.parents.policy=DIR --config.parents.reference=DIR, and rm.py trained from it
-beforehand. docs/real_model.md has the results.
+The reward model is trained first, in runs/smollm2-rm, unless it is there. In place of the hub, a
+directory DIR: train rm.py from it first, then give --config.parents.policy=DIR, the same for
+reference, and --config.parents.value=runs/smollm2-rm, the same for reward. docs/real_model.md
+shows what comes of it.
 """
 
 from alignjax.config import PPO, Config, Data, Lora, Model, Optimiser, load

@@ -1,7 +1,7 @@
 """A reward model from SmolLM2-135M-Instruct on the comparisons of Anthropic's harmless-base.
 
 python -m alignjax.data.prepare hh_harmless_base
-python -m alignjax.train --config smollm2/rm.py --workdir runs/smollm2/rm
+python -m alignjax.train --config smollm2/rm.py
 
 In place of the hub, a directory: --config.parents.model=DIR. The run is one pass over the pairs of
 up to 192 tokens.

@@ -1,7 +1,7 @@
 """SFT of SmolLM2-135M-Instruct on the chosen replies of Anthropic's harmless-base.
 
 python -m alignjax.data.prepare hh_harmless_base
-python -m alignjax.train --config smollm2/sft.py --workdir runs/smollm2/sft
+python -m alignjax.train --config smollm2/sft.py
 
 The model follows instructions already, so ppo.py does not need this run. It shows how one starts
 from a model of the hub, and gives a policy that answers in the manner of the comparisons. In place
