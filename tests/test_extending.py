@@ -95,16 +95,16 @@ def test_an_estimator_compares_the_responses_to_a_prompt(directory):
 def test_a_family_computes_the_logits_of_torch(directory):
     """Its golden checkpoint has rows longer than the window, and a layer without RoPE."""
     imported("exaone4", directory)
-    model, params, data = golden("exaone4")
+    model, params, data = golden("outside/exaone4")
     assert layer_kinds.names(model) == ["window", "window", "full_nope", "window"]
     tokens, mask, theirs = golden_case(data, "left")
     mesh = sharding.make_mesh(Mesh(data=1, fsdp=4, tensor=2))
-    placed = roles.load(model, "lm", mesh, jax.random.key(0), GOLDEN / "exaone4")
+    placed = roles.load(model, "lm", mesh, jax.random.key(0), GOLDEN / "outside" / "exaone4")
     logits = run(model, placed, tokens, mask)
     assert error(logits[mask > 0], theirs[mask > 0]) < 2e-5
 
     hf.save_hf(model, params, directory / "again", "bfloat16")
-    first = load_file(GOLDEN / "exaone4" / "model.safetensors")
+    first = load_file(GOLDEN / "outside" / "exaone4" / "model.safetensors")
     again = load_file(directory / "again" / "model.safetensors")
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     assert hf.load_hf(directory / "again", "lm")[0] == model
@@ -121,7 +121,7 @@ def test_a_family_has_presets(directory):
 
 def test_a_family_refuses_what_it_does_not_compute(directory):
     imported("exaone4", directory)
-    config = json.loads((GOLDEN / "exaone4" / "config.json").read_text())
+    config = json.loads((GOLDEN / "outside" / "exaone4" / "config.json").read_text())
     with pytest.raises(UserError, match="config.json: hidden_act='gelu' is not supported"):
         families.model_from_hf(config | {"hidden_act": "gelu"})
     with pytest.raises(UserError, match="config.json: layer_types=null is not a value for it"):

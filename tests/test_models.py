@@ -38,9 +38,8 @@ SMALL = [
 ]
 # Their RoPE depends on the length of a sequence, so tokens cannot be added to one.
 BY_LENGTH = ["llama_dynamic", "phi3_long"]
-OUTSIDE = ["exaone4"]  # see test_extending.py
 LAYERS_DIFFER = ["gemma2", "gemma3_text", "qwen3_window", "smollm3"]
-LM = [name for name in CASES if name not in SCORES + SMALL + BY_LENGTH + OUTSIDE]
+LM = [name for name in CASES if name not in SCORES + SMALL + BY_LENGTH]
 DIFFERENT = ["llama", "qwen", "qwen3"]  # the others differ from these in RoPE and tying only
 apply = jax.jit(transformer.apply, static_argnums=0)
 TINY = Model(vocab_size=97, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=40)
@@ -126,7 +125,7 @@ def tiny(seed=0, head="lm", **changes):
 
 def test_golden_files_are_all_there():
     others = ["llama", "llama_linear", "qwen", "qwen2", "qwen2_tied", "qwen2_yarn", "qwen3"]
-    assert sorted(SCORES + SMALL + BY_LENGTH + OUTSIDE + others) == CASES
+    assert sorted(SCORES + SMALL + BY_LENGTH + others) == CASES
 
 
 @pytest.mark.parametrize("layout", ["plain", "left", "right"])

@@ -205,7 +205,7 @@ SMALL = {
         transformers.LlamaForCausalLM,
     ),
     # The family that docs/extending.md adds.
-    "exaone4": (
+    "outside/exaone4": (
         transformers.Exaone4Config(
             **SMALL_SIZE, sliding_window=5, layer_types=[SLIDING, SLIDING, FULL, SLIDING]
         ),
@@ -315,7 +315,7 @@ def main():
             continue
         generator = torch.Generator().manual_seed(seed)
         folder = HERE / name
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if name == "qwen":
             weights = qwen_weights()
             randomise(weights.items(), generator)
