@@ -259,6 +259,7 @@ class LoadedModel:
                 f"max_tokens={response_length} must be at least 1, temperature={temperature} not "
                 f"below 0, top_p={top_p} in (0, 1]"
             )
+        configs.check_extendable(self.architecture)
         return SamplingSettings(
             model=dataclasses.replace(self.architecture),  # a copy: the settings are a key of jit
             samples_per_prompt=samples,
@@ -404,7 +405,8 @@ def load(
         run: a directory, or hf://ORG/NAME.
         dtype: the type of the computation.
         mesh: defaults to one over all devices.
-        max_length: defaults to the model's own.
+        max_length: defaults to the model's own. For a language model whose RoPE depends on the
+            length of a sequence, the default ends where that begins.
         chat_template: "chatml" for a checkpoint that has no template.
         unfinished: load the newest checkpoint of a run that is not complete.
     """
@@ -421,13 +423,16 @@ def load(
     architecture = dataclasses.replace(
         locations.architecture(directory), dtype=dtype, remat="nothing", attention="auto"
     )
-    architecture.max_length = int(max_length or architecture.max_length)
+    is_reward = is_reward_model(directory)
+    if max_length:
+        architecture.max_length = int(max_length)
+    elif architecture.rope_varies and not is_reward:
+        architecture.max_length = architecture.rope_original_length
     source = locations.tokenizer_source(directory)
     tokenizer_directory = directory / "tokenizer" if is_run else source
     tokenizer = chat.load_tokenizer(tokenizer_directory, chat_template)
     tokenizer_files.check_fits(tokenizer, architecture.vocab_size)
     mesh = mesh or sharding.make_mesh(configs.Mesh())
-    is_reward = is_reward_model(directory)
     return LoadedModel(
         architecture,
         load_params(architecture, "scalar" if is_reward else "lm", mesh, directory),

@@ -58,6 +58,22 @@ OTHER_FAMILIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "biases": {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
     },
     "mistral": {"plain": {"sliding_window": None}, "window": {"sliding_window": 5}},
+    "phi3": {
+        "plain": {"tie_word_embeddings": True},
+        "window": {"sliding_window": 5},
+        "longrope": {
+            "sliding_window": 17,
+            "original_max_position_embeddings": 32,
+            "max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.5, 1.25],
+                "long_factor": [1.0, 4.0, 9.0],
+            },
+        },
+    },
     "qwen2": {"window": WINDOW | {"max_window_layers": 1}},
     "qwen3": {"window": WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2}},
     "smollm3": {
@@ -90,10 +106,19 @@ SCALINGS: Mapping[str, Mapping[str, Any]] = {
         "original_max_position_embeddings": 16,
     },
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "short_factor": [1.0, 1.5, 1.25, 2.0],
+        "long_factor": [1.0, 4.0, 9.0, 20.0],
+        "original_max_position_embeddings": 32,
+    },
 }
+SHORT = 24  # positions of models with dynamic scaling, which begins behind them
 THETA = 500.0
 YARN = {"rope_type": "yarn", "rope_theta": THETA, **SCALINGS["yarn"]}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": THETA, **SCALINGS["llama3"]}
+LINEAR = {"rope_type": "linear", "rope_theta": THETA, "factor": 2.0}
+NO_LINEAR = {"built": SPECIAL_TOKENS, "fields": {"rope_parameters": LINEAR}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +154,7 @@ def all_cases(only: str = "") -> list[Case]:
         *shapes(),
         *biases(),
         *scalings(),
+        *longropes(),
         *both_places(),
         *lengths(),
         *without_effect(),
@@ -242,7 +268,11 @@ def scalings() -> Iterator[Case]:
             topic = (
                 f"RoPE {kind}, in `rope_parameters`, or `rope_scaling` with `rope_type` or `type`"
             )
-            built = {"rope_parameters": {"rope_type": kind, "rope_theta": THETA, **settings}}
+            built = {
+                "head_dim": 8,
+                "max_position_embeddings": SHORT if kind == "dynamic" else 64,
+                "rope_parameters": {"rope_type": kind, "rope_theta": THETA, **settings},
+            }
             yield Case(topic=topic, name=f"{family}-{kind}-new", family=family, built=built)
             for key in ("rope_type", "type"):
                 yield Case(
@@ -253,6 +283,45 @@ def scalings() -> Iterator[Case]:
                     fields={"rope_theta": THETA, "rope_scaling": {key: kind, **settings}},
                     dropped=("rope_parameters",),
                 )
+
+
+def longropes() -> Iterator[Case]:
+    """Yield the forms of longrope that configs of Phi-3 have, and sequences of both kinds."""
+    topic = "longrope of Phi-3: `su` and `yarn`, lengths, factors, sequences short and long"
+    factors = {"short_factor": [1.0, 1.5, 1.25], "long_factor": [1.0, 4.0, 9.0]}
+    settings = {"rope_type": "longrope", "partial_rotary_factor": 0.75, **factors}
+    at_the_top = {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 32}
+    for name, changes, fields in (
+        ("short", {"original_max_position_embeddings": 40}, {}),
+        ("factor", {"factor": 3.0}, {}),
+        ("factor-below-1", {"factor": 0.5}, {}),
+        ("attention", {"attention_factor": 1.5}, {}),
+        ("longest", {}, {"original_max_position_embeddings": 128}),
+        ("su", {}, {"rope_scaling": {"type": "su", **factors, **at_the_top}}),
+        ("yarn", {}, {"rope_scaling": {"type": "yarn", **factors}, **at_the_top}),
+        ("type", {}, {"rope_scaling": {"type": "longrope", **factors}, **at_the_top}),
+    ):
+        length = changes.get("original_max_position_embeddings", 32)
+        yield Case(
+            topic=topic,
+            name=f"longrope-{name}",
+            family="phi3",
+            built={
+                **SPECIAL_TOKENS,
+                "rope_parameters": settings | changes,
+                "original_max_position_embeddings": length,
+            },
+            fields=fields,
+            dropped=("rope_parameters",) if "rope_scaling" in fields else (),
+        )
+    yield Case(
+        topic="`partial_rotary_factor` of Phi-3",
+        name="partial-phi3",
+        family="phi3",
+        built=SPECIAL_TOKENS,
+        fields={"partial_rotary_factor": 0.5},
+        dropped=("rope_parameters",),
+    )
 
 
 def both_places() -> Iterator[Case]:
@@ -304,7 +373,7 @@ def lengths() -> Iterator[Case]:
     ):
         rope = {key: value for key, value in YARN.items() if not key.startswith("original")}
         yield Case(topic=topic, name=f"yarn-{name}", built={"rope_parameters": rope | changes})
-    topic = "YaRN's `beta_fast`, `beta_slow`, a null `factor`, attention factors equal to its own"
+    topic = "YaRN's `beta_fast`, `beta_slow`, a null `factor`, attention factors"
     for name, changes in (
         ("betas", {"beta_fast": 8, "beta_slow": 2}),
         ("betas-zero", {"beta_fast": 0, "beta_slow": 0}),
@@ -314,6 +383,8 @@ def lengths() -> Iterator[Case]:
         ("mscale-alone", {"mscale": 0.7}),
         ("mscale-and-0", {"mscale": 1.0, "mscale_all_dim": 0.0}),
         ("attention-factor", {"attention_factor": 1.1386294361119891}),
+        ("attention-other", {"attention_factor": 1.5}),
+        ("mscales", {"mscale": 1.0, "mscale_all_dim": 1.0}),
     ):
         yield Case(topic=topic, name=f"yarn-{name}", built={"rope_parameters": YARN | changes})
 
@@ -372,20 +443,11 @@ def stored() -> Iterator[Case]:
 
 def unsupported() -> Iterator[Case]:
     """Yield what we don't compute; transformers reads most of it."""
-    longrope = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     for topic, name, rope in (
-        ("RoPE dynamic", "dynamic", {"rope_type": "dynamic", "factor": 2.0}),
-        ("RoPE longrope", "longrope", {"rope_type": "longrope", "factor": 2.0, **longrope}),
         ("RoPE proportional", "proportional", {"rope_type": "proportional"}),
-        ("another attention factor of YaRN", "attention", YARN | {"attention_factor": 1.5}),
-        (
-            "another attention factor of YaRN",
-            "mscale",
-            YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
-        ),
         ("YaRN with `truncate` false", "truncate", YARN | {"truncate": False}),
         (
-            "`partial_rotary_factor`",
+            "`partial_rotary_factor` of families that rotate whole heads",
             "partial",
             {"rope_type": "default", "partial_rotary_factor": 0.5},
         ),
@@ -430,9 +492,22 @@ def unsupported() -> Iterator[Case]:
         ("a tensor is missing", "untied", {"files": "untied"}),
         ("a tensor more than the model has", "extra", {"files": "extra"}),
         ("`pytorch_model.bin` alone", "pickle", {"files": "pickle"}),
+        ("scalings that Phi-3 lacks", "linear", {"family": "phi3", **NO_LINEAR}),
         ("another `model_type`", "mamba", {"fields": {"model_type": "mamba"}}),
     ):
         yield Case(**{"topic": topic, "name": f"no-{name}", **changes})
+    for name, changes in (
+        ("length", {"short_factor": [1.0] * 3}),
+        ("text", {"long_factor": "1,1,1,1"}),
+        ("negative", {"long_factor": [1.0, -1.0, 1.0, 1.0]}),
+        ("zero", {"attention_factor": 0.0}),
+    ):
+        rope = {"rope_type": "longrope", "rope_theta": THETA, **SCALINGS["longrope"], **changes}
+        yield Case(
+            topic="factors of longrope that are too few, no numbers, or not above 0",
+            name=f"no-longrope-{name}",
+            fields={"rope_parameters": rope},
+        )
 
 
 def wrong() -> Iterator[Case]:

@@ -12,6 +12,7 @@ four minutes on two cores.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -116,10 +117,14 @@ def compare(case: Case, directory: Path) -> Outcome:
     try:
         head = case.head if "architectures" in case.fields else hf.head_of(directory / case.name)
         model, params = hf.load_hf(directory / case.name, head)
+        # Where RoPE depends on the length of a sequence, that of the longest one is needed.
+        model = dataclasses.replace(model, max_length=tokens.shape[1])
         logits = np.asarray(compute(model, params, tokens))
         if case.greedy and not verdict["error"]:
             theirs = np.load(judged / f"{case.name}.greedy.npy")
-            greedy = float((decode(model, params, tokens) == theirs).mean())
+            length = checkpoint_cases.PROMPT + checkpoint_cases.NEW_TOKENS
+            short = dataclasses.replace(model, max_length=length)
+            greedy = float((decode(short, params, tokens) == theirs).mean())
     except UserError as error:
         ours = without_path(str(error), directory / case.name)
     except Exception as error:

@@ -83,7 +83,7 @@ CHOICES = {
     "model.qk_norm_over": "'head', 'width'",
     "model.norms": "'before', 'after', 'both'",
     "model.activation": "'silu', 'gelu_tanh'",
-    "model.rope_scaling": "'', 'linear', 'llama3', 'yarn'",
+    "model.rope_scaling": "'', 'linear', 'llama3', 'yarn', 'dynamic', 'longrope'",
     "model.dtype": "'float32', 'bfloat16'",
     "model.remat": "'nothing', 'everything', 'dots', 'auto'",
     "model.attention": "'auto', 'xla', 'triton', 'cudnn', 'splash'",

@@ -174,6 +174,13 @@ def test_a_parameter_that_is_missing_or_misshapen_is_named(tmp_path):
 
 
 SIZES = ("vocab_size", "d_model", "heads", "head_size", "d_ff")
+ROPE_SCALING = (
+    "rope_scaling",
+    "rope_factor",
+    "rope_original_length",
+    "rope_short_factors",
+    "rope_long_factors",
+)
 
 
 def model_and_shapes(family, head, layers=4, **changes):
@@ -181,7 +188,9 @@ def model_and_shapes(family, head, layers=4, **changes):
     golden = read_model(GOLDEN / family)
     sizes = {field: getattr(Model(), field) for field in SIZES} | {"layers": layers} | changes
     sizes["kv_heads"] = 4 if family == "qwen" else 2
-    model = dataclasses.replace(golden, **sizes)
+    # Factors of longrope would have to fit the size of heads.
+    scaling = {name: getattr(Model(), name) for name in ROPE_SCALING}
+    model = dataclasses.replace(golden, **sizes, **scaling)
     if golden.embedding_multiplier == golden.d_model**0.5:  # as in Gemma
         model.embedding_multiplier = model.d_model**0.5
     return model, hf.layout_of(model, head).shapes
@@ -216,7 +225,7 @@ def test_writing_holds_the_parameters_of_one_tensor_at_a_time(family, tmp_path):
         tracemalloc.stop()
     assert len(references) == len(shapes)
     assert len(list(tmp_path.glob("*.safetensors"))) > 8
-    assert total > 4 * most and peak < 1.2 * most
+    assert total > 2 * most and peak < 1.2 * most
 
 
 def test_reading_holds_the_part_that_is_asked_for(tmp_path):
@@ -255,7 +264,7 @@ def test_reading_holds_the_part_that_is_asked_for(tmp_path):
         ("qwen", "no_bias", False),
         ("qwen", "rotary_pct", 0.5),
         ("qwen2", "rope_parameters", {"rope_type": "longrope", "factor": 2.0}),
-        ("qwen2", "rope_parameters", {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}),
+        ("qwen2", "rope_parameters", {"rope_type": "yarn", "factor": 2.0, "truncate": False}),
         ("qwen2", "num_hidden_layers", None),
     ],
 )

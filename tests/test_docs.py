@@ -61,7 +61,7 @@ RUN_BY = [
         "test_ppo_learns_with_the_estimator_the_reward_and_the_sampler_of_the_page",
     ),
     (
-        "alignjax.train .*phi_sft.py",
+        "alignjax.train .*exaone_sft.py",
         "test_extending.py",
         "test_a_run_starts_from_a_family_of_the_page_and_is_exported",
     ),
@@ -126,6 +126,11 @@ RUN_BY = [
         "alignjax.evals.best_answers",
         "test_best_of.py",
         "test_the_command_writes_answers_and_their_figures",
+    ),
+    (
+        "alignjax.data.problems",
+        "test_real_model.py",
+        "test_the_command_writes_problems_to_train_on_and_to_hold_out",
     ),
     ("alignjax.convert", "test_export.py", "test_each_role_of_ppo_goes_out"),
     ("alignjax.chat", "test_chat.py", "test_before_and_after_ppo_with_scores"),

@@ -17,8 +17,8 @@ import pyarrow.parquet
 import pytest
 from pages import ROOT, shown_files
 from runs import Chain, command, rows
-from safetensors.numpy import load_file, save_file
-from test_models import error, run, tiny, words
+from safetensors.numpy import load_file
+from test_models import GOLDEN, error, golden, golden_case, run, tiny
 
 from alignjax import config as configs
 from alignjax import convert, train
@@ -27,7 +27,7 @@ from alignjax.algorithms.estimators import AdvantageInputs
 from alignjax.config import PPO, Mesh, Model, Reward, UserError
 from alignjax.data import chat, formats, mixture, sources
 from alignjax.machine import sharding
-from alignjax.models import families
+from alignjax.models import families, layer_kinds, transformer
 from alignjax.sampling.external import ExternalSampler
 from alignjax.sampling.types import Prompts, SamplingSettings
 from alignjax.weights import hf, roles
@@ -63,8 +63,8 @@ def write_lines(path: Path, entries: list[dict]) -> None:
 def test_the_page_shows_every_file_that_its_tests_use():
     assert set(FILES) == {
         "leave_one_out.py",
-        "phi3.py",
-        "phi_sft.py",
+        "exaone4.py",
+        "exaone_sft.py",
         "rated.jsonl",
         "rated_rm.py",
         "concise.py",
@@ -92,85 +92,69 @@ def test_an_estimator_compares_the_responses_to_a_prompt(directory):
 # ----------------------------------------------------------------------------- a new model family
 
 
-def write_as_phi3(llama: Model, params: dict, directory: Path) -> None:
-    """Write a Llama's parameters as transformers writes a Phi-3, with the safetensors library."""
-    hf.save_hf(llama, params, directory)
-    tensors = load_file(directory / "model.safetensors")
-    for layer in range(llama.layers):
-        prefix = f"model.layers.{layer}"
-        fuse(tensors, f"{prefix}.self_attn.qkv_proj", f"{prefix}.self_attn", ("q", "k", "v"))
-        fuse(tensors, f"{prefix}.mlp.gate_up_proj", f"{prefix}.mlp", ("gate", "up"))
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    config |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "resid_pdrop": 0.0}
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def fuse(tensors: dict, fused: str, prefix: str, parts: tuple[str, ...]) -> None:
-    """Replace projections by one tensor that holds them one below the other."""
-    projections = [tensors.pop(f"{prefix}.{part}_proj.weight") for part in parts]
-    tensors[f"{fused}.weight"] = np.concatenate(projections)
-
-
-@pytest.fixture
-def llama(directory):
-    """A small Llama, (model, parameters), which lies in `phi-tiny` as a Phi-3 checkpoint."""
-    model, params = tiny(family="llama", qkv_bias=False, vocab_size=512, d_ff=64, max_length=64)
-    write_as_phi3(model, params, directory / "phi-tiny")
-    return model, params
-
-
-def test_a_family_computes_the_same_as_a_llama_with_the_same_weights(directory, llama):
-    imported("phi3", directory)
-    llama_model, params = llama
-    model, loaded = hf.load_hf(directory / "phi-tiny", "lm")
-    assert model.family == "phi3"
-    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
+def test_a_family_computes_the_logits_of_torch(directory):
+    """Its golden checkpoint has rows longer than the window, and a layer without RoPE."""
+    imported("exaone4", directory)
+    model, params, data = golden("outside/exaone4")
+    assert layer_kinds.names(model) == ["window", "window", "full_nope", "window"]
+    tokens, mask, theirs = golden_case(data, "left")
     mesh = sharding.make_mesh(Mesh(data=1, fsdp=4, tensor=2))
-    placed = roles.load(model, "lm", mesh, jax.random.key(0), directory / "phi-tiny")
-    tokens = words(0, 2, 9)
-    logits = run(model, placed, tokens, np.ones_like(tokens))
-    assert error(logits, run(llama_model, params, tokens, np.ones_like(tokens))) < 2e-6
+    placed = roles.load(model, "lm", mesh, jax.random.key(0), GOLDEN / "outside" / "exaone4")
+    logits = run(model, placed, tokens, mask)
+    assert error(logits[mask > 0], theirs[mask > 0]) < 2e-5
 
-    hf.save_hf(model, loaded, directory / "again")
-    first = load_file(directory / "phi-tiny" / "model.safetensors")
+    hf.save_hf(model, params, directory / "again", "bfloat16")
+    first = load_file(GOLDEN / "outside" / "exaone4" / "model.safetensors")
     again = load_file(directory / "again" / "model.safetensors")
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    assert hf.load_hf(directory / "again", "lm")[0] == model
 
 
 def test_a_family_has_presets(directory):
-    imported("phi3", directory)
-    preset = families.PRESETS["phi-4"]
-    assert preset.family == "phi3"
-    assert preset.layers == 40
-    assert not preset.qkv_bias
+    imported("exaone4", directory)
+    preset = families.PRESETS["exaone-4.0-1.2b"]
+    assert preset.family == "exaone4"
+    assert preset.norms == "after"
+    shapes = jax.eval_shape(lambda: transformer.init(preset, jax.random.key(0), "lm"))
+    assert sum(shape.size for shape in jax.tree.leaves(shapes)) == 1_279_391_488
 
 
-def test_a_family_refuses_what_it_does_not_compute(directory, llama):
-    imported("phi3", directory)
-    config = json.loads((directory / "phi-tiny" / "config.json").read_text())
-    with pytest.raises(UserError, match="config.json: sliding_window=2047 is not supported"):
-        families.model_from_hf(config | {"sliding_window": 2047})
+def test_a_family_refuses_what_it_does_not_compute(directory):
+    imported("exaone4", directory)
+    config = json.loads((GOLDEN / "outside" / "exaone4" / "config.json").read_text())
+    with pytest.raises(UserError, match="config.json: hidden_act='gelu' is not supported"):
+        families.model_from_hf(config | {"hidden_act": "gelu"})
+    with pytest.raises(UserError, match="config.json: layer_types=null is not a value for it"):
+        families.model_from_hf(config | {"layer_types": None})
+    with pytest.raises(UserError, match="sliding_window=null .* is no window"):
+        families.model_from_hf(config | {"sliding_window": None})
+    everywhere = config | {"sliding_window": None, "layer_types": ["full_attention"] * 4}
+    assert families.model_from_hf(everywhere).layer_types == "full"
 
 
-def test_a_run_starts_from_a_family_of_the_page_and_is_exported(directory, llama):
+def test_a_run_starts_from_a_family_of_the_page_and_is_exported(directory):
     """The config file imports the module that registers the family."""
-    with pytest.raises(UserError, match="model.family='phi3' must be one of 'qwen', 'qwen2'"):
-        configs.load("sft.py:tiny", {"model.family": "phi3"})
-    chat.train_tokenizer(SENTENCES, directory / "phi-tiny", 300)
-    arguments = ["--config", "phi_sft.py:tiny", "--config.steps=2", "--workdir", "runs/phi-sft"]
-    assert train.main(arguments) == 0
-    assert convert.main(["--to_hf", "runs/phi-sft", "--out", "exported"]) == 0
-    model, _ = hf.load_hf(directory / "exported", "lm")
-    assert model.family == "phi3"
-    assert model.layers == llama[0].layers
+    with pytest.raises(UserError, match="model.family='exaone4' must be one of 'qwen', 'qwen2'"):
+        configs.load("sft.py:tiny", {"model.family": "exaone4"})
+    family = imported("exaone4", directory).EXAONE4
+    sizes = {"vocab_size": 512, "d_ff": 64, "max_length": 64}
+    model, params = tiny(family="exaone4", **family.flags, **sizes)
+    hf.save_hf(model, params, directory / "exaone-tiny")
+    chat.train_tokenizer(SENTENCES, directory / "exaone-tiny", 300)
+    arguments = ["--config", "exaone_sft.py:tiny", "--config.steps=2"]
+    assert train.main([*arguments, "--workdir", "runs/exaone-sft"]) == 0
+    assert convert.main(["--to_hf", "runs/exaone-sft", "--out", "exported"]) == 0
+    exported, _ = hf.load_hf(directory / "exported", "lm")
+    assert exported.family == "exaone4"
+    assert exported.layers == model.layers
     config = json.loads((directory / "exported" / "config.json").read_text())
-    assert config["architectures"] == ["Phi3ForCausalLM"]
-    assert config["resid_pdrop"] == 0.0
+    assert config["architectures"] == ["Exaone4ForCausalLM"]
+    assert config["layer_types"] == ["full_attention"] * 2
 
 
 def test_the_full_config_of_the_page_starts_from_the_hub(directory):
-    assert configs.load("phi_sft.py").parents == {"model": "hf://microsoft/phi-4"}
+    parents = {"model": "hf://LGAI-EXAONE/EXAONE-4.0-1.2B"}
+    assert configs.load("exaone_sft.py").parents == parents
 
 
 def test_the_names_that_a_config_accepts_are_those_of_the_families():

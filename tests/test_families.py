@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_models import (
+    BY_LENGTH,
     GOLDEN,
     SMALL,
     apply,
@@ -26,23 +27,71 @@ from test_models import (
     words,
 )
 
+from alignjax import config as configs
 from alignjax.config import Config, Model, UserError, check
 from alignjax.models import attention, families, layer_kinds, scoring, transformer
 from alignjax.models.attention import flash, plain
 from alignjax.weights import hf
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SMALL + BY_LENGTH)
 def test_logits_are_those_of_torch_padded_and_packed(name):
     """Both rows of the golden file, padded on the left; then one behind the other."""
     model, params, data = golden(name)
     tokens, mask, theirs = golden_case(data, "left")
+    model = dataclasses.replace(model, max_length=tokens.shape[1])
+    assert model.rope_varies == (name in BY_LENGTH)
     real = mask > 0
     assert error(run(model, params, tokens, mask)[real], theirs[real]) < 2e-5
     segments = np.repeat([[1], [2]], tokens.shape[1], axis=1)[real][None]
     positions = count_positions(mask)[real][None]
     packed = run(model, params, tokens[real][None], segments, positions)
     assert error(packed[0], theirs[real]) < 2e-5
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_tokens_are_not_added_to_a_sequence_whose_length_changes_its_rope(name):
+    """Up to the original length they are; frequencies are then those of short sequences."""
+    model, params, data = golden(name)
+    longer = dataclasses.replace(model, max_length=17)
+    tokens, mask, theirs = golden_case(data, "left")
+    for keep, extra_axis in ((True, ()), (False, (2,))):
+        segments = np.ones((*tokens.shape, *extra_axis), np.int32)
+        with pytest.raises(UserError, match="max_length=17: .* at most 16$"):
+            transformer.apply(longer, params, tokens, count_positions(mask), segments, keep)
+    layers = transformer.for_decoding(longer, params)
+    with pytest.raises(UserError, match="tokens cannot be added to it"):
+        transformer.decode(longer, params, layers, tokens[:, 0], tokens[:, 0], [], run)
+    short = dataclasses.replace(model, max_length=16)
+    row = mask[1] > 0
+    alone = run(short, params, tokens[1:, row], mask[1:, row])
+    assert error(alone[0], theirs[1, row]) < 2e-5
+
+
+def test_a_run_that_samples_needs_lengths_that_do_not_change_its_rope():
+    config = configs.load("ppo.py:tiny", {"model.rope_scaling": "dynamic"})
+    config.model.rope_original_length = config.model.max_length
+    check(config)
+    config.model.rope_original_length -= 1
+    with pytest.raises(UserError, match="set max_length to at most"):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_share": 0.3}, "model.rope_share=0.3 of model.head_size=32 must be an even number"),
+        ({"rope_scaling": "longrope"}, "model.rope_short_factors='' must be 16 numbers above 0"),
+        ({"rope_long_factors": "1,2"}, "model.rope_long_factors='1,2' must be 0 numbers"),
+        ({"rope_scaling": "dynamic", "head_size": 2}, "needs more than 2 rotated numbers"),
+    ],
+)
+def test_settings_of_rope_that_do_not_fit_are_named(fields, message):
+    config = Config()
+    for field, value in fields.items():
+        setattr(config.model, field, value)
+    with pytest.raises(UserError, match=message):
+        check(config)
 
 
 @pytest.mark.parametrize("fields", [{"logits_divisor": 2.5, "logits_cap": 0.8}])

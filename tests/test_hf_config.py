@@ -4,6 +4,7 @@
 configs and more.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = {"type": "longrope", "short_factor": [1] * 4, "long_factor": [2.0] * 4}
 
 
 def config_of(family, dropped=(), **fields) -> dict:
@@ -88,6 +90,45 @@ def test_yarn_without_a_factor_takes_the_ratio_of_the_lengths():
 )
 def test_an_attention_factor_equal_to_ours_is_accepted(settings):
     assert read(rope_parameters={"rope_type": "yarn", **YARN, **settings}).rope_factor == 4.0
+
+
+def test_another_attention_factor_is_kept_and_written():
+    yarn = {"rope_type": "yarn", **YARN}
+    assert read(rope_parameters=yarn | {"attention_factor": 1.5}).rope_magnitude == 1.5
+    model = read(rope_parameters=yarn | {"mscale": 1.0, "mscale_all_dim": 1.0})
+    assert model.rope_magnitude == 1.0
+    assert families.model_from_hf(families.hf_from_model(model, "lm")) == model
+
+
+def test_longrope_of_any_factor_is_written_as_it_was_read():
+    for settings in ({}, {"factor": 2.5}, {"factor": 1 / 3}, {"attention_factor": 2.0}):
+        model = read(rope_scaling=LONGROPE | settings, original_max_position_embeddings=16)
+        assert (model.rope_factor, model.rope_long_factors) == (
+            settings.get("factor", 4.0),
+            "2.0,2.0,2.0,2.0",
+        )
+        written = families.hf_from_model(dataclasses.replace(model, max_length=20), "lm")
+        again = families.model_from_hf(written)
+        assert dataclasses.replace(again, max_length=64) == model
+
+
+def test_the_length_at_which_dynamic_scaling_begins_is_written_whatever_a_run_reads():
+    model = read(rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert (model.rope_original_length, model.rope_varies) == (64, False)
+    longer = dataclasses.replace(model, max_length=100)
+    assert longer.rope_varies
+    assert families.model_from_hf(families.hf_from_model(longer, "lm")) == model
+
+
+def test_the_config_of_a_phi3_is_one_that_transformers_4_reads():
+    model = read("phi3")
+    assert (model.rope_share, model.rope_factor, model.window) == (0.75, 2.0, 5)
+    written = families.hf_from_model(model, "lm")
+    assert set(written["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+    assert written["original_max_position_embeddings"] == 32
+    assert families.model_from_hf(written) == model
+    message = refusal("phi3", partial_rotary_factor=0.7, rope_parameters=None)
+    assert "partial_rotary_factor=0.7 must be" in message
 
 
 @pytest.mark.parametrize("original", [1, 10**8])
@@ -159,7 +200,10 @@ def test_the_layers_that_see_a_window_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic'"),
+        ({"rope_scaling": {"type": "proportional"}}, "rope_scaling.rope_type='proportional'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling.short_factor is"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1] * 3}}, "must be a list of 4 numbers"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "more than 2"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_parameters.rope_type=['yarn']"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention={}"),

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from runs import rows
+from test_models import LONGROPE, tiny
 
 from alignjax import convert, inference
 from alignjax.config import Mesh, UserError
@@ -15,6 +16,7 @@ from alignjax.data import chat, encoding, toy
 from alignjax.machine import sharding
 from alignjax.sampling import rollout
 from alignjax.sampling.types import Prompts, SamplingSettings, StreamOutput
+from alignjax.weights import hf
 
 PROMPTS = [
     "copy : cat box",
@@ -280,3 +282,16 @@ def test_what_cannot_be_loaded_is_a_user_error(chain, tmp_path):
     config_file.write_text(json.dumps(stored))
     with pytest.raises(UserError, match="hf: a reward model is wanted, but"):
         inference.load(tmp_path / "hf")
+
+
+def test_a_model_whose_rope_depends_on_the_length_is_loaded_to_sample_below_it(tmp_path):
+    """Its 64 tokens can be had all the same, but not one by one."""
+    scaling = {"rope_scaling": "longrope", "rope_factor": 4.0, "rope_original_length": 16}
+    sizes = {"vocab_size": 512, "max_length": 64}
+    model, params = tiny(family="llama", qkv_bias=False, **sizes, **scaling, **LONGROPE)
+    hf.save_hf(model, params, tmp_path)
+    chat.train_tokenizer(["some words to learn from"], tmp_path, 300)
+    assert inference.load(tmp_path).max_length == 16
+    longer = inference.load(tmp_path, max_length=64)
+    with pytest.raises(UserError, match="max_length=64: .* set max_length to at most 16"):
+        longer.generate(["some words"], max_tokens=4)

@@ -18,7 +18,7 @@ from alignjax.runs.model_check import check_model
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "model.safetensors"
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+PROPORTIONAL = {"rope_type": "proportional", "factor": 2.0}
 NORM = "model.norm.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -82,7 +82,7 @@ FAULTS = {
     "torn file": lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-9]),
     "no file of weights": lambda d: remove(d, WEIGHTS),
     "unknown family": lambda d: edit_config(d, model_type="mamba"),
-    "unsupported rope": lambda d: edit_config(d, rope_scaling=DYNAMIC),
+    "unsupported rope": lambda d: edit_config(d, rope_scaling=PROPORTIONAL),
     "unsupported activation": lambda d: edit_config(d, hidden_act="relu"),
     "quantised": lambda d: edit_config(d, quantization_config={"bits": 4}),
     "size of a wrong type": lambda d: edit_config(d, hidden_size="32"),
@@ -129,11 +129,11 @@ def test_a_check_says_what_loading_and_training_say(fault, model, tmp_path, caps
 
 
 def test_all_problems_show_at_once(model):
-    edit_config(model, hidden_act="relu", rope_scaling=DYNAMIC, is_causal=False)
+    edit_config(model, hidden_act="relu", rope_scaling=PROPORTIONAL, is_causal=False)
     edit_tensors(model, **{NORM: None, UP: np.zeros((3, 5), np.float32)})
     write_template(model, "{% if %}")
     text = "\n".join(check_model(str(model)).problems)
-    wanted = ["hidden_act='relu'", "rope_type='dynamic'", "is_causal=false", NORM, UP]
+    wanted = ["hidden_act='relu'", "rope_type='proportional'", "is_causal=false", NORM, UP]
     for part in [*wanted, "it cannot be parsed"]:
         assert text.count(part) == 1, part
 

@@ -31,12 +31,15 @@ SMALL = [
     "llama_bias",
     "mistral",
     "olmo2",
+    "phi3",
     "qwen3_window",
     "seed_oss",
     "smollm3",
 ]
+# Their RoPE depends on the length of a sequence, so tokens cannot be added to one.
+BY_LENGTH = ["llama_dynamic", "phi3_long"]
 LAYERS_DIFFER = ["gemma2", "gemma3_text", "qwen3_window", "smollm3"]
-LM = [name for name in CASES if name not in SCORES + SMALL]
+LM = [name for name in CASES if name not in SCORES + SMALL + BY_LENGTH]
 DIFFERENT = ["llama", "qwen", "qwen3"]  # the others differ from these in RoPE and tying only
 apply = jax.jit(transformer.apply, static_argnums=0)
 TINY = Model(vocab_size=97, d_model=32, layers=2, heads=4, kv_heads=2, head_size=8, d_ff=40)
@@ -122,7 +125,7 @@ def tiny(seed=0, head="lm", **changes):
 
 def test_golden_files_are_all_there():
     others = ["llama", "llama_linear", "qwen", "qwen2", "qwen2_tied", "qwen2_yarn", "qwen3"]
-    assert sorted(SCORES + SMALL + others) == CASES
+    assert sorted(SCORES + SMALL + BY_LENGTH + others) == CASES
 
 
 @pytest.mark.parametrize("layout", ["plain", "left", "right"])
@@ -165,8 +168,9 @@ def test_decoding_gives_the_logits_of_torch(name, form, monkeypatch):
         monkeypatch.setattr(transformer, "UNROLLED", 0)
     monkeypatch.setattr(transformer, "joins_products", lambda: form == "joined")
     model, params, data = golden(name)
-    params = transformer.for_sampling(model, params)
     tokens, mask, theirs = golden_case(data, "left")
+    model = dataclasses.replace(model, max_length=tokens.shape[1])
+    params = transformer.for_sampling(model, params)
     positions = count_positions(mask)
     width = 6  # of the prompt
     ring = tokens.shape[1] - width
@@ -386,6 +390,9 @@ def test_logits_are_float32_in_bfloat16():
         ("mistral-7b", 7_248_023_552),
         ("gemma2-2b", 2_614_341_888),
         ("gemma3-1b", 999_885_952),
+        ("phi-3-mini", 3_821_079_552),
+        ("phi-4-mini", 3_836_021_760),
+        ("phi-4", 14_659_507_200),
     ],
 )
 def test_presets_have_as_many_parameters_as_the_released_models(name, count):
@@ -394,8 +401,26 @@ def test_presets_have_as_many_parameters_as_the_released_models(name, count):
     assert sum(shape.size for shape in jax.tree.leaves(shapes)) == count
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-@pytest.mark.parametrize("scaling", ["", "linear", "llama3", "yarn"])
+LENGTH = {"rope_factor": 4.0, "rope_original_length": 16}
+LONGROPE = {"rope_short_factors": "1.0,2.0,3.0,4.0", "rope_long_factors": "2.0,4.0,6.0,8.0"}
+SCALINGS = {
+    "": {},
+    "linear": {"rope_factor": 4.0},
+    "llama3": LENGTH,
+    "yarn": LENGTH | {"rope_high_factor": 32.0, "rope_magnitude": 1.5},
+    "dynamic": LENGTH,
+    "longrope": LENGTH | LONGROPE,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [
+        *itertools.product(["qwen2", "qwen3", "llama"], SCALINGS),
+        ("phi3", ""),
+        ("phi3", "longrope"),
+    ],
+)
 def test_transformers_reads_what_we_write(family, scaling, tmp_path):
     """Live: torch computes the same logits from our random model."""
     torch = pytest.importorskip("torch")
@@ -405,13 +430,11 @@ def test_transformers_reads_what_we_write(family, scaling, tmp_path):
         **families.FAMILIES[family].flags | {"qkv_bias": family == "qwen2"},
         tied=scaling == "",
         rope_scaling=scaling,
-        rope_factor=4.0,
-        rope_high_factor=32.0 if scaling == "yarn" else 4.0,
-        rope_original_length=16,
+        **SCALINGS[scaling],
     )
     hf.save_hf(model, params, tmp_path)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
+        tmp_path, output_loading_info=True, pad_token_id=0
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     tokens = words(8, 2, 40)

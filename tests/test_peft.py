@@ -100,7 +100,7 @@ def load(spec, head="lm", mesh=Mesh()):  # noqa: B008
     return roles.load(model, head, sharding.make_mesh(mesh), KEY, directory)
 
 
-@pytest.mark.parametrize("name", [name for name in LM if name != "qwen2_yarn"])
+@pytest.mark.parametrize("name", [*(name for name in LM if name != "qwen2_yarn"), "phi3"])
 def test_an_adapter_of_every_family_is_added_to_its_base(name, tmp_path):
     base = GOLDEN / name
     modules = dict.fromkeys(modules_of(base, locations.architecture(base)), 3)

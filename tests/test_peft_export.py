@@ -26,7 +26,7 @@ from alignjax.weights.peft_export import AdaptersToWrite, write_adapter
 
 
 @pytest.mark.parametrize("targets", ["all", "q,v,down"])
-@pytest.mark.parametrize("name", ["llama", "qwen", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "qwen", "qwen3"])
 def test_adapters_go_out_and_come_back_to_the_bit(name, targets, tmp_path):
     model = locations.architecture(GOLDEN / name)
     shapes = {path: x for path, x in layout_of(model, "lm").shapes.items()}
@@ -49,7 +49,7 @@ def test_adapters_go_out_and_come_back_to_the_bit(name, targets, tmp_path):
     size = write_adapter(written, arrays.__getitem__, tmp_path / "out")
     assert 0 < size < (tmp_path / "out" / WEIGHTS).stat().st_size
     back = open_adapter(tmp_path / "out", model)
-    # In Qwen's own files q, k and v are one module; those without an adapter have zeros there.
+    # In some families q, k and v are one module; those without an adapter have zeros there.
     assert set(back.parameters) - set(paths) <= {"layers/attention/k/kernel"}
     head = back.read_head()
     assert np.array_equal(head["kernel"], arrays["head/kernel"]) and head["bias"] == 0.5
@@ -74,6 +74,11 @@ def test_adapters_go_out_and_come_back_to_the_bit(name, targets, tmp_path):
             ["c_attn", "c_proj", "w2", "w1"] if targets == "all" else ["c_attn", "mlp.c_proj"]
         )
         assert config["target_modules"] == expected
+    elif name == "phi3":
+        joined = {"qkv_proj": 9, "gate_up_proj": 6} if targets == "all" else {"qkv_proj": 6}
+        assert config["rank_pattern"] == joined
+        others = {"o_proj", "down_proj"} if targets == "all" else {"down_proj"}
+        assert set(config["target_modules"]) == others | joined.keys()
     else:
         expected = list(ENDS) if targets == "all" else ["q_proj", "v_proj", "down_proj"]
         assert config["target_modules"] == expected and config["rank_pattern"] == {}

@@ -29,6 +29,7 @@ from alignjax.config.fields import (
     LORA_TARGETS,
     PPO,
     ROLES,
+    ROPE_BY_LENGTH,
     Config,
     Data,
     Lora,
@@ -53,6 +54,7 @@ from alignjax.config.reward_table import (
     reward_table,
     role_of,
 )
+from alignjax.config.rope_checks import check_extendable
 from alignjax.config.stored import (
     difference,
     lora_from_json,
@@ -76,6 +78,7 @@ __all__ = [
     "PACKAGE",
     "PPO",
     "ROLES",
+    "ROPE_BY_LENGTH",
     "Ranking",
     "Refuse",
     "Reward",
@@ -83,6 +86,7 @@ __all__ = [
     "UserError",
     "check",
     "check_date",
+    "check_extendable",
     "describe_error",
     "difference",
     "field_of_role",

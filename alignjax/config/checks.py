@@ -24,6 +24,7 @@ from alignjax.config.fields import (
 )
 from alignjax.config.reward_checks import check_rewards
 from alignjax.config.reward_table import is_function_spec
+from alignjax.config.rope_checks import check_extendable, check_rope
 
 AT_LEAST_ONE = (
     "microbatch_tokens",
@@ -194,6 +195,7 @@ def check_model(config: Config) -> None:
         f"model.window={model.window} does not go with model.layer_types={model.layer_types!r}: "
         "layers of the kind window need a window, and others have none",
     )
+    check_rope(model)
     rule(
         data.max_length <= model.max_length,
         f"data.max_length={data.max_length} is over model.max_length={model.max_length}",
@@ -350,6 +352,7 @@ def check_sampling(config: Config) -> None:
         f"data.max_length={config.data.max_length} + ppo.response_length={ppo.response_length} "
         f"is over model.max_length={config.model.max_length}",
     )
+    check_extendable(config.model)
 
 
 def check_ppo_batches(config: Config) -> None:

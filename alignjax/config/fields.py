@@ -12,7 +12,8 @@ class Model:
     """A decoder."""
 
     # The Hugging Face layout that weights are read from and written to.
-    # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3, mistral, gemma2, gemma3_text
+    # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3, mistral, gemma2, gemma3_text,
+    # phi3
     family: str = "qwen2"
     vocab_size: int = 1024
     d_model: int = 128
@@ -45,11 +46,19 @@ class Model:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_window_theta: float = 0.0  # of layers with a window, without scaling; 0: like the others
-    rope_scaling: str = ""  # "", linear, llama3, yarn
+    rope_share: float = 1.0  # of a head's numbers, the first of which are rotated
+    # "", linear, llama3, yarn, and two whose frequencies depend on how long a sequence is: longrope
+    # and dynamic.
+    rope_scaling: str = ""
     rope_factor: float = 1.0
     rope_low_factor: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
     rope_high_factor: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast
     rope_original_length: int = 8192
+    rope_magnitude: float = 0.0  # yarn, longrope: of cosine and sine; 0 is that of their formulas
+    # longrope: what divides the frequencies of sequences of up to rope_original_length tokens, and
+    # of longer ones; lists with commas.
+    rope_short_factors: str = ""
+    rope_long_factors: str = ""
     max_length: int = 2048
     # Type of the computation. Parameters, softmax, log-probabilities and losses are float32.
     dtype: str = "float32"
@@ -57,6 +66,16 @@ class Model:
     # that fits the device's memory (nothing, on a CPU). config.json has the level that was chosen.
     remat: str = "nothing"
     attention: str = "auto"  # auto, xla, triton or cudnn (NVIDIA), splash (TPU)
+
+    @property
+    def rotary_size(self) -> int:
+        """Return how many numbers of a head are rotated."""
+        return int(self.head_size * self.rope_share)
+
+    @property
+    def rope_varies(self) -> bool:
+        """Return whether RoPE differs between sequences that the model may read, by length."""
+        return self.rope_scaling in ROPE_BY_LENGTH and self.max_length > self.rope_original_length
 
 
 @dataclass
@@ -280,6 +299,8 @@ KINDS = {
 }
 # The kinds that `model.layer_types` may list.
 LAYER_TYPES = ("full", "window", "full_nope", "window_nope")
+# The kinds of `model.rope_scaling` whose frequencies depend on the length of a sequence.
+ROPE_BY_LENGTH = ("dynamic", "longrope")
 # The products of a layer that may have adapters, and the part of the layer that each is in.
 LORA_TARGETS = {
     "q": "attention",
@@ -305,11 +326,12 @@ CHOICES = {
         "mistral",
         "gemma2",
         "gemma3_text",
+        "phi3",
     ),
     "model.qk_norm_over": ("head", "width"),
     "model.norms": ("before", "after", "both"),
     "model.activation": ("silu", "gelu_tanh"),
-    "model.rope_scaling": ("", "linear", "llama3", "yarn"),
+    "model.rope_scaling": ("", "linear", "llama3", "yarn", *ROPE_BY_LENGTH),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("nothing", "everything", "dots", "auto"),
     "model.attention": ("auto", "xla", "triton", "cudnn", "splash"),

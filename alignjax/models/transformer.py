@@ -134,7 +134,8 @@ def apply(
     another axis of size 2, [batch tokens 2]: a token then also sees the second segment it names.
     Every token sees the real tokens of `prefix`. Positions matter to RoPE and to windows.
     """
-    rotations = rotations_of(model, positions)
+    is_whole = not keep and prefix is None and segments.ndim == 2
+    rotations = rotations_of(model, positions, segments if is_whole else None)
     kinds = layer_kinds.of(model)
 
     def step(kind, x, layer):
@@ -300,7 +301,7 @@ def decode(
     Where the layers are a list, `cache` is one too, attend gets its layer's entry, and the number
     of its layer is None; elsewhere attend gets the cache of all layers and that number.
     """
-    rotations = rotations_of(model, positions[:, None])
+    rotations = rotations_of(model, positions[:, None], None)
     kinds = layer_kinds.of(model)
 
     def step(kind, x, layer_cache, layer, layer_params):

@@ -104,6 +104,13 @@ SMALL_SIZE = dict(
 SMALL_LENGTHS = (20, 15)
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=100.0,
+    partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.5, 1.25],
+    long_factor=[1.0, 4.0, 9.0],
+)
 SMALL = {
     "llama_bias": (
         transformers.LlamaConfig(**SMALL_SIZE, attention_bias=True, mlp_bias=True),
@@ -170,6 +177,39 @@ SMALL = {
     "olmo2_score": (
         transformers.Olmo2Config(**SMALL_SIZE, num_labels=1),
         transformers.Olmo2ForSequenceClassification,
+    ),
+    # Heads of eight numbers, of which six are rotated.
+    "phi3": (
+        transformers.Phi3Config(
+            **SMALL_SIZE | dict(hidden_size=32),
+            sliding_window=5,
+            original_max_position_embeddings=32,
+            rope_parameters=LONGROPE,
+        ),
+        transformers.Phi3ForCausalLM,
+    ),
+    # One row is longer than the original length, the other one is not.
+    "phi3_long": (
+        transformers.Phi3Config(
+            **SMALL_SIZE | dict(hidden_size=32, tie_word_embeddings=True),
+            original_max_position_embeddings=16,
+            rope_parameters=LONGROPE,
+        ),
+        transformers.Phi3ForCausalLM,
+    ),
+    "llama_dynamic": (
+        transformers.LlamaConfig(
+            **SMALL_SIZE | dict(max_position_embeddings=16),
+            rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=4.0),
+        ),
+        transformers.LlamaForCausalLM,
+    ),
+    # The family that docs/extending.md adds.
+    "outside/exaone4": (
+        transformers.Exaone4Config(
+            **SMALL_SIZE, sliding_window=5, layer_types=[SLIDING, SLIDING, FULL, SLIDING]
+        ),
+        transformers.Exaone4ForCausalLM,
     ),
 }
 
@@ -259,6 +299,15 @@ def qwen_logits(w, tokens, mask, positions):
     return norm(x, w["transformer.ln_f.weight"]) @ w["lm_head.weight"].T
 
 
+def row_by_row(model, tokens, mask, positions):
+    """Return the logits of each row alone: some kinds of RoPE depend on the longest of a batch."""
+    rows = [
+        model(*row[:1], attention_mask=row[1], position_ids=row[2]).logits
+        for row in zip(tokens.split(1), mask.split(1), positions.split(1), strict=True)
+    ]
+    return torch.cat(rows)
+
+
 def main():
     chosen = sys.argv[1:]
     for seed, name in enumerate([*CASES, "qwen", *SMALL]):
@@ -266,7 +315,7 @@ def main():
             continue
         generator = torch.Generator().manual_seed(seed)
         folder = HERE / name
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if name == "qwen":
             weights = qwen_weights()
             randomise(weights.items(), generator)
@@ -290,11 +339,10 @@ def main():
         for layout, (tokens, mask) in layouts.items():
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             with torch.no_grad():
-                logits = (
-                    qwen_logits(weights, tokens, mask, positions)
-                    if name == "qwen"
-                    else model(tokens, attention_mask=mask, position_ids=positions).logits
-                )
+                if name == "qwen":
+                    logits = qwen_logits(weights, tokens, mask, positions)
+                else:
+                    logits = row_by_row(model, tokens, mask, positions)
             arrays |= {f"{layout}_tokens": tokens.numpy(), f"{layout}_mask": mask.numpy()}
             arrays[f"{layout}_logits"] = logits.float().numpy()
         if name != "qwen":

@@ -17,6 +17,7 @@ from alignjax.models.families.hf_config import HFConfig, shown
 from alignjax.models.families.llama import LLAMA
 from alignjax.models.families.mistral import MISTRAL
 from alignjax.models.families.olmo2 import OLMO2
+from alignjax.models.families.phi3 import PHI3
 from alignjax.models.families.qwen import QWEN
 from alignjax.models.families.qwen2 import QWEN2
 from alignjax.models.families.qwen3 import QWEN3
@@ -36,7 +37,20 @@ __all__ = [
     "weight_names",
 ]
 
-BUILT_IN = (QWEN, QWEN2, QWEN3, LLAMA, GRANITE, OLMO2, SEED_OSS, SMOLLM3, MISTRAL, GEMMA2, GEMMA3)
+BUILT_IN = (
+    QWEN,
+    QWEN2,
+    QWEN3,
+    LLAMA,
+    GRANITE,
+    OLMO2,
+    SEED_OSS,
+    SMOLLM3,
+    MISTRAL,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+)
 FAMILIES: dict[str, Family] = {}
 # Fields of config.json on which the shapes of tensors depend.
 SIZES = (

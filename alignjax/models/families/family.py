@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignjax.config import Model, Refuse, UserError, refuse
+from alignjax.config import ROPE_BY_LENGTH, Model, Refuse, UserError, refuse
 from alignjax.models.families.hf_config import (
     LARGEST_SIZE,
     MOST_LAYERS,
@@ -102,9 +102,12 @@ class Family:
     def check_expressed(self, model: Model, config: Mapping[str, Any]) -> None:
         """Raise UserError if a config.json of the family describes another model than ours."""
         described = self.from_hf(config, "config.json")
+        not_in_file = set(NOT_IN_FILES)
+        if model.rope_scaling in ROPE_BY_LENGTH:
+            not_in_file.add("max_length")  # the file's number is part of the scaling
         for name, value in dataclasses.asdict(model).items():
             theirs = getattr(described, name)
-            if name not in NOT_IN_FILES and theirs != value:
+            if name not in not_in_file and theirs != value:
                 raise UserError(
                     f"model.{name}={value!r} has no place in the config.json of "
                     f"model.family={self.name!r}, which would mean {theirs!r}"

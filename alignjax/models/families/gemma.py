@@ -147,7 +147,8 @@ def read_cap(config: HFConfig, name: str) -> float:
 
 def read_gemma2(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`; all layers rotate alike."""
-    return {**read_config(config), **read_rope(config)}
+    fields = read_config(config)
+    return {**fields, **read_rope(config, fields["head_size"])}
 
 
 def read_gemma3(config: HFConfig) -> dict[str, Any]:
@@ -167,14 +168,15 @@ def read_gemma3(config: HFConfig) -> dict[str, Any]:
         if name not in ("rope_scaling", "rope_theta")
     }
     others["rope_parameters"] = {"rope_theta": theta, **full}
-    rope = read_rope(dataclasses.replace(config, values=others))
+    fields = read_config(config)
+    rope = read_rope(dataclasses.replace(config, values=others), fields["head_size"])
     local = by_kind.object(SLIDING)
     local.allow("rope_type", "default")
     if "rope_theta" in local.values:
         window_theta = local.positive("rope_theta")
     else:
         window_theta = float(config.values.get("rope_local_base_freq", 10000.0))
-    return {**read_config(config), **rope, "rope_window_theta": window_theta}
+    return {**fields, **rope, "rope_window_theta": window_theta}
 
 
 def write_config(model: Model) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from alignjax.config import Model, UserError
 from alignjax.models import layer_kinds
 from alignjax.models.families.family import common_fields
 from alignjax.models.families.hf_config import HFConfig, shown
-from alignjax.models.families.rope_scaling import read_rope, write_rope
+from alignjax.models.families.rope_scaling import known_length, read_rope, write_rope
 
 TENSORS = {
     "embed/embedding": "model.embed_tokens.weight",
@@ -70,7 +70,8 @@ ACTIVATIONS = ("silu", "swish")  # two names of one function
 def read_common_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`, except the family's flags."""
     config.allow("hidden_act", *ACTIVATIONS)
-    return {**read_sizes(config), **read_rope(config)}
+    fields = read_sizes(config)
+    return {**fields, **read_rope(config, fields["head_size"])}
 
 
 def read_sizes(config: HFConfig) -> dict[str, Any]:
@@ -132,6 +133,21 @@ def read_qwen_windows(config: HFConfig, layers: int) -> dict[str, Any]:
     return window_fields(config, [kind == SLIDING for kind in types], window)
 
 
+def read_window_of_all(config: HFConfig, layers: int) -> dict[str, Any]:
+    """Return `window` and `layer_types` of a family whose layers see a window all or none.
+
+    transformers takes no notice of such a family's `layer_types`.
+    """
+    window = config.size_or("sliding_window", 0)
+    types = read_layer_types(config, layers)
+    if types is not None and any((kind == SLIDING) != bool(window) for kind in types):
+        raise UserError(
+            f"{config.where}: layer_types must be the same for all layers of this family, with "
+            f"sliding_window={window or None}"
+        )
+    return window_fields(config, [bool(window)] * layers, window)
+
+
 def window_fields(config: HFConfig, windowed: list[bool], window: int) -> dict[str, Any]:
     """Return `window` and `layer_types` of `config.Model`."""
     if not any(windowed):
@@ -157,6 +173,13 @@ def write_windows(model: Model) -> dict[str, Any]:
         "max_window_layers": windowed.index(True),
         "layer_types": [SLIDING if is_windowed else "full_attention" for is_windowed in windowed],
     }
+
+
+def write_window_of_all(model: Model) -> dict[str, Any]:
+    """Return a config whose `sliding_window` is that of all layers, or null."""
+    config = write_common_config(model) | {"sliding_window": model.window or None}
+    config.pop("layer_types", None)
+    return config
 
 
 def read_config_without_bias(config: HFConfig) -> dict[str, Any]:
@@ -212,7 +235,7 @@ def write_common_config(model: Model) -> dict[str, Any]:
         "intermediate_size": model.d_ff,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
-        "max_position_embeddings": model.max_length,
+        "max_position_embeddings": known_length(model),
         **write_rope(model),
         "attention_bias": model.qkv_bias,
         "attention_dropout": 0.0,

@@ -2,17 +2,14 @@
 
 from typing import Any
 
-from alignjax.config import Model, UserError
 from alignjax.models.families.family import Family
 from alignjax.models.families.hf_config import HFConfig
 from alignjax.models.families.llama_like import (
     COMMON_DEFAULTS,
-    SLIDING,
     TENSORS,
     read_common_config,
-    read_layer_types,
-    window_fields,
-    write_common_config,
+    read_window_of_all,
+    write_window_of_all,
 )
 
 PRESETS = {
@@ -41,22 +38,7 @@ DEFAULTS = COMMON_DEFAULTS | {
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`; transformers takes no notice of `layer_types`."""
     fields = read_common_config(config)
-    layers = fields["layers"]
-    window = config.size_or("sliding_window", 0)
-    types = read_layer_types(config, layers)
-    if types is not None and any((kind == SLIDING) != bool(window) for kind in types):
-        raise UserError(
-            f"{config.where}: layer_types must be the same for all layers of a Mistral, with "
-            f"sliding_window={window or None}"
-        )
-    return {**fields, **window_fields(config, [bool(window)] * layers, window)}
-
-
-def write_config(model: Model) -> dict[str, Any]:
-    """Return the fields of config.json that only this format has."""
-    config = write_common_config(model) | {"sliding_window": model.window or None}
-    config.pop("layer_types", None)
-    return config
+    return {**fields, **read_window_of_all(config, fields["layers"])}
 
 
 MISTRAL = Family(
@@ -65,7 +47,7 @@ MISTRAL = Family(
     tensors=TENSORS,
     classes={"lm": "MistralForCausalLM", "scalar": "MistralForSequenceClassification"},
     read_config=read_config,
-    write_config=write_config,
+    write_config=write_window_of_all,
     presets=PRESETS,
     defaults=DEFAULTS,
 )

@@ -1,0 +1,31 @@
+"""A reward model from SmolLM2-135M-Instruct on the comparisons of Anthropic's harmless-base.
+
+python -m alignjax.data.prepare hh_harmless_base
+python -m alignjax.train --config smollm2/rm.py
+
+In place of the hub, a directory: --config.parents.model=DIR. The run is one pass over the pairs of
+up to 192 tokens.
+"""
+
+from alignjax.config import Config, Data, Lora, Model, Optimiser, Ranking, load
+
+VARIANTS = ("", "tiny")
+SET = "tfds/hh_harmless_base"
+
+
+def config(variant: str) -> Config:
+    config = Config(stage="ranking", name="smollm2-rm", steps=0, microbatch_tokens=1024)
+    config.parents = {"model": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"}
+    config.model = Model(max_length=256)
+    config.lora = Lora(rank=16, alpha=32.0)
+    config.optimiser = Optimiser(learning_rate=3e-4, schedule="cosine", warmup_steps=4)
+    config.data = Data(kind="comparisons", train=SET, heldout=SET, batch=16, max_length=192)
+    # There are no demonstrations to shift the scores by: PPO subtracts their running mean.
+    config.ranking = Ranking(demonstrations="")
+    if variant == "tiny":
+        config.name = "smollm2-rm-tiny"
+        config.steps = 4
+        config.parents = {"model": "lm.py:tiny"}
+        config.model = load("lm.py:tiny").model
+        config.data = load("rm.py:tiny").data
+    return config
