@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from runs import ROOT
 
+from alignjax import convert
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FULL_SIZE = '\nVARIANT = ""'
 TINY = '\nVARIANT = ":tiny"'
+HUB_CELL = "HUB_MODEL = "  # how the cell begins that loads a model of the hub
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def read(path: Path) -> dict:
@@ -46,16 +50,49 @@ def test_a_notebook_runs(chain, tmp_path, name, runs, result):
     notebook = read(ROOT / "notebooks" / f"{name}.ipynb")
     program = "\n".join(source(cell) for cell in cells_of(notebook, "code"))
     assert program.count(FULL_SIZE) == 1
-    (tmp_path / "notebook.py").write_text(program.replace(FULL_SIZE, TINY))
+    cache_model(chain, tmp_path / "hub")
+    run_program(program.replace(FULL_SIZE, TINY), tmp_path)
+    assert (tmp_path / "runs" / result).stat().st_size
+    assert (tmp_path / "runs" / "hub-sft" / "summary.json").exists() == (HUB_CELL in program)
+
+
+def test_without_the_hub_the_notebook_says_so_and_goes_on(tmp_path):
+    notebook = read(ROOT / "notebooks" / "quickstart.ipynb")
+    [cell] = [one for one in cells_of(notebook, "code") if source(one).startswith(HUB_CELL)]
+    program = "from alignjax import config, inference, train\nprompts = []\n" + source(cell)
+    output = run_program(program, tmp_path)
+    assert output.startswith("No model of the hub here, so nothing is tuned.\n")
+    assert f"hf://{HUB_NAME}: not in the hub's cache" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def cache_model(chain, cache: Path) -> None:
+    """Put a tiny model into a hub's cache, in the place of the one that a notebook names."""
+    directory = cache / f"models--{HUB_NAME.replace('/', '--')}"
+    (directory / "refs").mkdir(parents=True)
+    (directory / "refs" / "main").write_text("revision")
+    (directory / "snapshots").mkdir()
+    convert.export(chain.runs / "sft-tiny", directory / "snapshots" / "revision", None, "float32")
+
+
+def run_program(program: str, directory: Path) -> str:
+    """Run a program in a directory, with its subdirectory hub as the hub's cache and no network."""
+    (directory / "notebook.py").write_text(program)
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "MPLBACKEND": "agg",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(directory / "hub"),
+    }
     process = subprocess.run(
         [sys.executable, "notebook.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+        cwd=directory,
+        env=os.environ | settings,
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    assert (tmp_path / "runs" / result).stat().st_size
+    return process.stdout
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
