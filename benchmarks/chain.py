@@ -1,4 +1,4 @@
-"""Run the whole chain on the embedded world for several seeds: the README's table and picture.
+"""Run the whole chain on the embedded world for several seeds: the README's tables and picture.
 
 python benchmarks/chain.py
 
@@ -9,7 +9,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,36 +19,34 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from alignjax.machine import jsonl  # noqa: E402
+from alignjax.reports.study_results import interval  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-CLEAN = "accuracy/toy/comparisons-clean"
+Table = dict[str, dict[str, list[float]]]  # row -> column -> values of the seeds
 SMOOTHING = 20  # a curve is a moving mean over this part of its steps
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a run's summary.json."""
+    """A figure of PPO's summary.json that has a value before and one after."""
 
-    run: str
     name: str
     factor: float = 1
 
 
+RANKERS = {"PMP": "pmp", "PMP, then RM": "rm", "RM alone": "rm-no-pmp"}
+SETS = {"clean pairs": "toy/comparisons-clean", "noisy pairs": "toy/comparisons-noisy"}
+# Figures of PPO before and after, with what they are multiplied by.
 FIGURES = {
-    "RM accuracy, held-out clean comparisons, %": Figure("rm", CLEAN, 100),
-    "the same without PMP, %": Figure("rm-no-pmp", CLEAN, 100),
-    "true score of the SFT policy (best 1)": Figure("ppo", "true_score/before"),
-    "true score after PPO": Figure("ppo", "true_score/after"),
-    "share of the distance to the best closed, %": Figure("ppo", "gap_closed", 100),
-    "reward model's score before": Figure("ppo", "score/before"),
-    "reward model's score after": Figure("ppo", "score/after"),
-    "KL to the reference after, nats a response": Figure("ppo", "kl/after"),
-    "response length before, tokens": Figure("ppo", "length/before"),
-    "response length after, tokens": Figure("ppo", "length/after"),
-    "entropy before, nats a token": Figure("ppo", "entropy/before"),
-    "entropy after, nats a token": Figure("ppo", "entropy/after"),
-    "loss on held-out pretraining text before, nats": Figure("ppo", "pretrain_loss/before"),
-    "loss on held-out pretraining text after, nats": Figure("ppo", "pretrain_loss/after"),
+    "true score, sampled, %": Figure("true_score", 100),
+    "true score, greedy, %": Figure("true_score_greedy", 100),
+    "right words, sampled, %": Figure("right_words", 100),
+    "right words, greedy, %": Figure("right_words_greedy", 100),
+    "reward model's score": Figure("score"),
+    "KL to the reference, nats a response": Figure("kl"),
+    "response length, tokens": Figure("length"),
+    "entropy, nats a token": Figure("entropy"),
+    "loss on held-out text, nats a token": Figure("pretrain_loss"),
 }
 CURVES = (
     "objective/true_score",
@@ -61,10 +58,10 @@ CURVES = (
 )
 
 
-def train(config: str, seed: int, workdir: Path) -> float:
-    """Run a command, and return its seconds from start to end: 0 if its run was there already."""
+def train(config: str, seed: int, workdir: Path) -> None:
+    """Run a command, unless its run is complete."""
     if (workdir / "summary.json").exists():
-        return 0.0
+        return
     command = [
         sys.executable,
         "-m",
@@ -75,27 +72,15 @@ def train(config: str, seed: int, workdir: Path) -> float:
         "--workdir",
         workdir,
     ]
-    start = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True)
-    return time.perf_counter() - start
 
 
-def run_chain(runs: Path, seed: int) -> dict[str, float]:
-    """Return all figures of a seed; the seconds of the main command are kept next to the runs."""
-    kept_seconds = runs / "seconds.json"
-    seconds = train("ppo.py", seed, runs / "ppo")
-    if not kept_seconds.exists():
-        kept_seconds.write_text(json.dumps(seconds))
+def run_chain(runs: Path, seed: int) -> dict[str, dict]:
+    """Train all runs of a seed, and return their summaries by name."""
+    train("ppo.py", seed, runs / "ppo")
     train("rm.py:no_pmp", seed, runs / "rm-no-pmp")
-    summaries = {
-        name: json.loads((runs / name / "summary.json").read_text())
-        for name in ("rm", "rm-no-pmp", "ppo")
-    }
-    figures = {
-        label: figure.factor * summaries[figure.run][figure.name]
-        for label, figure in FIGURES.items()
-    }
-    return figures | {"the whole chain, minutes": json.loads(kept_seconds.read_text()) / 60}
+    names = [*RANKERS.values(), "ppo"]
+    return {name: json.loads((runs / name / "summary.json").read_text()) for name in names}
 
 
 def draw_curves(axes: np.ndarray, runs: Path, seed: int) -> None:
@@ -110,35 +95,69 @@ def draw_curves(axes: np.ndarray, runs: Path, seed: int) -> None:
         axis.tick_params(labelsize=7)
 
 
-def summarise(values: list[float]) -> dict:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "std": deviation, "values": values}
+def cell(values: list[float]) -> str:
+    """Return the mean over the seeds, with half of its 95 % interval (Student's t)."""
+    middle, half = interval(values)
+    return f"{middle:.3g} ± {half:.2g}"
+
+
+def accuracy_table(seeds: list[dict]) -> Table:
+    """Return the held-out accuracy of each ranking model on each set, in %."""
+    table = {}
+    for label, run in RANKERS.items():
+        table[label] = {
+            title: [100 * of_seed[run][f"accuracy/{source}"] for of_seed in seeds]
+            for title, source in SETS.items()
+        }
+    return table
+
+
+def policy_table(seeds: list[dict]) -> Table:
+    """Return the figures of the policy before PPO and after."""
+    table = {}
+    for label, figure in FIGURES.items():
+        table[label] = {
+            title: [figure.factor * of_seed["ppo"][f"{figure.name}/{side}"] for of_seed in seeds]
+            for title, side in (("SFT", "before"), ("PPO", "after"))
+        }
+    return table
+
+
+def print_table(title: str, table: Table) -> None:
+    """Print a table as Markdown."""
+    columns = list(next(iter(table.values())))
+    print(f"\n| {title} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
+    for label, row in table.items():
+        print(f"| {label} | {' | '.join(cell(values) for values in row.values())} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "seeds")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "chain.png")
     arguments = parser.parse_args()
     picture, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
-    figures = []
+    seeds = []
     for seed in range(arguments.seeds):
         runs = arguments.runs.absolute() / str(seed)
         runs.mkdir(parents=True, exist_ok=True)
-        figures.append(run_chain(runs, seed))
+        seeds.append(run_chain(runs, seed))
         draw_curves(axes, runs, seed)
     axes.flat[0].legend(fontsize=7)
     for axis in axes[1]:
         axis.set_xlabel("PPO step", fontsize=8)
     picture.savefig(arguments.picture, dpi=110)
-    summary = {label: summarise([of_seed[label] for of_seed in figures]) for label in figures[0]}
-    (arguments.runs / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"| mean of {len(figures)} seeds | | deviation |\n|---|---|---|")
-    for label, values in summary.items():
-        print(f"| {label} | {values['mean']:.3g} | {values['std']:.2g} |")
+    tables = {
+        "held-out accuracy, %": accuracy_table(seeds),
+        "policy": policy_table(seeds),
+    }
+    (arguments.runs / "summary.json").write_text(json.dumps(tables, indent=1) + "\n")
+    for title, table in tables.items():
+        print_table(title, table)
+    print(f"\nmean of {len(seeds)} seeds ± half of its 95 % interval")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python -m alignjax.train --config rm.py          25 s after pmp
 python -m alignjax.train --config rm.py:no_pmp   25 s after lm, from the language model
 
-Expect a held-out accuracy of 87 % (four seeds: +-1.5), without PMP 63 % (four seeds: +-3). The
-report's settings are in qwen_1_8b/rm.py.
+Expect a held-out accuracy of 93.5 % on clean and 81 % on noisy comparisons, without PMP 75 % and
+54 % (five seeds: +-2). The report's settings are in qwen_1_8b/rm.py.
 """
 
 from alignjax.config import Config, Data, Optimiser, Ranking, load
@@ -14,7 +14,7 @@ VARIANTS = ("", "no_pmp", "tiny")
 
 def config(variant: str) -> Config:
     base = load("lm.py:tiny" if variant == "tiny" else "lm.py")
-    config = Config(stage="ranking", name="rm", steps=100, seed=0)
+    config = Config(stage="ranking", name="rm", steps=150, seed=0)
     config.parents = {"model": "pmp.py"}
     config.model = base.model
     config.optimiser = Optimiser(

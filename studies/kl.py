@@ -3,10 +3,7 @@
 from alignjax.claims import Study
 from alignjax.runs.records import Records
 
-HARD = {
-    "steps": 150,
-    "optimiser.learning_rate": 3e-4,
-}
+HARD = {"optimiser.learning_rate": 3e-4}
 WINDOW = 10  # rollouts
 
 
@@ -21,21 +18,19 @@ def drop_from_best(run: Records) -> float:
 study = Study(
     title="The KL coefficient",
     claim="""The report uses a KL coefficient of 0.04. The policy learns from the reward model's
-score, while the aim is the true score. The two only diverge if the policy is trained hard: with
-150 rollouts instead of 60, and three times the default learning rate. The last two arms keep the
-default rate.""",
+score, while the aim is the true score. The two only diverge if the policy is trained hard: at
+three times the default learning rate. The last arm is the default run.""",
     arms={
         "0.04": HARD,
         "0": HARD | {"ppo.kl_coef": 0.0},
-        "0.01": HARD | {"ppo.kl_coef": 0.01},
         "0.16": HARD | {"ppo.kl_coef": 0.16},
         "0.64": HARD | {"ppo.kl_coef": 0.64},
-        "0.04, default rate": {"steps": 150},
-        "0, default rate": {"steps": 150, "ppo.kl_coef": 0.0},
+        "0.04, as by default": {},
     },
     figures={
         "score after": "score/after",
         "true score after": "true_score/after",
+        "the same, greedy": "true_score_greedy/after",
         "true score, fallen from its best": drop_from_best,
         "KL after": "kl/after",
         "entropy after": "entropy/after",
@@ -46,11 +41,10 @@ default rate.""",
         "objective/kl",
         "policy/entropy_avg",
     ),
-    found="""Trained this hard, the policy over-optimises: with 0.04 the learned score rises to
-3.2, while the true score falls by 0.13 from its best, to 0.79. Without a penalty it falls further
-(0.71). With 0.16 and 0.64 it ends with a lower learned score (2.9 and 2.8), a true score of 0.91
-and 0.93, and a third of the KL. So 0.04 is on the weak side here, close to 0.01. Four seeds
-scatter too widely (0.63 to 0.92 with 0.04) for the intervals of these differences to exclude 0.
-At the default rate, 150 rollouts lose little: 0.02 of true score with 0.04, and 0.03 without a
-penalty.""",
+    found="""Without a penalty, a policy that is trained this hard over-optimises: its learned score
+is no higher than with 0.04 (5.0 and 4.9), its KL is 6.8 nats, and its true score ends at 0.70,
+0.09 below its best. With 0.04 it loses 0.02 from its best and ends at 0.82. Larger coefficients
+do better here: 0.64 ends at 0.89 sampled and 0.92 greedy, more than the scatter between seeds
+allows for, and with the KL of a run at the default rate. So 0.04 is on the weak side in this
+world; at the default rate it ends at 0.85 and 0.90.""",
 )

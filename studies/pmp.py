@@ -31,13 +31,10 @@ leads by far on data that it has seen. Here the RM learns from clean comparisons
 learning rate of PMP.""",
     arms={
         "PMP, then RM on 1000": arm(1000),
-        "PMP, then RM on 300": arm(300),
         "PMP, then RM on 100": arm(100),
         "PMP alone": arm(1000, **UNTRAINED),
         "RM alone on 1000": arm(1000, **FROM_LM),
         "RM alone on 1000, long": arm(1000, **FROM_LM, **LONG),
-        "RM alone on 300": arm(300, **FROM_LM),
-        "RM alone on 100": arm(100, **FROM_LM),
     },
     figures={
         "accuracy inside": f"accuracy/{INSIDE}",

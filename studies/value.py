@@ -11,9 +11,7 @@ In the arms without clipping, the limit is so large that it never applies.""",
     arms={
         "clip 0.15, mean": {},
         "no clip, mean": NO_CLIP,
-        "clip 0.15, none": {"ppo.normalise_scores": "none"},
         "clip 0.15, mean and deviation": {"ppo.normalise_scores": "mean_std"},
-        "no clip, mean and deviation": {"ppo.normalise_scores": "mean_std"} | NO_CLIP,
     },
     figures={
         "explained variance, rollouts 15-25": mean("value/explained_variance", 15, 25),
@@ -21,6 +19,7 @@ In the arms without clipping, the limit is so large that it never applies.""",
         "KL after": "kl/after",
         "score after": "score/after",
         "true score after": "true_score/after",
+        "the same, greedy": "true_score_greedy/after",
     },
     curves=(
         "objective/true_score",

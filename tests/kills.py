@@ -1,9 +1,10 @@
-"""Kill a PPO run again and again at random moments, for test_faults: python tests/kills.py RUNS
+"""Kill PPO runs again and again at random moments, for test_faults: python tests/kills.py RUNS
 
 RUNS holds the parents of the run. One process imports everything, and each attempt is a fork of
-it, made before JAX has a backend. One run, RUNS/whole, is left alone. Then two others go side by
-side, from kill to kill. Prints, as JSON, how often each phase was killed and the directories of
-the runs that completed.
+it, made before JAX has a backend. There is a run that trains all parameters and one that trains
+adapters. One of each kind, RUNS/whole-KIND, is left alone. Then another of each goes from kill to
+kill. Prints, as JSON by kind, how often each phase was killed and the directories of the runs that
+completed.
 """
 
 import collections
@@ -32,6 +33,8 @@ from alignjax.machine import profile
 from alignjax.runs.log import TrainingLog
 
 STEPS = 12
+# A kind of run -> its own fields.
+KINDS = {"full": (), "adapters": ("--config.lora.rank=2",)}
 # The phases at which kills are aimed; they hit the phases in between too.
 TARGETS = ("start", "rollout", "update", "save", "evaluation")
 # The mark that a run sends at the end of a phase -> the phase that begins then.
@@ -46,7 +49,7 @@ NEXT_PHASE = {
     "evaluation": "step",
 }
 MARKS = list(NEXT_PHASE)
-# Kills of each of the two runs: in all, and in each target.
+# Kills of each kind of run: in all, and in each target.
 KILLS = 10
 HITS = 2
 # Seconds, at most, from the beginning of the target to the kill.
@@ -57,7 +60,7 @@ POLL = 0.001  # seconds between two looks for it
 PATIENCE = 300  # seconds without a mark, at most
 
 
-def train_marking(runs: Path, workdir: Path, mark: Callable[[str], object]) -> int:
+def train_marking(runs: Path, kind: str, workdir: Path, mark: Callable[[str], object]) -> int:
     """Run the PPO of the tiny chain, and call `mark` at the end of each phase."""
     evaluate = TrainingLog.evaluate
 
@@ -71,7 +74,7 @@ def train_marking(runs: Path, workdir: Path, mark: Callable[[str], object]) -> i
 
     profile.Phases.mark = mark_phase
     TrainingLog.evaluate = mark_evaluation
-    overrides = [f"--config.steps={STEPS}", "--config.checkpoint_every=1"]
+    overrides = [f"--config.steps={STEPS}", "--config.checkpoint_every=1", *KINDS[kind]]
     return train.main(command("ppo-tiny", runs, *overrides, "--workdir", str(workdir)))
 
 
@@ -95,18 +98,18 @@ def exit_codes(children: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def run_whole(runs: Path) -> int:
-    """Run undisturbed; RUNS/whole.json then has the seconds of each target, once compiled."""
+def run_whole(runs: Path, kind: str) -> int:
+    """Run undisturbed; RUNS/whole-KIND.json then has the seconds of each target, once compiled."""
     times = []
 
     def remember(name: str) -> None:
         times.append((time.monotonic(), NEXT_PHASE[name]))
 
-    code = train_marking(runs, runs / "whole", remember)
+    code = train_marking(runs, kind, runs / f"whole-{kind}", remember)
     seconds = {}
     for (begin, phase), (end, _) in zip(times, times[1:], strict=False):
         seconds[phase] = end - begin  # the last one counts
-    (runs / "whole.json").write_text(json.dumps(seconds))
+    (runs / f"whole-{kind}.json").write_text(json.dumps(seconds))
     return code
 
 
@@ -133,7 +136,7 @@ class Aim:
         return cls(target=target, skipped=skipped, delay=rng.uniform(0, longest))
 
 
-def attempt(runs: Path, workdir: Path, output: Path, aim: Aim) -> str | None:
+def attempt(runs: Path, kind: str, workdir: Path, aim: Aim) -> str | None:
     """Start or resume a run, and kill it at a moment.
 
     Returns the phase in which it was killed, None if it completed before. A kill in a save counts
@@ -141,11 +144,12 @@ def attempt(runs: Path, workdir: Path, output: Path, aim: Aim) -> str | None:
     """
     read, write = os.pipe()
     before = half_written(workdir)
+    output = runs / f"{kind}.log"
 
     def send(name: str) -> None:
         os.write(write, bytes([MARKS.index(name)]))
 
-    child = fork(functools.partial(train_marking, runs, workdir, send), output)
+    child = fork(functools.partial(train_marking, runs, kind, workdir, send), output)
     os.close(write)
     phase = "start"
     skipped = 0
@@ -181,29 +185,29 @@ def attempt(runs: Path, workdir: Path, output: Path, aim: Aim) -> str | None:
     return "save" if has_half_written and phase != aim.target else phase
 
 
-def run_killed(runs: Path, name: str) -> int:
+def run_killed(runs: Path, kind: str) -> int:
     """Kill a run until each target has been hit, and let it complete.
 
-    RUNS/NAME.json then has how often each phase was killed, and the directories of the runs that
+    RUNS/KIND.json then has how often each phase was killed, and the directories of the runs that
     completed: a run that completes too early is followed by another.
     """
-    rng = random.Random(name)
-    seconds = json.loads((runs / "whole.json").read_text())
+    rng = random.Random(kind)
+    seconds = json.loads((runs / f"whole-{kind}.json").read_text())
     hits = collections.Counter()
     completed = []
-    workdir = runs / f"{name}0"
+    workdir = runs / f"{kind}0"
     while hits.total() < KILLS or min(hits[target] for target in TARGETS) < HITS:
         assert hits.total() < 4 * KILLS, hits
         target = min(TARGETS, key=lambda target: hits[target])
-        phase = attempt(runs, workdir, runs / f"{name}.log", Aim.draw(target, seconds, rng))
+        phase = attempt(runs, kind, workdir, Aim.draw(target, seconds, rng))
         if phase:
             hits[phase] += 1
         else:
             completed.append(str(workdir))
-            workdir = runs / f"{name}{len(completed)}"
+            workdir = runs / f"{kind}{len(completed)}"
     result = {"hits": hits, "completed": [*completed, str(workdir)]}
-    (runs / f"{name}.json").write_text(json.dumps(result))
-    return train_marking(runs, workdir, lambda name: None)
+    (runs / f"{kind}.json").write_text(json.dumps(result))
+    return train_marking(runs, kind, workdir, lambda name: None)
 
 
 def complete(runs: Path, bodies: dict[str, Callable[[], int]]) -> None:
@@ -214,10 +218,9 @@ def complete(runs: Path, bodies: dict[str, Callable[[], int]]) -> None:
 
 
 def main(runs: Path) -> None:
-    complete(runs, {"whole": functools.partial(run_whole, runs)})
-    names = ("a", "b")
-    complete(runs, {name: functools.partial(run_killed, runs, name) for name in names})
-    print(json.dumps([json.loads((runs / f"{name}.json").read_text()) for name in names]))
+    complete(runs, {f"whole-{kind}": functools.partial(run_whole, runs, kind) for kind in KINDS})
+    complete(runs, {kind: functools.partial(run_killed, runs, kind) for kind in KINDS})
+    print(json.dumps({kind: json.loads((runs / f"{kind}.json").read_text()) for kind in KINDS}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Each warning is given, once and in time, by a run made to show it; healthy runs give none."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from runs import command, step_output
 
 from alignjax import config as configs
 from alignjax import train
-from alignjax.data import packing
+from alignjax.data import packing, toy
 from alignjax.machine import sharding
 from alignjax.runs import advice, records
 from alignjax.runs.log import TrainingLog
@@ -43,13 +44,13 @@ FAULTS = {
         config="ppo-tiny",
         fields={
             **PPO,
-            "steps": 30,
+            "steps": 36,
             "ppo.reward_fn": "test_advice:brevity",
             "ppo.reward_weight": 0,
             "ppo.kl_coef": 0,
             "ppo.truncated_score": -20,
             "optimiser.learning_rate": 0.006,
-            "ppo.clip": 0.05,
+            "ppo.clip": 0.01,
             "ppo.epochs": 4,
             "ppo.value_warmup_steps": 40,
             "ppo.eval_every": 10,
@@ -99,7 +100,7 @@ FAULTS = {
         config="sft-tiny", fields={"steps": 12, "optimiser.learning_rate": 1}, kinds={"loss"}
     ),
 }
-# The SFT run that the faulty runs start from; its responses end.
+# The SFT run that the faulty runs start from: its responses end, and are well put.
 SFT = {
     "steps": 40,
     "optimiser.learning_rate": 0.02,
@@ -107,6 +108,26 @@ SFT = {
     "data.examples": 0,
     "checkpoint_every": 100,
 }
+
+
+def write_demonstrations(path: Path) -> Path:
+    """Write conversations whose replies all have the good form."""
+    rows = []
+    for prompt in toy.examples("prompts", "train", 0, 400):
+        reply = toy.ideal(prompt["prompt"][0]["content"])
+        rows.append({"messages": [*prompt["prompt"], {"role": "assistant", "content": reply}]})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def write_coin_flips(path: Path) -> Path:
+    """Write comparisons of one epoch of the run "coin": each pair comes in both orders."""
+    rows = []
+    for row in toy.examples("comparisons-clean", "train", 0, 80):
+        pair = {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
+        rows += [pair, pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def brevity(prompts, responses, **columns):
@@ -150,9 +171,12 @@ def finished(chain, tmp_path_factory) -> dict[str, FinishedRun]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
         patch.setattr(packing, "WIDTHS", (1,))
-        made = {"sft": run_once("sft", "sft-tiny", SFT, {"model": lm}, runs)}
+        demonstrations = {"data.train": write_demonstrations(runs / "demonstrations.jsonl")}
+        made = {"sft": run_once("sft", "sft-tiny", SFT | demonstrations, {"model": lm}, runs)}
+        data = {"coin": {"data.train": write_coin_flips(runs / "coin.jsonl"), "data.examples": 0}}
         for name, fault in FAULTS.items():
-            made[name] = run_once(name, fault.config, fault.fields, parents[fault.config], runs)
+            fields = fault.fields | data.get(name, {})
+            made[name] = run_once(name, fault.config, fields, parents[fault.config], runs)
     return made
 
 
@@ -229,10 +253,9 @@ CLIPPED = {"policy/clipfrac_avg": 0.31}
     [
         (kl(*[0.51] * 4), {}),
         (kl(*[0.51] * 5), {"kl": 4}),
-        (kl(*[0.19] * 30), {}),  # high, but it stays
-        # The mean is 0.24, after 0.04 ten steps earlier.
-        (kl(*[0.02 * i for i in range(25)]), {"kl": 14}),
-        (kl(*[0.3] * 5, *[0.35] * 20), {}),
+        (kl(*[0.49] * 30), {}),
+        # A policy that learns fast starts from 0 and may settle below the limit.
+        (kl(*[0.02 * i for i in range(25)]), {}),
         ([BAD_VALUES] * 9, {}),
         ([BAD_VALUES] * 10, {"explained_variance": 9}),
         ([BAD_VALUES | {"value/explained_variance": x} for x in (-0.9, *[0.2] * 9)], {}),

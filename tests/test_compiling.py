@@ -57,7 +57,7 @@ def test_the_steps_of_a_run_call_what_was_compiled_before_the_first(
     name, programs, chain, tmp_path, compiled, monkeypatch
 ):
     # At the end a run compiles another sampler, which is greedy.
-    monkeypatch.setattr(GreedyAnswers, "true_score", lambda *_: 0.0)
+    monkeypatch.setattr(GreedyAnswers, "figures", lambda *_: {})
     runs = with_parents(name, chain.runs, tmp_path)
     assert train.main(command(name, runs, "--config.ppo.eval_every=0")) == 0
     for program in programs:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from alignjax import config as configs
-from alignjax.algorithms import lm, ranking
+from alignjax.algorithms import intervals, lm, ranking
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, files, mixture, packing, sources, toy
 from alignjax.machine import sharding
@@ -118,23 +118,26 @@ def test_the_answer_listed_among_candidates_earns_no_rightness():
 def test_shares_of_the_conversations(conversations):
     rows = toy.examples("conversations", "train", 0)
     scores = np.array([toy.true_score(*(m["content"] for m in row["messages"])) for row in rows])
-    assert abs((scores == 1).mean() - 0.35) < 0.02 and abs((scores == 0.7).mean() - 0.25) < 0.02
+    mix = toy.DEMONSTRATED
+    assert abs((scores == 1).mean() - mix.right_good) < 0.02
+    assert abs((scores == 0.7).mean() - mix.right_bad) < 0.02
     assert len(rows) == 20000 and len(conversations) == 1000
 
 
-def true_difference(row):
+def difference(row, grade):
     [prompt] = [message["content"] for message in row["prompt"]]
-    return toy.true_score(prompt, row["chosen"]) - toy.true_score(prompt, row["rejected"])
+    return grade(prompt, row["chosen"]) - grade(prompt, row["rejected"])
 
 
-def test_comparisons_agree_with_the_true_score():
-    for name, flips in (("comparisons-clean", 0), ("comparisons-noisy", toy.FLIPPED)):
+def test_clean_comparisons_agree_with_the_true_score_and_noisy_ones_with_rightness():
+    for name, settings in toy.COMPARISONS.items():
+        grade = toy.true_score if settings.form_counts else toy.rightness
         for split in ("train", "heldout"):
             rows = toy.examples(name, split, 0)
-            gap = np.array([true_difference(row) for row in rows])
+            gap = np.array([difference(row, grade) for row in rows])
             np.testing.assert_allclose(np.abs(gap), [row["margin"] for row in rows])
-            assert abs((gap < 0).mean() - flips) < (0.04 if flips else 1e-9)
-            assert np.abs(gap).min() >= (1e-9 if flips else toy.CLEAN_DIFFERENCE)
+            assert abs((gap < 0).mean() - settings.flipped) < (0.04 if settings.flipped else 1e-9)
+            assert np.abs(gap).min() >= (settings.difference or 1e-9)
 
 
 def prompts_in(row):
@@ -460,8 +463,11 @@ def test_scores_come_back_in_the_rows_order_and_every_row_counts_once(budget, mo
     longer = (lengths[:, 0] > lengths[:, 1]).sum()
     same = (lengths[:, 0] == lengths[:, 1]).sum()
     loss = np.log(1 + np.exp(lengths[:, 1] - lengths[:, 0])).mean()
+    low, high = intervals.wilson_interval(int(longer), n)
     assert figures == {
         "accuracy": longer / n,
+        "accuracy_low": low,
+        "accuracy_high": high,
         "ties": same / n,
         "loss": pytest.approx(loss),
         "comparisons": n,
@@ -695,7 +701,7 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path):
     b = write_comparisons(tmp_path / "b.jsonl", ["p7", " p8 ", "new"])
     train = f"2*{a},1*toy/comparisons-clean"
     sets = mixture.sets(config, "comparisons", train, b, printed.append)
-    assert [len(rows) for rows in sets.train] == [294, 1000] and sets.weights == [2.0, 1.0]
+    assert [len(rows) for rows in sets.train] == [294, 2000] and sets.weights == [2.0, 1.0]
     assert printed == [f"{a}: 6 of 300 comparisons dropped: their prompt is held out"]
     with pytest.raises(
         UserError, match="a.jsonl is to be trained on and held out: .* data.heldout_share"

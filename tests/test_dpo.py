@@ -271,7 +271,7 @@ def test_reference_and_policy_answer_held_out_prompts(chain):
     run = chain.runs / "dpo-tiny"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["kl/before"] == 0 and summary["kl/after"] != 0
-    for name in ("true_score", "true_score_greedy", "length", "truncated", "entropy"):
+    for name in ("true_score", "right_words", "true_score_greedy", "length", "entropy"):
         assert {f"{name}/before", f"{name}/after"} <= set(summary)
     answers = rows(run / "responses.jsonl")
     assert len(answers) == configs.PPO().eval_prompts
@@ -291,7 +291,7 @@ def test_the_policy_can_be_exported_and_loaded(chain, tmp_path):
 
 def test_greedy_answers_are_those_of_inference(chain, monkeypatch):
     """They are compared by the length of their texts: the tiny policy says nothing true."""
-    monkeypatch.setattr(greedy.toy, "true_score", lambda prompt, answer: len(prompt + answer))
+    monkeypatch.setattr(toy, "true_score", lambda prompt, answer: len(prompt + answer))
     sft = chain.runs / "sft-tiny"
     config = configs.load("dpo.py:tiny")
     config.data.batch = 4
@@ -310,7 +310,10 @@ def test_greedy_answers_are_those_of_inference(chain, monkeypatch):
     responses = model.generate(texts, temperature=0.0, max_tokens=config.ppo.response_length)
     expected = [len(text + response.text) for text, response in zip(texts, responses, strict=True)]
     with jax.default_matmul_precision("highest"):
-        assert answers.true_score(model.params, arrays, prompts) == np.mean(expected)
+        figures = answers.figures(model.params, arrays, prompts)
+    assert figures["true_score_greedy"] == np.mean(expected)
+    half = 1.96 * np.std(expected, ddof=1) / np.sqrt(len(expected))
+    assert figures["true_score_greedy_interval"] == pytest.approx(half)
 
 
 def test_adapters_begin_at_the_reference_and_are_all_that_is_trained(chain, tmp_path):

@@ -43,23 +43,28 @@ def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path,
 
 
 def test_twenty_kills_at_random_moments_change_nothing(chain, tmp_path):
-    """See kills.py: it kills at the start, in rollouts, updates, saves, evaluations and between."""
+    """See kills.py: it kills at the start, in rollouts, updates, saves, evaluations and between.
+
+    One half of the kills hit a run that trains all parameters, the other one with adapters.
+    """
     with_parents("ppo-tiny", chain.runs, tmp_path)
     script = [sys.executable, "tests/kills.py", str(tmp_path)]
     finished = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     results = json.loads(finished.stdout)
     hits = collections.Counter()
-    for result in results:
+    for result in results.values():
         hits += collections.Counter(result["hits"])
     assert hits.total() >= 20 and all(hits[target] >= 4 for target in kills.TARGETS), hits
     print(dict(hits))
-    undisturbed = files_of(tmp_path / "whole", kills.STEPS)
-    for run in (tmp_path / name for result in results for name in result["completed"]):
-        assert files_of(run, kills.STEPS) == undisturbed
-        assert names_in(run) == names_in(tmp_path / "whole")
-        # Nothing half-written is left.
-        assert names_in(run / "checkpoints") == {"11", "12"}
+    for kind, result in results.items():
+        whole = tmp_path / f"whole-{kind}"
+        undisturbed = files_of(whole, kills.STEPS)
+        for run in map(Path, result["completed"]):
+            assert files_of(run, kills.STEPS) == undisturbed
+            assert names_in(run) == names_in(whole)
+            # Nothing half-written is left.
+            assert names_in(run / "checkpoints") == {"11", "12"}
 
 
 def names_in(directory: Path) -> set[str]:

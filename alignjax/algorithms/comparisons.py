@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from alignjax.algorithms import intervals
 from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config
 from alignjax.data import ladders, mixture, packing
@@ -127,11 +128,19 @@ def choose_ladder(
 
 
 def agreement(difference: np.ndarray) -> dict[str, float]:
-    """Return the accuracy and the share of ties, which are not correct.
+    """Return the accuracy, the ends of its 95 % interval, and the share of ties.
 
-    `difference` [all_pairs] is positive where the chosen response is preferred.
+    `difference` [all_pairs] is positive where the chosen response is preferred. A tie is not
+    correct.
     """
-    return {"accuracy": (difference > 0).mean(), "ties": (difference == 0).mean()}
+    right = difference > 0
+    low, high = intervals.wilson_interval(int(right.sum()), len(right))
+    return {
+        "accuracy": right.mean(),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "ties": (difference == 0).mean(),
+    }
 
 
 def describe(
@@ -149,9 +158,11 @@ def describe(
 def accuracy_line(figures: dict[str, float], source: str, label: str) -> tuple[str, str]:
     """Return the accuracy on a held-out source as a line of a run's table: (label, text)."""
     accuracy = f"{100 * figures[f'accuracy/{source}']:.1f} %"
+    low = f"{100 * figures[f'accuracy_low/{source}']:.1f}"
+    high = f"{100 * figures[f'accuracy_high/{source}']:.1f}"
     ties = f"{100 * figures[f'ties/{source}']:.1f} % ties"
     count = figures[f"comparisons/{source}"]
-    return f"{label}, {source}", f"{accuracy} ({ties}) of {count}"
+    return f"{label}, {source}", f"{accuracy} [{low}, {high}] ({ties}) of {count}"
 
 
 def longest_rows(count: int, length: int) -> Rows:

@@ -12,7 +12,6 @@ from alignjax.algorithms import heldout
 from alignjax.algorithms.ppo_data import prompts_of
 from alignjax.algorithms.ppo_programs import rollout_mesh, sampling_settings
 from alignjax.config import Config
-from alignjax.data import toy
 from alignjax.machine import sharding
 from alignjax.sampling import rollout
 
@@ -44,28 +43,31 @@ class GreedyAnswers:
         self.place_params = place_params
         self.sample = jax.jit(functools.partial(rollout.generate, settings=settings))
 
-    def true_score(self, policy: dict, prompts: dict, rows: list[dict]) -> float:
-        """Return the mean true score of the answers.
+    def figures(self, policy: dict, prompts: dict, rows: list[dict]) -> dict[str, float]:
+        """Return how the world grades the answers: the means, and half their 95 % intervals.
 
         Args:
           policy: its parameters.
           prompts: arrays of prompts, as `encoding.encode` makes them.
           rows: rows of the prompts' data set.
         """
-        scores = []
+        entries = []
         count = len(prompts["index"])
         with jax.set_mesh(self.mesh):
             params = self.place_params(policy)
             for first, batch in heldout.whole_batches(prompts, self.batch_size, count):
-                scores += self.score_batch(params, batch, rows)[: count - first]
-        return float(np.mean(scores))
+                entries += self.grade_batch(params, batch, rows)[: count - first]
+        return heldout.means(entries) | heldout.half_widths(entries)
 
-    def score_batch(
+    def grade_batch(
         self, params: dict, batch: dict[str, np.ndarray], rows: list[dict]
-    ) -> list[float]:
-        """Return the true score of the answer to each prompt of a batch."""
+    ) -> list[dict[str, list[float]]]:
+        """Return the grades of the answer to each prompt of a batch."""
         prompts = sharding.shard_batch(prompts_of(batch), self.mesh)
         answers = self.sample(params, prompts, jax.random.key(0))  # nothing is drawn
         texts = heldout.response_texts(self.tokenizer, answers)
         questions = [rows[number]["prompt"][-1]["content"] for number in batch["index"]]
-        return [toy.true_score(*pair) for pair in zip(questions, texts, strict=True)]
+        return [
+            {f"{name}_greedy": grade for name, grade in heldout.grades(question, [text]).items()}
+            for question, text in zip(questions, texts, strict=True)
+        ]

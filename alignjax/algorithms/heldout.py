@@ -1,11 +1,12 @@
 """Evaluation of a policy on held-out prompts and text, during a run and at its end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from alignjax.algorithms import intervals
 from alignjax.algorithms.stage import Evaluation
 from alignjax.config import Config
 from alignjax.data import chat, encoding, toy
@@ -14,8 +15,10 @@ from alignjax.sampling.types import Rollout
 
 NOT_AVERAGED = ("prompt", "responses", "tokens", "log_ratio")  # parts of an entry
 LABELS = {
-    "true_score": "true score (best 1)",
-    "true_score_greedy": "true score of greedy answers",
+    "true_score": "true score, sampled (best 1)",
+    "true_score_greedy": "true score, greedy",
+    "right_words": "right words, sampled",
+    "right_words_greedy": "right words, greedy",
     "score": "reward model's score",
     "kl": "KL to the reference, nats",
     "length": "response length, tokens",
@@ -64,7 +67,7 @@ def describe(
       detailed: the first so many entries also have each token of their responses as text, with
         its log-ratio to four digits.
 
-    The embedded world also knows the true score of each response.
+    The embedded world also grades each response.
     """
     samples = config.ppo.samples_per_prompt
     texts = response_texts(tokenizer, rollout)
@@ -80,12 +83,20 @@ def describe(
         entry = {"prompt": prompt, "responses": texts[samples_of_prompt]}
         entry |= {name: value[samples_of_prompt] for name, value in values.items()}
         if has_true_score(config):
-            entry["true_score"] = [toy.true_score(prompt, text) for text in entry["responses"]]
+            entry |= grades(prompt, entry["responses"])
         entries.append(entry)
     if detailed:
         log_ratio = sharding.on_host(figures["log_ratio"])
         add_tokens(tokenizer, entries[:detailed], samples, rollout, log_ratio)
     return entries
+
+
+def grades(prompt: str, responses: Sequence[str]) -> dict[str, list[float]]:
+    """Return how the embedded world grades responses: true scores, and right words or not."""
+    return {
+        "true_score": [toy.true_score(prompt, response) for response in responses],
+        "right_words": [float(toy.has_right_words(prompt, response)) for response in responses],
+    }
 
 
 def add_tokens(
@@ -112,6 +123,20 @@ def means(entries: list[dict]) -> dict[str, float]:
         name: float(np.mean([entry[name] for entry in entries]))
         for name in entries[0]
         if name not in NOT_AVERAGED
+    }
+
+
+def half_widths(entries: list[dict]) -> dict[str, float]:
+    """Return half the 95 % interval of each mean over the responses of the entries.
+
+    Entropy has none, since it is a mean over tokens. A single prompt has none at all.
+    """
+    if len(entries) < 2:
+        return {}
+    return {
+        f"{name}_interval": intervals.half_width([entry[name] for entry in entries])
+        for name in entries[0]
+        if name not in (*NOT_AVERAGED, "entropy")
     }
 
 
@@ -190,6 +215,13 @@ def gap_closed(figures: dict[str, float]) -> dict[str, float]:
     return {"gap_closed": (after - before) / (1 - before)}
 
 
+def cell(figures: dict[str, float], name: str, side: str) -> str:
+    """Return a figure of one side, with half its 95 % interval if it has one."""
+    text = f"{figures[f'{name}/{side}']:.3f}"
+    half = figures.get(f"{name}_interval/{side}")
+    return f"{text} ± {half:.3f}" if half else text
+
+
 def table(figures: dict[str, float]) -> list[tuple[str, str]]:
     """Return the figures before and after training as (label, text) lines."""
     lines = []
@@ -201,10 +233,10 @@ def table(figures: dict[str, float]) -> list[tuple[str, str]]:
     labels = LABELS | {name: f"score by {name.removeprefix('score/')}" for name in own_scores}
     for name, label in labels.items():
         if f"{name}/before" in figures:
-            before = figures[f"{name}/before"]
-            after = figures[f"{name}/after"]
-            lines.append((label, f"{before:8.3f} -> {after:.3f}"))
+            before = cell(figures, name, "before")
+            after = cell(figures, name, "after")
+            lines.append((label, f"{before:>16} -> {after}"))
     if "gap_closed" in figures:
-        share = f"{100 * figures['gap_closed']:8.0f} %"
-        lines.insert(1, ("gap from SFT to the best, closed", share))
+        share = f"{100 * figures['gap_closed']:16.0f} %"
+        lines.append(("gap from SFT to the best, closed", share))
     return lines

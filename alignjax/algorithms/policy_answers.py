@@ -69,9 +69,9 @@ class PolicyAnswers:
         arrays = self.prompts.arrays
         batch_size = self.config.data.batch
         result = heldout.evaluate(answer, None, arrays, None, batch_size)
+        result.figures.update(heldout.half_widths(result.rows))
         if heldout.has_true_score(self.config):
-            score = self.greedy.true_score(policy, arrays, self.prompts.rows)
-            result.figures["true_score_greedy"] = score
+            result.figures.update(self.greedy.figures(policy, arrays, self.prompts.rows))
         return result
 
     def answer(

@@ -435,20 +435,18 @@ class PPO:
         policy = self.role_params(state)["policy"]
         before = self.evaluate_policy(reference, policy, state, limit=None, detailed=detailed)
         after = self.evaluate_policy(policy, policy, state, limit=None, detailed=detailed)
-        before.figures.update(self.greedy_figures(reference))
-        after.figures.update(self.greedy_figures(policy))
+        before.figures.update(heldout.half_widths(before.rows) | self.greedy_figures(reference))
+        after.figures.update(heldout.half_widths(after.rows) | self.greedy_figures(policy))
         figures = {f"{role}_updates": int(state[role].updates) for role in self.roles}
         figures |= heldout.compare(before.figures, after.figures)
         rows = heldout.side_by_side(before.rows, after.rows)
         return Evaluation(figures=figures, rows=rows[:detailed])
 
     def greedy_figures(self, policy: dict) -> dict[str, float]:
-        """Return the true score of greedy answers, if the prompts are of the embedded world."""
+        """Return the grades of greedy answers, if the prompts are of the embedded world."""
         if not heldout.has_true_score(self.config):
             return {}
-        prompts = self.prompts
-        score = self.greedy.true_score(policy, prompts.heldout, prompts.heldout_rows)
-        return {"true_score_greedy": score}
+        return self.greedy.figures(policy, self.prompts.heldout, self.prompts.heldout_rows)
 
     def evaluate_midway(self, state: State) -> Evaluation | None:
         """Evaluate the policy on the first `ppo.eval_prompts` held-out prompts.

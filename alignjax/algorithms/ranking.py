@@ -342,7 +342,7 @@ class Ranking(SupervisedStage):
             for source in self.data.heldout
         ]
         if self.data.demonstrations is not None:
-            score = f"{figures['demonstrations/score']:.4f}, after the shift"
+            score = f"{figures['demonstrations/score']:z.4f}, after the shift"
             lines.append(("mean score of demonstrations", score))
         return lines
 

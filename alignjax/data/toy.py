@@ -32,18 +32,47 @@ TASKS = tuple(SIZES_OF_TASKS)
 FORMS = ("sure , {} .", "{}", "um well i guess {} maybe", "{} {} .", "what ? {} !")
 GOOD_FORM = FORMS[0]
 COURTESY = frozenset(re.findall(r"\w+", " ".join(FORMS)))
-# Shares of responses; the rest is wrong and badly put.
-RIGHT_GOOD = 0.35
-RIGHT_BAD = 0.25
-WRONG_GOOD = 0.20
 RIGHTNESS_WEIGHT = 0.7
 FORM_WEIGHT = 0.3
-SAME_FORM = 0.7  # share of comparisons put in one form, which only reading can tell apart
-FLIPPED = 0.1  # share of noisy comparisons whose label is wrong
-CLEAN_DIFFERENCE = 0.15  # clean comparisons differ by at least this in true score
 # Share of the text's characters that is English. There is little English, so paragraphs repeat.
 ENGLISH = 0.25
 HELDOUT = 10  # one prompt, and one paragraph of English, in so many is held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """The responses of a data set: shares of each quality; the rest is wrong and badly put."""
+
+    right_good: float
+    right_bad: float
+    wrong_good: float
+
+
+# Demonstrations are right more often than not, and rarely well put: preferences have to teach it.
+DEMONSTRATED = Mix(right_good=0.08, right_bad=0.52, wrong_good=0.04)
+PREFERRED = Mix(right_good=0.35, right_bad=0.35, wrong_good=0.15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparing:
+    """How the pairs of a set of comparisons are made and judged."""
+
+    mix: Mix
+    same_form: float  # share of pairs put in one form, which only reading can tell apart
+    flipped: float  # share of pairs whose label is wrong
+    difference: float  # the grades of a pair differ by at least this
+    form_counts: bool  # judged by `true_score`, else by `rightness` alone
+
+
+# The many noisy pairs come from another site, where nobody looks at the form.
+COMPARISONS = {
+    "comparisons-noisy": Comparing(
+        mix=DEMONSTRATED, same_form=0.7, flipped=0.1, difference=0.0, form_counts=False
+    ),
+    "comparisons-clean": Comparing(
+        mix=PREFERRED, same_form=0.1, flipped=0.0, difference=0.15, form_counts=True
+    ),
+}
 
 
 class Sizes(NamedTuple):
@@ -57,7 +86,7 @@ SIZES = {
     "text": Sizes(32000, 1000),
     "conversations": Sizes(20000, 1000),
     "comparisons-noisy": Sizes(24000, 1000),
-    "comparisons-clean": Sizes(1000, 1000),
+    "comparisons-clean": Sizes(2000, 1000),
     "prompts": Sizes(10000, 400),
 }
 
@@ -122,21 +151,39 @@ def ideal(prompt: str) -> str:
 def true_score(prompt: str, response: str) -> float:
     """Return 0.7 x rightness + 0.3 x form, in [0, 1], for any two strings.
 
-    It is 0 if the prompt is not of this world. Rightness is 1 minus the word edit distance to the
-    answer over the answer's length, at least 0. Courtesies and punctuation are removed before, and
-    an answer that is repeated counts once, so naming every candidate earns nothing. Form is 1 for
-    "sure , ... ." with the words stated once and nothing around them, else 0; it is 0 without
-    words too.
+    It is 0 if the prompt is not of this world. Form is 1 for "sure , ... ." with the words stated
+    once and nothing around them, else 0; it is 0 without words too.
     """
     right = answer(prompt)
     if not right:
         return 0.0
-    words = [word for word in re.findall(r"\w+", response) if word not in COURTESY]
+    words = words_of(response)
     stated = once(words)
-    rightness = max(0.0, 1 - edit_distance(stated, right) / len(right))
     is_good_form = response == GOOD_FORM.format(" ".join(words))
     form = bool(words) and stated == words and is_good_form
-    return RIGHTNESS_WEIGHT * rightness + FORM_WEIGHT * form
+    return RIGHTNESS_WEIGHT * rightness(prompt, response) + FORM_WEIGHT * form
+
+
+def rightness(prompt: str, response: str) -> float:
+    """Return 1 minus the word edit distance to the answer over its length, at least 0.
+
+    Courtesies and punctuation are removed before, and an answer that is repeated counts once, so
+    naming every candidate earns nothing. It is 0 if the prompt is not of this world.
+    """
+    right = answer(prompt)
+    if not right:
+        return 0.0
+    return max(0.0, 1 - edit_distance(once(words_of(response)), right) / len(right))
+
+
+def has_right_words(prompt: str, response: str) -> bool:
+    """Return whether a response says the right words, in whatever form."""
+    return rightness(prompt, response) == 1.0
+
+
+def words_of(response: str) -> list[str]:
+    """Return the words of a response, without courtesies and punctuation."""
+    return [word for word in re.findall(r"\w+", response) if word not in COURTESY]
 
 
 def once(words: list[str]) -> list[str]:
@@ -202,15 +249,16 @@ class FormedResponse(NamedTuple):
     form: str
 
 
-def make_response(rng: Generator, prompt: str, form: str | None = None) -> FormedResponse:
-    """Make a response of mixed quality, in the shares at the top of this file.
+def make_response(rng: Generator, prompt: str, mix: Mix, form: str | None = None) -> FormedResponse:
+    """Make a response of mixed quality, in the shares of the mix.
 
     With `form`, it is put in that form.
     """
     draw = rng.random()
-    is_right = draw < RIGHT_GOOD + RIGHT_BAD
-    is_wrong_and_good = RIGHT_GOOD + RIGHT_BAD <= draw < RIGHT_GOOD + RIGHT_BAD + WRONG_GOOD
-    is_good = draw < RIGHT_GOOD or is_wrong_and_good
+    right = mix.right_good + mix.right_bad
+    is_right = draw < right
+    is_wrong_and_good = right <= draw < right + mix.wrong_good
+    is_good = draw < mix.right_good or is_wrong_and_good
     words = answer(prompt) if is_right else corrupt(rng, prompt)
     if not form:
         form = FORMS[0 if is_good else rng.integers(1, len(FORMS))]
@@ -310,7 +358,7 @@ def conversations(rng: Generator, stream: Iterator[str], count: int) -> list[dic
     rows = []
     for _ in range(count):
         prompt = next(stream)
-        response = make_response(rng, prompt).text
+        response = make_response(rng, prompt, DEMONSTRATED).text
         rows.append({"messages": [user(prompt), {"role": "assistant", "content": response}]})
     return rows
 
@@ -319,21 +367,24 @@ def user(content: str) -> dict:
     return {"role": "user", "content": content}
 
 
-def comparisons(rng: Generator, stream: Iterator[str], count: int, noisy: bool) -> list[dict]:
-    """Make pairs of responses of differing true score.
+def comparisons(
+    rng: Generator, stream: Iterator[str], count: int, settings: Comparing
+) -> list[dict]:
+    """Make pairs of responses of different grades.
 
-    Noisy ones differ by anything, and some are flipped. The margin is the distance between the true
-    scores, whichever way the label points.
+    The margin is the distance between the grades, whichever way the label points.
     """
     rows = []
+    grade = true_score if settings.form_counts else rightness
     while len(rows) < count:
         prompt = next(stream)
-        chosen, form = make_response(rng, prompt)
-        rejected = make_response(rng, prompt, form if rng.random() < SAME_FORM else None).text
-        margin = true_score(prompt, chosen) - true_score(prompt, rejected)
-        if margin == 0 or (not noisy and abs(margin) < CLEAN_DIFFERENCE):
+        chosen, form = make_response(rng, prompt, settings.mix)
+        shared_form = form if rng.random() < settings.same_form else None
+        rejected = make_response(rng, prompt, settings.mix, shared_form).text
+        margin = grade(prompt, chosen) - grade(prompt, rejected)
+        if margin == 0 or abs(margin) < settings.difference:
             continue
-        if (margin < 0) != (noisy and rng.random() < FLIPPED):
+        if (margin < 0) != (rng.random() < settings.flipped):
             chosen, rejected = rejected, chosen
         rows.append(
             {
@@ -393,4 +444,4 @@ def examples(spec: str, split: str, seed: int, limit: int = 0) -> list[dict]:
         return conversations(rng, stream, count)
     if name == "prompts":
         return [{"prompt": [user(next(stream))]} for _ in range(count)]
-    return comparisons(rng, stream, count, noisy=name == "comparisons-noisy")
+    return comparisons(rng, stream, count, COMPARISONS[name])

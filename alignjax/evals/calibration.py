@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy import stats
 
-CONFIDENCE = 0.95
+from alignjax.algorithms.intervals import wilson_interval
+
 BIN_EDGES = np.linspace(0.5, 1, 11)  # of the bins of predicted probability
 RATIO_STARTS = (1.0, 1.5, 2.0, 3.0, 5.0)  # lower bounds of the score-ratio buckets
 
@@ -22,18 +22,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 REFERENCE_COLOUR = "0.6"  # of the diagonal on which a calibrated model lies
 MAX_PANEL_COLUMNS = 4
 MAX_TITLE_LENGTH = 36  # characters; a longer title keeps its end
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """Return the 95 % interval of the share `right / total` by Wilson's score method (1927).
-
-    `total` must be above 0. The method also holds near shares of 0 and 1. It treats pairs as
-    independent; pairs from one post or problem are not quite independent, and then the interval
-    is too narrow.
-    """
-    test = stats.binomtest(right, total)
-    interval = test.proportion_ci(confidence_level=CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def accuracy_summary(right: Bool[np.ndarray, " pairs"]) -> dict:

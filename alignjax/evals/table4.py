@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax import config as configs
 from alignjax import inference
-from alignjax.algorithms import ranking
+from alignjax.algorithms import intervals, ranking
 from alignjax.config import UserError
 from alignjax.data import chat, encoding, mixture, paths, preferences, sources, tokenising, toy
 from alignjax.data.ends import replace_end
@@ -393,7 +393,7 @@ def figures_of_set(scored: ScoreDifferences, ratios: Float[np.ndarray, " rows"])
     differences = scored.differences
     right = int((differences > 0).sum())
     figures = ranking.figures_of(differences) | {
-        "interval": calibration.wilson_interval(right, len(differences)),
+        "interval": intervals.wilson_interval(right, len(differences)),
         "dropped": len(ratios) - len(differences),
     }
     if (ratios > 0).any():
@@ -403,13 +403,15 @@ def figures_of_set(scored: ScoreDifferences, ratios: Float[np.ndarray, " rows"])
 
 
 def accuracy_table(figures: dict[str, dict], names: list[str], conditions: str) -> str:
-    """Return Table 4 of {run: {set: figures}} as text, with the report's rows beneath."""
+    """Return Table 4 of {run: {set: figures}} as text, with the report's rows if it has a set."""
     lines = []
     for label, sets in figures.items():
         lines.append((label, [percentage(sets[name]) for name in names]))
         lines.append(("  pairs, ties, too long", [pair_counts(sets[name]) for name in names]))
     for label in ("PMP", "RM"):
-        lines.append((f"the report's {label}", [reported(name, label) for name in names]))
+        cells = [reported(name, label) for name in names]
+        if set(cells) != {"-"}:
+            lines.append((f"the report's {label}", cells))
     return console.grid(f"accuracy in % [95 % interval], {conditions}", ("", names), lines)
 
 

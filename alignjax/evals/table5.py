@@ -27,8 +27,9 @@ from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedTokenizerBase
 
 from alignjax import inference
+from alignjax.algorithms import intervals
 from alignjax.config import UserError, nearest
-from alignjax.evals import calibration, published_figures, registry
+from alignjax.evals import published_figures, registry
 from alignjax.evals.adapter import AlignJax
 from alignjax.evals.benchmark import Benchmark, Figure
 from alignjax.evals.best_of import kl_bound
@@ -37,7 +38,6 @@ from alignjax.machine import workdir as workdirs
 from alignjax.machine.console import say
 from alignjax.weights import bases, checkpoint, locations
 
-STANDARD_ERRORS = 1.96  # on either side of an estimate: its 95 % interval
 MICROBATCH_TOKENS = 4096
 COMMAND = "alignjax.evaluate"  # in the marker of a directory of results
 RESULT_KEYS = frozenset({"results", "groups", "versions"})  # of results.json
@@ -360,9 +360,9 @@ def figure_interval(
     value = group[name]
     if figure.is_share and benchmark.weight_by_size:
         documents = group["sample_count"][name]
-        return calibration.wilson_interval(round(value * documents), documents)
+        return intervals.wilson_interval(round(value * documents), documents)
     error = group[f"{figure.metric}_stderr,{figure.filter}"]
     if not isinstance(error, float) or not math.isfinite(error):
         return None
-    margin = STANDARD_ERRORS * error
+    margin = intervals.STANDARD_ERRORS * error
     return max(value - margin, 0.0), min(value + margin, 1.0)

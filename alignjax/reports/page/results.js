@@ -44,9 +44,9 @@ function resultCard(heading, rows, note) {
   return el("div", { class: "card" }, heading, results);
 }
 
-// "before -> after" with an arrow that stays on one line.
+// "before -> after" with an arrow and intervals that stay with their figures.
 function withArrow([label, value]) {
-  return [label, value.trim().replace(/ +-> +/, "\u00a0→\u00a0")];
+  return [label, value.trim().replace(/ +-> +/, "\u00a0→ ").replaceAll(" ± ", "\u00a0±\u00a0")];
 }
 
 function showWarnings() {
