@@ -19,7 +19,7 @@ from alignjax.models import families
 from alignjax.planning import cost, plans, search, topologies
 from alignjax.planning.chips import Chip
 from alignjax.planning.work import device_bytes, repeated_bytes, work_of
-from alignjax.weights import roles
+from alignjax.weights import bases, roles
 
 COMPILER = ROOT / ".venv" / "tpu-compiler"  # where run.sh installs it
 LARGE_VOCABULARY = "--config.model.vocab_size=65536"
@@ -167,6 +167,14 @@ def test_known_models_of_the_hub_are_planned_without_asking_it():
     assert plan.architecture("hf://Qwen/Qwen-14B") == families.PRESETS["qwen-14b"]
     assert plan.architecture("hf://Qwen/Qwen-1_8B@main") == families.PRESETS["qwen-1.8b"]
     assert plan.architecture("hf://Qwen/Qwen2.5-0.5B") == families.PRESETS["qwen2.5-0.5b"]
+    llama = plan.architecture("hf://meta-llama/Llama-3.1-8B-Instruct")
+    assert llama == families.PRESETS["llama3.1-8b"]
+
+
+def test_a_known_model_in_a_directory_that_is_not_here_can_be_planned():
+    spec = "models/gemma-3-4b-it-text"
+    assert plan.architecture(spec) == families.PRESETS["gemma3-4b"]
+    assert bases.planned_base(spec, "lm", configs.Lora(rank=16)) == spec
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,12 @@ def planned_base(spec: str, head: str, settings: Lora) -> str:
 def goes_on_with_adapter(spec: str, settings: Lora) -> bool:
     """Return whether a child can go on with the PEFT adapter that a spec names, if it names one.
 
-    A model on the hub is taken to have none unless the spec says so, and is not downloaded.
+    A model on the hub is taken to have none unless the spec says so, and is not downloaded. So is
+    a directory that is not here, which a plan may name.
     """
-    if spec.startswith(locations.HUB_PREFIX) and locations.JOINT not in spec:
+    is_on_hub = spec.startswith(locations.HUB_PREFIX)
+    is_elsewhere = is_on_hub or ("://" not in spec and not Path(spec).exists())
+    if is_elsewhere and locations.JOINT not in spec:
         return False
     own = adapters_of(locations.local_directory(spec, weights=False))
     return own is not None and have_same_form(own, settings)
