@@ -114,7 +114,7 @@ def write_results(name: str, study: Study, trials: list[study_runs.Trial], out: 
         files.record.parent.mkdir(parents=True, exist_ok=True)
     picture = study_picture.draw_study(study, record, runs)
     pictures.write_picture(files.picture, picture, dpi=110)
-    outputs.write_text(files.record, json.dumps(record, indent=1) + "\n")
+    outputs.write_text(files.record, json.dumps(record, indent=1))
     outputs.write_text(files.page, study_results.document(out))
     heading, *lines = [(row[0], row[1:]) for row in study_results.table_rows(record)]
     title = f"{name}: {record['seeds']} seeds, mean and half of the 95 % interval"

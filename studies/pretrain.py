@@ -43,11 +43,10 @@ pretraining text after PPO minus the loss before.""",
         "pretrain/grad_norm_ratio",
     ),
     found="""Two of the three claims hold. A coefficient of 10 impedes alignment: the true score
-ends at 0.62 instead of 0.87. A coefficient of 0.01 has little effect: a third of what 0.1 does
-for the text. In between there is a trade-off: 1 x 1 lowers the loss by 0.71 nats, at a cost of
-0.03 of true score. PPO by itself costs almost nothing here (0.015 nats in "none"), because it was
-SFT that made the text worse. The gradient recovers that loss, at 0.1 without harm to the score.
-The third claim, that the volume must be much larger than PPO's, is not confirmed: at 0.1, sixteen
-times the text lowers the loss by another 0.03 nats; at 1, four times the text does more for the
-text and harms the score less.""",
+ends at 0.75 instead of 0.85. A coefficient of 0.01 has little effect: two fifths of what 0.1 does
+for the text. In between, more is better here: 1 x 1 lowers the loss by 0.81 nats, and its true
+score is within the scatter between seeds. PPO by itself costs almost nothing (0.03 nats in
+"none"), because it was SFT that made the text worse, and the gradient recovers that loss. The
+third claim, that the volume must be much larger than PPO's, is not confirmed: at 0.1, four times
+the text lowers the loss by another 0.014 nats.""",
 )

@@ -221,12 +221,16 @@ def test_a_name_without_a_file_says_what_is_wanted(name, message):
     assert message in refusal(name)
 
 
-def test_options_of_a_public_set_are_its_own_and_nobody_elses():
+def test_options_of_a_set_are_its_own_and_nobody_elses():
     assert sources.parse("tfds/shp:a=1,b=2,x.jsonl") == [
         ("tfds/shp:a=1,b=2", None),
         ("x.jsonl", None),
     ]
     assert sources.parse("shp:a=1,b=2,summarize") == [("shp:a=1,b=2", None), ("summarize", None)]
+    assert sources.parse("toy/comparisons-clean:tasks=copy,examples=3,toy/text") == [
+        ("toy/comparisons-clean:tasks=copy,examples=3", None),
+        ("toy/text", None),
+    ]
     assert sources.parse("x.jsonl,b=2.jsonl") == [("x.jsonl", None), ("b=2.jsonl", None)]
     for text in (",", ",,", " ", "a,,b", "0*x", "9" * 400 + "*x", "2*a,b"):
         with pytest.raises(UserError, match="data.train='"):

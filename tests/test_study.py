@@ -12,6 +12,7 @@ from runs import rows
 from alignjax import claims, study
 from alignjax import config as configs
 from alignjax.config import UserError
+from alignjax.data import sources, toy
 from alignjax.reports import study_picture, study_results, study_runs
 from alignjax.runs import records
 from alignjax.runs.record_checks import EXAMPLE_OF_SUMMARY
@@ -172,6 +173,15 @@ def test_a_failed_run_is_reported_with_its_last_line(tmp_path):
         study_runs.launch(trial, [], set())
 
 
+def test_a_failed_run_is_what_is_reported_if_further_seeds_wait(tiny_study, monkeypatch, capsys):
+    def fail(trial, cores, processes):
+        raise UserError(f"{trial.label}: no")
+
+    monkeypatch.setattr(study_runs, "launch", fail)
+    assert study.main([*tiny_study, "--seeds", "4", "--jobs", "2"]) == 2
+    assert re.search(r"seed [01]: no\n$", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -205,6 +215,11 @@ def test_every_study_of_the_repository_is_sound(name):
     assert {trial.command[:3] for trial in trials} <= commands
     assert len(loaded.arms) <= len(study_picture.COLOURS)
     assert loaded.claim.strip()
+    arms = [fields for fields in loaded.arms.values() if not isinstance(fields, claims.BestOf)]
+    for fields in arms:
+        for name in ("data.train", "data.heldout"):
+            for source in sources.parse(fields.get(name, "")):
+                toy.parse_spec(source.name.removeprefix("toy/"))
     assert all(callable(figure) or isinstance(figure, str) for figure in loaded.figures.values())
 
 

@@ -99,14 +99,14 @@ def split(text: str) -> list[str]:
     """Return the parts of a text that name a source each.
 
     A comma separates no sources within the name of an existing file, and before an option of a
-    public set, because commas join these too.
+    public set or of the embedded world, because commas join these too.
     """
     pieces = text.split(",")
     parts = []
     while pieces:
         count = length_of_file(pieces)
         name = WEIGHT_AND_NAME.fullmatch(pieces[0])[2].strip()
-        if not count and is_public_set(name):
+        if not count and may_have_options(name):
             count = 1
             while count < len(pieces) and OPTION.match(pieces[count]):
                 count += 1
@@ -116,9 +116,12 @@ def split(text: str) -> list[str]:
     return parts
 
 
-def is_public_set(name: str) -> bool:
-    """Return whether a name, with or without its prefix and options, is that of a public set."""
-    return name.startswith(PUBLIC_SET) or name.partition(":")[0] in preferences.SETS
+def may_have_options(name: str) -> bool:
+    """Return whether a name, with or without options, is of the world or of a public set.
+
+    A public set may lack its prefix.
+    """
+    return name.startswith((WORLD, PUBLIC_SET)) or name.partition(":")[0] in preferences.SETS
 
 
 def length_of_file(pieces: list[str]) -> int:

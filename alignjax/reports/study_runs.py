@@ -211,14 +211,21 @@ class TrialRunner:
     def run_seed(self, trials: list[Trial]) -> None:
         """Run the trials of one seed that are not complete, one after the other."""
         share = self.free_shares.pop()
-        for trial in trials:
-            self.wait_for_others(trial)
-            if not trial.complete and not self.children.stopping.is_set():
-                if (trial.workdir / "config.json").exists():
-                    written = f"{trial.steps_written()} of {trial.steps} steps are written"
-                    console.say(f"{trial.label}: was interrupted and goes on, {written}")
-                launch(trial, self.cores[share :: self.jobs], self.children)
-        self.free_shares.append(share)
+        try:
+            for trial in trials:
+                self.run_trial(trial, share)
+        finally:
+            self.free_shares.append(share)
+
+    def run_trial(self, trial: Trial, share: int) -> None:
+        """Run a trial on a share of the cores, unless it is complete or all are to stop."""
+        self.wait_for_others(trial)
+        if trial.complete or self.children.stopping.is_set():
+            return
+        if (trial.workdir / "config.json").exists():
+            written = f"{trial.steps_written()} of {trial.steps} steps are written"
+            console.say(f"{trial.label}: was interrupted and goes on, {written}")
+        launch(trial, self.cores[share :: self.jobs], self.children)
 
     def wait_for_others(self, trial: Trial) -> None:
         """Wait while another process, such as that of a study that was killed, makes the run."""
