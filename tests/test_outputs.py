@@ -368,3 +368,18 @@ def test_a_log_of_the_users_is_kept(tmp_path):
     with pytest.raises(UserError, match="arm, seed 0: .*ZeroDivisionError.* in .*run-2.log"):
         study_runs.launch(trial, [], study_runs.Children())
     assert (tmp_path / "run.log").read_text() == "mine"
+
+
+def test_a_directory_that_another_process_of_the_run_claims_meanwhile_is_free(
+    tmp_path, monkeypatch
+):
+    read = marker.read
+
+    def read_then_claim(directory):
+        found = read(directory)
+        (directory / marker.NAME).write_text(marker.dumps(lock.new_run()))
+        return found
+
+    monkeypatch.setattr(marker, "read", read_then_claim)
+    lock.check_ours(tmp_path)
+    assert (tmp_path / marker.NAME).exists()

@@ -140,10 +140,12 @@ def check_ours(workdir: Path) -> None:
                 f"{workdir}: its config.json is not that of a run; name another --workdir"
             )
         return
+    # The names come first: meanwhile another process of this run may claim the directory, and then
+    # a marker among them is there to be read.
+    names = {path.name for path in workdir.iterdir() if not outputs.is_leftover(path)}
     owner = marker.read(workdir).get("made_by")
     if owner == marker.TRAIN:
         return
-    names = {path.name for path in workdir.iterdir() if not outputs.is_leftover(path)}
     if names - {NAME} or (NAME in names and not is_lock(workdir / NAME)):
         raise UserError(f"{workdir} is not empty and has no config.json; name another --workdir")
 
