@@ -1,6 +1,6 @@
 """Clipped PPO with four roles and a pretraining gradient, after everything that it needs.
 
-python -m alignjax.train --config ppo.py         40 s after sft and rm; 3 to 5 minutes with all
+python -m alignjax.train --config ppo.py         40 s after sft and rm; 4 to 6 minutes with all
                                                  of its parents on two cores
 
 Expect a true score of 0.33 -> 0.85 of sampled answers and 0.59 -> 0.90 of greedy ones, a KL of 2.9
