@@ -228,7 +228,9 @@ def table(figures: dict[str, float]) -> list[tuple[str, str]]:
     own_scores = [
         name.removesuffix("/before")
         for name in figures
-        if name.startswith("score/") and name.endswith("/before") and name != "score/before"
+        if name.startswith("score/")
+        and name.endswith("/before")
+        and not name.endswith(("score/before", "_interval/before"))
     ]
     labels = LABELS | {name: f"score by {name.removeprefix('score/')}" for name in own_scores}
     for name, label in labels.items():
