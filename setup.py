@@ -10,6 +10,7 @@ SHIPPED = {
     "alignjax.shipped.configs.qwen_1_8b": "configs/qwen_1_8b",
     "alignjax.shipped.configs.qwen_7b": "configs/qwen_7b",
     "alignjax.shipped.configs.qwen_14b": "configs/qwen_14b",
+    "alignjax.shipped.configs.hub": "configs/hub",
     "alignjax.shipped.configs.smollm2": "configs/smollm2",
     "alignjax.shipped.studies": "studies",
 }
