@@ -71,7 +71,7 @@ FAULTS = {
             **PPO,
             "steps": 20,
             "data.examples": 8,
-            "ppo.response_length": 4,
+            "ppo.response_length": 5,
             "optimiser.learning_rate": 1e-9,
             "value_optimiser.learning_rate": 0.3,
             "ppo.epochs": 2,
@@ -172,8 +172,9 @@ def finished(chain, tmp_path_factory) -> dict[str, FinishedRun]:
         patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
         patch.setattr(packing, "WIDTHS", (1,))
         demonstrations = {"data.train": write_demonstrations(runs / "demonstrations.jsonl")}
+        flips = {"data.train": write_coin_flips(runs / "coin.jsonl"), "data.examples": 0}
+        data = {"coin": flips, "hot": demonstrations}
         made = {"sft": run_once("sft", "sft-tiny", SFT | demonstrations, {"model": lm}, runs)}
-        data = {"coin": {"data.train": write_coin_flips(runs / "coin.jsonl"), "data.examples": 0}}
         for name, fault in FAULTS.items():
             fields = fault.fields | data.get(name, {})
             made[name] = run_once(name, fault.config, fields, parents[fault.config], runs)

@@ -100,8 +100,12 @@ def settings_of(config: dict) -> str:
 
 def shipped_settings() -> list[str]:
     """Return the different settings of types in the PPO configs of configs/."""
-    paths = sorted(configs.CONFIGS.rglob("*.py"))
-    shipped = [configs.load(str(path)) for path in paths]
+    shipped = []
+    for path in sorted(configs.CONFIGS.rglob("*.py")):
+        variants = configs.run_file(path).get("VARIANTS", ("",))
+        # A config without a default variant has models for variants.
+        names = ("",) if "" in variants else variants
+        shipped += [configs.load(f"{path}:{variant}") for variant in names]
     ppo_configs = [dict(configs.flatten(config)) for config in shipped if config.stage == "ppo"]
     return sorted({settings_of(config) for config in ppo_configs})
 
