@@ -19,7 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from alignjax.machine import jsonl  # noqa: E402
-from alignjax.reports.study_results import interval  # noqa: E402
+from alignjax.reports import study_results  # noqa: E402
+from alignjax.reports.study_picture import moving_mean  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 Table = dict[str, dict[str, list[float]]]  # row -> column -> values of the seeds
@@ -59,7 +60,7 @@ CURVES = (
 
 
 def train(config: str, seed: int, workdir: Path) -> None:
-    """Run a command, unless its run is complete."""
+    """Train a config, unless its run is complete."""
     if (workdir / "summary.json").exists():
         return
     command = [
@@ -89,16 +90,10 @@ def draw_curves(axes: np.ndarray, runs: Path, seed: int) -> None:
         steps = [row["step"] for row in rows if name in row]
         values = [row[name] for row in rows if name in row]
         width = max(1, len(values) // SMOOTHING)
-        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        smooth = moving_mean(values, width)
         axis.plot(steps[width - 1 :], smooth, label=f"seed {seed}", linewidth=1.2)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
-
-
-def cell(values: list[float]) -> str:
-    """Return the mean over the seeds, with half of its 95 % interval (Student's t)."""
-    middle, half = interval(values)
-    return f"{middle:.3g} ± {half:.2g}"
 
 
 def accuracy_table(seeds: list[dict]) -> Table:
@@ -128,7 +123,8 @@ def print_table(title: str, table: Table) -> None:
     columns = list(next(iter(table.values())))
     print(f"\n| {title} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
     for label, row in table.items():
-        print(f"| {label} | {' | '.join(cell(values) for values in row.values())} |")
+        cells = map(study_results.mean_cell, row.values())
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
 def main() -> None:

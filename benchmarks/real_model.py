@@ -20,9 +20,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from alignjax import inference
+from alignjax.algorithms import intervals
 from alignjax.data import problems, sources
-from alignjax.evals.calibration import wilson_interval
 from alignjax.machine import pictures
+from alignjax.reports.study_picture import moving_mean
 from alignjax.runs import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 from configs.smollm2.arithmetic import is_right  # noqa: E402
 
 SAMPLES = 4  # responses to each problem with top-p 0.9
-STANDARD_ERRORS = 1.96  # of a 95 % interval
 SMOOTHING = 5  # a curve is a moving mean over so many steps
 SHOWN_REPLIES = 3  # of the largest gains in score, and of the largest losses
 SHOWN_ANSWERS = 9
@@ -129,7 +129,7 @@ def arithmetic_lines(run: records.Records) -> Iterator[str]:
 
 
 def answer(name: str, rows: list[dict], length: int) -> dict[str, np.ndarray]:
-    """Return which responses of a model are right: [prompts samples], greedy and sampled."""
+    """Let a model answer; return which responses are right, [prompts samples], by way."""
     model = inference.load(name, max_length=256)
     prompts = [row["prompt"] for row in rows]
     greedy = model.generate(prompts, temperature=0.0, max_tokens=length)
@@ -154,10 +154,10 @@ def share(right: np.ndarray) -> Share:
     """
     mean = float(right.mean())
     if right.shape[1] == 1:
-        low, high = wilson_interval(int(right.sum()), len(right))
+        low, high = intervals.wilson_interval(int(right.sum()), len(right))
         return Share(mean, low, high)
-    error = STANDARD_ERRORS * right.mean(1).std(ddof=1) / np.sqrt(len(right))
-    return Share(mean, max(0.0, mean - error), min(1.0, mean + error))
+    half = intervals.half_width(right)
+    return Share(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
 def preference_lines(run: records.Records, rm: str) -> Iterator[str]:
@@ -261,8 +261,7 @@ def draw(run: records.Records, path: Path, score: str) -> None:
         values = [row[name] for row in run.metrics if name in row]
         width = min(SMOOTHING, len(values))
         axis.plot(steps, values, ".", color="0.7")
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axis.plot(steps[width - 1 :], smooth, color="#0072b2")
+        axis.plot(steps[width - 1 :], moving_mean(values, width), color="#0072b2")
         axis.set_title(score if label == "score" else label, fontsize=9)
         axis.set_xlabel("step")
     pictures.write_picture(path, picture, RESOLUTION)

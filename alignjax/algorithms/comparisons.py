@@ -104,7 +104,7 @@ def read_all(
     mesh: Mesh,
     ladder: packing.Ladder = packing.fine,
 ) -> np.ndarray:
-    """Return what a compiled function makes of all rows, [all_pairs 2], a batch at a time."""
+    """Read all rows by a compiled function, in batches; return its figures, [all_pairs 2]."""
     parts = [
         read_rows(read, pack, params, part, microbatch_tokens, mesh, ladder, batch_size)
         for part in mixture.in_order(rows, batch_size)

@@ -37,6 +37,7 @@ class GreedyAnswers:
         settings = dataclasses.replace(
             sampling_settings(config, end_tokens), temperature=0.0, samples_per_prompt=1
         )
+        self.has_true_score = heldout.has_true_score(config)
         self.batch_size = config.data.batch
         self.mesh = rollout_mesh(config, mesh)
         self.tokenizer = tokenizer
@@ -46,11 +47,15 @@ class GreedyAnswers:
     def figures(self, policy: dict, prompts: dict, rows: list[dict]) -> dict[str, float]:
         """Return how the world grades the answers: the means, and half their 95 % intervals.
 
+        There is nothing to grade by if the prompts are not of the embedded world.
+
         Args:
           policy: its parameters.
           prompts: arrays of prompts, as `encoding.encode` makes them.
           rows: rows of the prompts' data set.
         """
+        if not self.has_true_score:
+            return {}
         entries = []
         count = len(prompts["index"])
         with jax.set_mesh(self.mesh):

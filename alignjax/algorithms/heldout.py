@@ -151,6 +151,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on the first `limit` prompts (None: all) and as many rows of text, if any.
 
+    An evaluation on all prompts also has half the 95 % interval of each mean.
+
     Args:
       answer: (batch of prompts, how many of them in detail) -> entries, as `describe` has them.
       text_loss: text -> loss in nats a target.
@@ -168,6 +170,8 @@ def evaluate(
         entries += answer(encoding.narrowed(batch), detailed_here)[: count - first]
     figures = means(entries)
     figures["entropy"] /= figures["length"]
+    if limit is None:
+        figures |= half_widths(entries)
     if text is not None:
         figures["pretrain_loss"] = text_loss({name: array[:limit] for name, array in text.items()})
     return Evaluation(figures=figures, rows=entries)
@@ -224,21 +228,26 @@ def cell(figures: dict[str, float], name: str, side: str) -> str:
 
 def table(figures: dict[str, float]) -> list[tuple[str, str]]:
     """Return the figures before and after training as (label, text) lines."""
-    lines = []
+    lines = lines_of(figures, LABELS)
+    if "gap_closed" in figures:
+        share = f"{100 * figures['gap_closed']:16.0f} %"
+        lines.append(("gap from SFT to the best, closed", share))
     own_scores = [
         name.removesuffix("/before")
         for name in figures
         if name.startswith("score/")
         and name.endswith("/before")
-        and not name.endswith(("score/before", "_interval/before"))
+        and name != "score/before"
+        and not name.endswith("_interval/before")
     ]
-    labels = LABELS | {name: f"score by {name.removeprefix('score/')}" for name in own_scores}
-    for name, label in labels.items():
-        if f"{name}/before" in figures:
-            before = cell(figures, name, "before")
-            after = cell(figures, name, "after")
-            lines.append((label, f"{before:>16} -> {after}"))
-    if "gap_closed" in figures:
-        share = f"{100 * figures['gap_closed']:16.0f} %"
-        lines.append(("gap from SFT to the best, closed", share))
-    return lines
+    labels = {name: f"score by {name.removeprefix('score/')}" for name in own_scores}
+    return lines + lines_of(figures, labels)
+
+
+def lines_of(figures: dict[str, float], labels: dict[str, str]) -> list[tuple[str, str]]:
+    """Return a line for each figure, by name and label, that there is."""
+    return [
+        (label, f"{cell(figures, name, 'before'):>16} -> {cell(figures, name, 'after')}")
+        for name, label in labels.items()
+        if f"{name}/before" in figures
+    ]

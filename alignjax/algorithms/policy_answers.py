@@ -69,9 +69,7 @@ class PolicyAnswers:
         arrays = self.prompts.arrays
         batch_size = self.config.data.batch
         result = heldout.evaluate(answer, None, arrays, None, batch_size)
-        result.figures.update(heldout.half_widths(result.rows))
-        if heldout.has_true_score(self.config):
-            result.figures.update(self.greedy.figures(policy, arrays, self.prompts.rows))
+        result.figures.update(self.greedy.figures(policy, arrays, self.prompts.rows))
         return result
 
     def answer(

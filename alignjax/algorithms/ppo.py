@@ -435,18 +435,14 @@ class PPO:
         policy = self.role_params(state)["policy"]
         before = self.evaluate_policy(reference, policy, state, limit=None, detailed=detailed)
         after = self.evaluate_policy(policy, policy, state, limit=None, detailed=detailed)
-        before.figures.update(heldout.half_widths(before.rows) | self.greedy_figures(reference))
-        after.figures.update(heldout.half_widths(after.rows) | self.greedy_figures(policy))
+        for result, params in ((before, reference), (after, policy)):
+            result.figures.update(
+                self.greedy.figures(params, self.prompts.heldout, self.prompts.heldout_rows)
+            )
         figures = {f"{role}_updates": int(state[role].updates) for role in self.roles}
         figures |= heldout.compare(before.figures, after.figures)
         rows = heldout.side_by_side(before.rows, after.rows)
         return Evaluation(figures=figures, rows=rows[:detailed])
-
-    def greedy_figures(self, policy: dict) -> dict[str, float]:
-        """Return the grades of greedy answers, if the prompts are of the embedded world."""
-        if not heldout.has_true_score(self.config):
-            return {}
-        return self.greedy.figures(policy, self.prompts.heldout, self.prompts.heldout_rows)
 
     def evaluate_midway(self, state: State) -> Evaluation | None:
         """Evaluate the policy on the first `ppo.eval_prompts` held-out prompts.

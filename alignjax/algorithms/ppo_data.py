@@ -68,7 +68,7 @@ class PretrainingText:
 
 
 def prompts_of(batch: dict[str, np.ndarray]) -> Prompts:
-    """Return a batch of prompts, as `PromptData.batch` has it, as a sampler takes it."""
+    """Return the prompts that a sampler reads of a batch of `PromptData`."""
     return Prompts(tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"])
 
 

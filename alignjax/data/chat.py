@@ -191,7 +191,7 @@ def decode_response(
 
 
 def decode_continuation(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text that tokens add to a text, without their end token and special ones."""
+    """Decode tokens that continue a text, without their end token and special ones."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         ends.add(end_token(tokenizer))
@@ -209,7 +209,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[st
     for token in chat_format.context_of(tokenizer).tokens:
         stream.step(tokenizer.backend_tokenizer, token)
     texts = [stream.step(tokenizer.backend_tokenizer, int(token)) or "" for token in tokens]
-    whole = chat_format.decode_continuation(tokenizer, tokens)
+    whole = chat_format.decode_after_context(tokenizer, tokens)
     streamed = "".join(texts)
     if whole.startswith(streamed):
         # The last character may be cut off: its tokens give no text to the stream.

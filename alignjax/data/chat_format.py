@@ -415,8 +415,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def decode_continuation(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text that tokens add to one before them."""
+def decode_after_context(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text that tokens add to the context, special tokens included."""
     context = context_of(tokenizer)
     tokens = [int(token) for token in tokens]
     whole = decode(tokenizer, context.tokens + tokens)
@@ -428,9 +428,9 @@ def decode_continuation(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int
 def decode_text(
     tokenizer: PreTrainedTokenizerBase, controls: ControlTokens, tokens: Iterable[int]
 ) -> str:
-    """Return the text that tokens add to one before them, without special tokens."""
+    """Return the text that tokens add to the context, without special tokens."""
     kept = [int(token) for token in tokens if int(token) not in controls.special_ids]
-    return decode_continuation(tokenizer, kept)
+    return decode_after_context(tokenizer, kept)
 
 
 @functools.lru_cache(maxsize=8)

@@ -78,20 +78,13 @@ def run(argv: Sequence[str] | None) -> None:
         if count < 1:
             raise UserError(f"--{name}={count} must be at least 1")
     out = Path(arguments.out)
-    output_directories.check_directory(
-        out, "--out", command=COMMAND, is_own=is_no_result, overwrite=arguments.overwrite
-    )
+    output_directories.check_directory(out, "--out", command=COMMAND, overwrite=arguments.overwrite)
     problems = make(arguments.seed, arguments.train, arguments.heldout)
     output_directories.claim_directory(out, COMMAND)
     for name, rows in (("train", problems.train), ("heldout", problems.heldout)):
         outputs.write_text(out / f"{name}.jsonl", jsonl.dumps(rows))
         counts = ", ".join(f"{count_of(task, rows)} {task}" for task in TASKS)
         say(f"{out / name}.jsonl: {len(rows)} problems: {counts}")
-
-
-def is_no_result(directory: Path) -> bool:
-    """Return that a directory without a marker is not ours: no earlier version wrote any."""
-    return False
 
 
 def count_of(task: str, rows: list[dict]) -> int:

@@ -42,7 +42,7 @@ class TemplateTraits:
 
 
 def traits_of(tokenizer: PreTrainedTokenizerBase) -> TemplateTraits:
-    """Return what the chat template of a tokenizer does; UserError if it is of no use."""
+    """Return what a tokenizer's chat template does; UserError if it cannot be used."""
     chat = chat_format.format_of(tokenizer)
     probe = chat_format.probe_template(tokenizer)
     turn = chat.turn(probe.opening, ORDINARY_REPLY)

@@ -370,7 +370,7 @@ def user(content: str) -> dict:
 def comparisons(
     rng: Generator, stream: Iterator[str], count: int, settings: Comparing
 ) -> list[dict]:
-    """Make pairs of responses of different grades.
+    """Make comparisons: two responses to a prompt, whose grades differ.
 
     The margin is the distance between the grades, whichever way the label points.
     """

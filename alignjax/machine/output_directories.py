@@ -16,7 +16,7 @@ def check_directory(
     option: str,
     *,
     command: str,
-    is_own: Callable[[Path], bool],
+    is_own: Callable[[Path], bool] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Check that a command may write results into a directory, before it begins to work.
@@ -25,7 +25,8 @@ def check_directory(
       directory: local; it may exist if it is empty or an earlier one of the same command.
       option: how the command line names it, such as "--out".
       command: the name in the marker, such as "alignjax.evaluate".
-      is_own: whether a directory without a marker was made by an earlier version.
+      is_own: whether a directory without a marker was made by an earlier version; None if no
+        version of the command left one unmarked.
       overwrite: allow a directory that holds other files. They stay, unless they have the name
         of a result.
 
@@ -46,7 +47,7 @@ def check_directory(
         return
     with outputs.writing(directory):
         is_used = any(not outputs.is_leftover(path) for path in directory.iterdir())
-    if is_used and (owner or not is_own(directory)):
+    if is_used and (owner or is_own is None or not is_own(directory)):
         raise UserError(
             f"{where}: this directory holds files that the command has not written; name another "
             "one, or write into it with --overwrite"

@@ -124,7 +124,7 @@ def numbers_of(text: str) -> Float[Array, " numbers"]:
 
 
 def longrope_magnitude(model: Model) -> float:
-    """Return the factor on cosine and sine of longrope (Ding et al. 2024), at all lengths."""
+    """Return the factor by which longrope (Ding et al. 2024) multiplies cosine and sine."""
     if model.rope_factor <= 1:
         return 1.0
     return math.sqrt(1 + math.log(model.rope_factor) / math.log(model.rope_original_length))

@@ -106,12 +106,17 @@ def table_rows(record: dict) -> list[list[str]]:
 def figure_cell(values: list[float | None], first_values: list[float]) -> str:
     if None in values:
         return "-"
-    middle, half = interval(values)
     change, half_of_change = interval(np.subtract(values, first_values))
     arrow = ""
     if abs(change) > half_of_change:
         arrow = " ↑" if change > 0 else " ↓"
-    return f"{middle:.3g} ± {half:.2g}{arrow}"
+    return f"{mean_cell(values)}{arrow}"
+
+
+def mean_cell(values: Sequence[float]) -> str:
+    """Return a mean with half of its 95 % interval as text."""
+    middle, half = interval(values)
+    return f"{middle:.3g} ± {half:.2g}"
 
 
 @dataclass(frozen=True, kw_only=True)

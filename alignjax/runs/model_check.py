@@ -83,7 +83,7 @@ class ModelCheck:
 
     @property
     def loads(self) -> bool:
-        """Return whether nothing was refused."""
+        """Return whether the model loads: no problem was found."""
         return not self.problems
 
 

@@ -113,7 +113,7 @@ def template_facts(traits: TemplateTraits) -> Iterator[tuple[str, str]]:
 
 
 def shown(text: str, most: int = 120) -> str:
-    """Return a text in quotes, cut off if it is long."""
+    """Quote a text; cut it off after `most` characters."""
     return repr(text if len(text) <= most else f"{text[:most]}...")
 
 

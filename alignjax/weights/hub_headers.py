@@ -46,7 +46,7 @@ def model_directory(spec: str) -> Iterator[Path]:
 
 
 def has_weights(snapshot: Path) -> bool:
-    """Return whether all files of weights are in a directory."""
+    """Return whether a directory has all files of the weights."""
     if (snapshot / SINGLE_FILE).is_file():
         return True
     if not (snapshot / INDEX).is_file():

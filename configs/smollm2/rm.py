@@ -7,25 +7,29 @@ In place of the hub, a directory: --config.parents.model=DIR. The run is one pas
 up to 192 tokens.
 """
 
-from alignjax.config import Config, Data, Lora, Model, Optimiser, Ranking, load
+from alignjax.config import Config, Data, Optimiser, Ranking, load
 
 VARIANTS = ("", "tiny")
-SET = "tfds/hh_harmless_base"
 
 
 def config(variant: str) -> Config:
+    base = load(f"smollm2/sft.py:{variant}")
     config = Config(stage="ranking", name="smollm2-rm", steps=0, microbatch_tokens=1024)
-    config.parents = {"model": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"}
-    config.model = Model(max_length=256)
-    config.lora = Lora(rank=16, alpha=32.0)
+    config.parents = base.parents
+    config.model = base.model
+    config.lora = base.lora
     config.optimiser = Optimiser(learning_rate=3e-4, schedule="cosine", warmup_steps=4)
-    config.data = Data(kind="comparisons", train=SET, heldout=SET, batch=16, max_length=192)
+    config.data = Data(
+        kind="comparisons",
+        train=base.data.train,
+        heldout=base.data.heldout,
+        batch=16,
+        max_length=192,
+    )
     # There are no demonstrations to shift the scores by: PPO subtracts their running mean.
     config.ranking = Ranking(demonstrations="")
     if variant == "tiny":
         config.name = "smollm2-rm-tiny"
         config.steps = 4
-        config.parents = {"model": "lm.py:tiny"}
-        config.model = load("lm.py:tiny").model
         config.data = load("rm.py:tiny").data
     return config

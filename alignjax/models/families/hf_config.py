@@ -143,7 +143,7 @@ class HFConfig:
             raise UserError(self.unexpected(name, wanted))
 
     def unexpected(self, name: str, wanted: str) -> str:
-        """Say that a field has another value than it may have."""
+        """Return the message that a field must be what is wanted, with its value."""
         value = self.values.get(name, self.defaults.get(name))
         return f"{self.where}: {self.prefix}{name}={shown(value)} must be {wanted}"
 

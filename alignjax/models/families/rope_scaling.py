@@ -207,7 +207,7 @@ def read_longrope(config: HFConfig, rope: HFConfig, model: Model) -> RopeFields:
 
 
 def read_factors(rope: HFConfig, name: str, count: int) -> str:
-    """Return numbers above 0 as a list with commas."""
+    """Read a list of numbers above 0; return them as text, separated by commas."""
     numbers = rope.require(name)
     is_list = isinstance(numbers, list) and len(numbers) == count
     is_list = is_list and all(is_real(one) and 0 < one < math.inf for one in numbers)
