@@ -52,13 +52,18 @@ def test_prompts_are_answered_in_whole_batches_and_each_counts_once(limit, batch
     assert details == ([3, 1, 0][: len(batches)] if len(index) > 1 else [1])
     assert answered == batches
     assert [entry["prompt"] for entry in result.rows] == [str(i) for i in index]
-    assert result.figures == {
+    expected = {
         "score": index.mean() + 0.5,
         "length": 3.0,
         "truncated": 0.5,
         "entropy": 1.5,
         "pretrain_loss": 2.5,
     }
+    if limit is None:
+        # The means of the prompts are 0.5, 1.5, 2.5, 4.5 and 7.5.
+        half = 1.96 * np.sqrt(7.7 / 5)
+        expected |= {"score_interval": half, "length_interval": 0.0, "truncated_interval": 0.0}
+    assert result.figures == pytest.approx(expected, rel=1e-4)
     assert {name: len(array) for name, array in texts[0].items()} == {"tokens": rows, "mask": rows}
     without_text = heldout.evaluate(answer, None, PROMPTS, None, 2, limit)
     assert "pretrain_loss" not in without_text.figures

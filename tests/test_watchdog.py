@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,7 +17,7 @@ from alignjax.machine import console, watchdog
 
 # A command that blocks, in C where no signal handler runs, or on the device.
 BLOCKED = """
-import sys, hashlib, jax, jax.numpy as jnp
+import sys, hashlib, threading, jax, jax.numpy as jnp
 from alignjax.machine import console, watchdog
 watchdog.FIRST_REPORT = 0.3
 watchdog.LAST_WORDS = 0.3
@@ -28,9 +29,9 @@ def compute(count):
 def body():
     if sys.argv[1] == "device":
         array = compute(jnp.int32(2**31 - 1))
-        print("begun", flush=True)
+        threading.Timer(0.5, print, ["begun"], {"flush": True}).start()
         array.block_until_ready()
-    print("begun", flush=True)
+    threading.Timer(0.5, print, ["begun"], {"flush": True}).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 
 console.leave(console.run_command(body))
@@ -114,9 +115,9 @@ def test_a_second_interrupt_ends_a_run_at_once(impatient, tmp_path, monkeypatch,
     monkeypatch.setattr(watchdog, "end_process", lambda: ended.append(time.monotonic()))
 
     def act() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**6)
+        for seconds in (0.1, 0.2):
+            threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT]).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 4 * 10**6)  # longer than the last words
 
     arguments = command("lm-tiny", tmp_path, "--config.checkpoint_every=1")
     with act_in_step(2, act):
@@ -124,7 +125,7 @@ def test_a_second_interrupt_ends_a_run_at_once(impatient, tmp_path, monkeypatch,
     assert len(ended) == 1
     assert not (tmp_path / "lm-tiny" / "summary.json").exists()
     assert train.main(arguments) == 0
-    assert "resuming from step 2" in capfd.readouterr().out
+    assert "resuming from step 3" in capfd.readouterr().out
     assert len(rows(tmp_path / "lm-tiny" / "metrics.jsonl")) == 4
 
 
