@@ -21,12 +21,14 @@ from runs import act_in_step, command
 from alignjax import train
 from alignjax.data import files
 from alignjax.data.raw_rows import RawRow
-from alignjax.machine import processes
+from alignjax.machine import processes, watchdog
 
 # JAX's key of a compiled program has a fingerprint of the CPU topology, which differs between
 # processes, and only process 0 writes programs to the cache. Leave the fingerprint out, so that
 # process 1 reads what process 0 has written.
 cache_key._hash_accelerator_config = cache_key._hash_devices
+
+watchdog.FIRST_REPORT = 900.0  # seconds; a busy machine may answer a signal late
 
 processes.PATIENCE = processes.SILENT + 1  # seconds; the test need not wait for more
 

@@ -117,7 +117,8 @@ def test_a_second_interrupt_ends_a_run_at_once(impatient, tmp_path, monkeypatch,
     def act() -> None:
         for seconds in (0.1, 0.2):
             threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT]).start()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 4 * 10**6)  # longer than the last words
+        # Longer than the last words; the handler then runs once, for both.
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 4 * 10**6)
 
     arguments = command("lm-tiny", tmp_path, "--config.checkpoint_every=1")
     with act_in_step(2, act):
