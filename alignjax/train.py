@@ -44,6 +44,7 @@ from alignjax.runs.claim import (
     is_complete,
     prolong,
 )
+from alignjax.runs.evaluating import EvaluationProgress
 from alignjax.runs.lineage import adopt_architecture, check_parent, parent_of
 from alignjax.runs.loop import Loop
 from alignjax.runs.records import Records
@@ -218,6 +219,7 @@ def train(
         say=session.say,
         phases=phases,
         imported=imported,
+        evaluation_progress=EvaluationProgress(config.name, session.signals),
     )
     stage = STAGES[config.stage].load(config, mesh, inputs)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

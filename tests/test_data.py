@@ -715,6 +715,10 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path):
     assert 10 < len(held_out) < 30 and len(printed) == 1
     assert len(sets.train[0]) == 3 * len(trained)
     assert len(sets.heldout[a]) == 3 * len(held_out)
+    # Fewer are evaluated, but no more are trained on.
+    config.data.heldout_examples = 5
+    shorter = mixture.sets(config, "comparisons", a, a, printed.append)
+    assert shorter.train == sets.train and shorter.heldout[a] == sets.heldout[a][:5]
     c = write_comparisons(tmp_path / "c.jsonl", ["p7", "p8", "new"])
     with pytest.raises(UserError, match="every prompt of it is held out"):
         mixture.sets(config, "comparisons", b, c, printed.append)

@@ -16,6 +16,7 @@ from runs import ROOT, Chain, Crash, act_in_step, command, fails, files_of, rows
 
 from alignjax import config as configs
 from alignjax import train
+from alignjax.algorithms import heldout
 from alignjax.config import UserError
 from alignjax.machine import lock, marker, outputs
 from alignjax.runs import claim, step_files, tensorboard
@@ -39,6 +40,28 @@ def test_resume_is_exact_after_an_exception_and_a_sigterm(name, chain, tmp_path,
     assert len(rows(runs / name / "metrics.jsonl")) == 3
     assert train.main(command(name, runs)) == 0
     assert f"{name}: resuming from step 2" in capsys.readouterr().out
+    assert files_of(runs / name) == files_of(chain.runs / name)
+
+
+@pytest.mark.parametrize("name", ["ppo-tiny", "dpo-tiny"])
+def test_a_sigterm_ends_the_last_evaluation_and_the_same_command_repeats_it(
+    name, chain, tmp_path, monkeypatch, capsys
+):
+    runs = with_parents(name, chain.runs, tmp_path)
+    describe = heldout.describe
+
+    def describe_and_terminate(*arguments, **options) -> list[dict]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return describe(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heldout, "describe", describe_and_terminate)
+        assert train.main(command(name, runs)) == 0
+    printed = capsys.readouterr().err
+    assert f"SIGTERM: {name} is trained but not evaluated; the same command" in printed
+    assert not (runs / name / "summary.json").exists()
+    assert train.main(command(name, runs)) == 0
+    assert f"{name}: resuming from step 4" in capsys.readouterr().out
     assert files_of(runs / name) == files_of(chain.runs / name)
 
 

@@ -269,4 +269,5 @@ def load_answers(config: Config, mesh: Mesh, inputs: RunInputs) -> PolicyAnswers
         prompts=load_heldout_prompts(config, config.dpo.prompts, inputs),
         end_tokens=end_tokens,
         tokenizer=inputs.tokenizer,
+        progress=inputs.evaluation_progress,
     )

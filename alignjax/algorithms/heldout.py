@@ -148,6 +148,7 @@ def evaluate(
     batch_size: int,
     limit: int | None = None,
     detailed: int = 0,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate on the first `limit` prompts (None: all) and as many rows of text, if any.
 
@@ -162,12 +163,14 @@ def evaluate(
         training, so that its compiled programs serve: the first prompts fill up the last batch.
       limit: how many prompts count.
       detailed: how many entries get the details of `describe`.
+      after_batch: is called after each batch, and may end the evaluation by an error.
     """
     entries = []
     count = len(prompts["index"][:limit])
     for first, batch in whole_batches(prompts, batch_size, count):
         detailed_here = max(min(detailed, count) - first, 0)
         entries += answer(encoding.narrowed(batch), detailed_here)[: count - first]
+        after_batch()
     figures = means(entries)
     figures["entropy"] /= figures["length"]
     if limit is None:
@@ -184,6 +187,11 @@ def whole_batches(
     for first in range(0, count, batch_size):
         wrapped = np.arange(first, first + batch_size) % count
         yield first, {name: array[wrapped] for name, array in prompts.items()}
+
+
+def count_batches(prompts: dict, batch_size: int) -> int:
+    """Return how many batches an evaluation on all prompts has."""
+    return -(-len(prompts["index"]) // batch_size)
 
 
 def has_true_score(config: Config) -> bool:

@@ -4,6 +4,7 @@ The programs are those of PPO's evaluation, so the figures of both can be compar
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from alignjax.algorithms.ppo_programs import (
     rollout_placement,
     sampling_settings,
 )
-from alignjax.algorithms.stage import Evaluation
+from alignjax.algorithms.stage import Evaluation, OpenProgress
 from alignjax.config import Config
 from alignjax.machine import sharding
 from alignjax.sampling.types import Rollout
@@ -39,11 +40,13 @@ class PolicyAnswers:
         prompts: HeldoutPrompts,
         end_tokens: tuple[int, ...],
         tokenizer: PreTrainedTokenizerBase,
+        progress: OpenProgress,
     ):
         self.config = config
         self.mesh = mesh
         self.prompts = prompts
         self.tokenizer = tokenizer
+        self.progress = progress
         self.rollout_mesh = rollout_mesh(config, mesh)
         self.place_params = params_placement(config, mesh, abstract_params)
         self.place_rollout = rollout_placement(config, mesh)
@@ -57,18 +60,22 @@ class PolicyAnswers:
 
     def compare(self, reference: dict, policy: dict) -> Evaluation:
         """Return the figures of both by name, and rows that show their answers side by side."""
-        before = self.evaluate(reference, reference)
-        after = self.evaluate(policy, reference)
+        batches = heldout.count_batches(self.prompts.arrays, self.config.data.batch)
+        with self.progress(2 * batches) as after_batch:
+            before = self.evaluate(reference, reference, after_batch)
+            after = self.evaluate(policy, reference, after_batch)
         figures = heldout.compare(before.figures, after.figures)
         rows = heldout.side_by_side(before.rows, after.rows)
         return Evaluation(figures=figures, rows=rows[: self.config.ppo.eval_prompts])
 
-    def evaluate(self, policy: dict, reference: dict) -> Evaluation:
+    def evaluate(
+        self, policy: dict, reference: dict, after_batch: Callable[[], None]
+    ) -> Evaluation:
         """Return the figures of a policy's answers, and an entry for each prompt."""
         answer = functools.partial(self.answer, {"policy": policy, "reference": reference})
         arrays = self.prompts.arrays
         batch_size = self.config.data.batch
-        result = heldout.evaluate(answer, None, arrays, None, batch_size)
+        result = heldout.evaluate(answer, None, arrays, None, batch_size, after_batch=after_batch)
         result.figures.update(self.greedy.figures(policy, arrays, self.prompts.rows))
         return result
 

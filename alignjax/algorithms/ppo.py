@@ -5,7 +5,7 @@ estimators that need no value model leave out everything of that role: see `conf
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -200,6 +200,7 @@ class PPO:
         self.prompts = prompts
         self.text = text
         self.reward = reward
+        self.evaluation_progress = inputs.evaluation_progress
         row_shards = sharding.row_shards(self.mesh)
         behind = experience.tokens_behind(self.readers)
         self.ladder = choose_ladder(self.config, prompts.lengths, row_shards, behind)
@@ -433,8 +434,18 @@ class PPO:
         detailed = self.config.ppo.eval_prompts
         reference = roles.copy_to_device(self.frozen["reference"])
         policy = self.role_params(state)["policy"]
-        before = self.evaluate_policy(reference, policy, state, limit=None, detailed=detailed)
-        after = self.evaluate_policy(policy, policy, state, limit=None, detailed=detailed)
+        batches = heldout.count_batches(self.prompts.heldout, self.config.data.batch)
+        with self.evaluation_progress(2 * batches) as after_batch:
+            evaluate = functools.partial(
+                self.evaluate_policy,
+                trained_policy=policy,
+                state=state,
+                limit=None,
+                detailed=detailed,
+                after_batch=after_batch,
+            )
+            before = evaluate(reference)
+            after = evaluate(policy)
         for result, params in ((before, reference), (after, policy)):
             result.figures.update(
                 self.greedy.figures(params, self.prompts.heldout, self.prompts.heldout_rows)
@@ -453,18 +464,21 @@ class PPO:
             return None
         limit = self.config.ppo.eval_prompts
         policy = self.role_params(state)["policy"]
-        result = self.evaluate_policy(policy, policy, state, limit=limit, detailed=SAMPLED_PROMPTS)
+        result = self.evaluate_policy(
+            policy, trained_policy=policy, state=state, limit=limit, detailed=SAMPLED_PROMPTS
+        )
         figures = {"prompts": len(result.rows), **result.figures}
         return Evaluation(figures=figures, rows=result.rows[:SAMPLED_PROMPTS])
 
     def evaluate_policy(
         self,
         policy: dict,
+        *,
         trained_policy: dict,
         state: State,
-        *,
         limit: int | None,
         detailed: int,
+        after_batch: Callable[[], None] = lambda: None,
     ) -> Evaluation:
         """Evaluate the policy or the reference by the programs of training."""
         return heldout.evaluate(
@@ -475,6 +489,7 @@ class PPO:
             self.config.data.batch,
             limit,
             detailed,
+            after_batch,
         )
 
     def answer(

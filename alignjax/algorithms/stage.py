@@ -4,7 +4,9 @@ A step with a figure that is not finite leaves WORKDIR/skipped/STEP.npz; docs/me
 to compute its losses again.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -19,6 +21,14 @@ from alignjax.weights.imported import Imported
 
 # role -> TrainState, and whatever else a resume needs; its leaves are arrays on the mesh.
 State = dict[str, Any]
+# Given a number of batches, it opens a progress bar, and gives what to call after each of them.
+OpenProgress = Callable[[int], AbstractContextManager[Callable[[], None]]]
+
+
+@contextlib.contextmanager
+def no_progress(batches: int) -> Iterator[Callable[[], None]]:
+    """Show nothing: an `OpenProgress` for evaluations that nobody watches."""
+    yield lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,7 @@ class RunInputs:
     imported: Imported = field(
         default_factory=Imported
     )  # from the checkpoint that the model came from
+    evaluation_progress: OpenProgress = no_progress  # of the evaluation at the end
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,9 @@ class Data:
     batch: int = 64  # examples (pairs, prompts) of an optimiser step (of a rollout, for PPO)
     max_length: int = 64  # tokens of an example; longer ones are dropped and counted, never cut
     examples: int = 0  # how many examples of each data set to use; 0 is all of them
+    # How many examples of each held-out source are evaluated; 0 is all of them. None of their
+    # prompts is trained on in either case.
+    heldout_examples: int = 0
 
 
 @dataclass

@@ -34,7 +34,8 @@ def sets(config: Config, kind: str, train: str, heldout: str, say: Callable[[str
     """Read the sources to train on and to hold out.
 
     A file that is named in both is split: `data.heldout_share` of its prompts are held out. Any
-    other example of `train` whose prompt is held out is dropped, and counted.
+    other example of `train` whose prompt is held out is dropped, and counted. Of what is held out,
+    the first `data.heldout_examples` of each source are returned.
     """
     train_sources = data_sources.parse(train)
     heldout_names = []
@@ -83,7 +84,9 @@ def sets(config: Config, kind: str, train: str, heldout: str, say: Callable[[str
             raise UserError(f"{source.name}: every prompt of it is held out, by {heldout}")
         train_examples.append(kept)
     weights = [source.weight for source in train_sources if source.weight]
-    return Sets(train_examples, weights or None, heldout_examples)
+    limit = config.data.heldout_examples or None
+    evaluated = {name: examples[:limit] for name, examples in heldout_examples.items()}
+    return Sets(train_examples, weights or None, evaluated)
 
 
 def check_not_empty(examples: list[dict], purpose: str, source: str, share: float) -> None:

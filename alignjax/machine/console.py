@@ -7,7 +7,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import jax
 from tqdm import tqdm
@@ -185,12 +185,12 @@ def progress_bar(
     initial: int = 0,
     enabled: bool = True,
     log_refresh: float = LOG_REFRESH,
-    **options: bool,
+    **options: Any,
 ) -> tqdm:
     """Make a progress bar on standard error; it is a context manager that closes the bar.
 
     On a terminal the bar is redrawn twice a second. Elsewhere it is a line every `log_refresh`
-    seconds. `options` are further options of tqdm, such as `leave` and `unit_scale`.
+    seconds. `options` are further options of tqdm, such as `leave`, `delay` and `unit_scale`.
     """
     on_terminal = sys.stderr.isatty()
     return tqdm(

@@ -40,6 +40,7 @@ def config(variant: str) -> Config:
         heldout="data/problems/heldout.jsonl",
         batch=16,
         max_length=64,
+        heldout_examples=300,
     )
     config.ppo = PPO(
         reward_fn="configs.smollm2.arithmetic:reward",

@@ -35,7 +35,14 @@ def config(variant: str) -> Config:
     config.lora = Lora(rank=16, alpha=32.0)
     config.optimiser = Optimiser(learning_rate=5e-4, warmup_steps=4)
     config.value_optimiser = Optimiser(learning_rate=1e-3)
-    config.data = Data(kind="prompts", train=SET, heldout=SET, batch=16, max_length=64)
+    config.data = Data(
+        kind="prompts",
+        train=SET,
+        heldout=SET,
+        batch=16,
+        max_length=64,
+        heldout_examples=100,
+    )
     config.ppo = PPO(
         samples_per_prompt=2,
         response_length=32,

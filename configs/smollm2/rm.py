@@ -3,8 +3,8 @@
 python -m alignjax.data.prepare hh_harmless_base
 python -m alignjax.train --config smollm2/rm.py
 
-In place of the hub, a directory: --config.parents.model=DIR. The run is one pass over the pairs of
-up to 192 tokens.
+In place of the hub, a directory: --config.parents.model=DIR. On a GPU, train for longer: the set
+has 42,000 pairs, of which 41 steps see 656.
 """
 
 from alignjax.config import Config, Data, Optimiser, Ranking, load
@@ -14,7 +14,7 @@ VARIANTS = ("", "tiny")
 
 def config(variant: str) -> Config:
     base = load(f"smollm2/sft.py:{variant}")
-    config = Config(stage="ranking", name="smollm2-rm", steps=0, microbatch_tokens=1024)
+    config = Config(stage="ranking", name="smollm2-rm", steps=41, microbatch_tokens=1024)
     config.parents = base.parents
     config.model = base.model
     config.lora = base.lora
@@ -25,6 +25,7 @@ def config(variant: str) -> Config:
         heldout=base.data.heldout,
         batch=16,
         max_length=192,
+        heldout_examples=300,
     )
     # There are no demonstrations to shift the scores by: PPO subtracts their running mean.
     config.ranking = Ranking(demonstrations="")

@@ -20,7 +20,14 @@ def config(variant: str) -> Config:
     config.model = Model(max_length=256)
     config.lora = Lora(rank=16, alpha=32.0)
     config.optimiser = Optimiser(learning_rate=5e-4, schedule="cosine", warmup_steps=4)
-    config.data = Data(kind="conversations", train=SET, heldout=SET, batch=16, max_length=192)
+    config.data = Data(
+        kind="conversations",
+        train=SET,
+        heldout=SET,
+        batch=16,
+        max_length=192,
+        heldout_examples=300,
+    )
     if variant == "tiny":
         config.name = "smollm2-sft-tiny"
         config.steps = 4
