@@ -19,7 +19,7 @@ LABELS = {
     "true_score_greedy": "true score, greedy",
     "right_words": "right words, sampled",
     "right_words_greedy": "right words, greedy",
-    "score": "reward model's score",
+    "score": "score, sampled",
     "kl": "KL to the reference, nats",
     "length": "response length, tokens",
     "truncated": "share cut off",
