@@ -21,7 +21,7 @@ from alignjax.algorithms.ppo import PPO
 from alignjax.algorithms.ppo_data import PretrainingText, choose_ladder
 from alignjax.config import Config
 from alignjax.machine import sharding
-from alignjax.machine.profile import Compilations, Phases
+from alignjax.machine.profile import Compilations
 from alignjax.models import transformer
 
 PROMPTS = 32
@@ -106,7 +106,7 @@ class Iterations:
         marks = [time.perf_counter()]
         batch = self.random_prompts()
         params = self.stage.role_params(self.state)
-        rollout = self.stage.sample(params["policy"], batch, self.step, Phases())
+        rollout = self.stage.compiled.responder.respond(params["policy"], batch, self.step)
         marks.append(time_after(rollout))
         minibatches = self.stage.pack(batch, rollout)
         scored = self.stage.score(params, self.state, rollout, minibatches)

@@ -20,7 +20,7 @@ import numpy as np
 import shapes
 
 from alignjax import config as configs
-from alignjax.algorithms import ppo_programs
+from alignjax.algorithms import responding
 from alignjax.config import Config, Model
 from alignjax.machine import sharding
 from alignjax.sampling.types import Prompts, Rollout
@@ -56,8 +56,8 @@ def rollout_program(
         samples_per_prompt=samples, response_length=new_tokens, top_p=0.9, slots=slots
     )
     config = Config(stage="ppo", name="benchmark", model=model, ppo=ppo)
-    settings = ppo_programs.sampling_settings(config, NO_END)
-    sample = ppo_programs.make_sampler(config, sharding.make_mesh(config.mesh), settings)
+    settings = responding.sampling_settings(config, NO_END)
+    sample = responding.make_sampler(config, sharding.make_mesh(config.mesh), settings)
     random = np.random.default_rng(1)
     tokens = random.integers(2, model.vocab_size, (prompts, prompt_tokens))
     batch = Prompts(

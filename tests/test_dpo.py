@@ -18,7 +18,7 @@ from alignjax import convert, inference, train
 from alignjax.algorithms import dpo_programs, greedy, losses
 from alignjax.algorithms.comparisons import interleave
 from alignjax.algorithms.dpo import DirectPreference
-from alignjax.algorithms.ppo_programs import params_placement
+from alignjax.algorithms.responding import make_responder
 from alignjax.algorithms.stage import RunInputs
 from alignjax.config import DPO, UserError
 from alignjax.data import chat, encoding, toy
@@ -299,13 +299,8 @@ def test_greedy_answers_are_those_of_inference(chain, monkeypatch):
     prompts = toy.examples("prompts", "heldout", 0)[:6]
     arrays = encoding.encode(prompts, "prompts", config.data.max_length, tokenizer, print)
     model = inference.load(sft)
-    answers = greedy.GreedyAnswers(
-        config,
-        model.mesh,
-        params_placement(config, model.mesh, model.params),
-        end_tokens=model.ends,
-        tokenizer=tokenizer,
-    )
+    responder = make_responder(config, model.mesh, model.params, model.ends)
+    answers = greedy.GreedyAnswers(config, responder, tokenizer)
     texts = [row["prompt"][-1]["content"] for row in prompts]
     responses = model.generate(texts, temperature=0.0, max_tokens=config.ppo.response_length)
     expected = [len(text + response.text) for text, response in zip(texts, responses, strict=True)]

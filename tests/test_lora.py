@@ -18,7 +18,7 @@ from alignjax import config as configs
 from alignjax import train
 from alignjax.algorithms import lm, optimisation
 from alignjax.algorithms.ppo import PPO
-from alignjax.algorithms.ppo_programs import params_placement
+from alignjax.algorithms.responding import params_placement
 from alignjax.config import Config, Lora, UserError
 from alignjax.machine import sharding
 from alignjax.models import lora, transformer

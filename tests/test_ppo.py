@@ -22,7 +22,7 @@ from alignjax.algorithms.ppo_checks import CHECKED_RESPONSES
 from alignjax.config import UserError
 from alignjax.data import encoding, packing
 from alignjax.machine import sharding
-from alignjax.machine.profile import Compilations, Phases
+from alignjax.machine.profile import Compilations
 from alignjax.models import scoring, transformer
 from alignjax.sampling.types import Prompts, Rollout
 from alignjax.weights import roles
@@ -84,7 +84,7 @@ def prompt_batch() -> Prompts:
 def sampled_by(temperature, slots):
     """Return responses to the prompts by the policy of every World."""
     stage = PPO(make(temperature=temperature, slots=slots), MESH, end_tokens=(END,))
-    return stage.compiled.sample(tiny(0)[1], prompt_batch(), jax.random.key(0))
+    return stage.compiled.responder.sample(tiny(0)[1], prompt_batch(), jax.random.key(0))
 
 
 class World:
@@ -746,9 +746,9 @@ def test_a_rollout_in_a_layout_of_its_own_gives_the_same_samples():
                 tiny(0)[1],
                 stage.abstract_state["policy"].params,
             )
-            rollouts[tensor] = stage.sample(params, batch, 3, Phases())
+            rollouts[tensor] = stage.compiled.responder.respond(params, batch, 3)
         if tensor:
-            placed = stage.compiled.place_params(params)
+            placed = stage.compiled.responder.place_params(params)
             kernel = placed["layers"]["mlp"]["gate"]["kernel"].sharding
             assert dict(kernel.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
             assert kernel.spec[2] == "tensor"

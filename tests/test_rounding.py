@@ -149,7 +149,7 @@ def test_the_first_step_passes_its_checks_with_every_shipped_setting(chain: Chai
         assert all(jax.tree.leaves(jax.tree.map(is_off_the_grid, policy)))
         params = stage.role_params(state)
         batch = stage.prompts.batch(0)
-        rollout = stage.sample(policy, batch, 0, Phases())
+        rollout = stage.compiled.responder.respond(policy, batch, 0)
         minibatches = stage.pack(batch, rollout)
         scored = stage.score(params, state, rollout, minibatches)
         stage.check(params, scored, minibatches)

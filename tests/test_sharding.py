@@ -19,7 +19,6 @@ from alignjax.algorithms.advantages import RunningStats
 from alignjax.algorithms.ppo import PPO
 from alignjax.config import UserError
 from alignjax.machine import sharding
-from alignjax.machine.profile import Phases
 
 STEPS = 3
 # Steps of PPO's randomness in which a response ends early, and whose microbatches have the same two
@@ -129,7 +128,9 @@ def run_ppo(mesh):
         figures = []
         for step in range(STEPS):
             params = stage.role_params(state)
-            rollout = stage.sample(params["policy"], batch, SAMPLING_STEPS[step], Phases())
+            rollout = stage.compiled.responder.respond(
+                params["policy"], batch, SAMPLING_STEPS[step]
+            )
             minibatches = stage.pack(batch, rollout)
             scored = stage.score(params, state, rollout, minibatches)
             if step == 0:

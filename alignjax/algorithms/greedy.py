@@ -2,46 +2,37 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms import heldout
-from alignjax.algorithms.ppo_data import prompts_of
-from alignjax.algorithms.ppo_programs import rollout_mesh, sampling_settings
+from alignjax.algorithms.responding import Responder, prompts_of
 from alignjax.config import Config
 from alignjax.machine import sharding
 from alignjax.sampling import rollout
-
-Mesh = jax.sharding.Mesh
 
 
 class GreedyAnswers:
     """The greedy answers of a policy to held-out prompts of the embedded world.
 
-    They are always made by our own sampler, also in a run with another one. `place_params` prepares
-    the policy's parameters for it, see `ppo_programs.params_placement`.
+    They are always made by our own sampler, also in a run with another one. It runs where the
+    `responder` of the run does, on parameters in the same layout.
     """
 
     def __init__(
         self,
         config: Config,
-        mesh: Mesh,
-        place_params: Callable[[dict], dict],
-        *,
-        end_tokens: tuple[int, ...],
+        responder: Responder,
         tokenizer: PreTrainedTokenizerBase,
     ):
-        settings = dataclasses.replace(
-            sampling_settings(config, end_tokens), temperature=0.0, samples_per_prompt=1
-        )
+        settings = dataclasses.replace(responder.settings, temperature=0.0, samples_per_prompt=1)
         self.has_true_score = heldout.has_true_score(config)
         self.batch_size = config.data.batch
-        self.mesh = rollout_mesh(config, mesh)
+        self.mesh = responder.mesh
         self.tokenizer = tokenizer
-        self.place_params = place_params
+        self.place_params = responder.place_params
         self.sample = jax.jit(functools.partial(rollout.generate, settings=settings))
 
     def figures(self, policy: dict, prompts: dict, rows: list[dict]) -> dict[str, float]:

@@ -12,18 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms import experience, heldout
 from alignjax.algorithms.greedy import GreedyAnswers
-from alignjax.algorithms.ppo_data import HeldoutPrompts, prompts_of
-from alignjax.algorithms.ppo_programs import (
-    make_sampler,
-    params_placement,
-    rollout_mesh,
-    rollout_placement,
-    sampling_settings,
-)
+from alignjax.algorithms.ppo_data import HeldoutPrompts
+from alignjax.algorithms.responding import make_responder
 from alignjax.algorithms.stage import Evaluation, OpenProgress
 from alignjax.config import Config
 from alignjax.machine import sharding
-from alignjax.sampling.types import Rollout
 
 Mesh = jax.sharding.Mesh
 
@@ -47,16 +40,10 @@ class PolicyAnswers:
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.progress = progress
-        self.rollout_mesh = rollout_mesh(config, mesh)
-        self.place_params = params_placement(config, mesh, abstract_params)
-        self.place_rollout = rollout_placement(config, mesh)
-        settings = sampling_settings(config, end_tokens)
-        self.sample = make_sampler(config, self.rollout_mesh, settings)
+        self.responder = make_responder(config, mesh, abstract_params, end_tokens)
         self.read = jax.jit(functools.partial(experience.read_roles, config, ()))
         self.figures = jax.jit(experience.response_figures)
-        self.greedy = GreedyAnswers(
-            config, mesh, self.place_params, end_tokens=end_tokens, tokenizer=tokenizer
-        )
+        self.greedy = GreedyAnswers(config, self.responder, tokenizer)
 
     def compare(self, reference: dict, policy: dict) -> Evaluation:
         """Return the figures of both by name, and rows that show their answers side by side."""
@@ -83,7 +70,7 @@ class PolicyAnswers:
         self, params: dict[str, dict], batch: dict[str, np.ndarray], detailed: int
     ) -> list[dict]:
         """Answer a batch of prompts, and describe the responses; the draw is always the same."""
-        rollout = self.respond(params["policy"], batch)
+        rollout = self.responder.respond(params["policy"], batch)
         reading = experience.empty_reading(rollout, {}, (), self.mesh, has_value=False)
         prompt_lengths = np.repeat(batch["lengths"], self.config.ppo.samples_per_prompt)
         lengths = sharding.on_host(rollout.lengths)
@@ -101,12 +88,3 @@ class PolicyAnswers:
             figures,
             detailed,
         )
-
-    def respond(self, policy: dict, batch: dict[str, np.ndarray]) -> Rollout:
-        """Sample the responses to a batch of prompts, laid out as in training."""
-        key = jax.random.key(self.config.seed)
-        with jax.set_mesh(self.rollout_mesh):
-            params = self.place_params(policy)
-            prompts = sharding.shard_batch(prompts_of(batch), self.rollout_mesh)
-            rollout = self.sample(params, prompts, key)
-        return self.place_rollout(rollout)

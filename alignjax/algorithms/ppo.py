@@ -36,7 +36,6 @@ from alignjax.algorithms.ppo_data import (
     choose_ladder,
     load_pretraining_text,
     load_prompts,
-    prompts_of,
 )
 from alignjax.algorithms.ppo_plan import (
     READS_RESPONSES,
@@ -51,7 +50,6 @@ from alignjax.algorithms.ppo_programs import (
     average_metrics,
     compile_programs,
     initial_counters,
-    rollout_mesh,
     trained_roles,
 )
 from alignjax.algorithms.stage import (
@@ -171,13 +169,7 @@ class PPO:
             phases=inputs.phases,
         )
         stage.attach(inputs, reader, prompts=prompts, text=text, reward=reward)
-        stage.greedy = GreedyAnswers(
-            config,
-            mesh,
-            stage.compiled.place_params,
-            end_tokens=end_tokens,
-            tokenizer=inputs.tokenizer,
-        )
+        stage.greedy = GreedyAnswers(config, stage.compiled.responder, inputs.tokenizer)
         return stage
 
     @classmethod
@@ -227,7 +219,7 @@ class PPO:
         """Sample responses, score them, make experience, and update policy and value."""
         batch = self.prompts.batch(step)
         params = self.role_params(state)
-        rollout = self.sample(params["policy"], batch, step, self.phases)
+        rollout = self.compiled.responder.respond(params["policy"], batch, step, self.phases)
         texts = self.score_texts(self.prompts.train_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
         scored = self.score(params, state, rollout, minibatches, texts)
@@ -272,25 +264,6 @@ class PPO:
         """Return the parameters of all roles that read tokens."""
         trained = {role: lora.combine(self.bases[role], state[role].params) for role in self.roles}
         return trained | self.frozen
-
-    def sample(
-        self, policy_params: dict, batch: dict[str, np.ndarray], step: int, phases: Phases
-    ) -> Rollout:
-        """Sample the responses of a step to a batch of prompts.
-
-        A response's randomness depends on the seed, the step, the prompt and the number of the
-        sample alone. The rollout runs on its own mesh and comes back on that of training.
-        """
-        mesh = rollout_mesh(self.config, self.mesh)
-        with jax.set_mesh(mesh):
-            key = jax.random.fold_in(jax.random.key(self.config.seed), step)
-            prompts = sharding.shard_batch(prompts_of(batch), mesh)
-            phases.mark("data", prompts)
-            sampler_params = self.compiled.place_params(policy_params)
-            rollout = self.compiled.sample(sampler_params, prompts, key)
-        rollout = self.compiled.place_rollout(rollout)
-        phases.mark("rollout", rollout)
-        return rollout
 
     def score_texts(
         self, rows: list[dict], batch: dict[str, np.ndarray], rollout: Rollout
@@ -506,7 +479,7 @@ class PPO:
         differ by the policy and not by the draw. The log-ratios of tokens are those of the
         state's policy to the reference, whichever of them responds.
         """
-        rollout = self.sample(policy, batch, self.config.steps, Phases())
+        rollout = self.compiled.responder.respond(policy, batch, self.config.steps)
         texts = self.score_texts(self.prompts.heldout_rows, batch, rollout)
         minibatches = self.pack(batch, rollout)
         params = self.role_params(state) | {"policy": policy}

@@ -14,7 +14,6 @@ from alignjax.algorithms.stage import RunInputs
 from alignjax.config import Config
 from alignjax.data import encoding, ladders, mixture, packing
 from alignjax.machine import sharding
-from alignjax.sampling.types import Prompts
 
 Mesh = jax.sharding.Mesh
 
@@ -65,11 +64,6 @@ class PretrainingText:
     def rows(self, update: int) -> dict[str, np.ndarray]:
         """Return the text of an update as arrays by name."""
         return {} if self.batches is None else self.batches.get(update)
-
-
-def prompts_of(batch: dict[str, np.ndarray]) -> Prompts:
-    """Return the prompts that a sampler reads of a batch of `PromptData`."""
-    return Prompts(tokens=batch["prompts"], lengths=batch["lengths"], index=batch["index"])
 
 
 def pretraining_rows(config: Config) -> int:

@@ -18,9 +18,8 @@ from alignjax.algorithms.ppo_programs import (
     Programs,
     TrainedRoles,
     head_of,
-    rollout_mesh,
-    unchanged,
 )
+from alignjax.algorithms.responding import rollout_mesh, unchanged
 from alignjax.algorithms.rewards import planned_readers
 from alignjax.algorithms.stage import Loops, Program
 from alignjax.algorithms.supervised import abstract_total, distinct_shapes
@@ -158,26 +157,26 @@ class PlannedPrograms:
 
     def rollout_programs(self) -> Iterable[Program]:
         """Yield the program that casts and lays out the policy, if any, and the rollout."""
-        mesh = rollout_mesh(self.config, self.mesh)
+        responder = self.compiled.responder
         params = self.params["policy"]
         placed = params
-        if self.compiled.place_params is not unchanged:
+        if responder.place_params is not unchanged:
             yield Program(
                 name="layout of the rollout",
                 calls=1,
-                function=self.compiled.place_params,
+                function=responder.place_params,
                 arguments=(params,),
             )
-            shapes = jax.eval_shape(self.compiled.place_params, params)
-            placed = sharding.abstract(shapes, mesh)
+            shapes = jax.eval_shape(responder.place_params, params)
+            placed = sharding.abstract(shapes, responder.mesh)
         for prompts in self.shapes.prompts:
             yield Program(
                 name="rollout",
                 calls=1,
-                function=self.compiled.sample,
-                arguments=(placed, prompts, abstract_key(mesh)),
+                function=responder.sample,
+                arguments=(placed, prompts, abstract_key(responder.mesh)),
                 loops=rollout_loops(self.config),
-                mesh=mesh,
+                mesh=responder.mesh,
             )
 
     def value_programs(self) -> Iterable[Program]:

@@ -4,7 +4,6 @@ Frozen parameters are arguments of the compiled functions: closed over, they wou
 constants of the executable.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from alignjax import config as configs
-from alignjax.algorithms import experience, experience_making, lm, losses, optimisation, plugins
+from alignjax.algorithms import experience, experience_making, lm, losses, optimisation
 from alignjax.algorithms.advantages import KLControl, RunningStats
 from alignjax.algorithms.experience import (
     Experience,
@@ -26,14 +25,12 @@ from alignjax.algorithms.experience import (
     select_targets,
 )
 from alignjax.algorithms.optimisation import Accumulate, GradientSum, TrainState
+from alignjax.algorithms.responding import Responder, make_responder
 from alignjax.algorithms.stage import State
 from alignjax.config import Config
-from alignjax.data import packing
 from alignjax.machine import sharding
-from alignjax.models import lora, scoring, transformer
-from alignjax.sampling import rollout as default_sampler
-from alignjax.sampling.external import ExternalSampler
-from alignjax.sampling.types import Prompts, Rollout, SamplingSettings
+from alignjax.models import lora, scoring
+from alignjax.sampling.types import Rollout
 from alignjax.weights import bases, roles
 
 Mesh = jax.sharding.Mesh
@@ -218,11 +215,7 @@ def initial_counters(config: Config) -> State:
 class Programs:
     """The compiled functions of a run."""
 
-    sample: Callable[[dict, Prompts, jax.Array], Rollout]
-    # policy parameters -> the same in the layout and type that `sample` takes
-    place_params: Callable[[dict], dict]
-    # rollout -> the same in the layout of training
-    place_rollout: Callable[[Rollout], Rollout]
+    responder: Responder
     # roles' parameters, rollout, reading (donated), microbatch -> reading
     read: Callable[[dict, Rollout, Reading, ResponseMicrobatch], Reading]
     # statistics of scores, those of each source, rollout, reading, and the control of the KL
@@ -235,37 +228,6 @@ class Programs:
     update_value: Callable[..., tuple[TrainState, Metrics]] | None
     text_loss: Callable[..., tuple[jax.Array, Metrics]]
     learning_rate: Callable[[jax.Array], jax.Array]  # of the policy, by its updates
-
-
-def rollout_mesh(config: Config, mesh: Mesh) -> Mesh:
-    """Return the mesh that a rollout runs on: its own if the config says so."""
-    return sharding.with_tensor(mesh, config.ppo.rollout_tensor)
-
-
-def sampling_settings(config: Config, end_tokens: tuple[int, ...]) -> SamplingSettings:
-    """Return how a run samples."""
-    ppo = config.ppo
-    return SamplingSettings(
-        model=dataclasses.replace(config.model),  # the config may change, static arguments must not
-        samples_per_prompt=ppo.samples_per_prompt,
-        response_length=ppo.response_length,
-        temperature=ppo.temperature,
-        top_p=ppo.top_p,
-        end_tokens=end_tokens,
-        slots=ppo.slots,
-        cache_dtype=ppo.cache_dtype,
-    )
-
-
-def make_sampler(
-    config: Config, mesh: Mesh, settings: SamplingSettings
-) -> Callable[[dict, Prompts, jax.Array], Rollout]:
-    """Return the sampler that `ppo.sampler` names, or ours, compiled, if it names none."""
-    spec = config.ppo.sampler
-    if not spec:
-        return jax.jit(functools.partial(default_sampler.generate, settings=settings))
-    function = plugins.load_function("ppo.sampler", spec)
-    return ExternalSampler(spec=spec, function=function, settings=settings, mesh=mesh)
 
 
 def compile_programs(
@@ -303,11 +265,12 @@ def compile_programs(
     text_loss = functools.partial(lm.loss_fn, config.model)
     read = functools.partial(experience.read_roles, config, readers)
     return Programs(
-        sample=make_sampler(config, mesh, sampling_settings(config, end_tokens)),
-        place_params=params_placement(
-            config, mesh, lora.combine(trained.abstract_bases["policy"], abstract["policy"].params)
+        responder=make_responder(
+            config,
+            mesh,
+            lora.combine(trained.abstract_bases["policy"], abstract["policy"].params),
+            end_tokens,
         ),
-        place_rollout=rollout_placement(config, mesh),
         read=jax.jit(read, donate_argnums=2, out_shardings=rows),
         make_experience=jax.jit(
             functools.partial(experience_making.make_experience, config),
@@ -344,48 +307,3 @@ def compile_programs(
 def sharding_of(abstract: Any) -> Any:
     """Return the shardings of a tree of shapes."""
     return jax.tree.map(lambda x: x.sharding, abstract)
-
-
-def params_placement(config: Config, mesh: Mesh, abstract_params: dict) -> Callable[[dict], dict]:
-    """Return the function that casts and lays out the policy's parameters for a rollout.
-
-    Decoding reads every matrix for every token: half of the bytes if they are cast once before,
-    no transfers over fsdp if they are laid out anew, and fewer products if they are joined or have
-    no adapters. With `lora.merge_for_rollout` False there is no copy, unless another layout asks
-    for one, and the adapters stay.
-    """
-    has_own_layout = config.ppo.rollout_tensor > 0
-    keeps_adapters = config.lora.rank > 0 and not config.lora.merge_for_rollout
-    merges_adapters = config.lora.rank > 0 and not keeps_adapters
-    joins = transformer.joins_products() and not keeps_adapters
-    copies = has_own_layout or joins or merges_adapters
-    if not copies and (config.model.dtype == "float32" or keeps_adapters):
-        return unchanged
-    prepare = transformer.rounded if keeps_adapters else transformer.for_sampling
-    place = functools.partial(prepare, config.model)
-    shapes = jax.eval_shape(place, abstract_params)
-    layout = sharding.param_shardings(shapes, rollout_mesh(config, mesh))
-    return jax.jit(place, out_shardings=layout)
-
-
-def rollout_placement(config: Config, mesh: Mesh) -> Callable[[Rollout], Rollout]:
-    """Return the function that lays out a rollout for training, as wide as any may be.
-
-    A rollout is as narrow as its prompts allow; of one width, it adds no shape to what reads it.
-    """
-    longest = config.data.max_length
-    place = functools.partial(with_prompt_width, width=packing.width_of(longest, longest))
-    responses = config.data.batch * config.ppo.samples_per_prompt
-    return jax.jit(place, out_shardings=sharding.row_layout((responses,), mesh))
-
-
-def with_prompt_width(rollout: Rollout, width: int) -> Rollout:
-    """Return a rollout with pads in front of its prompts, up to `width` tokens of prompt."""
-    missing = width + rollout.logprobs.shape[1] - rollout.tokens.shape[1]
-    tokens = jnp.pad(rollout.tokens, ((0, 0), (missing, 0)))
-    return dataclasses.replace(rollout, tokens=tokens)
-
-
-def unchanged(x: Any) -> Any:
-    """Return x."""
-    return x
