@@ -8,7 +8,7 @@ import re
 import typing
 from typing import Any
 
-from alignjax.config.errors import nearest, rule
+from alignjax.config.errors import UserError, nearest, rule
 from alignjax.config.estimator_rules import check_estimator
 from alignjax.config.estimators import has_value
 from alignjax.config.fields import (
@@ -94,10 +94,11 @@ def check_types(group: Any, kind: type = Config, prefix: str = "") -> None:
         f"not {type(group).__name__}",
     )
     kinds = typing.get_type_hints(kind)
-    names = [name for name, _ in flatten(group, prefix)]
     known = {item.name for item in dataclasses.fields(group)}
     for name, value in vars(group).items():
-        rule(name in known, f"{prefix}{name}: there is no such field{nearest(name, names)}")
+        if name not in known:
+            names = [name for name, _ in flatten(group, prefix)]
+            raise UserError(f"{prefix}{name}: there is no such field{nearest(name, names)}")
         if dataclasses.is_dataclass(kinds.get(name)):
             check_types(value, kinds[name], f"{prefix}{name}.")
         elif name in kinds:
