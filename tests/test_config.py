@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import json
 import runpy
 
@@ -109,6 +110,12 @@ def test_a_choice_is_one_of_its_list(key, choices):
     assert str(raised.value) == f"{key}='other' must be one of {choices}"
 
 
+def test_a_config_without_a_mistake_looks_for_no_nearest_name(monkeypatch):
+    """It takes longer than everything else that a config is loaded by."""
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *_: pytest.fail("it has"))
+    assert configs.load("ppo.py:tiny").stage == "ppo"
+
+
 def test_no_choice_is_left_out_above():
     assert set(CHOICES) == set(configs.CHOICES)
 
@@ -121,6 +128,7 @@ def test_counts_are_every_whole_number_of_which_0_would_be_none():
         "steps",
         "max_skipped",
         "data.examples",
+        "data.heldout_examples",
         "lora.rank",
         "ppo.slots",
         "ppo.rollout_tensor",
