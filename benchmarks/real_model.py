@@ -5,7 +5,8 @@ python benchmarks/real_model.py preferences --rm runs/smollm2-rm --run runs/smol
 
 `arithmetic` lets the model before and after PPO answer the held-out problems, greedily and with
 top-p 0.9. `preferences` lets the reward model score the held-out comparisons, beside a rule that
-knows only which response is longer, and shows what PPO made of the replies.
+knows only which response is longer, and shows what PPO made of the replies. A second --run is
+shown beside the first.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from alignjax import inference
@@ -32,9 +34,10 @@ from configs.smollm2.arithmetic import is_right  # noqa: E402
 
 SAMPLES = 4  # responses to each problem with top-p 0.9
 SMOOTHING = 5  # a curve is a moving mean over so many steps
-SHOWN_REPLIES = 3  # of the largest gains in score, and of the largest losses
+SHOWN_REPLIES = 4  # of the largest gains in score, and of the smallest
 SHOWN_ANSWERS = 9
 RESOLUTION = 80  # dots an inch
+COLOURS = ("#0072b2", "#d55e00", "#009e73")  # of the runs in a picture
 FIGURES = {
     "score": "score",
     "KL to the reference, nats a response": "kl",
@@ -66,17 +69,15 @@ class Share(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the runs of one command, print what was measured, and write it into the page."""
     arguments = argument_parser().parse_args(argv)
-    run = records.read(arguments.run)
-    if not run.summary:
-        sys.exit(f"{arguments.run}: this run is not complete; repeat the command that started it")
+    runs = [read_complete(path) for path in arguments.run]
     picture = arguments.page.with_name(f"real_model_{arguments.command}.png")
     if arguments.command == "arithmetic":
-        lines = arithmetic_lines(run)
-        draw(run, picture, "share of right answers")
+        lines = arithmetic_lines(runs[0])
+        draw(runs, picture, "share of right answers")
     else:
-        lines = preference_lines(run, arguments.rm)
-        draw(run, picture, "reward model's score")
-    text = "\n".join([*lines, "", f"![The run of PPO, step by step]({picture.name})"])
+        lines = preference_lines(runs, arguments.rm)
+        draw(runs, picture, "reward model's score")
+    text = "\n".join([*lines, "", f"![PPO, step by step]({picture.name})"])
     print(text)
     write_between_markers(arguments.page, arguments.command, text)
 
@@ -89,10 +90,24 @@ def argument_parser() -> argparse.ArgumentParser:
     preferences = commands.add_parser("preferences", help="a reward model, and PPO against it")
     page = ROOT / "docs" / "real_model.md"
     for command in (arithmetic, preferences):
-        command.add_argument("--run", type=Path, required=True, help="the run of PPO")
+        command.add_argument(
+            "--run",
+            type=Path,
+            action="append",
+            required=True,
+            help="a run of PPO; with preferences, several may be given",
+        )
         command.add_argument("--page", type=Path, default=page, help="default: docs/real_model.md")
     preferences.add_argument("--rm", required=True, help="the run of the reward model")
     return parser
+
+
+def read_complete(path: Path) -> records.Records:
+    """Return the records of a run, which must be complete."""
+    run = records.read(path)
+    if not run.summary:
+        sys.exit(f"{path}: this run is not complete; repeat the command that started it")
+    return run
 
 
 def write_between_markers(page: Path, command: str, text: str) -> None:
@@ -121,7 +136,7 @@ def arithmetic_lines(run: records.Records) -> Iterator[str]:
             str(share(right[side][way][chosen])) for way in ("greedy", "sampled") for side in models
         ]
         yield f"| {chosen.sum()} of {task.replace('_', ' ')} | {' | '.join(cells)} |"
-    yield from figure_lines(run)
+    yield from figure_lines([run])
     yield from ("", "| problem | before | after |", "|---|---|---|")
     for row in run.responses[:SHOWN_ANSWERS]:
         before = cell(row["before"]["responses"][0])
@@ -160,20 +175,30 @@ def share(right: np.ndarray) -> Share:
     return Share(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
-def preference_lines(run: records.Records, rm: str) -> Iterator[str]:
-    """Yield the lines of the page: the reward model's accuracy, PPO's figures, some replies."""
+def preference_lines(runs: list[records.Records], rm: str) -> Iterator[str]:
+    """Yield the lines of the page: the reward model's accuracy, PPO's figures, some replies.
+
+    The prompts shown are those whose scores the first run raised most, and least.
+    """
     yield from accuracy_lines(rm)
-    yield from figure_lines(run)
-    gains = [gain(row) for row in run.responses]
-    order = np.argsort(gains)[::-1]
-    yield from ("", "| prompt | before | after | score |", "|---|---|---|---|")
+    yield from figure_lines(runs)
+    order = np.argsort([gain(row) for row in runs[0].responses])[::-1]
+    after = " | ".join(map(after_label, runs))
+    yield from ("", f"| prompt | before | {after} |", "|---|---|" + "---|" * len(runs))
     for number in (*order[:SHOWN_REPLIES], *order[-SHOWN_REPLIES:]):
-        row = run.responses[number]
-        before = row["before"]
-        after = row["after"]
-        scores = f"{before['score'][0]:.2f} -> {after['score'][0]:.2f}"
-        replies = f"{cell(before['responses'][0])} | {cell(after['responses'][0])}"
-        yield f"| {cell(row['prompt'])} | {replies} | {scores} |"
+        rows = [run.responses[number] for run in runs]
+        sides = [rows[0]["before"], *(row["after"] for row in rows)]
+        yield f"| {cell(rows[0]['prompt'])} | {' | '.join(map(scored_cell, sides))} |"
+
+
+def after_label(run: records.Records) -> str:
+    """Return the head of the column of a run."""
+    return f"after, `ppo.kl_coef={run.config['ppo.kl_coef']}`"
+
+
+def scored_cell(side: dict) -> str:
+    """Return the first response of a side, with its score, as a cell."""
+    return f"{cell(side['responses'][0])} {side['score'][0]:.2f}"
 
 
 def accuracy_lines(name: str) -> Iterator[str]:
@@ -226,20 +251,21 @@ def extra_characters(rows: list[dict]) -> np.ndarray:
     return np.array([len(row["chosen"]) - len(row["rejected"]) for row in rows])
 
 
-def figure_lines(run: records.Records) -> Iterator[str]:
-    """Yield the figures on held-out data before and after PPO, and what a step took."""
-    summary = run.summary
-    yield from ("", "| on held-out data, sampled | before | after |", "|---|---|---|")
+def figure_lines(runs: list[records.Records]) -> Iterator[str]:
+    """Yield the figures on held-out data before PPO and after each run, and what a step took."""
+    before = runs[0].summary
+    heads = ["after"] if len(runs) == 1 else list(map(after_label, runs))
+    yield from ("", f"| on held-out data, sampled | before | {' | '.join(heads)} |")
+    yield "|---|---|" + "---|" * len(runs)
     for label, name in FIGURES.items():
-        if f"{name}/before" in summary:
-            before = summary[f"{name}/before"]
-            after = summary[f"{name}/after"]
-            yield f"| {label} | {before:.2f} | {after:.2f} |"
-    environment = json.loads((run.workdir / "environment.json").read_text())[-1]
-    seconds = statistics.median(row["seconds"] for row in run.timing)
+        if f"{name}/before" in before:
+            values = [before[f"{name}/before"], *(run.summary[f"{name}/after"] for run in runs)]
+            yield f"| {label} | {' | '.join(f'{value:.2f}' for value in values)} |"
+    environment = json.loads((runs[0].workdir / "environment.json").read_text())[-1]
+    seconds = statistics.median(row["seconds"] for row in runs[0].timing)
     machine = f"{environment['devices']} device of kind {environment['device_kind']}"
     yield ""
-    yield f"{summary['steps']} steps on {machine}, the median step in {seconds:.0f} s."
+    yield f"{before['steps']} steps on {machine}, the median step in {seconds:.0f} s."
 
 
 def gain(row: dict) -> float:
@@ -253,18 +279,27 @@ def cell(text: str) -> str:
     return f"`{plain}`" if plain else "(empty)"
 
 
-def draw(run: records.Records, path: Path, score: str) -> None:
-    """Draw how score, KL, length and entropy went over the steps, as moving means."""
+def draw(runs: list[records.Records], path: Path, score: str) -> None:
+    """Draw how score, KL, length and entropy went over the steps of each run."""
     picture = Figure(figsize=(11, 2.4), layout="constrained")
     for axis, (label, name) in zip(picture.subplots(1, len(CURVES)), CURVES.items(), strict=True):
-        steps = [row["step"] for row in run.metrics if name in row]
-        values = [row[name] for row in run.metrics if name in row]
-        width = min(SMOOTHING, len(values))
-        axis.plot(steps, values, ".", color="0.7")
-        axis.plot(steps[width - 1 :], moving_mean(values, width), color="#0072b2")
+        for run, colour in zip(runs, COLOURS, strict=False):
+            draw_curve(axis, run, name, colour)
         axis.set_title(score if label == "score" else label, fontsize=9)
         axis.set_xlabel("step")
+    if len(runs) > 1:
+        picture.axes[0].legend(fontsize=8)
     pictures.write_picture(path, picture, RESOLUTION)
+
+
+def draw_curve(axis: Axes, run: records.Records, name: str, colour: str) -> None:
+    """Draw a figure of each step as a dot, and the moving mean of them as a line."""
+    steps = [row["step"] for row in run.metrics if name in row]
+    values = [row[name] for row in run.metrics if name in row]
+    width = min(SMOOTHING, len(values))
+    label = f"kl_coef {run.config['ppo.kl_coef']}"
+    axis.plot(steps, values, ".", color=colour, alpha=0.3)
+    axis.plot(steps[width - 1 :], moving_mean(values, width), color=colour, label=label)
 
 
 if __name__ == "__main__":

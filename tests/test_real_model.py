@@ -137,11 +137,13 @@ def test_ppo_on_problems_is_measured_before_and_after(chain, tmp_path, real_mode
 
 
 def test_a_reward_model_and_its_ppo_are_measured(chain, tmp_path, real_model, page):
-    runs = ["--rm", str(chain.runs / "rm-tiny"), "--run", str(chain.runs / "ppo-tiny")]
+    run = str(chain.runs / "ppo-tiny")
+    runs = ["--rm", str(chain.runs / "rm-tiny"), "--run", run, "--run", run]
     real_model.main(["preferences", *runs, "--page", str(page)])
     text = page.read_text()
     for part in ("the reward model", "response, as in training", "chance", "entropy", "4 steps"):
         assert part in text
+    assert text.count("after, `ppo.kl_coef=0.04` | after, `ppo.kl_coef=0.04` |") == 2
     assert "old" not in text
     assert text.endswith("after\n")
     assert (tmp_path / "real_model_preferences.png").stat().st_size > 1000

@@ -41,11 +41,12 @@ def config(variant: str) -> Config:
         heldout=SET,
         batch=16,
         max_length=64,
-        heldout_examples=100,
+        heldout_examples=300,
     )
     config.ppo = PPO(
         samples_per_prompt=2,
         response_length=32,
+        kl_coef=0.2,
         minibatches=2,
         normalise_scores="mean",
         value_warmup_steps=4,
