@@ -261,11 +261,19 @@ def figure_lines(runs: list[records.Records]) -> Iterator[str]:
         if f"{name}/before" in before:
             values = [before[f"{name}/before"], *(run.summary[f"{name}/after"] for run in runs)]
             yield f"| {label} | {' | '.join(f'{value:.2f}' for value in values)} |"
+    sides = [responses_of(runs[0], "before"), *(responses_of(run, "after") for run in runs)]
+    distinct = " | ".join(str(len(set(side))) for side in sides)
+    yield f"| different responses of {len(sides[0])} | {distinct} |"
     environment = json.loads((runs[0].workdir / "environment.json").read_text())[-1]
     seconds = statistics.median(row["seconds"] for row in runs[0].timing)
     machine = f"{environment['devices']} device of kind {environment['device_kind']}"
     yield ""
     yield f"{before['steps']} steps on {machine}, the median step in {seconds:.0f} s."
+
+
+def responses_of(run: records.Records, side: str) -> list[str]:
+    """Return the responses of a side to the prompts of which a run keeps the responses."""
+    return [response for row in run.responses for response in row[side]["responses"]]
 
 
 def gain(row: dict) -> float:
