@@ -383,3 +383,9 @@ def test_a_directory_that_another_process_of_the_run_claims_meanwhile_is_free(
     monkeypatch.setattr(marker, "read", read_then_claim)
     lock.check_ours(tmp_path)
     assert (tmp_path / marker.NAME).exists()
+
+
+def test_a_directory_in_which_another_process_writes_its_marker_is_free(tmp_path):
+    with outputs.new_file(tmp_path / marker.NAME):
+        assert len(list(tmp_path.iterdir())) == 1
+        lock.check_ours(tmp_path)

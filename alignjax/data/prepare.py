@@ -188,8 +188,15 @@ def interrupt_again(number: int, alarm: int, frame: FrameType | None) -> None:
         interrupt(number, frame)
 
 
+def report_lost(lost: "sys.UnraisableHookArgs") -> None:
+    """Report an exception that Python drops, unless it is an interrupt, which is raised again."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+
+
 def run() -> int:
     """Run the command until it ends or a signal stops it; after a signal, exit at once."""
+    sys.unraisablehook = report_lost
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     return run_command(prepare_or_exit)

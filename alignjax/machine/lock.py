@@ -140,9 +140,9 @@ def check_ours(workdir: Path) -> None:
                 f"{workdir}: its config.json is not that of a run; name another --workdir"
             )
         return
-    # The names come first: meanwhile another process of this run may claim the directory, and then
-    # a marker among them is there to be read.
-    names = {path.name for path in workdir.iterdir() if not outputs.is_leftover(path)}
+    # Another process of this run may be claiming the directory. So a temporary file is none of
+    # somebody else's, in use or not, and the names come first: a marker among them can be read.
+    names = {path.name for path in workdir.iterdir() if not outputs.is_temporary(path)}
     owner = marker.read(workdir).get("made_by")
     if owner == marker.TRAIN:
         return

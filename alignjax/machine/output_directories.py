@@ -46,7 +46,7 @@ def check_directory(
     if overwrite or owner == command:
         return
     with outputs.writing(directory):
-        is_used = any(not outputs.is_leftover(path) for path in directory.iterdir())
+        is_used = any(not outputs.is_temporary(path) for path in directory.iterdir())
     if is_used and (owner or is_own is None or not is_own(directory)):
         raise UserError(
             f"{where}: this directory holds files that the command has not written; name another "

@@ -143,9 +143,14 @@ def free_path(path: Path) -> Path:
     return candidate
 
 
+def is_temporary(path: Path) -> bool:
+    """Return whether a path is a temporary file of ours, in use, left over, or just gone."""
+    return bool(TEMPORARY.fullmatch(path.name)) and not path.is_symlink()
+
+
 def is_leftover(path: Path) -> bool:
     """Return whether a path is a temporary file of ours whose process has ended."""
-    if not TEMPORARY.fullmatch(path.name) or path.is_symlink():
+    if not is_temporary(path):
         return False
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
