@@ -61,9 +61,9 @@ def test_prompts_are_answered_in_whole_batches_and_each_counts_once(limit, batch
     }
     if limit is None:
         # The means of the prompts are 0.5, 1.5, 2.5, 4.5 and 7.5.
-        half = 1.96 * np.sqrt(7.7 / 5)
+        half = pytest.approx(1.96 * np.sqrt(7.7 / 5))
         expected |= {"score_interval": half, "length_interval": 0.0, "truncated_interval": 0.0}
-    assert result.figures == pytest.approx(expected, rel=1e-4)
+    assert result.figures == expected
     assert {name: len(array) for name, array in texts[0].items()} == {"tokens": rows, "mask": rows}
     without_text = heldout.evaluate(answer, None, PROMPTS, None, 2, limit)
     assert "pretrain_loss" not in without_text.figures

@@ -141,7 +141,14 @@ def test_a_reward_model_and_its_ppo_are_measured(chain, tmp_path, real_model, pa
     runs = ["--rm", str(chain.runs / "rm-tiny"), "--run", run, "--run", run]
     real_model.main(["preferences", *runs, "--page", str(page)])
     text = page.read_text()
-    for part in ("response, as in training", "chance", "entropy", "different responses", "4 steps"):
+    for part in (
+        "the reward model",
+        "response, as in training",
+        "chance",
+        "entropy",
+        "different responses",
+        "4 steps",
+    ):
         assert part in text
     assert text.count("after, `ppo.kl_coef=0.04` | after, `ppo.kl_coef=0.04` |") == 2
     assert "old" not in text

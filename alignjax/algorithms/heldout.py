@@ -253,7 +253,7 @@ def table(figures: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def lines_of(figures: dict[str, float], labels: dict[str, str]) -> list[tuple[str, str]]:
-    """Return a line for each figure, by name and label, that there is."""
+    """Return a line for each of the labelled figures that there are."""
     return [
         (label, f"{cell(figures, name, 'before'):>16} -> {cell(figures, name, 'after')}")
         for name, label in labels.items()

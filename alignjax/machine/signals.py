@@ -18,6 +18,7 @@ from types import FrameType
 import jax
 
 from alignjax.machine.collectives import largest_of_all
+from alignjax.machine.processes import Stopped
 from alignjax.machine.watchdog import Watchdog
 
 METADATA_HOST = "metadata.google.internal"
@@ -95,6 +96,10 @@ class Signals:
         number = int(previous)
         self.received = number or self.received
         return number > 0
+
+    def stopped(self, text: str) -> Stopped:
+        """Return the error that ends a run by the signal received; `text` says how far it is."""
+        return Stopped(f"{signal.Signals(self.received).name}: {text}", self.received)
 
 
 def watch_for_preemption(notify: Callable[[], object]) -> None:

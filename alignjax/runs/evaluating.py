@@ -1,11 +1,9 @@
 """How far the evaluation at the end of a run is, and its end if a signal arrives."""
 
 import contextlib
-import signal
 from collections.abc import Callable, Iterator
 
 from alignjax.machine import console
-from alignjax.machine.processes import Stopped
 from alignjax.machine.signals import Signals
 
 PATIENCE = 5.0  # seconds that an evaluation may take without a progress bar
@@ -31,11 +29,8 @@ class EvaluationProgress:
             def advance() -> None:
                 bar.update()
                 if self.signals.received_anywhere():
-                    name = signal.Signals(self.signals.received).name
-                    raise Stopped(
-                        f"{name}: {self.name} is trained but not evaluated; the same command "
-                        "evaluates it",
-                        self.signals.received,
+                    raise self.signals.stopped(
+                        f"{self.name} is trained but not evaluated; the same command evaluates it"
                     )
 
             yield advance

@@ -1,7 +1,6 @@
 """The training loop: from the newest checkpoint to the last step, whatever interrupts it."""
 
 import contextlib
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from alignjax.algorithms.stage import Stage, State
 from alignjax.config import Config, UserError
 from alignjax.machine import failures, processes
 from alignjax.machine import workdir as workdirs
-from alignjax.machine.processes import Stopped
 from alignjax.machine.profile import Compilations, Phases
 from alignjax.machine.signals import Signals
 from alignjax.runs import advice, environment
@@ -125,11 +123,9 @@ class Loop:
         log.end_step(step, self.costs(step))
         if stop:
             checkpoints.close()
-            name = signal.Signals(self.signals.received).name
-            raise Stopped(
-                f"{name}: {self.config.name} saved at step {step + 1} of {self.stage.num_steps}; "
-                "the same command resumes it",
-                self.signals.received,
+            raise self.signals.stopped(
+                f"{self.config.name} saved at step {step + 1} of {self.stage.num_steps}; "
+                "the same command resumes it"
             )
         return state
 
