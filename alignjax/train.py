@@ -346,7 +346,7 @@ def run_parent(config: Config, spec: str, workdir: Path, session: Session) -> Pa
         parent.seed = locations.read_config(directory).get("seed", config.seed)
     configs.check(parent)
     if (directory / "summary.json").exists():
-        runtime = tuple(f"model.{name}" for name in locations.RUNTIME_FIELDS)
+        runtime = tuple(f"model.{name}" for name in locations.CHILDS_OWN)
         check_workdir(parent, directory, ignore=runtime)
         session.say(
             f"{config.name}: {spec} is complete in {directory} (seed {parent.seed}), reused"

@@ -32,6 +32,8 @@ SMALL = [
     "mistral",
     "olmo2",
     "phi3",
+    "qwen3_moe",
+    "qwen3_moe_window",
     "qwen3_window",
     "seed_oss",
     "smollm3",
@@ -155,6 +157,7 @@ def test_packed_rows_give_the_logits_of_torch(name):
         *itertools.product(DIFFERENT, ["unrolled", "scanned", "joined"]),
         *itertools.product(SMALL, ["joined"]),
         *itertools.product(LAYERS_DIFFER, ["scanned"]),
+        *itertools.product(["qwen3_moe", "qwen3_moe_window"], ["unrolled", "scanned"]),
     ],
 )
 def test_decoding_gives_the_logits_of_torch(name, form, monkeypatch):
@@ -182,19 +185,19 @@ def test_decoding_gives_the_logits_of_torch(name, form, monkeypatch):
 
     @jax.jit
     def prefill():
-        hidden, kept = transformer.apply(
+        read = transformer.apply(
             model, params, tokens[:, :width], positions[:, :width], prompt_mask, keep=True
         )
-        cache = kind.fill(kind.empty(), None, kept, prompt_mask > 0)
-        return transformer.logits(model, params, hidden), cache
+        cache = kind.fill(kind.empty(), None, read.key_values, prompt_mask > 0)
+        return transformer.logits(model, params, read.hidden), cache
 
     @jax.jit
     def step(tokens, places, cache, clock, count):
         layers = transformer.for_decoding(model, params)
         attend = kind.reader(prompt, clock, count).attend
-        hidden, kept = transformer.decode(model, params, layers, tokens, places, cache, attend)
-        cache = kind.write(cache, clock, kept, tokens)
-        return transformer.logits(model, params, hidden), cache
+        read = transformer.decode(model, params, layers, tokens, places, cache, attend)
+        cache = kind.write(cache, clock, read.key_values, tokens)
+        return transformer.logits(model, params, read.hidden), cache
 
     def column(x, place):
         """Return one place of each row, twice: for both samples of a prompt."""

@@ -57,7 +57,7 @@ def test_every_target_counts_alike(gradients):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def mean(params):
         places = np.tile(np.arange(9), (8, 1))
-        hidden, _ = transformer.apply(MODEL, params, ROWS["tokens"], places, ROWS["segments"])
+        hidden = transformer.apply(MODEL, params, ROWS["tokens"], places, ROWS["segments"]).hidden
         all_logprobs = jax.nn.log_softmax(transformer.logits(MODEL, params, hidden[:, :-1]))
         labels = ROWS["tokens"][:, 1:, None]
         logprobs = jnp.take_along_axis(all_logprobs, labels, axis=-1)[..., 0]

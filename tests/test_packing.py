@@ -299,7 +299,7 @@ def documents():
     @functools.partial(jax.grad, has_aux=True)
     def mean(params):
         at = np.tile(np.arange(T), (len(tokens), 1))
-        hidden, _ = transformer.apply(MODEL, params, tokens, at, (segments > 0).astype(int))
+        hidden = transformer.apply(MODEL, params, tokens, at, (segments > 0).astype(int)).hidden
         logp = jax.nn.log_softmax(transformer.logits(MODEL, params, hidden[:, :-1]))
         logp = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
         return -jnp.sum(weights * logp), logp
@@ -416,9 +416,8 @@ def responses() -> AloneReading:
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         at = np.tile(np.arange(T), (14, 1))
-        hidden, _ = transformer.apply(
-            MODEL, params, tokens, at, (at < lengths[:, None]).astype(int)
-        )
+        real = (at < lengths[:, None]).astype(int)
+        hidden = transformer.apply(MODEL, params, tokens, at, real).hidden
         scores = transformer.scalar(params, hidden)[np.arange(14), lengths - 1].reshape(7, 2)
         difference = scores[:, 0] - scores[:, 1] - comparisons()["margin"]
         return jnp.mean(jnp.log1p(jnp.exp(-difference)) + 0.1 * scores.sum(axis=1) ** 2), scores

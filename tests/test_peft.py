@@ -56,7 +56,7 @@ def modules_of(base, model):
     return {
         tensor.name.removesuffix(".weight"): layout.file_shape(tensor)
         for tensor in layout.tensors
-        if tensor.layer is not None and tensor.paths[0].endswith("kernel")
+        if tensor.place and tensor.paths[0].endswith("kernel")
     }
 
 

@@ -46,9 +46,8 @@ def forward(model):
     @jax.jit
     def logits(params, tokens, length):
         places = jnp.arange(len(tokens))
-        hidden, _ = transformer.apply(
-            model, params, tokens[None], places[None], (places < length)[None].astype(jnp.int32)
-        )
+        real = (places < length)[None].astype(jnp.int32)
+        hidden = transformer.apply(model, params, tokens[None], places[None], real).hidden
         return jax.nn.log_softmax(transformer.logits(model, params, hidden[0]))
 
     return logits

@@ -77,7 +77,7 @@ def next_token(tokens, lengths, keys, place, temperature, top_p):
     """Sample the token at `place` of each response, by a forward pass over right-padded rows."""
     segments = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = transformer.apply(MODEL, PARAMS, tokens, positions, segments)
+    hidden = transformer.apply(MODEL, PARAMS, tokens, positions, segments).hidden
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     keys = fold_in(keys, jnp.full(len(tokens), place))
     return sample_tokens(keys, transformer.logits(MODEL, PARAMS, last), temperature, top_p)
@@ -333,7 +333,7 @@ def test_other_values_of_the_same_shapes_compile_nothing():
 def test_temperature_0_takes_the_most_probable_token():
     @jax.jit
     def forward(tokens, positions, segments):
-        hidden, _ = transformer.apply(MODEL, PARAMS, tokens, positions, segments)
+        hidden = transformer.apply(MODEL, PARAMS, tokens, positions, segments).hidden
         return transformer.logits(MODEL, PARAMS, hidden)
 
     sampled = run(temperature=0.0, samples_per_prompt=1, slots=3)

@@ -18,7 +18,7 @@ from alignjax.config import DPO, Config, Model
 from alignjax.data import packing
 from alignjax.machine import sharding
 from alignjax.models import scoring
-from alignjax.models.scoring import PackedTokens
+from alignjax.models.scoring import PackedTokens, TokenReading
 
 Mesh = jax.sharding.Mesh
 
@@ -135,13 +135,19 @@ def response_logprobs(
 
 def read_pairs(model: Model, params: dict, part: LearningPart) -> PairLogprobs:
     """Read a microbatch with the policy, and compare it with the reference."""
+    _, microbatch = part
+    reading = scoring.read_tokens(model, params, microbatch.packed, microbatch.targets)
+    return compare_pairs(reading, part)
+
+
+def compare_pairs(reading: TokenReading, part: LearningPart) -> PairLogprobs:
+    """Compare what the policy makes of a microbatch with what the reference does."""
     reference, microbatch = part
-    logprobs, entropy = scoring.token_logprobs(model, params, microbatch.packed, microbatch.targets)
-    policy = sum_by_response(logprobs, microbatch.owner, len(microbatch.pair))
+    policy = sum_by_response(reading.logprobs, microbatch.owner, len(microbatch.pair))
     return PairLogprobs(
         policy=policy,
         log_ratios=policy - reference[microbatch.number],
-        entropy=jnp.sum(microbatch.token_weights * entropy),
+        entropy=jnp.sum(microbatch.token_weights * reading.entropy),
     )
 
 
@@ -159,12 +165,17 @@ def loss_fn(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the loss of a microbatch, and its metrics."""
     _, microbatch = part
-    reading = read_pairs(model, params, part)
-    loss = jnp.sum(microbatch.weights * pair_losses(dpo, reading.log_ratios, microbatch.lengths))
+    reading = scoring.read_tokens(model, params, microbatch.packed, microbatch.targets)
+    pairs = compare_pairs(reading, part)
+    loss = jnp.sum(microbatch.weights * pair_losses(dpo, pairs.log_ratios, microbatch.lengths))
     metrics = losses.implicit_reward_metrics(
-        reading.policy, reading.log_ratios, microbatch.weights, dpo.beta
+        pairs.policy, pairs.log_ratios, microbatch.weights, dpo.beta
     )
-    return loss, {"loss": loss, **metrics, "entropy": reading.entropy}
+    metrics = {"loss": loss, **metrics, "entropy": pairs.entropy}
+    penalty, balance = losses.load_balancing_loss(
+        reading.load_balancing, microbatch.token_weights, model.load_balancing_coef
+    )
+    return loss + penalty, metrics | balance
 
 
 def response_lengths(rows: Rows) -> Float[np.ndarray, "all_pairs 2"]:

@@ -99,9 +99,13 @@ def loss_fn(
     model: Model, params: dict, microbatch: TextMicrobatch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the weighted next-token loss of a microbatch, and its metrics."""
-    logprobs, entropy = scoring.token_logprobs(model, params, microbatch.packed, microbatch.targets)
-    loss, metrics = losses.lm_loss(logprobs, microbatch.weights)
-    return loss, metrics | {"entropy": jnp.sum(microbatch.weights * entropy)}
+    weights = microbatch.weights
+    reading = scoring.read_tokens(model, params, microbatch.packed, microbatch.targets)
+    loss, metrics = losses.lm_loss(reading.logprobs, weights)
+    penalty, balance = losses.load_balancing_loss(
+        reading.load_balancing, weights, model.load_balancing_coef
+    )
+    return loss + penalty, metrics | balance | {"entropy": jnp.sum(weights * reading.entropy)}
 
 
 def heldout_loss(
@@ -121,8 +125,8 @@ def heldout_loss(
         part_targets = float((part["mask"][:, 1:] > 0).sum())
         part_loss = 0.0
         for microbatch in pack_minibatch(part, microbatch_tokens, row_shards, ladder):
-            loss, _ = compiled_loss(params, sharding.shard_batch(microbatch, mesh))
-            part_loss += float(loss)
+            _, metrics = compiled_loss(params, sharding.shard_batch(microbatch, mesh))
+            part_loss += float(metrics["loss"])
         total += part_targets * part_loss
         target_count += part_targets
     return total / target_count

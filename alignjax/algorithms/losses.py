@@ -22,6 +22,20 @@ def lm_loss(
     return loss, {"loss": loss}
 
 
+def load_balancing_loss(
+    load_balancing: Tokens | None, weights: Tokens, coefficient: float, name: str = "load_balancing"
+) -> tuple[Loss | float, Metrics]:
+    """Return the load-balancing loss of a mixture of experts, and its metrics by `name`.
+
+    The loss is coefficient * sum(weights * load_balancing), where `load_balancing` is that of the
+    sequence of each token, see `models.experts.load_balancing`; and 0 where there is None.
+    """
+    if load_balancing is None:
+        return 0.0, {}
+    mean = jnp.sum(weights * load_balancing)
+    return coefficient * mean, {name: mean}
+
+
 def ranking_loss(
     chosen: Float[Array, " pairs"],
     rejected: Float[Array, " pairs"],

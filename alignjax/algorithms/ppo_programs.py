@@ -50,9 +50,10 @@ def policy_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[ja
     """
     ppo = config.ppo
     batch = select_targets(*part)
-    logprobs, entropy = scoring.token_logprobs(
+    reading = scoring.read_tokens(
         config.model, params, batch.packed, batch.targets, ppo.temperature
     )
+    logprobs = reading.logprobs
     loss_weights = losses.token_weights(
         configs.loss_aggregation(config),
         batch.weights,
@@ -77,19 +78,32 @@ def policy_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[ja
         loss += batch.kl_coef * penalty
         metrics |= kl_metrics
     if ppo.entropy_coef:
-        bonus, entropy_metrics = losses.entropy_bonus(entropy, batch.weights)
+        bonus, entropy_metrics = losses.entropy_bonus(reading.entropy, batch.weights)
         loss -= ppo.entropy_coef * bonus
         metrics |= entropy_metrics
-    return loss, metrics
+    penalty, balance = losses.load_balancing_loss(
+        reading.load_balancing,
+        batch.weights,
+        config.model.load_balancing_coef,
+        "loss/load_balancing_avg",
+    )
+    return loss + penalty, metrics | balance
 
 
 def value_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
     """Return the clipped value loss of a microbatch of experience, and its metrics."""
     batch = select_targets(*part)
-    values = scoring.token_values(config.model, params, batch.packed, batch.targets)
-    return losses.value_loss(
-        values, batch.old_values, batch.returns, batch.weights, config.ppo.value_clip
+    reading = scoring.read_values(config.model, params, batch.packed, batch.targets)
+    loss, metrics = losses.value_loss(
+        reading.values, batch.old_values, batch.returns, batch.weights, config.ppo.value_clip
     )
+    penalty, balance = losses.load_balancing_loss(
+        reading.load_balancing,
+        batch.weights,
+        config.model.load_balancing_coef,
+        "loss/value_load_balancing_avg",
+    )
+    return loss + penalty, metrics | balance
 
 
 def update_policy(

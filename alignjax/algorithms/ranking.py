@@ -114,11 +114,16 @@ def loss_fn(
     model: Model, ranking: RankingConfig, params: dict, microbatch: PairMicrobatch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the ranking loss of a microbatch, and its metrics."""
-    scores = score_pairs(model, params, microbatch)
+    reading = scoring.read_scores(model, params, microbatch.packed, microbatch.ends)
+    chosen, rejected = reading.scores.T
     margins = microbatch.margin if ranking.margin else 0.0
-    return losses.ranking_loss(
-        scores[:, 0], scores[:, 1], microbatch.weights, margins, ranking.centring
+    loss, metrics = losses.ranking_loss(
+        chosen, rejected, microbatch.weights, margins, ranking.centring
     )
+    penalty, balance = losses.load_balancing_loss(
+        reading.load_balancing, microbatch.weights[:, None] / 2, model.load_balancing_coef
+    )
+    return loss + penalty, metrics | balance
 
 
 def score_rows(

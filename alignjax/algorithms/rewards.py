@@ -23,7 +23,15 @@ from transformers import PreTrainedTokenizerBase
 
 from alignjax.algorithms.endings import closing_length
 from alignjax.algorithms.experience import TokenReward, TokenRewards, longest_sequence
-from alignjax.config import Config, Model, UserError, kind_of_source, reward_table, role_of
+from alignjax.config import (
+    RUNTIME_FIELDS,
+    Config,
+    Model,
+    UserError,
+    kind_of_source,
+    reward_table,
+    role_of,
+)
 from alignjax.data import chat, encoding, packing, templates, tokenising, tokenizer_files
 from alignjax.data.ends import replace_end
 from alignjax.machine import sharding
@@ -32,8 +40,6 @@ from alignjax.models.scoring import PackedTokens
 from alignjax.weights import locations, roles
 from alignjax.weights.role_reader import RoleReader
 from alignjax.weights.score_place import ending_of
-
-RUNTIME_FIELDS = ("dtype", "remat", "attention")  # of the reward model, as the policy has them
 
 # (rows of the prompts, responses) -> a score of each response
 TextReward = Callable[[list[dict], list[str]], np.ndarray]

@@ -20,6 +20,7 @@ from alignjax.config.fields import (
     Config,
     Data,
     Lora,
+    Model,
     flatten,
 )
 from alignjax.config.reward_checks import check_rewards
@@ -196,11 +197,31 @@ def check_model(config: Config) -> None:
         f"model.window={model.window} does not go with model.layer_types={model.layer_types!r}: "
         "layers of the kind window need a window, and others have none",
     )
+    check_experts(model)
     check_rope(model)
     rule(
         data.max_length <= model.max_length,
         f"data.max_length={data.max_length} is over model.max_length={model.max_length}",
     )
+
+
+def check_experts(model: Model) -> None:
+    """Check that a mixture of experts has what it needs, and that nothing else of it is set."""
+    if model.experts:
+        rule(
+            1 <= model.experts_per_token <= model.experts,
+            f"model.experts_per_token={model.experts_per_token} must be 1 to "
+            f"model.experts={model.experts}",
+        )
+        rule(
+            not model.mlp_bias,
+            f"model.mlp_bias=True has no meaning with model.experts={model.experts}: experts have "
+            "no biases",
+        )
+        return
+    for name in ("experts_per_token", "normalise_experts", "load_balancing_coef"):
+        value = getattr(model, name)
+        rule(not value, f"model.{name}={value} has a meaning only with model.experts, which is 0")
 
 
 def check_stage(config: Config) -> None:
@@ -261,6 +282,12 @@ def check_lora(config: Config) -> None:
     rule(
         set(targets) <= set(LORA_TARGETS) and len(set(targets)) == len(targets),
         f"lora.targets={lora.targets!r} must be some of {known}, separated by commas",
+    )
+    in_mlp = [target for target in targets if LORA_TARGETS[target] == "mlp"]
+    rule(
+        not config.model.experts or not in_mlp,
+        f"lora.targets={lora.targets!r} has {','.join(in_mlp)}, but experts "
+        f"(model.experts={config.model.experts}) have no adapters; use q,k,v,out",
     )
     rule(
         bool(config.parents),

@@ -12,8 +12,8 @@ class Model:
     """A decoder."""
 
     # The Hugging Face layout that weights are read from and written to.
-    # qwen, qwen2, qwen3, llama, granite, olmo2, seed_oss, smollm3, mistral, gemma2, gemma3_text,
-    # phi3
+    # qwen, qwen2, qwen3, qwen3_moe, llama, granite, olmo2, seed_oss, smollm3, mistral, gemma2,
+    # gemma3_text, phi3
     family: str = "qwen2"
     vocab_size: int = 1024
     d_model: int = 128
@@ -22,6 +22,13 @@ class Model:
     kv_heads: int = 4
     head_size: int = 32
     d_ff: int = 352
+    # Experts of `d_ff` in the place of each feed-forward network, and how many of them a router
+    # chooses for a token, with weights of its softmax that normalise_experts makes sum to 1.
+    experts: int = 0
+    experts_per_token: int = 0
+    normalise_experts: bool = False
+    # Coefficient of the load-balancing loss of experts, see `experts.load_balancing`.
+    load_balancing_coef: float = 0.0
     qkv_bias: bool = True
     out_bias: bool = False  # a bias of the attention's output projection
     mlp_bias: bool = False
@@ -300,6 +307,8 @@ KINDS = {
     "dpo": ("comparisons",),
     "ppo": ("prompts",),
 }
+# The fields of a model that say how it is computed and trained, not what it computes.
+RUNTIME_FIELDS = ("dtype", "remat", "attention", "load_balancing_coef")
 # The kinds that `model.layer_types` may list.
 LAYER_TYPES = ("full", "window", "full_nope", "window_nope")
 # The kinds of `model.rope_scaling` whose frequencies depend on the length of a sequence.
@@ -321,6 +330,7 @@ CHOICES = {
         "qwen",
         "qwen2",
         "qwen3",
+        "qwen3_moe",
         "llama",
         "granite",
         "olmo2",

@@ -301,9 +301,10 @@ def read_targets(
     log-probability is in nats.
     """
     before = None if prefix is None else prefix.cache
-    hidden, _ = transformer.apply(
+    activations = transformer.apply(
         model, params, batch["tokens"], batch["positions"], batch["segments"], prefix=before
     )
+    hidden = activations.hidden
     hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     labels = batch["labels"]
     flat_targets = (hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1))

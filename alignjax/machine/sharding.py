@@ -30,6 +30,9 @@ TABLE = (
     (r"mlp/gate_up/kernel$", P(None, "fsdp", "tensor", None)),  # [l d f 2], joined
     (r"mlp/gate_up/bias$", P(None, "tensor", None)),  # [l f 2], joined
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [l f d]
+    (r"experts/router/kernel$", P(None, "fsdp", None)),  # [l d e]
+    (r"experts/(gate|up)/kernel$", P(None, "fsdp", None, "tensor")),  # [l e d f]
+    (r"experts/down/kernel$", P(None, "fsdp", "tensor", None)),  # [l e f d]
     (r"attention/[qkv]/lora_a$", P(None, "fsdp", None)),  # [l d r]
     (r"attention/[qkv]/lora_b$", P(None, None, "tensor", None)),  # [l r n h]
     (r"attention/out/lora_a$", P(None, "tensor", None, None)),  # [l n h r]

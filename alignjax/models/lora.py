@@ -103,7 +103,9 @@ def count(params: Params) -> int:
 def adapted_products(layer: Params) -> tuple[tuple[str, str], ...]:
     """Return the part and the name of each product of a layer that has adapters."""
     return tuple(
-        (part, name) for name, part in LORA_TARGETS.items() if "lora_a" in layer[part].get(name, {})
+        (part, name)
+        for name, part in LORA_TARGETS.items()
+        if "lora_a" in layer.get(part, {}).get(name, {})
     )
 
 

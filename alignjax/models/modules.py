@@ -7,6 +7,7 @@ biases. The names of the attributes are the parameters' paths, such as `layers/a
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from alignjax.config import Model
 from alignjax.machine.sharding import constrain
 from alignjax.models import lora
 from alignjax.models.attention import KeyValues
+from alignjax.models.experts import Experts, Routing
 from alignjax.models.rope import Rotation, rotate
 
 # attend(queries, keys, values) -> (the attention's result, the keys and values that are kept)
@@ -196,8 +198,18 @@ class JoinedMLP(MLP):
         return self.down(self.activation(y[..., 0]) * y[..., 1])
 
 
+class LayerOutput(NamedTuple):
+    """What a layer returns."""
+
+    hidden: Float[Array, "batch tokens d_model"]
+    key_values: KeyValues | None  # what `attend` keeps
+    routing: Routing | None  # if the layer has experts
+
+
 class Layer(nnx.Module):
     """One layer: attention and feed-forward, each with a norm and added to its input.
+
+    The feed-forward network is `mlp`, or a mixture of `experts`.
 
     `norm1` and `norm2` come before the two, `post_norm1` and `post_norm2` after them.
     """
@@ -211,19 +223,26 @@ class Layer(nnx.Module):
         self.norm1 = norm_if(before, model.d_model, model)
         self.norm2 = norm_if(before, model.d_model, model)
         self.attention = self.attention_type(model, rngs)
-        self.mlp = self.mlp_type(model, rngs)
+        self.mlp = None if model.experts else self.mlp_type(model, rngs)
+        activation = ACTIVATIONS[model.activation]
+        self.experts = Experts(model, activation, rngs) if model.experts else None
         self.post_norm1 = norm_if(after, model.d_model, model)
         self.post_norm2 = norm_if(after, model.d_model, model)
         self.residual_multiplier = model.residual_multiplier
 
     def __call__(
         self, x: Float[Array, "batch tokens d_model"], rotation: Rotation | None, attend: Attend
-    ) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
-        """Return x after the layer, and the keys and values that `attend` keeps."""
+    ) -> LayerOutput:
+        """Return x after the layer, what `attend` keeps, and how tokens were routed."""
         y, kept = self.attention(normed(self.norm1, x), rotation, attend)
         x = self.add(x, normed(self.post_norm1, y))
-        y = self.mlp(normed(self.norm2, x))
-        return self.add(x, normed(self.post_norm2, y)), kept
+        y = normed(self.norm2, x)
+        routing = None
+        if self.experts is None:
+            y = self.mlp(y)
+        else:
+            y, routing = self.experts(y)
+        return LayerOutput(self.add(x, normed(self.post_norm2, y)), kept, routing)
 
     def add(
         self, x: Float[Array, "batch tokens d_model"], y: Float[Array, "batch tokens d_model"]
@@ -255,19 +274,19 @@ def joined(model: Model, layer: dict) -> dict:
     and, on a GPU, the launch of the product. The result is the same up to rounding.
     """
     attention = layer["attention"]
-    mlp = layer["mlp"]
     others = {name: part for name, part in attention.items() if name not in ("q", "k", "v")}
     qkv = {
         part: join_heads(model, *(attention[name][part] for name in "qkv"))
         for part in attention["q"]  # the kernel, and the bias if there is one
     }
-    gate_up = {
-        part: jnp.stack([mlp["gate"][part], mlp["up"][part]], axis=-1) for part in mlp["gate"]
-    }
-    return layer | {
-        "attention": others | {"qkv": qkv},
-        "mlp": {"gate_up": gate_up, "down": mlp["down"]},
-    }
+    result = layer | {"attention": others | {"qkv": qkv}}
+    if "mlp" in layer:
+        mlp = layer["mlp"]
+        gate_up = {
+            part: jnp.stack([mlp["gate"][part], mlp["up"][part]], axis=-1) for part in mlp["gate"]
+        }
+        result["mlp"] = {"gate_up": gate_up, "down": mlp["down"]}
+    return result
 
 
 def join_heads(

@@ -5,6 +5,7 @@ after the other.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from alignjax.config import Model, UserError
 from alignjax.machine.sharding import constrain
 from alignjax.models import transformer, vocabulary
+from alignjax.models.transformer import Activations
 
 # What rounding may make of a figure that is 0, by the type of the computation.
 SELF_CHECK_LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
@@ -28,11 +30,38 @@ class PackedTokens:
     segments: Int[Array, "rows width"]
 
 
+class TokenReading(NamedTuple):
+    """What a language model makes of target tokens."""
+
+    logprobs: Float[Array, "shards targets"]
+    entropy: Float[Array, "shards targets"]
+    load_balancing: Float[Array, "shards targets"] | None  # of their sequences, see `Activations`
+
+
+class ValueReading(NamedTuple):
+    """What a value model makes of target tokens."""
+
+    values: Float[Array, "shards targets"]
+    load_balancing: Float[Array, "shards targets"] | None
+
+
+class ScoreReading(NamedTuple):
+    """What a reward model makes of sequences."""
+
+    scores: Float[Array, "*sequences"]
+    load_balancing: Float[Array, "*sequences"] | None
+
+
+def read(model: Model, params: dict, packed: PackedTokens) -> Activations:
+    """Run the transformer."""
+    return transformer.apply(model, params, packed.tokens, packed.positions, packed.segments)
+
+
 def hidden_states(
     model: Model, params: dict, packed: PackedTokens
 ) -> Float[Array, "rows width d_model"]:
     """Run the transformer and return its last hidden states."""
-    return transformer.apply(model, params, packed.tokens, packed.positions, packed.segments)[0]
+    return read(model, params, packed).hidden
 
 
 def at_targets(
@@ -56,6 +85,13 @@ def before_targets(
     return at_targets(hidden, jnp.maximum(targets - 1, 0))
 
 
+def balance_at(activations: Activations, targets: Int[Array, "shards targets"]) -> Array | None:
+    """Return the load-balancing loss of the sequence of each target, if there is one."""
+    if activations.load_balancing is None:
+        return None
+    return at_targets(activations.load_balancing, targets)
+
+
 def token_logprobs(
     model: Model,
     params: dict,
@@ -68,7 +104,20 @@ def token_logprobs(
     `targets` are places of tokens, see `at_targets`. The distribution is the full one at
     `temperature`: top-p shapes the sampling only, see `sampling.rollout`.
     """
-    hidden = before_targets(hidden_states(model, params, packed), targets)
+    reading = read_tokens(model, params, packed, targets, temperature)
+    return reading.logprobs, reading.entropy
+
+
+def read_tokens(
+    model: Model,
+    params: dict,
+    packed: PackedTokens,
+    targets: Int[Array, "shards targets"],
+    temperature: float | Float[Array, ""] = 1.0,
+) -> TokenReading:
+    """Return what `token_logprobs` returns, and what a loss needs beside it."""
+    activations = read(model, params, packed)
+    hidden = before_targets(activations.hidden, targets)
     labels = at_targets(packed.tokens, targets)
     kernel = params["embed"]["embedding"] if model.tied else params["head"]["kernel"]
     cap = model.logits_cap
@@ -76,15 +125,26 @@ def token_logprobs(
         # The cap comes behind the divisor: both scale with it.
         temperature = temperature * model.logits_divisor
         cap = cap * model.logits_divisor
-    return vocabulary.token_logprobs(hidden, kernel, labels, temperature, model.tied, cap)
+    logprobs, entropy = vocabulary.token_logprobs(
+        hidden, kernel, labels, temperature, model.tied, cap
+    )
+    return TokenReading(logprobs, entropy, balance_at(activations, targets))
 
 
 def token_values(
     model: Model, params: dict, packed: PackedTokens, targets: Int[Array, "shards targets"]
 ) -> Float[Array, "shards targets"]:
     """Return the value before each target: the scalar head at the token that precedes it."""
-    hidden = hidden_states(model, params, packed)
-    return transformer.scalar(params, before_targets(hidden, targets))
+    return read_values(model, params, packed, targets).values
+
+
+def read_values(
+    model: Model, params: dict, packed: PackedTokens, targets: Int[Array, "shards targets"]
+) -> ValueReading:
+    """Return what `token_values` returns, and what a loss needs beside it."""
+    activations = read(model, params, packed)
+    values = transformer.scalar(params, before_targets(activations.hidden, targets))
+    return ValueReading(values, balance_at(activations, targets))
 
 
 def sequence_scores(
@@ -95,8 +155,17 @@ def sequence_scores(
     `ends` are places of last tokens in the flattened rows. The last token of a response that
     ended is its end token.
     """
-    values = transformer.scalar(params, hidden_states(model, params, packed))
-    return values.reshape(-1)[ends]
+    return read_scores(model, params, packed, ends).scores
+
+
+def read_scores(
+    model: Model, params: dict, packed: PackedTokens, ends: Int[Array, "*sequences"]
+) -> ScoreReading:
+    """Return what `sequence_scores` returns, and what a loss needs beside it."""
+    activations = read(model, params, packed)
+    scores = transformer.scalar(params, activations.hidden).reshape(-1)[ends]
+    balance = activations.load_balancing
+    return ScoreReading(scores, None if balance is None else balance.reshape(-1)[ends])
 
 
 def score_alone(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain
-from alignjax.models import layer_kinds, lora
+from alignjax.models import experts, layer_kinds, lora
 from alignjax.models.attention import (
     KeyValues,
     SharedKeys,
@@ -26,7 +26,15 @@ from alignjax.models.attention import (
     self_attention,
     soft_cap,
 )
-from alignjax.models.modules import Attend, JoinedLayer, Layer, Transformer, joined, rms_norm
+from alignjax.models.modules import (
+    Attend,
+    JoinedLayer,
+    Layer,
+    LayerOutput,
+    Transformer,
+    joined,
+    rms_norm,
+)
 from alignjax.models.rope import Rotation, rotations_of
 
 UNROLLED = 16  # most layers that are written out one by one on a CPU
@@ -47,10 +55,14 @@ class Activations(NamedTuple):
     `key_values` are those of the tokens read. From `apply` they are [layers batch kv_heads tokens
     head_size], or None unless they are to be kept. From `decode` they are what `attend` keeps, and
     where the layers are a list they are a list with one entry a layer.
+
+    `load_balancing` is the mean of `experts.load_balancing` over the layers, or None unless `apply`
+    reads whole sequences with a `model.load_balancing_coef`.
     """
 
     hidden: Float[Array, "batch *tokens d_model"]  # after the last norm
     key_values: KeyValues | list[KeyValues] | None
+    load_balancing: Float[Array, "batch tokens"] | None = None
 
 
 class PrefixCache(NamedTuple):
@@ -91,7 +103,7 @@ def run_layer(
     x: Float[Array, "batch tokens d_model"],
     rotation: Rotation | None,
     attend: Attend,
-) -> tuple[Float[Array, "batch tokens d_model"], KeyValues | None]:
+) -> LayerOutput:
     """Run one layer with its own parameters, which have no layer axis and may be joined."""
     layer_type = JoinedLayer if "qkv" in params["attention"] else Layer
     adapted = lora.adapted_products(params)
@@ -137,6 +149,9 @@ def apply(
     is_whole = not keep and prefix is None and segments.ndim == 2
     rotations = rotations_of(model, positions, segments if is_whole else None)
     kinds = layer_kinds.of(model)
+    same = None
+    if model.experts and model.load_balancing_coef and is_whole:
+        same = segments[:, :, None] == segments[:, None, :]
 
     def step(kind, x, layer):
         layer_params, layer_prefix = layer
@@ -161,7 +176,9 @@ def apply(
             )
             return y, kept
 
-        return run_layer(model, layer_params, x, kind.rotation(rotations), attend)
+        output = run_layer(model, layer_params, x, kind.rotation(rotations), attend)
+        balance = None if same is None else experts.load_balancing(output.routing, same)
+        return output.hidden, (output.key_values, balance)
 
     def scan_step(x, layer):
         varying, layer = layer
@@ -176,12 +193,15 @@ def apply(
             layer_step = with_remat(model, functools.partial(step, kinds[number]))
             x, kept = layer_step(x, (layer, layer_of(prefixes, number)))
             kept_by_layer.append(kept)
-        kept = jax.tree.map(stack, *kept_by_layer)
+        by_layer = jax.tree.map(stack, *kept_by_layer)
     else:
         unroll = model.layers if unrolled(model) else 1
-        by_layer = (layer_kinds.varying(kinds), (layers, prefixes))
-        x, kept = jax.lax.scan(with_remat(model, scan_step), x, by_layer, unroll=unroll)
-    return Activations(final_norm(model, params, x), kept)
+        to_scan = (layer_kinds.varying(kinds), (layers, prefixes))
+        x, by_layer = jax.lax.scan(with_remat(model, scan_step), x, to_scan, unroll=unroll)
+    key_values, balance = by_layer
+    return Activations(
+        final_norm(model, params, x), key_values, None if balance is None else balance.mean(axis=0)
+    )
 
 
 def with_remat(model: Model, step: Callable) -> Callable:
@@ -309,7 +329,8 @@ def decode(
             y, kept = attend(layer_cache, layer, queries[:, 0], keys[:, 0], values[:, 0], kind)
             return y[:, None], kept
 
-        return run_layer(model, layer_params, x, kind.rotation(rotations), attend_one)
+        output = run_layer(model, layer_params, x, kind.rotation(rotations), attend_one)
+        return output.hidden, output.key_values
 
     def scan_step(x, numbered):
         varying, (layer, layer_params) = numbered

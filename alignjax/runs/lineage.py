@@ -19,7 +19,7 @@ from alignjax.config import (
     kind_of_source,
 )
 from alignjax.weights import bases, checkpoint, locations, roles
-from alignjax.weights.locations import RUNTIME_FIELDS
+from alignjax.weights.locations import CHILDS_OWN
 
 
 def parent_of(run: Path, role: str) -> Path | None:
@@ -69,7 +69,7 @@ def adopt_architecture(
         if role == "reward" or ancestor is None:
             continue
         for name, value in dataclasses.asdict(architecture(ancestor)).items():
-            if name in RUNTIME_FIELDS:
+            if name in CHILDS_OWN:
                 continue
             own_value = getattr(config.model, name)
             if f"model.{name}" in fixed and own_value != value:

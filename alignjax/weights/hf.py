@@ -308,13 +308,8 @@ def joined_tensors(read: ReadParameter, layout: Layout, directory: Path) -> Iter
                     f"{list(layout.shapes[path])} wanted"
                 )
         for tensor in tensors:
-            yield join_parts(paths, layer_parts(params, tensor.layer))
+            yield join_parts(paths, [param[tensor.place] for param in params])
         del params  # let them go before the next are read
-
-
-def layer_parts(params: list[np.ndarray], layer: int | None) -> list[np.ndarray]:
-    """Return the parts of parameters in one layer, or all of them if they are not stacked."""
-    return params if layer is None else [param[layer] for param in params]
 
 
 def nest(flat: Mapping[str, Any]) -> Params:

@@ -2,10 +2,11 @@
 
 In a file a kernel is [outputs inputs] and a bias has one axis; heads and head size are one axis.
 Several parameters may be parts of one tensor, along its first axis. The layers of a parameter that
-is stacked here are tensors of their own there.
+is stacked here are tensors of their own there, and so are the experts of a layer.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alignjax.config import Model, UserError
+from alignjax.config import LORA_TARGETS, Model, UserError
 from alignjax.machine.sharding import path_name
 from alignjax.models import families, transformer
 
@@ -21,11 +22,11 @@ Shape = tuple[int, ...]
 
 
 class FileTensor(NamedTuple):
-    """A tensor of the files. Its parts are the parameters `paths`, or one layer of them."""
+    """A tensor of the files. Its parts are the parameters `paths`, or what they have at `place`."""
 
     name: str
     paths: tuple[str, ...]
-    layer: int | None  # None if the parameters are not stacked
+    place: tuple[int, ...]  # of a layer, or of an expert of a layer; () without layers
 
     @property
     def module(self) -> str:
@@ -43,18 +44,17 @@ class Layout:
     shapes: Mapping[str, Shape]  # by path
     tensors: Sequence[FileTensor]
 
-    def part_shape(self, path: str, layer: int | None) -> Shape:
-        """Return the shape of a parameter, or of its part in one layer."""
-        shape = self.shapes[path]
-        return shape if layer is None else shape[1:]
+    def part_shape(self, path: str, tensor: FileTensor) -> Shape:
+        """Return the shape of what a parameter has in a tensor."""
+        return self.shapes[path][len(tensor.place) :]
 
-    def file_rows(self, path: str, layer: int | None) -> int:
-        """Return how many rows a parameter, or its part in one layer, has in its tensor."""
-        return file_shape_of(path, self.part_shape(path, layer))[0]
+    def file_rows(self, path: str, tensor: FileTensor) -> int:
+        """Return how many rows of a tensor are a parameter's."""
+        return file_shape_of(path, self.part_shape(path, tensor))[0]
 
     def file_shape(self, tensor: FileTensor) -> Shape:
         """Return the shape that a tensor has in the file."""
-        parts = [file_shape_of(path, self.part_shape(path, tensor.layer)) for path in tensor.paths]
+        parts = [file_shape_of(path, self.part_shape(path, tensor)) for path in tensor.paths]
         rows = sum(part[0] for part in parts)
         return (rows,) + parts[0][1:]
 
@@ -68,6 +68,10 @@ def layout_of(model: Model, head: str) -> Layout:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     shapes = {path_name(path): leaf.shape for path, leaf in leaves}
     names = families.weight_names(model, head)
+    if bool(model.experts) != any("/experts/" in path for path in names):
+        raise UserError(
+            f"model.experts={model.experts} does not go with model.family={model.family!r}"
+        )
     if set(names) != set(shapes):
         raise UserError(
             f"model.family={model.family!r} and the config differ on "
@@ -78,18 +82,17 @@ def layout_of(model: Model, head: str) -> Layout:
         paths_of.setdefault(name, []).append(path)
     tensors = []
     for name, paths in paths_of.items():
-        layers = range(model.layers) if "{}" in name else [None]
-        tensors += [FileTensor(name.format(layer), tuple(paths), layer) for layer in layers]
+        stacked = shapes[paths[0]][: name.count("{}")]
+        places = np.ndindex(stacked)
+        tensors += [FileTensor(name.format(*place), tuple(paths), place) for place in places]
     return Layout(shapes=shapes, tensors=tensors)
 
 
 def kernel_tensors(layout: Layout) -> list[FileTensor]:
-    """Return the tensors of the products within layers, which may have adapters."""
-    return [
-        tensor
-        for tensor in layout.tensors
-        if tensor.layer is not None and tensor.paths[0].endswith("kernel")
-    ]
+    """Return the tensors of the products within layers that may have adapters."""
+    parts = "|".join(set(LORA_TARGETS.values()))
+    kernel = re.compile(rf"layers/({parts})/\w+/kernel")
+    return [tensor for tensor in layout.tensors if kernel.fullmatch(tensor.paths[0])]
 
 
 def flags_text(model: Model) -> str:
@@ -112,19 +115,19 @@ def axis_groups(path: str, rank: int) -> list[tuple[int, ...]]:
 
 
 def file_shape_of(path: str, shape: Shape) -> Shape:
-    """Return the shape that a parameter, or its part in one layer, has in the file."""
+    """Return the shape that a part of a parameter has in the file."""
     groups = axis_groups(path, len(shape))
     return tuple(math.prod(shape[axis] for axis in group) for group in groups)
 
 
 def to_file(path: str, part: np.ndarray) -> np.ndarray:
-    """Return a parameter, or its part in one layer, as the file has it."""
+    """Return a part of a parameter as the file has it."""
     groups = axis_groups(path, part.ndim)
     order = [axis for group in groups for axis in group]
     return part.transpose(order).reshape(file_shape_of(path, part.shape))
 
 
 def join_parts(paths: Sequence[str], parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the file's tensor that is made of these parameters, or of their parts in one layer."""
+    """Return the file's tensor that is made of these parts of parameters."""
     matrices = [to_file(path, part) for path, part in zip(paths, parts, strict=True)]
     return np.concatenate(matrices) if len(matrices) > 1 else matrices[0]

@@ -10,7 +10,7 @@ import numpy as np
 
 from alignjax.weights.hf_layout import FileTensor, Layout, Shape, axis_groups, file_shape_of
 
-READERS = 4  # threads that read the layers of a parameter
+READERS = 4  # threads that read the parts of a parameter
 Index = tuple[slice, ...]
 
 
@@ -35,7 +35,7 @@ class Zeros:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A parameter, or its part in one layer, as rows of a tensor in a file."""
+    """A parameter, or its part in one layer or expert, as rows of a tensor in a file."""
 
     path: str
     shape: Shape
@@ -69,36 +69,35 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterView:
-    """A whole parameter: one part, or one for each layer if it is stacked."""
+    """A whole parameter: one part, or if it is stacked one for each place of its first axes."""
 
     shape: Shape
     parts: tuple[Part, ...]
-    stacked: bool
+    stacked: int  # axes that are stacked
 
     def read(self, index: Index = ()) -> np.ndarray:
         """Return parameter[index] in float32, where `index` has slices of step 1.
 
-        Layers are read on several threads, and no more than so many of them are in memory beside
+        Parts are read on several threads, and no more than so many of them are in memory beside
         the result.
         """
         index = index + (slice(None),) * (len(self.shape) - len(index))
         sizes = [length(cut, size) for cut, size in zip(index, self.shape, strict=True)]
         result = np.empty(sizes, np.float32)
-        if not self.stacked:
-            put(result, self.parts[0].read(index))
-            return result
-        layers = self.parts[index[0]]
+        rows = result.reshape(-1, *sizes[self.stacked :])
+        numbers = np.arange(len(self.parts)).reshape(self.shape[: self.stacked])
+        wanted = numbers[index[: self.stacked]].reshape(-1)
         with ThreadPoolExecutor(READERS) as pool:
             read = [
-                pool.submit(read_layer, result[row], part, index[1:])
-                for row, part in enumerate(layers)
+                pool.submit(read_part, row, self.parts[number], index[self.stacked :])
+                for row, number in zip(rows, wanted, strict=True)
             ]
         for future in read:
             future.result()  # raises what the reader raised
         return result
 
 
-def read_layer(result: np.ndarray, part: Part, index: Index) -> None:
+def read_part(result: np.ndarray, part: Part, index: Index) -> None:
     """Read part[index] into its row of a parameter."""
     put(result, part.read(index))
 
@@ -129,10 +128,10 @@ def views_of(layout: Layout, tensors: dict[FileTensor, Readable]) -> dict[str, P
     for tensor, stored in tensors.items():
         row = 0
         for path in tensor.paths:
-            shape = layout.part_shape(path, tensor.layer)
+            shape = layout.part_shape(path, tensor)
             part = Part(path=path, shape=shape, tensor=stored, first_row=row)
             parts.setdefault(path, []).append(part)
-            stacked[path] = tensor.layer is not None
+            stacked[path] = len(tensor.place)
             row += file_shape_of(path, shape)[0]
     return {
         path: ParameterView(

@@ -197,5 +197,5 @@ def imported_model(imported: Imported, model: Model) -> Model | None:
         at_import = families.model_from_hf(imported.config, imported.config_file)
     except UserError:
         return None
-    runtime = {name: getattr(model, name) for name in locations.RUNTIME_FIELDS}
+    runtime = {name: getattr(model, name) for name in locations.CHILDS_OWN}
     return at_import if dataclasses.replace(at_import, **runtime) == model else None

@@ -15,13 +15,13 @@ from typing import Any
 
 import huggingface_hub
 
-from alignjax.config import Model, UserError, model_from_json, stored_config
+from alignjax.config import RUNTIME_FIELDS, Model, UserError, model_from_json, stored_config
 from alignjax.machine import workdir as workdirs
 from alignjax.models import families
 from alignjax.weights import peft_config
 
-# Fields of Model that say how to compute, not what: a child run may choose its own.
-RUNTIME_FIELDS = ("dtype", "remat", "attention", "max_length")
+# The fields of Model in which a child run may differ from its parent.
+CHILDS_OWN = (*RUNTIME_FIELDS, "max_length")
 # The files to download from the hub: no pickles, no code, no second copy of the weights in
 # another format.
 HUB_FILES = (
@@ -255,7 +255,7 @@ def check_architecture(model: Model, directory: Path) -> None:
     """Raise UserError unless the parent in `directory` has the architecture `model`."""
     parent_values = dataclasses.asdict(architecture(directory))
     for field, value in dataclasses.asdict(model).items():
-        if field not in RUNTIME_FIELDS and parent_values[field] != value:
+        if field not in CHILDS_OWN and parent_values[field] != value:
             raise UserError(
                 f"model.{field}={value!r}, but the parent {directory} has {parent_values[field]!r}"
             )

@@ -208,7 +208,7 @@ def adapted_parts(
                 down=down, up=up, first_row=row, rank=rank, scale=config.scale(module)
             )
             yield AdaptedPart(path=path, adapter=adapter)
-            row += layout.file_rows(path, tensor.layer)
+            row += layout.file_rows(path, tensor)
 
 
 def parameter_adapter(

@@ -128,7 +128,7 @@ def factor_path(kernel: str, name: str) -> str:
 
 def joined_down(module: Module, factors: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return lora_A [rank inputs] of a module: the factors of its parameters below each other."""
-    layer = module.tensor.layer
+    (layer,) = module.tensor.place
     parts = [
         factors[factor_path(path, "lora_a")][layer].reshape(-1, module.rank).T
         for path in module.adapted
@@ -139,13 +139,14 @@ def joined_down(module: Module, factors: Mapping[str, np.ndarray]) -> np.ndarray
 def joined_up(module: Module, layout: Layout, factors: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return lora_B [outputs rank] of a module: each parameter has its own rows and columns."""
     outputs, _ = layout.file_shape(module.tensor)
+    (layer,) = module.tensor.place
     joined = np.zeros((outputs, module.rank * len(module.adapted)), np.float32)
     row = 0
     column = 0
     for path in module.tensor.paths:
-        count = layout.file_rows(path, module.tensor.layer)
+        count = layout.file_rows(path, module.tensor)
         if path in module.adapted:
-            factor = factors[factor_path(path, "lora_b")][module.tensor.layer]
+            factor = factors[factor_path(path, "lora_b")][layer]
             part = factor.reshape(module.rank, count).T
             joined[row : row + count, column : column + module.rank] = part
             column += module.rank

@@ -204,6 +204,29 @@ SMALL = {
         ),
         transformers.LlamaForCausalLM,
     ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig(
+            **SMALL_SIZE,
+            head_dim=8,
+            moe_intermediate_size=12,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+        ),
+        transformers.Qwen3MoeForCausalLM,
+    ),
+    "qwen3_moe_window": (
+        transformers.Qwen3MoeConfig(
+            **SMALL_SIZE,
+            head_dim=8,
+            moe_intermediate_size=8,
+            num_experts=4,
+            num_experts_per_tok=3,
+            use_sliding_window=True,
+            sliding_window=5,
+        ),
+        transformers.Qwen3MoeForCausalLM,
+    ),
     # The family that docs/extending.md adds.
     "outside/exaone4": (
         transformers.Exaone4Config(
@@ -218,8 +241,8 @@ def randomise(named, generator):
     """Draw values that bfloat16 can represent: the files are half as large and lose nothing."""
     for name, x in named:
         noise = torch.randn(x.shape, generator=generator)
-        if x.ndim == 2:
-            noise = noise * x.shape[1] ** -0.5
+        if x.ndim > 1:
+            noise = noise * x.shape[-1] ** -0.5
         else:
             noise = 1 + 0.3 * noise if "norm" in name or "ln_" in name else 0.3 * noise
         x.data.copy_(noise.bfloat16().float())

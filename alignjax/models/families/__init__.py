@@ -21,6 +21,7 @@ from alignjax.models.families.phi3 import PHI3
 from alignjax.models.families.qwen import QWEN
 from alignjax.models.families.qwen2 import QWEN2
 from alignjax.models.families.qwen3 import QWEN3
+from alignjax.models.families.qwen3_moe import QWEN3_MOE
 from alignjax.models.families.seed_oss import SEED_OSS
 from alignjax.models.families.smollm3 import SMOLLM3
 
@@ -41,6 +42,7 @@ BUILT_IN = (
     QWEN,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     LLAMA,
     GRANITE,
     OLMO2,
@@ -57,6 +59,7 @@ SIZES = (
     "head_dim",
     "hidden_size",
     "intermediate_size",
+    "moe_intermediate_size",
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignjax.config import ROPE_BY_LENGTH, Model, Refuse, UserError, refuse
+from alignjax.config import ROPE_BY_LENGTH, RUNTIME_FIELDS, Model, Refuse, UserError, refuse
 from alignjax.models.families.hf_config import (
     LARGEST_SIZE,
     MOST_LAYERS,
@@ -20,8 +20,6 @@ HEAD_TENSORS = {
     "lm": {"head/kernel": "lm_head.weight"},
     "scalar": {"head/kernel": "score.weight", "head/bias": "score.bias"},
 }
-# The fields of `config.Model` that say how a model is run, not what it is.
-NOT_IN_FILES = ("dtype", "remat", "attention")
 # The parameters that a model has only if a field of its config says so.
 OPTIONAL_PARAMETERS = (
     (r"attention/[qkv]/bias$", lambda model: model.qkv_bias),
@@ -102,7 +100,7 @@ class Family:
     def check_expressed(self, model: Model, config: Mapping[str, Any]) -> None:
         """Raise UserError if a config.json of the family describes another model than ours."""
         described = self.from_hf(config, "config.json")
-        not_in_file = set(NOT_IN_FILES)
+        not_in_file = set(RUNTIME_FIELDS)
         if model.rope_scaling in ROPE_BY_LENGTH:
             not_in_file.add("max_length")  # the file's number is part of the scaling
         for name, value in dataclasses.asdict(model).items():

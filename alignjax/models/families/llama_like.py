@@ -133,12 +133,11 @@ def read_qwen_windows(config: HFConfig, layers: int) -> dict[str, Any]:
     return window_fields(config, [kind == SLIDING for kind in types], window)
 
 
-def read_window_of_all(config: HFConfig, layers: int) -> dict[str, Any]:
+def read_window_of_all(config: HFConfig, layers: int, window: int) -> dict[str, Any]:
     """Return `window` and `layer_types` of a family whose layers see a window all or none.
 
-    transformers takes no notice of such a family's `layer_types`.
+    A window of 0 is none. transformers takes no notice of such a family's `layer_types`.
     """
-    window = config.size_or("sliding_window", 0)
     types = read_layer_types(config, layers)
     if types is not None and any((kind == SLIDING) != bool(window) for kind in types):
         raise UserError(

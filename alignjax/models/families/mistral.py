@@ -38,7 +38,8 @@ DEFAULTS = COMMON_DEFAULTS | {
 def read_config(config: HFConfig) -> dict[str, Any]:
     """Return the fields of `config.Model`; transformers takes no notice of `layer_types`."""
     fields = read_common_config(config)
-    return {**fields, **read_window_of_all(config, fields["layers"])}
+    window = config.size_or("sliding_window", 0)
+    return {**fields, **read_window_of_all(config, fields["layers"], window)}
 
 
 MISTRAL = Family(

@@ -97,10 +97,11 @@ def read_config(config: HFConfig) -> dict[str, Any]:
     config.allow("hidden_act", *ACTIVATIONS)
     config.allow("attention_bias", False, None)
     fields = read_sizes(config)
+    window = config.size_or("sliding_window", 0)
     return {
         **fields,
         **read_rope(config, fields["head_size"], SCALINGS, partial=True),
-        **read_window_of_all(config, fields["layers"]),
+        **read_window_of_all(config, fields["layers"], window),
     }
 
 

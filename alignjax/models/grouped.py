@@ -1,0 +1,218 @@
+"""Products of rows with kernels that they choose, as a mixture of experts has them.
+
+Rows of the same kernel are put side by side, in whole blocks, so that a block has one kernel. No
+row is dropped, however many choose the same kernel. In shapes, `choices` counts pairs of a row
+and a kernel it chooses, and `slots` the places of the blocks.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox import gmm
+from jaxtyping import Array, Float, Int
+
+from alignjax.models import grouped_triton
+from alignjax.models.attention.devices import platform
+
+# Rows of a block: about as many as a kernel has, a power of two. Fewer than 16 would leave the
+# matrix units of an accelerator idle, and more than 128 would only pad.
+LEAST_BLOCK = 16
+MOST_BLOCK = 128
+TPU_TILE = 512  # inputs and outputs that a kernel for TPUs multiplies at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Where choices lie in blocks.
+
+    A choice of a kernel that is not here has the slot `slots`, and a slot of padding has the
+    choice `choices`.
+    """
+
+    slot: Int[Array, " choices"]
+    choice: Int[Array, " slots"]
+    sizes: Int[Array, " kernels"]  # slots of each kernel, whole blocks, one behind the other
+    block: int = field(metadata={"static": True})
+
+
+def group(kernel: Int[Array, "rows chosen"], count: int) -> Groups:
+    """Put the choices of rows in blocks of one kernel each.
+
+    Args:
+      kernel: that each row chooses, all different; `count` is one that is not here.
+      count: of the kernels that are here.
+    """
+    rows, chosen = kernel.shape
+    choices = rows * chosen
+    most_here = rows * min(chosen, count)
+    block = block_of(choices, count)
+    slots = (most_here // block + min(count, most_here)) * block
+    kernel = kernel.reshape(-1)
+    used = jnp.sum(kernel[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    sizes = -(-used // block) * block
+    order = jnp.argsort(kernel, stable=True)
+    ordered = kernel[order]
+    padding_before = (jnp.cumsum(sizes) - sizes) - (jnp.cumsum(used) - used)
+    slot = jnp.arange(choices) + padding_before[jnp.minimum(ordered, count - 1)]
+    slot = jnp.where(ordered < count, slot, slots).astype(jnp.int32)
+    return Groups(
+        slot=jnp.zeros(choices, jnp.int32).at[order].set(slot, unique_indices=True),
+        choice=jnp.full(slots, choices, jnp.int32).at[slot].set(order, mode="drop"),
+        sizes=sizes,
+        block=block,
+    )
+
+
+def block_of(choices: int, count: int) -> int:
+    """Return how many rows a block has: a power of two, about the choices of one kernel."""
+    block = LEAST_BLOCK
+    while block < MOST_BLOCK and block * count < choices:
+        block *= 2
+    return block
+
+
+def to_slots(
+    x: Float[Array, "rows size"], groups: Groups, chosen: int
+) -> Float[Array, "slots size"]:
+    """Copy each row to the slots of its choices; padding is 0."""
+    return take_rows(x, Taking(groups.choice, groups.slot), chosen)
+
+
+def from_slots(y: Float[Array, "slots size"], groups: Groups) -> Float[Array, "choices size"]:
+    """Return what is in the slot of each choice, 0 for one whose kernel is not here."""
+    return take_rows(y, Taking(groups.slot, groups.choice), 1)
+
+
+class Taking(NamedTuple):
+    """Which rows are taken, and the way back.
+
+    `inverse` says where each number below rows * copies is in `index`. A number beyond the end of
+    either stands for nothing.
+    """
+
+    index: Int[Array, " taken"]
+    inverse: Int[Array, " numbers"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def take_rows(
+    x: Float[Array, "rows size"], taking: Taking, copies: int
+) -> Float[Array, "taken size"]:
+    """Return x[index // copies], and 0 for nothing.
+
+    The gradient is taken in turn, by the way back, in a fixed order: JAX would scatter it, and a
+    GPU adds up what is scattered in any order.
+    """
+    return x.at[taking.index // copies].get(mode="fill", fill_value=0)
+
+
+def take_rows_forward(x: Array, taking: Taking, copies: int) -> tuple[Array, Taking]:
+    return take_rows(x, taking, copies), taking
+
+
+def take_rows_backward(copies: int, taking: Taking, gradient: Array) -> tuple[Array, None]:
+    taken = gradient.at[taking.inverse].get(mode="fill", fill_value=0)
+    return taken.reshape(-1, copies, gradient.shape[1]).sum(axis=1), None
+
+
+take_rows.defvjp(take_rows_forward, take_rows_backward)
+
+
+def product(
+    x: Float[Array, "slots inputs"],
+    kernels: Float[Array, "kernels inputs outputs"],
+    groups: Groups,
+) -> Float[Array, "slots outputs"]:
+    """Multiply each slot by the kernel of its block.
+
+    Slots behind those of the last kernel may get any value.
+    """
+    factors = Factors(x, kernels)
+    return tpu_product(factors, groups) if platform() == "tpu" else block_product(factors, groups)
+
+
+class Factors(NamedTuple):
+    """The two factors of `product`."""
+
+    x: Float[Array, "slots inputs"]
+    kernels: Float[Array, "kernels inputs outputs"]
+
+
+def tpu_product(factors: Factors, groups: Groups) -> Float[Array, "slots outputs"]:
+    """Compute `product` by kernels of JAX, which are made for TPUs.
+
+    Other backends interpret them, slowly; the tests run them on a CPU.
+    """
+    x, kernels = factors
+    tiling = (groups.block, min(TPU_TILE, x.shape[1]), min(TPU_TILE, kernels.shape[2]))
+    return gmm(x, kernels, groups.sizes, x.dtype, tiling, interpret=platform() != "tpu")
+
+
+@jax.custom_vjp
+def block_product(factors: Factors, groups: Groups) -> Float[Array, "slots outputs"]:
+    """Compute `product` by our own kernels on a GPU, and by XLA's products elsewhere."""
+    x, kernels = factors
+    return multiply(x, kernels, kernel_of_blocks(groups, len(x)), groups.block)
+
+
+def block_product_forward(factors: Factors, groups: Groups) -> tuple[Array, tuple[Factors, Groups]]:
+    return block_product(factors, groups), (factors, groups)
+
+
+def block_product_backward(saved: tuple[Factors, Groups], gradient: Array) -> tuple[Factors, None]:
+    (x, kernels), groups = saved
+    of_block = kernel_of_blocks(groups, len(x))
+    x_gradient = multiply(gradient, kernels, of_block, groups.block, transposed=True)
+    return Factors(x_gradient, add_outer_products(x, gradient, groups)), None
+
+
+block_product.defvjp(block_product_forward, block_product_backward)
+
+
+def kernel_of_blocks(groups: Groups, slots: int) -> Int[Array, " blocks"]:
+    """Return the kernel of each block, `kernels` for those behind the last kernel's."""
+    first_slots = jnp.arange(slots // groups.block) * groups.block
+    kernels = jnp.searchsorted(jnp.cumsum(groups.sizes), first_slots, side="right")
+    return kernels.astype(jnp.int32)
+
+
+def multiply(
+    x: Float[Array, "slots inputs"],
+    kernels: Float[Array, "kernels inputs outputs"],
+    of_block: Int[Array, " blocks"],
+    block: int,
+    transposed: bool = False,
+) -> Float[Array, "slots outputs"]:
+    """Multiply the slots of each block by its kernel, or by the transpose of its kernel."""
+    if platform() == "gpu":
+        return grouped_triton.multiply(x, kernels, of_block, block, transposed)
+    subscripts = "bsi,boi->bso" if transposed else "bsi,bio->bso"
+    # XLA makes a copy of its kernel for each block.
+    y = jnp.einsum(subscripts, x.reshape(-1, block, x.shape[1]), kernels[of_block])
+    return y.reshape(len(x), -1)
+
+
+def add_outer_products(
+    x: Float[Array, "slots inputs"], y: Float[Array, "slots outputs"], groups: Groups
+) -> Float[Array, "kernels inputs outputs"]:
+    """Return the sum of the outer products of x and y over the slots of each kernel.
+
+    Sums are in float32, and are rounded to the type of y.
+    """
+    sizes = groups.sizes
+    block = groups.block
+    if platform() == "gpu":
+        return grouped_triton.add_outer_products(x, y, sizes, block)
+    products = jnp.einsum(
+        "bsi,bso->bio",
+        x.reshape(-1, block, x.shape[1]),
+        y.reshape(-1, block, y.shape[1]),
+        preferred_element_type=jnp.float32,
+    )
+    of_block = kernel_of_blocks(groups, len(x))
+    sums = jax.ops.segment_sum(products, of_block, len(sizes), indices_are_sorted=True)
+    return sums.astype(y.dtype)
