@@ -12,6 +12,12 @@ from typing import Any
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+MIXTURE = {
+    "head_dim": 8,
+    "moe_intermediate_size": 12,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+}
 # The variants of every other family, and windows of these: name -> fields of its configuration.
 # Each is read with more layers, and also decoded greedily.
 OTHER_FAMILIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -76,6 +82,11 @@ OTHER_FAMILIES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     "qwen2": {"window": WINDOW | {"max_window_layers": 1}},
     "qwen3": {"window": WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2}},
+    "qwen3_moe": {
+        "plain": MIXTURE | {"norm_topk_prob": True, "attention_bias": True},
+        "window": MIXTURE | WINDOW | {"num_experts_per_tok": 3},
+        "one": MIXTURE | {"num_experts": 1, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    },
     "smollm3": {
         "window": WINDOW | {"no_rope_layer_interval": 2},
         "intervals": {"no_rope_layer_interval": 2},
@@ -482,6 +493,16 @@ def unsupported() -> Iterator[Case]:
             "a classifier with several labels",
             "labels",
             {"head": "scalar", "built": {"num_labels": 2}},
+        ),
+        (
+            "layers without experts among others",
+            "sparse-step",
+            {"family": "qwen3_moe", "built": MIXTURE, "fields": {"decoder_sparse_step": 2}},
+        ),
+        (
+            "layers without experts among others",
+            "mlp-only",
+            {"family": "qwen3_moe", "built": MIXTURE | {"mlp_only_layers": [0]}},
         ),
         ("tensors in float64 or 8 bits", "float64", {"files": "float64"}),
         ("tensors in float64 or 8 bits", "float8", {"files": "float8"}),

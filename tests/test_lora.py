@@ -22,7 +22,7 @@ from alignjax.algorithms.responding import params_placement
 from alignjax.config import Config, Lora, UserError
 from alignjax.machine import sharding
 from alignjax.models import lora, transformer
-from alignjax.sampling import rollout
+from alignjax.sampling import cache, rollout
 from alignjax.sampling.types import Prompts, SamplingSettings
 from alignjax.weights import bases, roles
 from alignjax.weights.role_reader import RoleReader
@@ -127,10 +127,16 @@ def test_new_adapters_change_nothing_and_do_not_depend_on_the_other_targets():
 
 @pytest.mark.parametrize("joins", [False, True], ids=["stacked", "joined"])
 def test_a_rollout_by_merged_adapters_is_that_by_adapters_as_they_are(joins, monkeypatch):
-    """To rounding, and so are the log-probabilities; both on CPUs and as GPUs decode."""
+    """To rounding, and so are the log-probabilities; both on CPUs and as GPUs decode.
+
+    A GPU joins the products of merged layers, and scans layers with adapters.
+    """
     model, params = model_and()
     combined = lora.combine(in_base(params), adapters_of(params))
     monkeypatch.setattr(transformer, "joins_products", lambda: joins)
+    if joins:
+        monkeypatch.setattr(transformer, "UNROLLED", 0)
+        monkeypatch.setattr(cache, "platform", lambda: "gpu")
     config = Config(stage="ppo", model=model, lora=SETTINGS)
     merged = params_placement(config, MESH, combined)(combined)
     assert isinstance(merged["layers"], list) == joins

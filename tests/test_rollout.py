@@ -371,7 +371,8 @@ def test_the_cache_is_written_in_place_and_no_vocabulary_is_sorted(
     width = 8
     response_length = 512
     settings = make_settings(model, response_length=response_length)
-    cache = jax.eval_shape(choose_cache(settings, 64, width, has_prefix=False).empty)
+    kind = choose_cache(settings, 64, width, has_prefix=False, by_layer=unrolled)
+    cache = jax.eval_shape(kind.empty)
     size = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(cache))
     # Keys and values of 2 heads of 8 float32.
     assert size == layers * 2 * 64 * 2 * (width + response_length) * 8 * 4

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerBase
@@ -120,8 +121,9 @@ def loss_fn(
     loss, metrics = losses.ranking_loss(
         chosen, rejected, microbatch.weights, margins, ranking.centring
     )
+    of_sequences = jnp.repeat(microbatch.weights[:, None] / 2, 2, axis=1)
     penalty, balance = losses.load_balancing_loss(
-        reading.load_balancing, microbatch.weights[:, None] / 2, model.load_balancing_coef
+        reading.load_balancing, of_sequences, model.load_balancing_coef
     )
     return loss + penalty, metrics | balance
 

@@ -56,7 +56,10 @@ def costs_of(model: Model, head: str, microbatch_tokens: int) -> Costs:
     """Return the costs of a role's microbatches; its `head` is "lm" or "scalar"."""
     heads = model.heads * model.head_size
     kv_heads = model.kv_heads * model.head_size
-    layer = 2 * model.d_model * (heads + kv_heads) + 3 * model.d_model * model.d_ff
+    feed_forward = 3 * model.d_model * model.d_ff
+    if model.experts:
+        feed_forward *= model.experts_per_token
+    layer = 2 * model.d_model * (heads + kv_heads) + feed_forward
     words = model.vocab_size if head == "lm" else 0
     return Costs(
         call=SHARE_OF_A_CALL * microbatch_tokens,

@@ -111,7 +111,7 @@ def mix(
             tokens = jax.tree.map(gather_rows, tokens)
         if fsdp is not None:
             tokens = tokens._replace(chosen=numbers_here(tokens.chosen, len(kernels.gate)))
-        y = mix_here(activation, kernels, tokens)
+        y = mix_here(activation, kernels, tokens, experts // len(kernels.gate))
         if travels:
             y = jax.lax.psum_scatter(y, "fsdp", scatter_dimension=0, tiled=True)
         elif fsdp is not None:
@@ -140,17 +140,18 @@ def numbers_here(chosen: Int[Array, "*tokens chosen"], here: int) -> Int[Array, 
 
 
 def mix_here(
-    activation: Activation, kernels: ExpertKernels, tokens: RoutedTokens
+    activation: Activation, kernels: ExpertKernels, tokens: RoutedTokens, devices: int = 1
 ) -> Float[Array, "batch tokens d_model"]:
     """Return the weighted sum of what these experts make of their tokens.
 
     It is added up in float32, in the order of `chosen`. A number that no expert here has adds
-    nothing: it stands for one on another device.
+    nothing: it stands for one on another of `devices`.
     """
     chosen = tokens.chosen
     count = chosen.shape[-1]
     rows = math.prod(chosen.shape[:-1])
-    groups = grouped.group(chosen.reshape(rows, count), len(kernels.gate))
+    here = len(kernels.gate)
+    groups = grouped.group(chosen.reshape(rows, count), here, here * devices)
     slots = grouped.to_slots(tokens.hidden.reshape(rows, -1), groups, count)
     gate = activation(grouped.product(slots, kernels.gate, groups))
     up = grouped.product(slots, kernels.up, groups)

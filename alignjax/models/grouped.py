@@ -6,6 +6,7 @@ and a kernel it chooses, and `slots` the places of the blocks.
 """
 
 import functools
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from alignjax.models.attention.devices import platform
 # matrix units of an accelerator idle, and more than 128 would only pad.
 LEAST_BLOCK = 16
 MOST_BLOCK = 128
+EXPECTED = re.compile(r"expected_(\d+)_of_(\d+)")
 TPU_TILE = 512  # inputs and outputs that a kernel for TPUs multiplies at a time
 
 
@@ -37,14 +39,16 @@ class Groups:
     choice: Int[Array, " slots"]
     sizes: Int[Array, " kernels"]  # slots of each kernel, whole blocks, one behind the other
     block: int = field(metadata={"static": True})
+    expected: int = field(metadata={"static": True})  # choices of kernels here, if all are alike
 
 
-def group(kernel: Int[Array, "rows chosen"], count: int) -> Groups:
+def group(kernel: Int[Array, "rows chosen"], count: int, total: int) -> Groups:
     """Put the choices of rows in blocks of one kernel each.
 
     Args:
       kernel: that each row chooses, all different; `count` is one that is not here.
       count: of the kernels that are here.
+      total: of the kernels that may be chosen.
     """
     rows, chosen = kernel.shape
     choices = rows * chosen
@@ -64,6 +68,7 @@ def group(kernel: Int[Array, "rows chosen"], count: int) -> Groups:
         choice=jnp.full(slots, choices, jnp.int32).at[slot].set(order, mode="drop"),
         sizes=sizes,
         block=block,
+        expected=choices * count // total,
     )
 
 
@@ -132,7 +137,18 @@ def product(
     Slots behind those of the last kernel may get any value.
     """
     factors = Factors(x, kernels)
-    return tpu_product(factors, groups) if platform() == "tpu" else block_product(factors, groups)
+    with jax.named_scope(f"expected_{groups.expected}_of_{len(x)}"):  # see `expected_share`
+        return (tpu_product if platform() == "tpu" else block_product)(factors, groups)
+
+
+def expected_share(name_stack: str) -> float:
+    """Return the share of slots that are expected to be used, by the name of an operation.
+
+    It is 1 for an operation that is no part of `product`. Where kernels are on several devices,
+    each has slots for all choices, in case all are of its kernels.
+    """
+    match = EXPECTED.search(name_stack)
+    return int(match[1]) / int(match[2]) if match else 1.0
 
 
 class Factors(NamedTuple):
@@ -182,7 +198,7 @@ def kernel_of_blocks(groups: Groups, slots: int) -> Int[Array, " blocks"]:
 
 def multiply(
     x: Float[Array, "slots inputs"],
-    kernels: Float[Array, "kernels inputs outputs"],
+    kernels: Float[Array, "kernels rows columns"],
     of_block: Int[Array, " blocks"],
     block: int,
     transposed: bool = False,

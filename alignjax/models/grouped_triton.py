@@ -21,7 +21,7 @@ DEPTH_BYTES = 128  # of the terms of a sum that are added at a time
 
 def multiply(
     x: Float[Array, "slots inputs"],
-    kernels: Float[Array, "kernels inputs outputs"],
+    kernels: Float[Array, "kernels rows columns"],
     of_block: Int[Array, " blocks"],
     block: int,
     transposed: bool = False,
@@ -32,7 +32,7 @@ def multiply(
 
     Args:
       x: rows in blocks.
-      kernels: in the type of x; with `transposed`, each is [outputs inputs].
+      kernels: in the type of x, each [inputs outputs], or [outputs inputs] if `transposed`.
       of_block: the kernel of each block; `kernels` stands for none.
       block: rows of a block, a power of two.
       transposed: whether to multiply by the transpose of each kernel.
@@ -51,6 +51,7 @@ def multiply(
         out_specs=pl.BlockSpec((block, outputs), lambda row, _: (row, 0)),
         out_shape=jax.ShapeDtypeStruct((slots, outputs), x.dtype),
         compiler_params=parameters_for(block),
+        cost_estimate=cost(slots * inputs * outputs),
         name="multiply_blocks",
         interpret=platform() != "gpu",
     )
@@ -108,6 +109,7 @@ def add_outer_products(
         ),
         out_shape=jax.ShapeDtypeStruct((len(sizes), inputs, outputs), y.dtype),
         compiler_params=parameters_for(TILE),
+        cost_estimate=cost(len(x) * inputs * outputs),
         name="add_outer_products",
         interpret=platform() != "gpu",
     )
@@ -150,6 +152,11 @@ def span(number: int | Array, size: int, length: int) -> Span:
 def whole(array: Array) -> pl.BlockSpec:
     """Return what gives every program the whole of an array."""
     return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+
+
+def cost(multiplications: int) -> pl.CostEstimate:
+    """Return what a kernel states as its cost if all slots are used."""
+    return pl.CostEstimate(flops=2 * multiplications, transcendentals=0, bytes_accessed=0)
 
 
 def parameters_for(rows: int) -> pltriton.CompilerParams:

@@ -11,6 +11,7 @@ from typing import Any
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from alignjax.algorithms.stage import Loops
+from alignjax.models import grouped
 from alignjax.models.attention import decode_attention, triton
 
 ONCE = Loops()
@@ -26,6 +27,12 @@ def count_operations(jaxpr: Jaxpr, loops: Loops = ONCE, outermost: bool = True) 
 
 
 def equation_operations(equation: JaxprEqn, loops: Loops, outermost: bool) -> float:
+    share = grouped.expected_share(str(equation.source_info.name_stack))
+    return share * most_operations(equation, loops, outermost)
+
+
+def most_operations(equation: JaxprEqn, loops: Loops, outermost: bool) -> float:
+    """Count the operations of an equation, as if all slots of grouped products were used."""
     name = equation.primitive.name
     parameters = equation.params
     if name == "dot_general":
@@ -45,6 +52,8 @@ def equation_operations(equation: JaxprEqn, loops: Loops, outermost: bool) -> fl
             return packed_operations(equation)
         if parameters["name"] == decode_attention.KERNEL:
             return decode_operations(equation) * loops.filled
+        if parameters["cost_estimate"] is not None:
+            return float(parameters["cost_estimate"].flops)
         return max(inner) * math.prod(parameters["grid_mapping"].grid)
     if name == "scan":
         return inner[0] * parameters["length"]

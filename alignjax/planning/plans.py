@@ -170,7 +170,7 @@ def batch_notes(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
 
 def model_notes(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
     axes = {"heads": "tensor", "kv_heads": "tensor", "vocab_size": "tensor", "d_ff": "tensor"}
-    axes["d_model"] = "fsdp"
+    axes |= {"d_model": "fsdp", "experts": "fsdp"}
     notes = []
     for name, axis in axes.items():
         size = getattr(config.model, name)

@@ -48,6 +48,8 @@ def architecture_facts(model: Model, parameters: int) -> Iterator[tuple[str, str
         f"{model.layers} of width {model.d_model}, {model.heads} heads of {model.head_size} "
         f"({model.kv_heads} for keys and values), {model.d_ff} within",
     )
+    if model.experts:
+        yield "experts", f"{model.experts} in each layer, {model.experts_per_token} for a token"
     tied = "tied" if model.tied else "not tied"
     yield "vocabulary", f"{model.vocab_size:,} tokens, embeddings {tied}"
     yield "context", f"{model.max_length:,} tokens, {window_text(model)}"

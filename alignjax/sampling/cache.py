@@ -69,13 +69,14 @@ class CacheKind(Protocol):
 
 
 def choose_cache(
-    settings: SamplingSettings, slots: int, prompt_width: int, has_prefix: bool
+    settings: SamplingSettings, slots: int, prompt_width: int, has_prefix: bool, by_layer: bool
 ) -> CacheKind:
-    """Return the kind of cache that suits the devices.
+    """Return the kind of cache that suits the devices, and how layers are decoded.
 
     A step on a TPU must write one place of all slots, and there a conditional costs nothing. On a
     GPU a conditional waits for the host, and its operands are copied; writing a place of each slot
     is one launch. `prompt_width` counts the places of a prompt and of the prefix in front of it.
+    `by_layer` says that layers are written out one by one, rather than scanned.
     """
     shape = {
         "model": settings.model,
@@ -84,6 +85,6 @@ def choose_cache(
         "response_length": settings.response_length,
         "dtype": settings.cache_dtype or settings.model.dtype,
     }
-    if platform() == "gpu":
+    if platform() == "gpu" and by_layer:
         return RowCache(has_prefix=has_prefix, **shape)
     return RingCache(**shape)

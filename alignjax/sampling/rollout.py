@@ -322,10 +322,18 @@ def make_decoder(
     if prefix is not None:
         width += prefix.width
     plan = plan_slots(num_prompts, settings.samples_per_prompt, settings.slots)
+    layers = transformer.for_decoding(settings.model, params)
+    cache = choose_cache(
+        settings,
+        plan.slots,
+        width,
+        has_prefix=prefix is not None,
+        by_layer=isinstance(layers, list),
+    )
     return Decoder(
         params=params,
-        layers=transformer.for_decoding(settings.model, params),
-        cache=choose_cache(settings, plan.slots, width, has_prefix=prefix is not None),
+        layers=layers,
+        cache=cache,
         prompts=prompts,
         keys=response_keys(key, prompts.index, settings.samples_per_prompt),
         settings=settings,
