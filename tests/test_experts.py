@@ -18,9 +18,9 @@ from test_sharding import lm_batch, mesh_of, place
 
 from alignjax import config as configs
 from alignjax.algorithms import lm, losses, ranking
-from alignjax.config import Config, UserError
+from alignjax.config import Config, Model, UserError
 from alignjax.machine import sharding
-from alignjax.models import experts, families, grouped, modules, transformer
+from alignjax.models import experts, families, grouped, modules, scoring, transformer
 from alignjax.models.experts import ExpertKernels, Routing
 from alignjax.planning.operations import count_operations
 from alignjax.weights import hf, hf_layout, peft_adapter, safetensors
@@ -307,6 +307,24 @@ def test_the_load_balancing_loss_evens_out_the_use_of_experts():
         values.append(float(value))
         router -= 0.3 * gradient
     assert values[0] > 1.2 and values[-1] < 1.08
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "stops"),
+    [(0, "bfloat16", True), (8, "float32", True), (8, "bfloat16", False)],
+)
+def test_one_score_of_a_mixture_may_change_in_16_bits_and_no_other(count, dtype, stops):
+    """Rounding may give a token another expert; if it changes most scores, it is a fault."""
+    model = Model(experts=count, experts_per_token=min(count, 2), dtype=dtype)
+    changes = np.array([0.5, 0.0, 0.01, -0.02, 0.0])
+    if stops:
+        changes = changes if dtype == "bfloat16" else changes / 10
+        with pytest.raises(UserError, match="the largest change of a score when its row's pads"):
+            scoring.check_packing("score", changes, model)
+        return
+    scoring.check_packing("score", changes, model)
+    with pytest.raises(UserError, match="the median change of a score .* is 0.2, not 0"):
+        scoring.check_packing("score", np.full(5, -0.2), model)
 
 
 def test_operations_are_those_of_the_chosen_experts_on_any_mesh():

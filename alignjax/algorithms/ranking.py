@@ -226,12 +226,7 @@ def check_packing(
     )
     score_alone = jax.jit(functools.partial(scoring.score_alone, config.model))
     alone = score_alone(params, *sharding.shard_batch(interleave(some), mesh))
-    change = np.abs(sharding.on_host(alone).reshape(-1, 2) - packed).max()
-    scoring.self_check(
-        "the largest change of a score when its row's pads and neighbours change",
-        change,
-        config.model.dtype,
-    )
+    scoring.check_packing("score", sharding.on_host(alone).reshape(-1, 2) - packed, config.model)
 
 
 def shift_scores(params: dict, amount: float) -> dict:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from alignjax.config import Model, UserError
@@ -191,6 +192,30 @@ def pack_alone(
         tokens=jnp.take_along_axis(tokens, source, axis=1),
         positions=source,
         segments=(place >= 0).astype(jnp.int32),
+    )
+
+
+def check_packing(what: str, changes: np.ndarray, model: Model) -> None:
+    """Stop the run if sequences are read otherwise among neighbours than alone.
+
+    Rounding to 16 bits may give a token of a mixture of experts another expert, which changes some
+    figures by more than rounding. A fault changes most of them, so there the median is checked.
+
+    Args:
+      what: the figure, such as "score".
+      changes: of the figure, when its row's pads and neighbours change; several.
+      model: that reads.
+
+    Raises:
+      UserError: with the change.
+    """
+    changes = np.abs(changes)
+    may_reroute = model.experts and model.dtype != "float32"
+    name = "median" if may_reroute else "largest"
+    self_check(
+        f"the {name} change of a {what} when its row's pads and neighbours change",
+        float(np.median(changes) if may_reroute else changes.max()),
+        model.dtype,
     )
 
 
