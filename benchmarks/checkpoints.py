@@ -188,7 +188,7 @@ def tables(cases: list[Case], outcomes: dict[str, Outcome]) -> str:
         agreed = [one.difference for one in results if one.difference is not None]
         if agreed:
             read.append(
-                f"| {topic} | {len(agreed)} | {max(agreed, default=0.0):.1e} | {greedy_answer(results)} |"
+                f"| {topic} | {len(agreed)} | {max(agreed):.1e} | {greedy_answer(results)} |"
             )
         refusals = [one for one in results if one.ours]
         if refusals:
@@ -202,9 +202,10 @@ def summary(outcomes: dict[str, Outcome]) -> list[str]:
     agreed = [one.difference for one in results if one.difference is not None]
     both = sum(bool(one.ours and one.theirs) for one in results)
     alone = sum(bool(one.ours and not one.theirs) for one in results)
+    largest = max(agreed, default=0.0)
     return [
         f"Of {len(outcomes)} small checkpoints, {len(agreed)} are read by both, with logits that "
-        f"differ by at most {max(agreed, default=0.0):.1e} of the largest in float32, {both} are refused by "
+        f"differ by at most {largest:.1e} of the largest in float32, {both} are refused by "
         f"both, and {alone} by alignjax alone."
     ]
 

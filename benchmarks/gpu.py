@@ -18,6 +18,8 @@ ppo        an iteration of 64 prompts of 256 tokens with 256 response tokens, in
            first one, with nothing compiled before, then the median of those that compile nothing.
 attention  each kernel that can run here, forward and backward on packed rows, and its distance
            from float32 (the root of the mean square, relative).
+experts    a layer of Qwen3-30B-A3B's experts, a value and its gradient, beside a network that is as
+           wide as a token's experts; see experts.py.
 exact      bfloat16 against float32: log-probabilities, and greedy tokens up to the first that
            differs.
 
@@ -40,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import experts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,10 +88,17 @@ class Shape:
 
 
 def shape_of(name: str, tiny: bool) -> Shape:
-    """Return the shape "0.5b" or "1.8b", or a tiny one in its place."""
+    """Return the shape "0.5b", "1.8b" or "30b-a3b", or a tiny one in its place."""
     if tiny:
-        return Shape(model=TINY, rows=8, prompt=16, response=16, microbatch_tokens=128)
-    preset = {"0.5b": "qwen2.5-0.5b", "1.8b": "qwen-1.8b"}[name]
+        model = dataclasses.replace(TINY, experts=4, experts_per_token=2)
+        return Shape(
+            model=model if name == "30b-a3b" else TINY,
+            rows=8,
+            prompt=16,
+            response=16,
+            microbatch_tokens=128,
+        )
+    preset = {"0.5b": "qwen2.5-0.5b", "1.8b": "qwen-1.8b", "30b-a3b": "qwen3-30b-a3b"}[name]
     model = dataclasses.replace(families.PRESETS[preset], dtype="bfloat16", remat="everything")
     if name == "0.5b":
         return Shape(model=model, rows=64, prompt=256, response=256, microbatch_tokens=8192)
@@ -233,6 +243,15 @@ def distance(ours: Any, exact: Any) -> float:
     return max(errors)
 
 
+def expert_layer(shape: Shape) -> Figures:
+    """Measure the experts of a layer, and the rate that they reach."""
+    tokens = shape.microbatch_tokens
+    medians = experts.compare(shape.model, tokens, repeats=5, programs=("experts", "dense"))
+    figures = {f"{name}_ms": milliseconds for name, milliseconds in medians.items()}
+    operations = experts.operations(shape.model, tokens)
+    return figures | {"tflops": operations / medians["experts"] / 1e9}
+
+
 def exactness(shape: Shape) -> Figures:
     """Compare bfloat16 with float32: log-probabilities of random text, and greedy responses."""
     rows = 8
@@ -287,6 +306,7 @@ SECTIONS: dict[str, tuple[Callable[[Shape], Figures], str]] = {
     "learn 1.8b": (learn, "1.8b"),
     "ppo 0.5b": (iterations, "0.5b"),
     "attention": (attention_kernels, "0.5b"),
+    "experts": (expert_layer, "30b-a3b"),
     "exact": (exactness, "0.5b"),
 }
 PEERS = {"trl": "trl_ppo.py", "tunix": "tunix_ppo.py"}
@@ -363,6 +383,9 @@ def shares(results: dict[str, Figures]) -> Figures:
         if "update_tflops" in learned and "tflops" in rates:
             rows[f"scoring {size}, of the rate"] = learned["scoring_tflops"] / rates["tflops"]
             rows[f"update {size}, of the rate"] = learned["update_tflops"] / rates["tflops"]
+    layer = results.get("experts", {})
+    if "tflops" in layer and "tflops" in rates:
+        rows["experts, of the rate"] = layer["tflops"] / rates["tflops"]
     iteration = results.get("ppo 0.5b", {})
     if "s" in iteration:
         rows["PPO iteration 0.5b, s"] = iteration["s"]

@@ -157,7 +157,7 @@ def mix_here(
     up = grouped.product(slots, kernels.up, groups)
     results = grouped.product(gate * up, kernels.down, groups)
     by_choice = grouped.from_slots(results, groups).reshape(*chosen.shape, -1)
-    mixed = jnp.sum(tokens.weights[..., None] * by_choice.astype(jnp.float32), axis=-2)
+    mixed = grouped.add_up(tokens.weights[..., None] * by_choice.astype(jnp.float32))
     return mixed.astype(tokens.hidden.dtype)
 
 

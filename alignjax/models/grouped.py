@@ -121,7 +121,15 @@ def take_rows_forward(x: Array, taking: Taking, copies: int) -> tuple[Array, Tak
 
 def take_rows_backward(copies: int, taking: Taking, gradient: Array) -> tuple[Array, None]:
     taken = gradient.at[taking.inverse].get(mode="fill", fill_value=0)
-    return taken.reshape(-1, copies, gradient.shape[1]).sum(axis=1), None
+    return add_up(taken.reshape(-1, copies, gradient.shape[1])), None
+
+
+def add_up(parts: Float[Array, "*rows parts size"]) -> Float[Array, "*rows size"]:
+    """Add up a few parts, one after the other.
+
+    XLA's CPU backend takes several times as long for the sum over an axis that is not the last.
+    """
+    return functools.reduce(jnp.add, [parts[..., part, :] for part in range(parts.shape[-2])])
 
 
 take_rows.defvjp(take_rows_forward, take_rows_backward)
@@ -206,10 +214,14 @@ def multiply(
     """Multiply the slots of each block by its kernel, or by the transpose of its kernel."""
     if platform() == "gpu":
         return grouped_triton.multiply(x, kernels, of_block, block, transposed)
-    subscripts = "bsi,boi->bso" if transposed else "bsi,bio->bso"
-    # XLA makes a copy of its kernel for each block.
-    y = jnp.einsum(subscripts, x.reshape(-1, block, x.shape[1]), kernels[of_block])
-    return y.reshape(len(x), -1)
+    blocks = x.reshape(-1, block, x.shape[1])
+
+    def multiply_block(number):
+        kernel = kernels[of_block[number]]
+        return blocks[number] @ (kernel.T if transposed else kernel)
+
+    # One block at a time: all at once, XLA would make a copy of its kernel for each.
+    return jax.lax.map(multiply_block, jnp.arange(len(blocks))).reshape(len(x), -1)
 
 
 def add_outer_products(
@@ -223,12 +235,14 @@ def add_outer_products(
     block = groups.block
     if platform() == "gpu":
         return grouped_triton.add_outer_products(x, y, sizes, block)
-    products = jnp.einsum(
-        "bsi,bso->bio",
-        x.reshape(-1, block, x.shape[1]),
-        y.reshape(-1, block, y.shape[1]),
-        preferred_element_type=jnp.float32,
-    )
+    x_blocks = x.reshape(-1, block, x.shape[1])
+    y_blocks = y.reshape(-1, block, y.shape[1])
     of_block = kernel_of_blocks(groups, len(x))
-    sums = jax.ops.segment_sum(products, of_block, len(sizes), indices_are_sorted=True)
-    return sums.astype(y.dtype)
+
+    def add_block(number, sums):
+        left = x_blocks[number].T
+        added = jnp.matmul(left, y_blocks[number], preferred_element_type=jnp.float32)
+        return sums.at[of_block[number]].add(added)
+
+    sums = jnp.zeros((len(sizes), x.shape[1], y.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, len(x_blocks), add_block, sums).astype(y.dtype)
