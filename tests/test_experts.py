@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from runs import ROOT
 from test_families import draw
 from test_hf_config import read, refusal
 from test_models import GOLDEN, error, golden, largest_error, run, tiny, words
@@ -438,3 +442,62 @@ def test_a_device_reads_its_own_experts_only():
     whole = view.read()
     index = (slice(1, 3), slice(2, 4), slice(0, 16), slice(4, 8))
     assert np.array_equal(view.read(index), whole[index])
+
+
+WHOLE_KERNELS = ([256, 384], [384, 256])
+COMPILED = """
+import json, re, sys
+import jax
+from alignjax import config as configs
+from alignjax.config.overrides import parse_overrides
+from alignjax.machine import sharding
+from alignjax.planning import cost, topologies, work
+
+topology, *words = json.loads(sys.argv[1])
+config = configs.load("lm.py", parse_overrides(words))
+mesh = sharding.make_mesh(config.mesh, topologies.devices_of(topology))
+with jax.set_mesh(mesh):
+    gradient = next(p for p in work.work_of(config, mesh).programs if p.name == "gradient")
+    text = cost.compile_program(gradient)[1].as_text()
+kernels = sorted(set(re.findall(r"multiply_blocks|add_outer_products|tgmm|gmm", text)))
+lines = re.findall(r"= (.*?) all-gather(?:-start)?\\(", text)
+shapes = [sizes.split(",") for line in lines for sizes in re.findall(r"\\[([\\d,]+)\\]", line)]
+print(json.dumps([kernels, [list(map(int, shape)) for shape in shapes]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("topology", "compiler", "kernels"),
+    [
+        ("h100:2", "gpu-compiler", ["add_outer_products", "multiply_blocks"]),
+        ("v5e:2x2", "tpu-compiler", ["gmm", "tgmm"]),
+    ],
+)
+def test_experts_compile_for_accelerators_that_are_not_here(topology, compiler, kernels):
+    """As kernels that pass over what no token has chosen; no device gathers all experts."""
+    path = ROOT / ".venv" / compiler
+    if not path.exists():
+        pytest.skip("needs the compiler that tests/run.sh installs")
+    fields = {**SIZES, "vocab_size": 512, "d_model": 256, "d_ff": 384, "layers": 2, "heads": 4}
+    fields |= {"kv_heads": 2, "head_size": 64, "dtype": "bfloat16", "remat": "everything"}
+    words = [topology, *(f"--config.model.{name}={value}" for name, value in fields.items())]
+    for_cpu = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in for_cpu}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": f"{path}:{ROOT}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, json.dumps(words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    called, gathered = json.loads(done.stdout)
+    assert called == kernels
+    assert gathered
+    assert not [sizes for sizes in gathered if sizes[0] == 8 and sizes[-2:] in WHOLE_KERNELS]
