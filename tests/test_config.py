@@ -139,6 +139,8 @@ def test_counts_are_every_whole_number_of_which_0_would_be_none():
         "value_optimiser.warmup_steps",
         "model.rope_original_length",
         "model.window",
+        "model.experts",
+        "model.experts_per_token",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",

@@ -28,6 +28,9 @@ NOT_IN_THE_CHAIN = {
     "loss/kl_avg",
     "loss/entropy_avg",
     "policy/dual_clipfrac_avg",
+    "load_balancing",
+    "loss/load_balancing_avg",
+    "loss/value_load_balancing_avg",
 }
 
 

@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from runs import ROOT
+from runs import ROOT, command, cut, files_of, rows
 from test_families import draw
 from test_hf_config import read, refusal
 from test_models import GOLDEN, error, golden, largest_error, run, tiny, words
 from test_sharding import lm_batch, mesh_of, place
 
 from alignjax import config as configs
+from alignjax import convert, train
 from alignjax.algorithms import lm, losses, ranking
 from alignjax.config import Config, Model, UserError
 from alignjax.machine import sharding
 from alignjax.models import experts, families, grouped, modules, scoring, transformer
 from alignjax.models.experts import ExpertKernels, Routing
 from alignjax.planning.operations import count_operations
-from alignjax.weights import hf, hf_layout, peft_adapter, safetensors
+from alignjax.weights import checkpoint, hf, hf_layout, peft_adapter, safetensors
 
 SIZES = {"experts": 8, "experts_per_token": 2, "normalise_experts": True, "vocab_size": 96}
 mixture = functools.partial(tiny, **SIZES)
@@ -158,10 +159,11 @@ def test_experts_over_a_mesh_give_the_single_devices_gradient(sizes, rows, count
     gradient = jax.value_and_grad(balanced_loss, argnums=1)
     expected, expected_gradient = jax.jit(gradient, static_argnums=0)(model, params, tokens)
     mesh = mesh_of(*sizes)
+    model = dataclasses.replace(model, remat="everything")
     with jax.set_mesh(mesh):
         placed = place(jax.tree.map(jnp.asarray, params), mesh)
-        rows_on_mesh = sharding.shard_batch(tokens, mesh)
-        value, ours = jax.jit(gradient, static_argnums=0)(model, placed, rows_on_mesh)
+        on_mesh = sharding.shard_batch(tokens, mesh)
+        value, ours = jax.jit(gradient, static_argnums=0)(model, placed, on_mesh)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert largest_error(ours, expected_gradient) < 1e-5
 
@@ -442,6 +444,35 @@ def test_a_device_reads_its_own_experts_only():
     whole = view.read()
     index = (slice(1, 3), slice(2, 4), slice(0, 16), slice(4, 8))
     assert np.array_equal(view.read(index), whole[index])
+
+
+# ---------------------------------------------------------------------------------- whole runs
+
+
+def test_ppo_of_a_mixture_resumes_to_the_bit_and_is_exported(tmp_path):
+    """The tiny chain, with the load-balancing loss in each stage; its self-checks pass."""
+    fields = {"family": "qwen3_moe", "qk_norm": True, "qkv_bias": False, "layers": 1, "d_ff": 32}
+    fields |= {"experts": 4, "experts_per_token": 2, "load_balancing_coef": 0.01}
+    words = [f"--config.model.{name}={value}" for name, value in fields.items()]
+    assert train.main(command("ppo-tiny", tmp_path, *words)) == 0
+    for name, figures in (
+        ("sft-tiny", ["load_balancing"]),
+        ("rm-tiny", ["load_balancing"]),
+        ("ppo-tiny", ["loss/load_balancing_avg", "loss/value_load_balancing_avg"]),
+    ):
+        last = rows(tmp_path / name / "metrics.jsonl")[-1]
+        assert all(0.99 < last[figure] <= 2 for figure in figures)
+    cut(tmp_path / "ppo-tiny", tmp_path / "again")
+    again = ["--config", "ppo.py:tiny", "--workdir", str(tmp_path / "again")]
+    assert train.main([*again, *words]) == 0
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "ppo-tiny")
+    exported = tmp_path / "exported"
+    assert convert.main(["--to_hf", str(tmp_path / "ppo-tiny"), "--out", str(exported)]) == 0
+    model, params = hf.load_hf(exported, "lm")
+    assert (model.experts, model.experts_per_token) == (4, 2)
+    item = checkpoint.newest(tmp_path / "ppo-tiny") / "policy"
+    trained = checkpoint.restore_array(item, "layers/experts/down/kernel")
+    assert np.array_equal(params["layers"]["experts"]["down"]["kernel"], trained)
 
 
 WHOLE_KERNELS = ([256, 384], [384, 256])
