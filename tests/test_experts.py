@@ -54,23 +54,24 @@ def test_grouped_products_are_those_of_each_rows_kernels(
     product = grouped.tpu_product if kind == "tpu" else grouped.block_product
     x = draw(0, rows, inputs)
     kernels = draw(1, count, inputs, outputs)
-    weights = draw(2, rows, chosen, outputs)
+    weights = draw(2, rows, chosen)
+    mixed = draw(4, rows, outputs)
     chosen_kernels = choices(3, rows, chosen, count)
     groups = grouped.group(jnp.asarray(chosen_kernels), count, count)
     assert groups.sizes.sum() % groups.block == 0
 
-    def ours(x, kernels):
-        slots = grouped.to_slots(x, groups, chosen)
-        y = grouped.from_slots(product(grouped.Factors(slots, kernels), groups), groups)
-        return jnp.sum(weights * y.reshape(weights.shape))
+    def ours(x, kernels, weights):
+        results = product(grouped.Factors(grouped.to_slots(x, groups), kernels), groups)
+        return jnp.sum(grouped.weighted_sum(grouped.Weighted(results, weights), groups) * mixed)
 
-    def expected(x, kernels):
+    def expected(x, kernels, weights):
         none = jnp.zeros((1, inputs, outputs))
         of_choice = jnp.concatenate([kernels, none])[chosen_kernels]
-        return jnp.sum(weights * jnp.einsum("ri,rcio->rco", x, of_choice))
+        return jnp.einsum("ri,rcio,rc,ro->", x, of_choice, weights, mixed)
 
-    value, gradients = jax.value_and_grad(ours, argnums=(0, 1))(x, kernels)
-    expected_value, expected_gradients = jax.value_and_grad(expected, argnums=(0, 1))(x, kernels)
+    gradient = functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+    value, gradients = gradient(ours)(x, kernels, weights)
+    expected_value, expected_gradients = gradient(expected)(x, kernels, weights)
     assert float(value) == pytest.approx(float(expected_value), rel=1e-4)
     assert largest_error(gradients, expected_gradients) < 2e-6
 
@@ -80,8 +81,8 @@ def test_no_choice_is_dropped_though_all_are_the_same(rows):
     same = jnp.tile(jnp.asarray([[3, 0]], jnp.int32), (rows, 1))
     groups = grouped.group(same, 4, 4)
     x = jnp.arange(1.0, rows + 1)[:, None]
-    slots = grouped.to_slots(x, groups, 2)
-    assert np.array_equal(grouped.from_slots(slots, groups), np.repeat(x, 2, axis=0))
+    slots = grouped.to_slots(x, groups)
+    assert np.array_equal(slots[groups.slot.reshape(-1)], np.repeat(x, 2, axis=0))
     assert np.array_equal(groups.sizes > 0, [True, False, False, True])
     assert len(np.unique(groups.slot)) == 2 * rows
 
@@ -166,6 +167,38 @@ def test_experts_over_a_mesh_give_the_single_devices_gradient(sizes, rows, count
         value, ours = jax.jit(gradient, static_argnums=0)(model, placed, on_mesh)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert largest_error(ours, expected_gradient) < 1e-5
+
+
+@pytest.mark.parametrize(("preferred", "rounds"), [([], 1), ([0, 1], 2), ([5, 6], 0)])
+def test_choices_for_which_there_is_no_room_are_mixed_in_another_round(
+    preferred, rounds, monkeypatch
+):
+    """As if one of four devices had two experts, which some tokens choose, or all, or none."""
+    model, params = mixture(layers=1)
+    layer = jax.tree.map(lambda x: x[0], params["layers"]["experts"])
+    kernels = ExpertKernels(*(jnp.asarray(part[:2]) for part in kernels_of(layer)))
+    probabilities = np.random.default_rng(0).random((1, 200, 8)).astype(np.float32)
+    probabilities[..., preferred] += 1.0
+    weights, chosen = jax.lax.top_k(jnp.asarray(probabilities), 2)
+    here = jnp.minimum(chosen, 2)
+    hidden = draw(1, 1, 200, model.d_model)
+    groups = grouped.group(here.reshape(200, 2), 2, 8)
+    assert len(groups.choice) > groups.room
+    assert rounds == -(-int(groups.sizes.sum()) // groups.room)
+
+    def total(kernels, hidden, weights):
+        tokens = experts.RoutedTokens(hidden, here, weights)
+        return jnp.sum(jnp.sin(experts.mix_here(jax.nn.silu, kernels, tokens, 4)))
+
+    gradient = jax.value_and_grad(total, argnums=(0, 1, 2))
+    value, gradients = gradient(kernels, hidden, weights)
+    monkeypatch.setattr(grouped, "SPARE", 100.0)
+    expected_value, expected_gradients = gradient(kernels, hidden, weights)
+    assert float(value) == pytest.approx(float(expected_value), rel=1e-5)
+    for ours, expected in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

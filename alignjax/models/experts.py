@@ -5,7 +5,7 @@ axis fsdp, and the numbers within each of them over the axis tensor. Tokens trav
 each device adds what its own experts make of them: a layer's experts are larger than its tokens.
 """
 
-import math
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alignjax.config import Model
 from alignjax.machine.sharding import BATCH, row_shards
 from alignjax.models import grouped
+from alignjax.models.grouped import Groups
 
 Activation = Callable[[Array], Array]
 
@@ -142,23 +143,85 @@ def numbers_here(chosen: Int[Array, "*tokens chosen"], here: int) -> Int[Array, 
 def mix_here(
     activation: Activation, kernels: ExpertKernels, tokens: RoutedTokens, devices: int = 1
 ) -> Float[Array, "batch tokens d_model"]:
-    """Return the weighted sum of what these experts make of their tokens.
+    """Return the weighted sum of what these experts make of their tokens, in float32.
 
-    It is added up in float32, in the order of `chosen`. A number that no expert here has adds
-    nothing: it stands for one on another of `devices`.
+    A number in `chosen` that no expert here has adds nothing: it stands for one on another of
+    `devices`.
     """
-    chosen = tokens.chosen
-    count = chosen.shape[-1]
-    rows = math.prod(chosen.shape[:-1])
+    count = tokens.chosen.shape[-1]
+    chosen = tokens.chosen.reshape(-1, count)
     here = len(kernels.gate)
-    groups = grouped.group(chosen.reshape(rows, count), here, here * devices)
-    slots = grouped.to_slots(tokens.hidden.reshape(rows, -1), groups, count)
+    groups = grouped.group(chosen, here, here * devices)
+    operands = Operands(
+        kernels=kernels,
+        hidden=tokens.hidden.reshape(len(chosen), -1),
+        weights=tokens.weights.reshape(-1, count),
+    )
+    fits = len(groups.choice) <= groups.room
+    mixed = (mix_groups if fits else mix_in_rounds)(activation, operands, groups)
+    return mixed.astype(tokens.hidden.dtype).reshape(tokens.hidden.shape)
+
+
+class Operands(NamedTuple):
+    """What the results of experts depend on continuously."""
+
+    kernels: ExpertKernels
+    hidden: Float[Array, "rows d_model"]
+    weights: Float[Array, "rows chosen"]
+
+
+def mix_groups(
+    activation: Activation, operands: Operands, groups: Groups
+) -> Float[Array, "rows d_model"]:
+    """Return the weighted sum of the experts' results for the rows in these groups."""
+    kernels = operands.kernels
+    slots = grouped.to_slots(operands.hidden, groups)
     gate = activation(grouped.product(slots, kernels.gate, groups))
     up = grouped.product(slots, kernels.up, groups)
     results = grouped.product(gate * up, kernels.down, groups)
-    by_choice = grouped.from_slots(results, groups).reshape(*chosen.shape, -1)
-    mixed = grouped.add_up(tokens.weights[..., None] * by_choice.astype(jnp.float32))
-    return mixed.astype(tokens.hidden.dtype)
+    return grouped.weighted_sum(grouped.Weighted(results, operands.weights), groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mix_in_rounds(
+    activation: Activation, operands: Operands, groups: Groups
+) -> Float[Array, "rows d_model"]:
+    """Compute `mix_groups` in as many rounds as there are choices for.
+
+    Where experts are on several devices, one of them may be given all choices. Room for that would
+    be many times what is used. Usually one round is enough, and the gradient computes it again.
+    """
+
+    def add_round(part, total):
+        return total + mix_groups(activation, operands, part)
+
+    zeros = jnp.zeros(operands.hidden.shape, jnp.float32)
+    return grouped.fold_windows(add_round, zeros, groups)
+
+
+def mix_in_rounds_forward(
+    activation: Activation, operands: Operands, groups: Groups
+) -> tuple[Array, tuple[Operands, Groups]]:
+    return mix_in_rounds(activation, operands, groups), (operands, groups)
+
+
+def mix_in_rounds_backward(
+    activation: Activation, saved: tuple[Operands, Groups], gradient: Array
+) -> tuple[Operands, None]:
+    operands, groups = saved
+
+    def add_round(part, total):
+        mix_part = functools.partial(mix_groups, activation, groups=part)
+        _, pull_back = jax.vjp(mix_part, operands)
+        (gradients,) = pull_back(gradient)
+        return jax.tree.map(lambda sums, x: sums + x.astype(jnp.float32), total, gradients)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), operands)
+    total = grouped.fold_windows(add_round, zeros, groups)
+    return jax.tree.map(lambda sums, x: sums.astype(x.dtype), total, operands), None
+
+
+mix_in_rounds.defvjp(mix_in_rounds_forward, mix_in_rounds_backward)
 
 
 def load_balancing(

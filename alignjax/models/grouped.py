@@ -5,23 +5,30 @@ row is dropped, however many choose the same kernel. In shapes, `choices` counts
 and a kernel it chooses, and `slots` the places of the blocks.
 """
 
+import dataclasses
 import functools
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from alignjax.models import grouped_triton
 from alignjax.models.attention.devices import platform
 
+Total = Any  # a tree of arrays
 # Rows of a block: about as many as a kernel has, a power of two. Fewer than 16 would leave the
 # matrix units of an accelerator idle, and more than 128 would only pad.
 LEAST_BLOCK = 16
 MOST_BLOCK = 128
+SPARE = 1.5  # room for choices, of those that are expected
+NOTHING = 2**31 - 1  # the slot of a choice that has none, and the choice of a slot of padding
+ONCE = "expected_once"  # names a loop that usually runs once
 EXPECTED = re.compile(r"expected_(\d+)_of_(\d+)")
 TPU_TILE = 512  # inputs and outputs that a kernel for TPUs multiplies at a time
 
@@ -31,15 +38,26 @@ TPU_TILE = 512  # inputs and outputs that a kernel for TPUs multiplies at a time
 class Groups:
     """Where choices lie in blocks.
 
-    A choice of a kernel that is not here has the slot `slots`, and a slot of padding has the
-    choice `choices`.
+    A choice of a kernel that is not here has the slot NOTHING, and a slot of padding has the choice
+    NOTHING.
     """
 
-    slot: Int[Array, " choices"]
-    choice: Int[Array, " slots"]
+    slot: Int[Array, "rows chosen"]  # of each choice
+    choice: Int[Array, " slots"]  # row * chosen + which of the row's choices
     sizes: Int[Array, " kernels"]  # slots of each kernel, whole blocks, one behind the other
     block: int = field(metadata={"static": True})
     expected: int = field(metadata={"static": True})  # choices of kernels here, if all are alike
+
+    @property
+    def row(self) -> Int[Array, " slots"]:
+        """Return the row that is in each slot; padding has one that does not exist."""
+        return self.choice // self.slot.shape[1]
+
+    @property
+    def room(self) -> int:
+        """Return how many slots there should be room for at a time."""
+        expected = math.ceil(SPARE * self.expected / self.block)
+        return self.block * (expected + len(self.sizes))
 
 
 def group(kernel: Int[Array, "rows chosen"], count: int, total: int) -> Groups:
@@ -53,7 +71,8 @@ def group(kernel: Int[Array, "rows chosen"], count: int, total: int) -> Groups:
     rows, chosen = kernel.shape
     choices = rows * chosen
     most_here = rows * min(chosen, count)
-    block = block_of(choices, count)
+    expected = choices * count // total
+    block = block_of(expected, count)
     slots = (most_here // block + min(count, most_here)) * block
     kernel = kernel.reshape(-1)
     used = jnp.sum(kernel[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
@@ -62,13 +81,14 @@ def group(kernel: Int[Array, "rows chosen"], count: int, total: int) -> Groups:
     ordered = kernel[order]
     padding_before = (jnp.cumsum(sizes) - sizes) - (jnp.cumsum(used) - used)
     slot = jnp.arange(choices) + padding_before[jnp.minimum(ordered, count - 1)]
-    slot = jnp.where(ordered < count, slot, slots).astype(jnp.int32)
+    slot = jnp.where(ordered < count, slot, NOTHING).astype(jnp.int32)
+    slot_of_choice = jnp.zeros(choices, jnp.int32).at[order].set(slot, unique_indices=True)
     return Groups(
-        slot=jnp.zeros(choices, jnp.int32).at[order].set(slot, unique_indices=True),
-        choice=jnp.full(slots, choices, jnp.int32).at[slot].set(order, mode="drop"),
+        slot=slot_of_choice.reshape(rows, chosen),
+        choice=jnp.full(slots, NOTHING, jnp.int32).at[slot].set(order, mode="drop"),
         sizes=sizes,
         block=block,
-        expected=choices * count // total,
+        expected=expected,
     )
 
 
@@ -80,59 +100,115 @@ def block_of(choices: int, count: int) -> int:
     return block
 
 
-def to_slots(
-    x: Float[Array, "rows size"], groups: Groups, chosen: int
-) -> Float[Array, "slots size"]:
-    """Copy each row to the slots of its choices; padding is 0."""
-    return take_rows(x, Taking(groups.choice, groups.slot), chosen)
+def window(groups: Groups, number: Int[Array, ""], slots: int) -> Groups:
+    """Return the part of groups that has so many slots, the one of this number.
 
-
-def from_slots(y: Float[Array, "slots size"], groups: Groups) -> Float[Array, "choices size"]:
-    """Return what is in the slot of each choice, 0 for one whose kernel is not here."""
-    return take_rows(y, Taking(groups.slot, groups.choice), 1)
-
-
-class Taking(NamedTuple):
-    """Which rows are taken, and the way back.
-
-    `inverse` says where each number below rows * copies is in `index`. A number beyond the end of
-    either stands for nothing.
+    The slots of `groups` must be a multiple of them, and they whole blocks.
     """
+    first = number * slots
+    ends = jnp.cumsum(groups.sizes)
+    sizes = clip_to(ends - first, slots) - clip_to(ends - groups.sizes - first, slots)
+    slot = groups.slot - first
+    is_here = (slot >= 0) & (slot < slots)
+    return dataclasses.replace(
+        groups,
+        slot=jnp.where(is_here, slot, NOTHING),
+        choice=jax.lax.dynamic_slice(groups.choice, (first,), (slots,)),
+        sizes=sizes,
+        expected=min(groups.expected, slots),
+    )
 
-    index: Int[Array, " taken"]
-    inverse: Int[Array, " numbers"]
 
+def fold_windows(add: Callable[[Groups, Total], Total], total: Total, groups: Groups) -> Total:
+    """Return the total after adding each window of `Groups.room` slots that is used.
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def take_rows(
-    x: Float[Array, "rows size"], taking: Taking, copies: int
-) -> Float[Array, "taken size"]:
-    """Return x[index // copies], and 0 for nothing.
-
-    The gradient is taken in turn, by the way back, in a fixed order: JAX would scatter it, and a
-    GPU adds up what is scattered in any order.
+    How many there are is known when the program runs, so this has no gradient.
     """
-    return x.at[taking.index // copies].get(mode="fill", fill_value=0)
+    slots = groups.room
+    padding = -len(groups.choice) % slots
+    choice = jnp.pad(groups.choice, (0, padding), constant_values=NOTHING)
+    padded = dataclasses.replace(groups, choice=choice)
+    used = -(-jnp.sum(groups.sizes) // slots)
+
+    def add_window(number, total):
+        return add(window(padded, number, slots), total)
+
+    with jax.named_scope(ONCE):
+        return jax.lax.fori_loop(0, used, add_window, total)
 
 
-def take_rows_forward(x: Array, taking: Taking, copies: int) -> tuple[Array, Taking]:
-    return take_rows(x, taking, copies), taking
+def clip_to(places: Int[Array, " kernels"], slots: int) -> Int[Array, " kernels"]:
+    """Return the nearest places of a window."""
+    return jnp.clip(places, 0, slots)
 
 
-def take_rows_backward(copies: int, taking: Taking, gradient: Array) -> tuple[Array, None]:
-    taken = gradient.at[taking.inverse].get(mode="fill", fill_value=0)
-    return add_up(taken.reshape(-1, copies, gradient.shape[1])), None
+def rows_at(
+    x: Shaped[Array, "rows ..."], index: Int[Array, " taken"]
+) -> Shaped[Array, "taken ..."]:
+    """Return x[index], and 0 for an index beyond the end."""
+    return x.at[index].get(mode="fill", fill_value=0)
 
 
-def add_up(parts: Float[Array, "*rows parts size"]) -> Float[Array, "*rows size"]:
-    """Add up a few parts, one after the other.
+@jax.custom_vjp
+def to_slots(x: Float[Array, "rows size"], groups: Groups) -> Float[Array, "slots size"]:
+    """Copy each row to the slots of its choices; padding is 0.
 
-    XLA's CPU backend takes several times as long for the sum over an axis that is not the last.
+    The gradient is read back slot by slot, in the order of the choices: JAX would scatter it, and
+    a GPU adds up what is scattered in any order.
     """
-    return functools.reduce(jnp.add, [parts[..., part, :] for part in range(parts.shape[-2])])
+    return rows_at(x, groups.row)
 
 
-take_rows.defvjp(take_rows_forward, take_rows_backward)
+def to_slots_forward(x: Array, groups: Groups) -> tuple[Array, Groups]:
+    return to_slots(x, groups), groups
+
+
+def to_slots_backward(groups: Groups, gradient: Array) -> tuple[Array, None]:
+    parts = [rows_at(gradient, slot).astype(jnp.float32) for slot in groups.slot.T]
+    return functools.reduce(jnp.add, parts).astype(gradient.dtype), None
+
+
+to_slots.defvjp(to_slots_forward, to_slots_backward)
+
+
+class Weighted(NamedTuple):
+    """What `weighted_sum` adds up."""
+
+    slots: Float[Array, "slots size"]
+    weights: Float[Array, "rows chosen"]
+
+
+@jax.custom_vjp
+def weighted_sum(weighted: Weighted, groups: Groups) -> Float[Array, "rows size"]:
+    """Return for each row the weighted sum of what its slots have, in the order of its choices.
+
+    Each choice is read by itself, so that XLA makes no array of all of them.
+    """
+    parts = [
+        weight[:, None] * rows_at(weighted.slots, slot).astype(jnp.float32)
+        for weight, slot in zip(weighted.weights.T, groups.slot.T, strict=True)
+    ]
+    return functools.reduce(jnp.add, parts)
+
+
+def weighted_sum_forward(
+    weighted: Weighted, groups: Groups
+) -> tuple[Array, tuple[Weighted, Groups]]:
+    return weighted_sum(weighted, groups), (weighted, groups)
+
+
+def weighted_sum_backward(saved: tuple[Weighted, Groups], gradient: Array) -> tuple[Weighted, None]:
+    weighted, groups = saved
+    weights = rows_at(weighted.weights.reshape(-1), groups.choice)
+    slots = weights[:, None] * rows_at(gradient, groups.row)
+    parts = [
+        jnp.sum(gradient * rows_at(weighted.slots, slot).astype(jnp.float32), axis=1)
+        for slot in groups.slot.T
+    ]
+    return Weighted(slots.astype(weighted.slots.dtype), jnp.stack(parts, axis=1)), None
+
+
+weighted_sum.defvjp(weighted_sum_forward, weighted_sum_backward)
 
 
 def product(

@@ -39,6 +39,8 @@ def most_operations(equation: JaxprEqn, loops: Loops, outermost: bool) -> float:
         return product_operations(equation)
     if name == "while":
         body = count_operations(parameters["body_jaxpr"].jaxpr, loops, outermost=False)
+        if grouped.ONCE in str(equation.source_info.name_stack):
+            return body
         return body * while_trips(body, loops, outermost)
     inner = [
         count_operations(jaxpr, loops, outermost)

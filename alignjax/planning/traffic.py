@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from alignjax.algorithms.stage import Loops
+from alignjax.models import grouped
 from alignjax.models.attention import decode_attention
 from alignjax.planning.hlo import (
     FREE,
@@ -216,11 +217,13 @@ class TrafficCounter:
     def trips(self, instruction: Instruction, computation_name: str) -> int:
         """Return how often a loop runs.
 
-        That is what the rollout's turns say of an outermost loop, what XLA knows, what the
-        constant of the condition says, or else what depends on the data.
+        That is what the rollout's turns say of an outermost loop, what its name says, what XLA
+        knows, what the constant of the condition says, or else what depends on the data.
         """
         if computation_name == self.module.entry and self.loops.turns:
             return self.loops.turns
+        if grouped.ONCE in instruction.attributes:
+            return 1
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', instruction.attributes)
         if known:
             return int(known[1])
