@@ -35,7 +35,7 @@ class RoutedTokens(NamedTuple):
     """Tokens, and the experts that they are for."""
 
     hidden: Float[Array, "batch tokens d_model"]
-    chosen: Int[Array, "batch tokens chosen"]
+    chosen: Int[Array, "batch tokens chosen"]  # the number of experts stands for none
     weights: Float[Array, "batch tokens chosen"]
 
 
@@ -68,14 +68,21 @@ class Experts(nnx.Module):
         self.down = Kernel((model.experts, model.d_ff, model.d_model), rngs)
 
     def __call__(
-        self, x: Float[Array, "batch tokens d_model"]
+        self, x: Float[Array, "batch tokens d_model"], real: Bool[Array, "batch tokens"] | None
     ) -> tuple[Float[Array, "batch tokens d_model"], Routing]:
-        """Return the weighted sum of what each token's experts make of it, and the routing."""
+        """Return the weighted sum of what each token's experts make of it, and the routing.
+
+        Where `real` is False the sum is 0: pads are all alike, and would crowd the same experts.
+        None means that all tokens are real.
+        """
         routing = self.route(x)
+        chosen = routing.chosen
+        if real is not None:
+            chosen = jnp.where(real[..., None], chosen, len(self.gate.kernel))
         kernels = ExpertKernels(
             *(part.kernel[...].astype(x.dtype) for part in (self.gate, self.up, self.down))
         )
-        tokens = RoutedTokens(x, routing.chosen, routing.weights)
+        tokens = RoutedTokens(x, chosen, routing.weights)
         return mix(self.activation, kernels, tokens), routing
 
     def route(self, x: Float[Array, "batch tokens d_model"]) -> Routing:
@@ -143,10 +150,10 @@ def numbers_here(chosen: Int[Array, "*tokens chosen"], here: int) -> Int[Array, 
 def mix_here(
     activation: Activation, kernels: ExpertKernels, tokens: RoutedTokens, devices: int = 1
 ) -> Float[Array, "batch tokens d_model"]:
-    """Return the weighted sum of what these experts make of their tokens, in float32.
+    """Return the weighted sum of what these experts make of their tokens, added up in float32.
 
     A number in `chosen` that no expert here has adds nothing: it stands for one on another of
-    `devices`.
+    `devices`, or for none.
     """
     count = tokens.chosen.shape[-1]
     chosen = tokens.chosen.reshape(-1, count)

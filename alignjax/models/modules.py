@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from alignjax.config import Model
 from alignjax.machine.sharding import constrain
@@ -231,9 +231,16 @@ class Layer(nnx.Module):
         self.residual_multiplier = model.residual_multiplier
 
     def __call__(
-        self, x: Float[Array, "batch tokens d_model"], rotation: Rotation | None, attend: Attend
+        self,
+        x: Float[Array, "batch tokens d_model"],
+        rotation: Rotation | None,
+        attend: Attend,
+        real: Bool[Array, "batch tokens"] | None = None,
     ) -> LayerOutput:
-        """Return x after the layer, what `attend` keeps, and how tokens were routed."""
+        """Return x after the layer, what `attend` keeps, and how tokens were routed.
+
+        Tokens that are not `real` are given to no expert.
+        """
         y, kept = self.attention(normed(self.norm1, x), rotation, attend)
         x = self.add(x, normed(self.post_norm1, y))
         y = normed(self.norm2, x)
@@ -241,7 +248,7 @@ class Layer(nnx.Module):
         if self.experts is None:
             y = self.mlp(y)
         else:
-            y, routing = self.experts(y)
+            y, routing = self.experts(y, real)
         return LayerOutput(self.add(x, normed(self.post_norm2, y)), kept, routing)
 
     def add(

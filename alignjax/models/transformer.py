@@ -103,6 +103,7 @@ def run_layer(
     x: Float[Array, "batch tokens d_model"],
     rotation: Rotation | None,
     attend: Attend,
+    real: Bool[Array, "batch tokens"] | None = None,
 ) -> LayerOutput:
     """Run one layer with its own parameters, which have no layer axis and may be joined."""
     layer_type = JoinedLayer if "qkv" in params["attention"] else Layer
@@ -110,7 +111,7 @@ def run_layer(
     graph, state = layer_graph(layer_type, dataclasses.astuple(model), adapted)
     state = jax.tree.map(lambda shape: shape, state)  # a copy: the cached state must not change
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(x, rotation, attend)
+    return nnx.merge(graph, state)(x, rotation, attend, real)
 
 
 def embed(
@@ -149,6 +150,7 @@ def apply(
     is_whole = not keep and prefix is None and segments.ndim == 2
     rotations = rotations_of(model, positions, segments if is_whole else None)
     kinds = layer_kinds.of(model)
+    real = (segments if segments.ndim == 2 else segments[..., 0]) > 0
     same = None
     if model.experts and model.load_balancing_coef and is_whole:
         same = segments[:, :, None] == segments[:, None, :]
@@ -176,7 +178,7 @@ def apply(
             )
             return y, kept
 
-        output = run_layer(model, layer_params, x, kind.rotation(rotations), attend)
+        output = run_layer(model, layer_params, x, kind.rotation(rotations), attend, real)
         balance = None if same is None else experts.load_balancing(output.routing, same)
         return output.hidden, (output.key_values, balance)
 
