@@ -228,8 +228,8 @@ def product(
 def expected_share(name_stack: str) -> float:
     """Return the share of slots that are expected to be used, by the name of an operation.
 
-    It is 1 for an operation that is no part of `product`. Where kernels are on several devices,
-    each has slots for all choices, in case all are of its kernels.
+    It is 1 for an operation that is no part of `product`. There are more slots than choices:
+    blocks are padded, and a device has spare room for choices of its kernels.
     """
     match = EXPECTED.search(name_stack)
     return int(match[1]) / int(match[2]) if match else 1.0
