@@ -321,7 +321,8 @@ def comparison_rows():
 
 
 def test_without_experts_there_is_no_load_balancing_loss():
-    assert losses.load_balancing_loss(None, jnp.ones(3), 0.1) == (0.0, {})
+    objective = losses.add_load_balancing(2.0, {"loss": 2.0}, None, jnp.ones(3), 0.1)
+    assert objective == (2.0, {"loss": 2.0})
 
 
 def test_the_load_balancing_loss_evens_out_the_use_of_experts():

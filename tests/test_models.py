@@ -106,6 +106,8 @@ def family_fields(family):
     """Return the fields of `Model` that every model of a family has, if it has 32 channels."""
     multiplier = 32**0.5 if family.startswith("gemma") else 1.0
     fields = {"qkv_bias": False, "embedding_multiplier": multiplier}
+    if family == "qwen3_moe":
+        fields |= {"experts": 8, "experts_per_token": 2}
     return fields | families.FAMILIES[family].flags
 
 

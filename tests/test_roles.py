@@ -104,7 +104,8 @@ def test_a_device_reads_its_part_of_the_files_and_no_more(family, mesh, tmp_path
         distinct_shards = x.size // np.prod(shard_shape)
         expected += [shard_shape] * distinct_shards
     assert sorted(parts_read) == sorted(expected)
-    gate = placed["layers"]["mlp"]["gate"]["kernel"]
+    layers = placed["layers"]
+    gate = layers["experts" if model.experts else "mlp"]["gate"]["kernel"]
     split = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
     assert gate.addressable_shards[0].data.size * split == gate.size
 

@@ -172,10 +172,13 @@ def loss_fn(
         pairs.policy, pairs.log_ratios, microbatch.weights, dpo.beta
     )
     metrics = {"loss": loss, **metrics, "entropy": pairs.entropy}
-    penalty, balance = losses.load_balancing_loss(
-        reading.load_balancing, microbatch.token_weights, model.load_balancing_coef
+    return losses.add_load_balancing(
+        loss,
+        metrics,
+        reading.load_balancing,
+        microbatch.token_weights,
+        model.load_balancing_coef,
     )
-    return loss + penalty, metrics | balance
 
 
 def response_lengths(rows: Rows) -> Float[np.ndarray, "all_pairs 2"]:

@@ -102,10 +102,10 @@ def loss_fn(
     weights = microbatch.weights
     reading = scoring.read_tokens(model, params, microbatch.packed, microbatch.targets)
     loss, metrics = losses.lm_loss(reading.logprobs, weights)
-    penalty, balance = losses.load_balancing_loss(
-        reading.load_balancing, weights, model.load_balancing_coef
+    metrics |= {"entropy": jnp.sum(weights * reading.entropy)}
+    return losses.add_load_balancing(
+        loss, metrics, reading.load_balancing, weights, model.load_balancing_coef
     )
-    return loss + penalty, metrics | balance | {"entropy": jnp.sum(weights * reading.entropy)}
 
 
 def heldout_loss(

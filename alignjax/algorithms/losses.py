@@ -22,18 +22,29 @@ def lm_loss(
     return loss, {"loss": loss}
 
 
-def load_balancing_loss(
-    load_balancing: Tokens | None, weights: Tokens, coefficient: float, name: str = "load_balancing"
-) -> tuple[Loss | float, Metrics]:
-    """Return the load-balancing loss of a mixture of experts, and its metrics by `name`.
+def add_load_balancing(
+    loss: Loss,
+    metrics: Metrics,
+    load_balancing: Tokens | None,
+    weights: Tokens,
+    coefficient: float,
+    name: str = "load_balancing",
+) -> tuple[Loss, Metrics]:
+    """Return a loss plus the load-balancing loss of a mixture of experts, and all metrics.
 
-    The loss is coefficient * sum(weights * load_balancing), where `load_balancing` is that of the
-    sequence of each token, see `models.experts.load_balancing`; and 0 where there is None.
+    Args:
+      loss: to which coefficient * sum(weights * load_balancing) is added.
+      metrics: of the loss, which gain that sum.
+      load_balancing: of the sequence of each token, see `models.experts.load_balancing`; None adds
+        nothing.
+      weights: of the tokens.
+      coefficient: of the load-balancing loss.
+      name: of the metric.
     """
     if load_balancing is None:
-        return 0.0, {}
+        return loss, metrics
     mean = jnp.sum(weights * load_balancing)
-    return coefficient * mean, {name: mean}
+    return loss + coefficient * mean, metrics | {name: mean}
 
 
 def ranking_loss(

@@ -81,13 +81,14 @@ def policy_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[ja
         bonus, entropy_metrics = losses.entropy_bonus(reading.entropy, batch.weights)
         loss -= ppo.entropy_coef * bonus
         metrics |= entropy_metrics
-    penalty, balance = losses.load_balancing_loss(
+    return losses.add_load_balancing(
+        loss,
+        metrics,
         reading.load_balancing,
         batch.weights,
         config.model.load_balancing_coef,
         "loss/load_balancing_avg",
     )
-    return loss + penalty, metrics | balance
 
 
 def value_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax.Array, Metrics]:
@@ -97,13 +98,14 @@ def value_loss_fn(config: Config, params: dict, part: LearningPart) -> tuple[jax
     loss, metrics = losses.value_loss(
         reading.values, batch.old_values, batch.returns, batch.weights, config.ppo.value_clip
     )
-    penalty, balance = losses.load_balancing_loss(
+    return losses.add_load_balancing(
+        loss,
+        metrics,
         reading.load_balancing,
         batch.weights,
         config.model.load_balancing_coef,
         "loss/value_load_balancing_avg",
     )
-    return loss + penalty, metrics | balance
 
 
 def update_policy(

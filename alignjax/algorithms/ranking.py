@@ -116,16 +116,18 @@ def loss_fn(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the ranking loss of a microbatch, and its metrics."""
     reading = scoring.read_scores(model, params, microbatch.packed, microbatch.ends)
-    chosen, rejected = reading.scores.T
     margins = microbatch.margin if ranking.margin else 0.0
     loss, metrics = losses.ranking_loss(
-        chosen, rejected, microbatch.weights, margins, ranking.centring
+        reading.scores[:, 0],
+        reading.scores[:, 1],
+        microbatch.weights,
+        margins,
+        ranking.centring,
     )
     of_sequences = jnp.repeat(microbatch.weights[:, None] / 2, 2, axis=1)
-    penalty, balance = losses.load_balancing_loss(
-        reading.load_balancing, of_sequences, model.load_balancing_coef
+    return losses.add_load_balancing(
+        loss, metrics, reading.load_balancing, of_sequences, model.load_balancing_coef
     )
-    return loss + penalty, metrics | balance
 
 
 def score_rows(
