@@ -321,8 +321,10 @@ def comparison_rows():
 
 
 def test_without_experts_there_is_no_load_balancing_loss():
-    objective = losses.add_load_balancing(2.0, {"loss": 2.0}, None, jnp.ones(3), 0.1)
-    assert objective == (2.0, {"loss": 2.0})
+    loss = jnp.float32(2.0)
+    metrics = {"loss": loss}
+    objective = losses.add_load_balancing(loss, metrics, None, jnp.ones(3), 0.1)
+    assert objective == (loss, metrics)
 
 
 def test_the_load_balancing_loss_evens_out_the_use_of_experts():
