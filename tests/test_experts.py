@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from runs import ROOT, command, cut, files_of, rows
+from runs import command, cut, files_of, rows
 from test_families import draw
+from test_gpu_plan import run_with_compiler
 from test_hf_config import read, refusal
-from test_models import GOLDEN, error, golden, largest_error, run, tiny, words
+from test_models import GOLDEN, error, golden, largest_error, run, sum_of_sines, tiny, words
 from test_sharding import lm_batch, mesh_of, place
 
 from alignjax import config as configs
@@ -214,25 +212,19 @@ def test_experts_lie_over_fsdp_and_the_numbers_within_them_over_tensor():
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_experts_do_not_travel():
-    """No device is sent another's kernels, in a step of decoding or in a gradient."""
+    """The gradient sends no device another's kernels."""
     model, params = mixture(d_ff=512, layers=1)
     mesh = mesh_of(1, 8, 1)
     kernel = params["layers"]["experts"]["gate"]["kernel"].size
     with jax.set_mesh(mesh):
         placed = place(jax.tree.map(jnp.asarray, params), mesh)
         tokens = sharding.shard_batch(words(1, 8, 9) % 96, mesh)
-        gradient = jax.jit(jax.grad(sum_of_logits, argnums=1), static_argnums=0)
+        gradient = jax.jit(jax.grad(sum_of_sines, argnums=1), static_argnums=0)
         text = gradient.lower(model, placed, tokens).compile().as_text()
     gathered = [line for line in text.splitlines() if " all-gather(" in line]
     assert gathered
     assert not [line for line in gathered if f"8,{model.d_model},{model.d_ff}" in line]
     assert kernel == 8 * model.d_model * model.d_ff
-
-
-def sum_of_logits(model, params, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    read = transformer.apply(model, params, tokens, positions, jnp.ones_like(tokens))
-    return jnp.sum(jnp.sin(transformer.logits(model, params, read.hidden)))
 
 
 def test_the_load_balancing_loss_is_that_of_a_worked_example():
@@ -544,29 +536,11 @@ print(json.dumps([kernels, [list(map(int, shape)) for shape in shapes]]))
 )
 def test_experts_compile_for_accelerators_that_are_not_here(topology, compiler, kernels):
     """As kernels that pass over what no token has chosen; no device gathers all experts."""
-    path = ROOT / ".venv" / compiler
-    if not path.exists():
-        pytest.skip("needs the compiler that tests/run.sh installs")
     fields = {**SIZES, "vocab_size": 512, "d_model": 256, "d_ff": 384, "layers": 2, "heads": 4}
     fields |= {"kv_heads": 2, "head_size": 64, "dtype": "bfloat16", "remat": "everything"}
     words = [topology, *(f"--config.model.{name}={value}" for name, value in fields.items())]
-    for_cpu = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in for_cpu}
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": f"{path}:{ROOT}",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, json.dumps(words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    called, gathered = json.loads(done.stdout)
+    printed = run_with_compiler(COMPILED, words, compiler)
+    called, gathered = json.loads(printed)
     assert called == kernels
     assert gathered
     assert not [sizes for sizes in gathered if sizes[0] == 8 and sizes[-2:] in WHOLE_KERNELS]

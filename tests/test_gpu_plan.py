@@ -13,7 +13,8 @@ from alignjax.planning import gpus, topologies
 from alignjax.planning.hlo import parse_module
 from alignjax.planning.traffic import count_traffic, device_groups
 
-COMPILER = ROOT / ".venv" / "gpu-compiler"  # where run.sh installs it
+# Where run.sh installs the compilers, in .venv -> a package of each.
+COMPILERS = {"gpu-compiler": "jax_cuda12_plugin", "tpu-compiler": "libtpu"}
 PLAN = """
 import json, sys
 from alignjax import plan
@@ -68,14 +69,21 @@ ENTRY %main (x: f32[1024]) -> f32[4096] {{
 """
 
 
-def run_with_compiler(program, words):
-    """Return what a program prints that has the CUDA compiler."""
-    if not (COMPILER / "jax_cuda12_plugin").exists():
-        pytest.skip("needs the CUDA compiler, which tests/run.sh installs")
+def run_with_compiler(program, words, compiler="gpu-compiler"):
+    """Return what a program prints that has the CUDA compiler, or another one."""
+    path = ROOT / ".venv" / compiler
+    if not (path / COMPILERS[compiler]).exists():
+        pytest.skip(f"needs {compiler}, which tests/run.sh installs")
     # XLA_FLAGS and the cache of compiled programs are meant for the tests' CPU devices.
     for_cpu = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in for_cpu}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{COMPILER}:{ROOT}"}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": f"{path}:{ROOT}",
+    }
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(words)],
         env=environment,

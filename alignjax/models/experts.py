@@ -86,7 +86,7 @@ class Experts(nnx.Module):
         return mix(self.activation, kernels, tokens), routing
 
     def route(self, x: Float[Array, "batch tokens d_model"]) -> Routing:
-        """Choose experts by the softmax, in float32, of the router's product."""
+        """Choose the most probable experts of each token; the softmax is in float32."""
         kernel = self.router.kernel[...].astype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         logits = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)

@@ -50,7 +50,7 @@ class Groups:
 
     @property
     def row(self) -> Int[Array, " slots"]:
-        """Return the row that is in each slot; padding has one that does not exist."""
+        """Return the row in each slot; for padding, a number beyond all rows."""
         return self.choice // self.slot.shape[1]
 
     @property
@@ -106,8 +106,8 @@ def window(groups: Groups, number: Int[Array, ""], slots: int) -> Groups:
     The slots of `groups` must be a multiple of them, and they whole blocks.
     """
     first = number * slots
-    ends = jnp.cumsum(groups.sizes)
-    sizes = clip_to(ends - first, slots) - clip_to(ends - groups.sizes - first, slots)
+    ends = jnp.cumsum(groups.sizes) - first
+    sizes = jnp.clip(ends, 0, slots) - jnp.clip(ends - groups.sizes, 0, slots)
     slot = groups.slot - first
     is_here = (slot >= 0) & (slot < slots)
     return dataclasses.replace(
@@ -120,7 +120,7 @@ def window(groups: Groups, number: Int[Array, ""], slots: int) -> Groups:
 
 
 def fold_windows(add: Callable[[Groups, Total], Total], total: Total, groups: Groups) -> Total:
-    """Return the total after adding each window of `Groups.room` slots that is used.
+    """Add each used window of `Groups.room` slots to a total, and return it.
 
     How many there are is known when the program runs, so this has no gradient.
     """
@@ -135,11 +135,6 @@ def fold_windows(add: Callable[[Groups, Total], Total], total: Total, groups: Gr
 
     with jax.named_scope(ONCE):
         return jax.lax.fori_loop(0, used, add_window, total)
-
-
-def clip_to(places: Int[Array, " kernels"], slots: int) -> Int[Array, " kernels"]:
-    """Return the nearest places of a window."""
-    return jnp.clip(places, 0, slots)
 
 
 def rows_at(
@@ -180,7 +175,7 @@ class Weighted(NamedTuple):
 
 @jax.custom_vjp
 def weighted_sum(weighted: Weighted, groups: Groups) -> Float[Array, "rows size"]:
-    """Return for each row the weighted sum of what its slots have, in the order of its choices.
+    """Add up the weighted results of each row, in the order of its choices.
 
     Each choice is read by itself, so that XLA makes no array of all of them.
     """

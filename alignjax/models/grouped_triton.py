@@ -155,7 +155,7 @@ def whole(array: Array) -> pl.BlockSpec:
 
 
 def cost(multiplications: int) -> pl.CostEstimate:
-    """Return what a kernel states as its cost if all slots are used."""
+    """Return the cost of a kernel whose slots are all used."""
     return pl.CostEstimate(flops=2 * multiplications, transcendentals=0, bytes_accessed=0)
 
 

@@ -116,7 +116,7 @@ def read_tokens(
     targets: Int[Array, "shards targets"],
     temperature: float | Float[Array, ""] = 1.0,
 ) -> TokenReading:
-    """Return what `token_logprobs` returns, and what a loss needs beside it."""
+    """Return what `token_logprobs` returns, and the load-balancing loss."""
     activations = read(model, params, packed)
     hidden = before_targets(activations.hidden, targets)
     labels = at_targets(packed.tokens, targets)
@@ -142,7 +142,7 @@ def token_values(
 def read_values(
     model: Model, params: dict, packed: PackedTokens, targets: Int[Array, "shards targets"]
 ) -> ValueReading:
-    """Return what `token_values` returns, and what a loss needs beside it."""
+    """Return what `token_values` returns, and the load-balancing loss."""
     activations = read(model, params, packed)
     values = transformer.scalar(params, before_targets(activations.hidden, targets))
     return ValueReading(values, balance_at(activations, targets))
@@ -162,7 +162,7 @@ def sequence_scores(
 def read_scores(
     model: Model, params: dict, packed: PackedTokens, ends: Int[Array, "*sequences"]
 ) -> ScoreReading:
-    """Return what `sequence_scores` returns, and what a loss needs beside it."""
+    """Return what `sequence_scores` returns, and the load-balancing loss."""
     activations = read(model, params, packed)
     scores = transformer.scalar(params, activations.hidden).reshape(-1)[ends]
     balance = activations.load_balancing

@@ -32,7 +32,7 @@ def equation_operations(equation: JaxprEqn, loops: Loops, outermost: bool) -> fl
 
 
 def most_operations(equation: JaxprEqn, loops: Loops, outermost: bool) -> float:
-    """Count the operations of an equation, as if all slots of grouped products were used."""
+    """Count an equation's operations as if every slot of a grouped product were used."""
     name = equation.primitive.name
     parameters = equation.params
     if name == "dot_general":
